@@ -1,0 +1,25 @@
+// AdamW with decoupled decay (Loshchilov & Hutter 2019, arXiv 1711.05101), in torch's order of operations:
+//
+//   p *= 1 - lr * weight_decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+//   p -= lr * (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps)          n = step, counted from 1
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace oryx::ops {
+
+struct AdamwOptions {
+  double lr = 1e-3, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+};
+
+// One fused pass over parameter p, gradient g, moments m and v, in place (float32 contiguous; float64 by ATen). `grad_scale`
+// multiplies the gradient first (clipping).
+void adamw_step(at::Tensor p, const at::Tensor& g, at::Tensor m, at::Tensor v, int64_t step, const AdamwOptions& options,
+                double grad_scale = 1);
+
+// sqrt of the sum of all squares, accumulated in double. Undefined gradients are passed over.
+double global_norm(const std::vector<at::Tensor>& gradients);
+
+}  // namespace oryx::ops

@@ -1,0 +1,29 @@
+// Output projection and cross-entropy in one operator: tokens x vocabulary never stands in float32 at once.
+//
+//   lse_i = log sum_c exp(logits_ic),  nll_i = lse_i - logits_{i, target_i}  (0 where target_i = ignore_index)
+//   loss = (sum_i nll_i + z_coef * sum_{i kept} lse_i^2) / (number of kept i)
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace oryx::ops {
+
+struct CrossEntropyResult {
+  at::Tensor loss;  // [] float32: the mean over kept targets; 0 when none is kept
+  at::Tensor nll;   // [N] float32, not differentiable
+  at::Tensor lse;   // [N] float32, not differentiable
+};
+
+// logits = hidden weight^T in blocks of rows; gradients of hidden and weight are made in the forward pass, block by block,
+// so that no logits are kept.
+//   hidden [N, D], weight [C, D] (float32, bfloat16 or float64), targets [N] int32 or int64. Differentiable in hidden, weight.
+CrossEntropyResult linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                                        int64_t ignore_index = -100, double z_coef = 0);
+
+// The same from logits [N, C] that exist already. Differentiable in logits.
+CrossEntropyResult cross_entropy(const at::Tensor& logits, const at::Tensor& targets, int64_t ignore_index = -100,
+                                 double z_coef = 0);
+CrossEntropyResult cross_entropy_naive(const at::Tensor& logits, const at::Tensor& targets, int64_t ignore_index = -100,
+                                       double z_coef = 0);
+
+}  // namespace oryx::ops

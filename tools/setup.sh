@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Installs what a build needs and nothing more. Idempotent: what is there is left alone, a second run takes under a second.
+#
+#   tools/setup.sh
+#
+# Debian packages are installed when run as root; otherwise the one command to run is printed and the script stops.
+# libtorch comes from the PyPI wheel into .deps/ (CPU use only needs three of its wheels, about 0.5 GB);
+# TORCH_DIR=/path/to/site-packages/torch uses an existing one instead.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TORCH_VERSION=2.11.0
+PACKAGES=(build-essential cmake ninja-build ccache pkg-config python3-venv
+          libhwy-dev libsentencepiece-dev sentencepiece libpcre2-dev libcli11-dev nlohmann-json3-dev libzstd-dev
+          libgtest-dev libgmock-dev libbenchmark-dev)
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
+
+missing=()
+if command -v dpkg-query >/dev/null 2>&1; then
+  for p in "${PACKAGES[@]}"; do
+    [ "$(dpkg-query -W -f='${db:Status-Status}' "$p" 2>/dev/null || true)" = installed ] || missing+=("$p")
+  done
+else
+  say "no dpkg here: this script knows Debian 12 and Ubuntu 24.04; install the equivalents of: ${PACKAGES[*]}"
+fi
+
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" != 0 ]; then
+    say "these packages are missing: ${missing[*]}"
+    say "run this, then the same make command again:"
+    printf '  sudo apt-get update && sudo apt-get install -y --no-install-recommends %s\n' "${missing[*]}" >&2
+    exit 1
+  fi
+  say "installing ${missing[*]}"
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq || die "apt-get update failed: no network? Missing packages: ${missing[*]}"
+  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null \
+    || die "apt-get could not install: ${missing[*]}"
+fi
+
+if [ -n "${TORCH_DIR:-}" ]; then
+  [ -f "$TORCH_DIR/lib/libtorch_cpu.so" ] || die "TORCH_DIR=$TORCH_DIR holds no lib/libtorch_cpu.so; name the folder 'torch' inside site-packages"
+  exit 0
+fi
+
+stamp=.deps/torch-$TORCH_VERSION.ok
+if [ ! -f "$stamp" ]; then
+  say "fetching libtorch $TORCH_VERSION into .deps/ (about 0.5 GB)"
+  mkdir -p .deps
+  [ -x .deps/venv/bin/python ] || python3 -m venv .deps/venv || die "python3 -m venv failed: install python3-venv"
+  # --no-deps: the wheel's CUDA companions (3 GB) are not needed to link and run on a CPU, but for these two small ones.
+  .deps/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+      "torch==$TORCH_VERSION" 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cupti==13.0.*' \
+    || die "pip could not fetch torch==$TORCH_VERSION: no network? Set TORCH_DIR to an existing .../site-packages/torch of that version"
+  ls .deps/venv/lib/python3*/site-packages/torch/lib/libtorch_cpu.so >/dev/null 2>&1 || die "the torch wheel holds no libtorch_cpu.so"
+  touch "$stamp"
+fi
