@@ -1,0 +1,98 @@
+// Softmax attention over all earlier tokens of the document, and its sliding-window form (docs/model.md).
+//
+//   o_t = sum_{s <= t} softmax_s(rope(q_t) . rope(k_s) / sqrt(K)) v_s          sliding_window: s > t - window
+//
+// RoPE works on a view of k: the linear mixers and the cache see it unrotated.
+#include "oryx/mixers/mixer.h"
+#include "oryx/ops/norm/norm.h"
+#include "oryx/ops/rope/rope.h"
+#include "oryx/ops/span_attention/span_attention.h"
+
+namespace oryx {
+
+namespace {
+
+class Attention : public Mixer {
+ public:
+  using Mixer::Mixer;
+
+  std::string name() const override { return "attention"; }
+  bool keeps_tokens() const override { return true; }
+
+  std::vector<ParameterSpec> parameters() const override {
+    if (!config_.qk_norm) return {};
+    return {{"q_norm.weight", {config_.head_dim}, Init::kOnes, false, "norm"},
+            {"k_norm.weight", {config_.head_dim}, Init::kOnes, false, "norm"}};
+  }
+
+  void bind(const ParameterMap& p, const std::string& prefix) override {
+    if (!config_.qk_norm) return;
+    q_norm_ = p.at(prefix + "q_norm.weight");
+    k_norm_ = p.at(prefix + "k_norm.weight");
+  }
+
+  at::Tensor forward(const MixerInput& in) const override {
+    const at::Tensor q = rotate(in.q, q_norm_, in.sequences.positions);  // [B, T, H, K]
+    if (in.cache == nullptr) {
+      const at::Tensor k = rotate(in.k, k_norm_, in.sequences.positions);  // [B, T, Hk, K]
+      return ops::span_attention(q, k, in.v, in.spans, in.sequences.cu_seqlens, {}, {}, window());
+    }
+    return over_cache(q, in);
+  }
+
+  MixerFlops flops(int64_t context) const override {
+    const int64_t seen = window() > 0 ? std::min(window(), context) : context;
+    return {0, 2.0 * config_.num_heads * static_cast<double>(seen) * (config_.head_dim + config_.value_dim())};
+  }
+
+ protected:
+  virtual int64_t window() const { return 0; }
+
+ private:
+  at::Tensor rotate(const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& positions) const {
+    const at::Tensor y = norm_weight.defined() ? ops::rms_norm(x, norm_weight, config_.norm_eps) : x;
+    return config_.rope_theta > 0 ? ops::rope(y, positions, config_.rope_theta) : y;
+  }
+
+  at::Tensor over_cache(const at::Tensor& q, const MixerInput& in) const {
+    const auto& cache = *in.cache;
+    const int64_t N = cache.keys.size(0);
+    const int64_t longest = cache.lengths.max().item<int64_t>();
+    const at::Tensor keys = cache.keys.narrow(1, 0, longest);      // [N, longest, Hk, K]
+    const at::Tensor values = cache.values.narrow(1, 0, longest);  // [N, longest, Hk, V]
+    const at::Tensor positions = at::arange(longest, cache.lengths.options()).expand({N, longest});
+    const at::Tensor k = rotate(keys, k_norm_, positions);
+    if (!in.sequences.cu_seqlens) {
+      return ops::span_attention(q, k, values, in.spans, {}, {}, cache.lengths, window());
+    }
+    // Packed sequences with pasts of different lengths: their keys side by side.
+    std::vector<at::Tensor> ks, vs;
+    std::vector<int32_t> bounds{0};
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t length = cache.lengths[n].item<int64_t>();
+      ks.push_back(k[n].narrow(0, 0, length));
+      vs.push_back(values[n].narrow(0, 0, length));
+      bounds.push_back(bounds.back() + static_cast<int32_t>(length));
+    }
+    const at::Tensor cu_k = at::tensor(bounds, at::kInt);
+    return ops::span_attention(q, at::cat(ks).unsqueeze(0), at::cat(vs).unsqueeze(0), in.spans, in.sequences.cu_seqlens, cu_k, {},
+                               window());
+  }
+
+  at::Tensor q_norm_, k_norm_;
+};
+
+class SlidingWindow : public Attention {
+ public:
+  using Attention::Attention;
+  std::string name() const override { return "sliding_window"; }
+
+ protected:
+  int64_t window() const override { return config_.window; }
+};
+
+ORYX_REGISTER_MIXER("attention", Attention);
+ORYX_REGISTER_MIXER("sliding_window", SlidingWindow);
+
+}  // namespace
+}  // namespace oryx

@@ -1,0 +1,67 @@
+// Mamba-2 (arXiv 2405.21060) on the layer's keys and values: v is Mamba's x, k its B, q its C.
+//
+//   dt_t = softplus(u W_dt + dt_bias),  A = -exp(A_log)                           float32
+//   S_t, o_t: oryx/ops/ssd/ssd.h
+#include <ATen/ATen.h>
+
+#include "oryx/mixers/mixer.h"
+#include "oryx/ops/ssd/ssd.h"
+
+namespace oryx {
+
+namespace {
+
+class Mamba2 : public Mixer {
+ public:
+  using Mixer::Mixer;
+
+  std::string name() const override { return "mamba2"; }
+  bool advances_everywhere() const override { return true; }
+
+  std::vector<ParameterSpec> parameters() const override {
+    const int64_t heads = config_.kv_heads(), D = config_.hidden_size;
+    return {{"dt_proj.weight", {heads, D}, Init::kNormal, true, "decay and step"},
+            {"A_log", {heads}, Init::kLogDecay, false, "decay and step"},
+            {"dt_bias", {heads}, Init::kTimeStep, false, "decay and step"},
+            {"D", {heads}, Init::kOnes, false, "decay and step"}};
+  }
+
+  std::vector<SlotSpec> slots() const override {
+    return {{"mamba2.S", SlotKind::kRecurrent, {config_.kv_heads(), config_.value_dim(), config_.head_dim}, at::kFloat}};
+  }
+
+  void bind(const ParameterMap& p, const std::string& prefix) override {
+    dt_proj_ = p.at(prefix + "dt_proj.weight");
+    A_log_ = p.at(prefix + "A_log");
+    dt_bias_ = p.at(prefix + "dt_bias");
+    D_ = p.at(prefix + "D");
+  }
+
+  at::Tensor forward(const MixerInput& in) const override {
+    const at::Tensor dt_raw = at::linear(in.u.to(dt_proj_.scalar_type()), dt_proj_);  // [B, T, Hk], float32
+    if (in.state == nullptr) {
+      return ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, {}, in.sequences.cu_seqlens, in.spans).o;
+    }
+    at::Tensor S = in.state->tensor("mamba2.S");  // [N, Hk, V, K]
+    if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
+      return ops::ssd_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), dt_raw.squeeze(1), dt_bias_, A_log_, D_, S).unsqueeze(1);
+    }
+    const auto r = ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, S, in.sequences.cu_seqlens, in.spans);
+    S.copy_(r.final_state);
+    return r.o;
+  }
+
+  MixerFlops flops(int64_t) const override {
+    // Recurrent form: the rank-one update and the decay (2 + 1) at every token; the readout and the skip in this mode.
+    const double cell = static_cast<double>(config_.head_dim) * config_.value_dim();
+    return {3 * cell * config_.kv_heads(), (2 * cell + 2.0 * config_.value_dim()) * config_.num_heads};
+  }
+
+ private:
+  at::Tensor dt_proj_, A_log_, dt_bias_, D_;
+};
+
+ORYX_REGISTER_MIXER("mamba2", Mamba2);
+
+}  // namespace
+}  // namespace oryx

@@ -1,0 +1,84 @@
+// The interface of a sequence mixer. A mixer is added by a file pair that derives from Mixer and ends in one ORYX_REGISTER_MIXER line.
+//
+// A layer computes keys, values and queries and hands them to its mixers; a mixer returns the mixed values of the tokens it is
+// asked for and brings its own state up to date over every token.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "oryx/mixers/layer_config.h"
+#include "oryx/mixers/parameter.h"
+#include "oryx/state/state.h"
+
+namespace oryx {
+
+// The sequences of a batch: B rows of T tokens, or one row of packed documents.
+struct Sequences {
+  std::optional<at::Tensor> cu_seqlens;  // [N + 1] int32: packed (B = 1)
+  at::Tensor positions;                  // [B, T] int32: index within the document, past tokens counted
+};
+
+// Keys and values of all tokens so far, for mixers that look back.
+struct KeyValueCache {
+  at::Tensor keys, values;  // [N, capacity, Hk, K or V]; keys before RoPE
+  at::Tensor lengths;       // [N] int32: tokens held, those of this call included
+};
+
+struct MixerInput {
+  at::Tensor u;                        // [B, T, D]: the layer's normalised input
+  at::Tensor q;                        // [B, T, H, K]: this mixer's query, meaningful within spans
+  at::Tensor k, v;                     // [B, T, Hk, K], [B, T, Hk, V]: after convolution and activation
+  std::optional<at::Tensor> spans;     // [n, 3] int32 (row, begin, end): tokens whose output is wanted; absent: all
+  const Sequences& sequences;
+  LayerState* state = nullptr;         // slots of this layer, updated in place; null: nothing before, nothing kept
+  const KeyValueCache* cache = nullptr;  // present with a state, for a mixer that keeps_tokens()
+};
+
+// What a mixer adds to a token's cost, beyond the projections (2 FLOPs a weight). A multiply-add is 2 FLOPs.
+struct MixerFlops {
+  double every_token = 0;  // spent at each token, whatever its mode: the state's update
+  double in_mode = 0;      // spent at a token in this mixer's mode: the readout, or attention over `context` keys
+};
+
+class Mixer {
+ public:
+  explicit Mixer(const LayerConfig& config) : config_(config) {}
+  virtual ~Mixer() = default;
+
+  virtual std::string name() const = 0;
+  // Parameters of its own beside queries, keys and values, with names relative to the mixer ("A_log").
+  virtual std::vector<ParameterSpec> parameters() const { return {}; }
+  // State per sequence that it wants kept, beside keys and values.
+  virtual std::vector<SlotSpec> slots() const { return {}; }
+  // True when it reads the keys and values of all earlier tokens (attention).
+  virtual bool keeps_tokens() const { return false; }
+  // True when its state must advance at every token, also at those in another mode (linear mixers).
+  virtual bool advances_everywhere() const { return false; }
+  // Hands over its parameters (names as declared, under `prefix`).
+  virtual void bind(const ParameterMap&, const std::string& prefix) { (void)prefix; }
+  // -> o [B, T, H, V]; rows outside of spans are zero.
+  virtual at::Tensor forward(const MixerInput& input) const = 0;
+  virtual MixerFlops flops(int64_t context) const = 0;
+
+ protected:
+  LayerConfig config_;
+};
+
+std::unique_ptr<Mixer> make_mixer(const std::string& name, const LayerConfig& config);
+std::vector<std::string> mixer_names();  // sorted
+
+namespace detail {
+using MixerFactory = std::unique_ptr<Mixer> (*)(const LayerConfig&);
+bool register_mixer(const std::string& name, MixerFactory factory);
+}  // namespace detail
+
+#define ORYX_REGISTER_MIXER(name, type)                                                       \
+  static const bool oryx_registered_##type = ::oryx::detail::register_mixer(                  \
+      name, [](const ::oryx::LayerConfig& c) -> std::unique_ptr<::oryx::Mixer> { return std::make_unique<type>(c); })
+
+}  // namespace oryx

@@ -1,0 +1,24 @@
+// A model on disk: a folder with config.json and model.safetensors (and, by the trainer, what else it needs).
+#pragma once
+
+#include <filesystem>
+#include <memory>
+
+#include "oryx/io/safetensors.h"
+#include "oryx/model/language_model.h"
+
+namespace oryx {
+
+// Writes FOLDER/config.json and FOLDER/model.safetensors. Each file is whole or absent.
+void save_model(const LanguageModel& model, const std::filesystem::path& folder);
+
+// Reads a folder written by save_model. Throws Error naming file, key or tensor for anything missing, extra, of another shape or dtype.
+std::unique_ptr<LanguageModel> load_model(const std::filesystem::path& folder, at::ScalarType compute = at::kFloat);
+
+// Copies the file's tensors into the parameters; every parameter must be there with its shape in F32, BF16 or F16, and nothing else.
+void load_parameters(LanguageModel& model, const SafetensorsReader& file);
+
+// A list of named parameters, in order.
+NamedTensors named_parameters(const LanguageModel& model);
+
+}  // namespace oryx

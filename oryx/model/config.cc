@@ -1,0 +1,154 @@
+#include "oryx/model/config.h"
+
+#include <algorithm>
+#include <set>
+
+#include "oryx/common/options.h"
+#include "oryx/mixers/mixer.h"
+#include "oryx/model/language_model.h"
+
+namespace oryx {
+
+std::vector<std::string> ModelConfig::mixers() const {
+  std::vector<std::string> all;
+  for (const auto& layer_list : layer_mixers) {
+    for (const auto& name : layer_list) {
+      if (std::find(all.begin(), all.end(), name) == all.end()) all.push_back(name);
+    }
+  }
+  return all;
+}
+
+void ModelConfig::describe(Fields& f) {
+  f.add("vocab_size", vocab_size, "tokens the model knows", between(2, 1 << 30));
+  f.add("num_layers", num_layers, "depth", between(1, 10000));
+  f.add("layer_mixers", layer_mixers, "the mixers of each layer, the first is its default mode; a shorter list is repeated", one_of(mixer_names()));
+  layer.describe(f);
+  f.add("tie_word_embeddings", tie_word_embeddings, "the output head is the embedding");
+}
+
+void ModelConfig::validate() const {
+  const LayerConfig& l = layer;
+  if (l.num_heads % l.kv_heads() != 0) fail("num_heads is {}, expected a multiple of num_kv_heads {}", l.num_heads, l.kv_heads());
+  if (layer_mixers.empty()) fail("layer_mixers is empty, expected a list of mixers for each layer");
+  if (static_cast<int64_t>(layer_mixers.size()) > num_layers) {
+    fail("layer_mixers names {} layers, but num_layers is {}", layer_mixers.size(), num_layers);
+  }
+  for (size_t i = 0; i < layer_mixers.size(); ++i) {
+    const auto& names = layer_mixers[i];
+    if (names.empty()) fail("layer_mixers[{}] is empty, expected at least one of {}", i, fmt::join(mixer_names(), ", "));
+    if (std::set<std::string>(names.begin(), names.end()).size() != names.size()) {
+      fail("layer_mixers[{}] names a mixer twice: {}", i, fmt::join(names, ", "));
+    }
+  }
+  const auto all = mixers();
+  const bool attends = std::any_of(all.begin(), all.end(), [](const auto& m) { return m == "attention" || m == "sliding_window"; });
+  if (attends && l.rope_theta > 0 && l.head_dim % 2 != 0) {
+    fail("head_dim is {}, expected an even number: rotary embedding pairs dimensions (rope_theta 0 switches it off)", l.head_dim);
+  }
+  if (l.query_conv && !l.conv) fail("query_conv is on but conv is off; switch conv on, or query_conv off");
+  if (l.combine == "mean" && !l.head_norm) fail("combine 'mean' averages head-normalised outputs; switch head_norm on");
+}
+
+namespace {
+
+struct Size {
+  const char* name;
+  int64_t vocab, D, layers, heads, dim, F;
+};
+// Vocabulary 32,000, tied (docs/model.md); tiny is for tests and the quick start.
+constexpr Size kSizes[] = {{"tiny", 4096, 128, 4, 2, 64, 352},    {"130m", 32000, 768, 12, 12, 64, 2048},
+                           {"380m", 32000, 1024, 24, 16, 64, 2752}, {"810m", 32000, 1536, 24, 12, 128, 4096},
+                           {"1.4b", 32000, 2048, 24, 16, 128, 5440}};
+
+struct Variant {
+  const char* name;
+  void (*apply)(ModelConfig&);
+};
+using Lists = std::vector<std::vector<std::string>>;
+const Variant kVariants[] = {
+    {"oryx-gdn", [](ModelConfig& c) { c.layer_mixers = Lists{{"gated_delta_net", "attention"}}; }},
+    {"oryx-mamba2", [](ModelConfig& c) { c.layer_mixers = Lists{{"mamba2", "attention"}}; }},
+    {"transformer",
+     [](ModelConfig& c) {
+       c.layer_mixers = Lists{{"attention"}};
+       c.layer.conv = c.layer.gate = c.layer.head_norm = false;
+     }},
+    {"gdn",
+     [](ModelConfig& c) {
+       c.layer_mixers = Lists{{"gated_delta_net"}};
+       c.layer.query_conv = true;
+     }},
+    {"mamba2",
+     [](ModelConfig& c) {
+       c.layer_mixers = Lists{{"mamba2"}};
+       c.layer.query_conv = true;
+     }},
+    {"inter-layer",
+     [](ModelConfig& c) { c.layer_mixers = Lists{{"gated_delta_net"}, {"gated_delta_net"}, {"gated_delta_net"}, {"attention"}}; }},
+    {"intra-layer",
+     [](ModelConfig& c) {
+       c.layer_mixers = Lists{{"gated_delta_net", "attention"}};
+       c.layer.combine = "mean";
+     }},
+    {"three-mixer", [](ModelConfig& c) { c.layer_mixers = Lists{{"gated_delta_net", "sliding_window", "attention"}}; }},
+};
+
+}  // namespace
+
+std::vector<std::string> preset_sizes() {
+  std::vector<std::string> names;
+  for (const auto& s : kSizes) names.emplace_back(s.name);
+  return names;
+}
+
+std::vector<std::string> preset_variants() {
+  std::vector<std::string> names;
+  for (const auto& v : kVariants) names.emplace_back(v.name);
+  return names;
+}
+
+ModelConfig preset(const std::string& name) {
+  const auto dash = name.find('-');
+  const std::string size_name = name.substr(0, dash);
+  const std::string variant_name = dash == std::string::npos ? "oryx-gdn" : name.substr(dash + 1);
+  const auto* size = std::find_if(std::begin(kSizes), std::end(kSizes), [&](const Size& s) { return s.name == size_name; });
+  if (size == std::end(kSizes)) {
+    fail("unknown preset '{}', expected one of {}, each also as SIZE-VARIANT{}", name, fmt::join(preset_sizes(), ", "),
+         did_you_mean(size_name, preset_sizes()));
+  }
+  const auto* variant = std::find_if(std::begin(kVariants), std::end(kVariants), [&](const Variant& v) { return v.name == variant_name; });
+  if (variant == std::end(kVariants)) {
+    fail("unknown variant '{}' of preset '{}', expected one of {}{}", variant_name, size_name, fmt::join(preset_variants(), ", "),
+         did_you_mean(variant_name, preset_variants()));
+  }
+  ModelConfig c;
+  c.vocab_size = size->vocab;
+  c.num_layers = size->layers;
+  c.layer.hidden_size = size->D;
+  c.layer.num_heads = size->heads;
+  c.layer.head_dim = size->dim;
+  c.layer.intermediate_size = size->F;
+  variant->apply(c);
+  return c;
+}
+
+int64_t count_parameters(const ModelConfig& config) {
+  int64_t n = 0;
+  for (const auto& spec : LanguageModel::parameter_specs(config)) n += spec.numel();
+  return n;
+}
+
+ModelConfig matched(ModelConfig config, int64_t parameters) {
+  // The count is affine in the feed-forward width.
+  constexpr int64_t kStep = 16;
+  config.layer.intermediate_size = kStep;
+  const int64_t base = count_parameters(config);
+  config.layer.intermediate_size = 2 * kStep;
+  const int64_t per_step = count_parameters(config) - base;
+  const int64_t steps = std::max<int64_t>(1, 1 + (parameters - base + per_step / 2) / per_step);
+  config.layer.intermediate_size = steps * kStep;
+  return config;
+}
+
+}  // namespace oryx

@@ -1,0 +1,151 @@
+#include "oryx/model/language_model.h"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/grad_mode.h>
+
+#include "oryx/common/error.h"
+#include "oryx/common/file.h"
+#include "oryx/common/progress.h"
+#include "oryx/model/checkpointing.h"
+#include "oryx/ops/norm/norm.h"
+#include "oryx/ops/rope/rope.h"
+
+namespace oryx {
+
+namespace {
+
+// FNV-1a: a parameter's draws depend on its name, not on what stands before it.
+uint64_t hash_name(const std::string& name) {
+  uint64_t h = 0xcbf29ce484222325;
+  for (const unsigned char c : name) h = (h ^ c) * 0x100000001b3;
+  return h;
+}
+
+void draw(at::Tensor t, const ParameterSpec& spec, uint64_t seed, int64_t layers) {
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(seed ^ hash_name(spec.name));
+  switch (spec.init) {
+    case Init::kNormal: t.normal_(0, 0.02, generator); return;
+    case Init::kResidual: t.normal_(0, 0.02 / std::sqrt(2.0 * static_cast<double>(layers)), generator); return;
+    case Init::kOnes: t.fill_(1); return;
+    case Init::kZeros: t.zero_(); return;
+    case Init::kConv: {
+      const double bound = 1 / std::sqrt(static_cast<double>(spec.shape.back()));
+      t.uniform_(-bound, bound, generator);
+      return;
+    }
+    case Init::kLogDecay: t.uniform_(1, 16, generator).log_(); return;
+    case Init::kTimeStep: {
+      // dt = exp U(log 1e-3, log 1e-1); softplus^-1(dt) = dt + log(-expm1(-dt))
+      t.uniform_(std::log(1e-3), std::log(1e-1), generator).exp_();
+      t.add_(t.neg().expm1().neg().log());
+      return;
+    }
+  }
+}
+
+std::vector<std::unique_ptr<MultiMixerLayer>> make_layers(const ModelConfig& c) {
+  std::vector<std::unique_ptr<MultiMixerLayer>> layers;
+  for (int64_t i = 0; i < c.num_layers; ++i) layers.push_back(std::make_unique<MultiMixerLayer>(c.layer, c.mixers_of(i), i));
+  return layers;
+}
+
+}  // namespace
+
+std::vector<ParameterSpec> LanguageModel::parameter_specs(const ModelConfig& c) {
+  std::vector<ParameterSpec> specs;
+  specs.push_back({"embed.weight", {c.vocab_size, c.layer.hidden_size}, Init::kNormal, true, "embedding"});
+  for (const auto& layer : make_layers(c)) {
+    for (auto& spec : layer->parameters()) specs.push_back(std::move(spec));
+  }
+  specs.push_back({"final_norm.weight", {c.layer.hidden_size}, Init::kOnes, false, "norm"});
+  if (!c.tie_word_embeddings) {
+    specs.push_back({"lm_head.weight", {c.vocab_size, c.layer.hidden_size}, Init::kNormal, true, "output head"});
+  }
+  return specs;
+}
+
+LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType compute, at::ScalarType parameters)
+    : config_(config), compute_(compute), specs_(parameter_specs(config)), layers_(make_layers(config)) {
+  uint64_t bytes = 0;
+  for (const auto& spec : specs_) bytes += static_cast<uint64_t>(spec.numel()) * at::elementSize(parameters);
+  if (const uint64_t free = available_memory(); bytes > free) {
+    fail("the model's parameters take {}, but only {} of memory are free", human_bytes(static_cast<double>(bytes)), human_bytes(static_cast<double>(free)));
+  }
+  for (const auto& spec : specs_) {
+    parameters_.push_back(at::zeros(spec.shape, parameters));
+    map_.add(spec.name, parameters_.back());
+  }
+  for (auto& layer : layers_) layer->bind(map_);
+  embed_ = map_.at("embed.weight");
+  final_norm_ = map_.at("final_norm.weight");
+  if (!config_.tie_word_embeddings) lm_head_ = map_.at("lm_head.weight");
+}
+
+void LanguageModel::initialize(uint64_t seed) {
+  at::NoGradGuard no_grad;
+  for (size_t i = 0; i < specs_.size(); ++i) draw(parameters_[i], specs_[i], seed, config_.num_layers);
+}
+
+void LanguageModel::requires_grad(bool on) {
+  for (auto& p : parameters_) p.requires_grad_(on);
+}
+
+State LanguageModel::make_state(int64_t sequences) const { return State(slots(), sequences); }
+
+std::vector<std::vector<SlotSpec>> LanguageModel::slots() const {
+  std::vector<std::vector<SlotSpec>> s;
+  for (const auto& layer : layers_) s.push_back(layer->slots(compute_));
+  return s;
+}
+
+const Routing& LanguageModel::routing_of(const ModelInput& input, size_t layer) const {
+  TORCH_CHECK(input.routing.size() == 1 || input.routing.size() == layers_.size(), "model: ", input.routing.size(), " routings for ",
+              layers_.size(), " layers");
+  const Routing& r = *input.routing[input.routing.size() == 1 ? 0 : layer];
+  TORCH_CHECK(r.rows() == input.input_ids.size(0) && r.length() == input.input_ids.size(1), "model: the routing is of another batch shape");
+  return r;
+}
+
+at::Tensor LanguageModel::hidden(const ModelInput& input) const {
+  const int64_t B = input.input_ids.size(0), T = input.input_ids.size(1);
+  if (input.input_ids.numel() > 0) {
+    const auto [low, high] = input.input_ids.aminmax();
+    const int64_t lo = low.item<int64_t>(), hi = high.item<int64_t>();
+    if (lo < 0 || hi >= config_.vocab_size) {
+      fail("token id {} is outside of the model's vocabulary of {}; was the text encoded with another tokeniser?", lo < 0 ? lo : hi, config_.vocab_size);
+    }
+  }
+  ForwardPass pass;
+  pass.state = input.state;
+  pass.tap = input.tap;
+  pass.sequences.cu_seqlens = input.cu_seqlens;
+  std::optional<at::Tensor> past;
+  if (input.state != nullptr) past = input.state->lengths_tensor();
+  pass.sequences.positions = ops::sequence_positions(B, T, input.cu_seqlens, past);
+  if (input.cu_seqlens) {
+    const at::Tensor cu = input.cu_seqlens->to(at::kLong).cpu();
+    pass.cu_seqlens.assign(cu.data_ptr<int64_t>(), cu.data_ptr<int64_t>() + cu.numel());
+  }
+  at::Tensor x = at::embedding(embed_, input.input_ids).to(compute_), delta;  // [B, T, D]
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const MultiMixerLayer& layer = *layers_[i];
+    const Routing& routing = routing_of(input, i);
+    auto run = [&layer, &routing, pass](const at::Tensor& a, const at::Tensor& b) mutable { return layer.forward(a, b, routing, pass); };
+    std::tie(x, delta) = input.checkpoint_layers && at::GradMode::is_enabled() ? checkpointed(run, x, delta) : run(x, delta);
+  }
+  if (input.state != nullptr) {
+    std::vector<int64_t> counts(static_cast<size_t>(input.state->sequences()), T);
+    for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
+    input.state->advance(counts);
+  }
+  return std::get<0>(ops::add_rms_norm(delta, x, final_norm_, config_.layer.norm_eps));
+}
+
+ops::CrossEntropyResult LanguageModel::loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef) const {
+  const at::Tensor h = hidden.reshape({-1, hidden.size(-1)});
+  const at::Tensor w = head().scalar_type() == h.scalar_type() ? head() : head().to(h.scalar_type());
+  return ops::linear_cross_entropy(h, w, targets.reshape({-1}), -100, z_coef);
+}
+
+}  // namespace oryx

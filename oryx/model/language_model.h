@@ -1,0 +1,74 @@
+// The multi-mixer language model: embedding, layers, final norm, output projection (docs/model.md).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "oryx/model/config.h"
+#include "oryx/model/layer.h"
+#include "oryx/model/routing.h"
+#include "oryx/ops/cross_entropy/cross_entropy.h"
+#include "oryx/state/state.h"
+
+namespace oryx {
+
+struct ModelInput {
+  at::Tensor input_ids;                  // [B, T] int64
+  std::optional<at::Tensor> cu_seqlens;  // [N + 1] int32: packed documents in one row (B = 1)
+  // One routing for all layers, or one a layer.
+  std::vector<std::shared_ptr<const Routing>> routing;
+  // Tokens before this call and where to keep those of this one; null: the sequences start here and nothing is kept.
+  State* state = nullptr;
+  // Recompute each layer in the backward pass instead of keeping its activations.
+  bool checkpoint_layers = false;
+  std::function<void(std::string_view, int64_t, const at::Tensor&)> tap = {};
+};
+
+class LanguageModel {
+ public:
+  // Parameters are float32 (float64 for checks); `compute` is the type of activations and matrix products.
+  explicit LanguageModel(const ModelConfig& config, at::ScalarType compute = at::kFloat, at::ScalarType parameters = at::kFloat);
+
+  // What a model of this config is made of, without making it.
+  static std::vector<ParameterSpec> parameter_specs(const ModelConfig& config);
+
+  // Draws every parameter from its declared distribution: a function of (seed, name).
+  void initialize(uint64_t seed);
+
+  // -> final hidden states [B, T, D], normalised. Throws Error for token ids outside the vocabulary.
+  at::Tensor hidden(const ModelInput& input) const;
+  // hidden [..., D] -> logits [..., vocabulary]
+  at::Tensor logits(const at::Tensor& hidden) const { return project(hidden, head()); }
+  // Mean cross-entropy of hidden [B, T, D] against targets [B, T] (-100: ignored); logits never stand whole.
+  ops::CrossEntropyResult loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef = 0) const;
+
+  State make_state(int64_t sequences) const;
+  std::vector<std::vector<SlotSpec>> slots() const;
+
+  const ModelConfig& config() const { return config_; }
+  at::ScalarType compute_dtype() const { return compute_; }
+  const std::vector<ParameterSpec>& specs() const { return specs_; }
+  // In the order of specs().
+  const std::vector<at::Tensor>& parameters() const { return parameters_; }
+  const at::Tensor& parameter(const std::string& name) const { return map_.at(name); }
+  const MultiMixerLayer& layer(int64_t i) const { return *layers_[static_cast<size_t>(i)]; }
+  void requires_grad(bool on);
+
+ private:
+  const at::Tensor& head() const { return config_.tie_word_embeddings ? embed_ : lm_head_; }
+  const Routing& routing_of(const ModelInput& input, size_t layer) const;
+
+  ModelConfig config_;
+  at::ScalarType compute_;
+  std::vector<ParameterSpec> specs_;
+  std::vector<at::Tensor> parameters_;
+  ParameterMap map_;
+  std::vector<std::unique_ptr<MultiMixerLayer>> layers_;
+  at::Tensor embed_, final_norm_, lm_head_;
+};
+
+}  // namespace oryx

@@ -1,0 +1,244 @@
+// Properties of whole models: any split, any packing and token-by-token decoding give the parallel form's answer, for every row of the
+// paper's table and under any modes.
+#include "oryx/model/language_model.h"
+
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "oryx/common/error.h"
+#include "oryx/common/random.h"
+#include "oryx/model/inspect.h"
+#include "tests/support/fixtures.h"
+
+namespace oryx {
+namespace {
+
+constexpr double kTolerance = 2e-5;  // float32, two or three small layers, different orders of summation
+
+struct Case {
+  std::string name;
+  ModelConfig config;
+};
+
+ModelConfig small(std::vector<std::vector<std::string>> mixers) {
+  ModelConfig c;
+  c.vocab_size = 61;
+  c.num_layers = 3;
+  c.layer.hidden_size = 48;
+  c.layer.num_heads = 4;
+  c.layer.num_kv_heads = 2;
+  c.layer.head_dim = 16;
+  c.layer.value_head_dim = 24;
+  c.layer.intermediate_size = 64;
+  c.layer.window = 9;
+  c.layer_mixers = std::move(mixers);
+  return c;
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  auto add = [&](const std::string& name, std::vector<std::vector<std::string>> mixers, auto change) {
+    ModelConfig c = small(std::move(mixers));
+    change(c);
+    all.push_back({name, c});
+  };
+  auto nothing = [](ModelConfig&) {};
+  add("oryx_gdn", {{"gated_delta_net", "attention"}}, nothing);
+  add("oryx_gdn_query_conv", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) { c.layer.query_conv = true; });
+  add("oryx_mamba2", {{"mamba2", "attention"}}, nothing);
+  add("transformer", {{"attention"}}, [](ModelConfig& c) { c.layer.conv = c.layer.gate = c.layer.head_norm = false; });
+  add("gdn", {{"gated_delta_net"}}, [](ModelConfig& c) { c.layer.query_conv = true; });
+  add("mamba2", {{"mamba2"}}, [](ModelConfig& c) { c.layer.query_conv = true; });
+  add("inter_layer", {{"gated_delta_net"}, {"attention"}}, nothing);
+  add("intra_layer", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) { c.layer.combine = "mean"; });
+  add("three_mixers", {{"gated_delta_net", "sliding_window", "attention"}}, nothing);
+  add("window_own_query", {{"mamba2", "sliding_window", "attention"}}, [](ModelConfig& c) { c.layer.sliding_window_query = true; });
+  add("shared_query", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) { c.layer.share_query = true; });
+  add("own_kv", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) { c.layer.share_kv = false; });
+  add("qk_norm_untied", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) {
+    c.layer.qk_norm = true;
+    c.tie_word_embeddings = false;
+  });
+  add("no_feed_forward", {{"mamba2"}}, [](ModelConfig& c) { c.layer.intermediate_size = 0; });
+  return all;
+}
+
+std::unique_ptr<LanguageModel> make(const ModelConfig& c) {
+  auto m = std::make_unique<LanguageModel>(c);
+  m->initialize(3);
+  // Louder than the initialisation, so that a wrong token shows.
+  at::NoGradGuard no_grad;
+  for (size_t i = 0; i < m->specs().size(); ++i) {
+    at::Tensor p = m->parameters()[i];
+    if (p.dim() == 2 && m->specs()[i].part != "convolution") p.mul_(6);
+  }
+  return m;
+}
+
+// A random mode for each token of [B, T], in runs.
+std::vector<std::vector<int32_t>> random_modes(CounterRng& rng, int64_t B, int64_t T, size_t mixers) {
+  std::vector<std::vector<int32_t>> modes(static_cast<size_t>(B));
+  for (auto& row : modes) {
+    while (static_cast<int64_t>(row.size()) < T) {
+      const auto mode = static_cast<int32_t>(rng.below(mixers));
+      row.insert(row.end(), 1 + rng.below(7), mode);
+    }
+    row.resize(static_cast<size_t>(T));
+  }
+  return modes;
+}
+
+std::shared_ptr<const Routing> routing(const ModelConfig& c, const std::vector<std::vector<int32_t>>& modes, int64_t begin, int64_t end) {
+  std::vector<RoutedSpan> spans;
+  for (size_t b = 0; b < modes.size(); ++b) {
+    for (int64_t t = begin; t < end; ++t) {
+      const auto at = static_cast<int32_t>(t - begin);
+      spans.push_back({static_cast<int32_t>(b), at, at + 1, modes[b][static_cast<size_t>(t)]});
+    }
+  }
+  return std::make_shared<Routing>(static_cast<int64_t>(modes.size()), end - begin, c.mixers(), spans);
+}
+
+at::Tensor run(const LanguageModel& m, const at::Tensor& ids, std::shared_ptr<const Routing> r, State* state = nullptr,
+               std::optional<at::Tensor> cu = {}) {
+  at::NoGradGuard no_grad;
+  ModelInput in;
+  in.input_ids = ids;
+  in.routing = {std::move(r)};
+  in.state = state;
+  in.cu_seqlens = std::move(cu);
+  return m.logits(m.hidden(in));
+}
+
+at::Tensor random_ids(CounterRng& rng, int64_t B, int64_t T, int64_t vocab) {
+  at::Tensor ids = at::empty({B, T}, at::kLong);
+  for (int64_t i = 0; i < B * T; ++i) ids.data_ptr<int64_t>()[i] = static_cast<int64_t>(rng.below(static_cast<uint64_t>(vocab)));
+  return ids;
+}
+
+class EveryModel : public ::testing::TestWithParam<Case> {};
+
+TEST_P(EveryModel, AnySplitEqualsTheWhole) {
+  const ModelConfig& c = GetParam().config;
+  const auto m = make(c);
+  CounterRng rng(11);
+  const int64_t B = 2, T = 83;
+  const at::Tensor ids = random_ids(rng, B, T, c.vocab_size);
+  const auto modes = random_modes(rng, B, T, c.mixers().size());
+  const at::Tensor whole = run(*m, ids, routing(c, modes, 0, T));
+  // Pieces of many tokens, of one, and of fewer than the convolution's width.
+  const std::vector<std::vector<int64_t>> splits = {{0, 70, 71, 73, 83}, {0, 1, 2, 5, 64, 65, 83}, {0, 83}};
+  for (const auto& cuts : splits) {
+    State state = m->make_state(B);
+    std::vector<at::Tensor> pieces;
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+      pieces.push_back(run(*m, ids.narrow(1, cuts[i], cuts[i + 1] - cuts[i]), routing(c, modes, cuts[i], cuts[i + 1]), &state));
+    }
+    EXPECT_LT(test::fixture_error(at::cat(pieces, 1), whole), kTolerance);
+    EXPECT_EQ(state.bytes().total(), 2 * state_bytes(c, T).total());
+  }
+  State state = m->make_state(B);
+  std::vector<at::Tensor> tokens;
+  for (int64_t t = 0; t < T; ++t) tokens.push_back(run(*m, ids.narrow(1, t, 1), routing(c, modes, t, t + 1), &state));
+  EXPECT_LT(test::fixture_error(at::cat(tokens, 1), whole), kTolerance) << "token by token";
+}
+
+TEST_P(EveryModel, PackedEqualsAlone) {
+  const ModelConfig& c = GetParam().config;
+  const auto m = make(c);
+  CounterRng rng(12);
+  const std::vector<int64_t> lengths = {5, 1, 40, 2, 33};
+  std::vector<int32_t> cu{0};
+  for (const int64_t n : lengths) cu.push_back(cu.back() + static_cast<int32_t>(n));
+  const int64_t T = cu.back();
+  const at::Tensor ids = random_ids(rng, 1, T, c.vocab_size);
+  const auto modes = random_modes(rng, 1, T, c.mixers().size());
+  const at::Tensor bounds = at::tensor(cu, at::kInt);
+  const at::Tensor packed = run(*m, ids, routing(c, modes, 0, T), nullptr, bounds);
+  State together = m->make_state(static_cast<int64_t>(lengths.size()));
+  EXPECT_LT(test::fixture_error(run(*m, ids, routing(c, modes, 0, T), &together, bounds), packed), kTolerance);
+  // Both halves continue: packed again, with pasts of different lengths.
+  const at::Tensor again = run(*m, ids, routing(c, modes, 0, T), &together, bounds);
+  for (size_t n = 0; n < lengths.size(); ++n) {
+    const at::Tensor mine = ids.narrow(1, cu[n], lengths[n]);
+    State alone = m->make_state(1);
+    const auto r = routing(c, modes, cu[n], cu[n + 1]);
+    EXPECT_LT(test::fixture_error(run(*m, mine, r, &alone), packed.narrow(1, cu[n], lengths[n])), kTolerance);
+    EXPECT_LT(test::fixture_error(run(*m, mine, r, &alone), again.narrow(1, cu[n], lengths[n])), kTolerance);
+  }
+}
+
+TEST_P(EveryModel, CheckpointedGradientsAreTheSame) {
+  const ModelConfig& c = GetParam().config;
+  const auto m = make(c);
+  CounterRng rng(13);
+  const at::Tensor ids = random_ids(rng, 2, 40, c.vocab_size);
+  const auto r = routing(c, random_modes(rng, 2, 40, c.mixers().size()), 0, 40);
+  m->requires_grad(true);
+  std::vector<at::Tensor> first;
+  for (const bool checkpointed : {false, true}) {
+    ModelInput in;
+    in.input_ids = ids;
+    in.routing = {r};
+    in.checkpoint_layers = checkpointed;
+    torch::autograd::backward({m->loss(m->hidden(in), ids.roll(-1, 1)).loss}, {});
+    for (size_t i = 0; i < m->parameters().size(); ++i) {
+      at::Tensor p = m->parameters()[i];
+      const at::Tensor g = p.grad().defined() ? p.grad().clone() : at::zeros_like(p);
+      p.mutable_grad() = at::Tensor();
+      if (checkpointed) {
+        EXPECT_TRUE(at::equal(g, first[i])) << m->specs()[i].name;
+      } else {
+        first.push_back(g);
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, EveryModel, ::testing::ValuesIn(cases()), [](const auto& info) { return info.param.name; });
+
+TEST(LanguageModel, PresetTotals) {
+  EXPECT_NEAR(static_cast<double>(count_parameters(preset("130m"))), 124e6, 1e6);
+  EXPECT_NEAR(static_cast<double>(count_parameters(preset("380m"))), 388e6, 2e6);
+  EXPECT_NEAR(static_cast<double>(count_parameters(preset("810m"))), 843e6, 4e6);
+  EXPECT_NEAR(static_cast<double>(count_parameters(preset("1.4b"))), 1.47e9, 1e7);
+}
+
+TEST(LanguageModel, SharedShareAtTheLargestShape) {
+  const auto r = report_parameters(preset("1.4b"));
+  for (const auto& mode : r.modes) EXPECT_GT(mode.shared_share(), 0.92) << mode.mixer;
+}
+
+TEST(LanguageModel, MatchedBaselinesAreWithinOnePercent) {
+  const auto total = static_cast<double>(count_parameters(preset("130m")));
+  for (const auto& variant : preset_variants()) {
+    const auto n = static_cast<double>(count_parameters(matched(preset("130m-" + variant), static_cast<int64_t>(total))));
+    EXPECT_NEAR(n / total, 1, 0.01) << variant;
+  }
+}
+
+TEST(LanguageModel, TransformerPresetIsALlama) {
+  // Embedding + layers x (4 D^2 + 3 D F + 2 D) + D.
+  const int64_t D = 768, F = 2048;
+  EXPECT_EQ(count_parameters(preset("130m-transformer")), 32000 * D + 12 * (4 * D * D + 3 * D * F + 2 * D) + D);
+}
+
+TEST(LanguageModel, RefusesForeignTokens) {
+  const auto m = make(small({{"attention"}}));
+  const auto r = std::make_shared<Routing>(1, 3, "attention");
+  EXPECT_THROW(run(*m, at::tensor({1, 61, 2}, at::kLong).view({1, 3}), r), Error);
+  EXPECT_THROW(run(*m, at::tensor({1, -1, 2}, at::kLong).view({1, 3}), r), Error);
+}
+
+TEST(LanguageModel, InitialisationIsAFunctionOfTheSeed) {
+  LanguageModel a(small({{"gated_delta_net", "attention"}})), b(a.config()), other(a.config());
+  a.initialize(1);
+  b.initialize(1);
+  other.initialize(2);
+  for (size_t i = 0; i < a.parameters().size(); ++i) EXPECT_TRUE(at::equal(a.parameters()[i], b.parameters()[i]));
+  EXPECT_FALSE(at::equal(a.parameter("embed.weight"), other.parameter("embed.weight")));
+}
+
+}  // namespace
+}  // namespace oryx

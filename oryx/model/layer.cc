@@ -1,0 +1,252 @@
+#include "oryx/model/layer.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "oryx/common/error.h"
+#include "oryx/ops/norm/norm.h"
+#include "oryx/ops/short_conv/short_conv.h"
+#include "oryx/ops/swiglu/swiglu.h"
+
+namespace oryx {
+
+namespace {
+
+bool has(const std::vector<std::string>& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+bool conv_silu(const LayerConfig& c, const std::vector<std::string>& mixers) {
+  if (c.conv_activation != "auto") return c.conv_activation == "silu";
+  // The Mamba-2 variant drops the activation for attention's sake (arXiv 2605.28769, appendix).
+  return !(has(mixers, "mamba2") && (has(mixers, "attention") || has(mixers, "sliding_window")));
+}
+
+}  // namespace
+
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight) {
+  return at::linear(x, weight.scalar_type() == x.scalar_type() ? weight : weight.to(x.scalar_type()));
+}
+
+MultiMixerLayer::MultiMixerLayer(const LayerConfig& config, std::vector<std::string> mixers, int64_t index)
+    : config_(config), index_(index), prefix_(fmt::format("layers.{}.", index)), silu_(conv_silu(config, mixers)), names_(std::move(mixers)) {
+  for (const auto& name : names_) {
+    mixers_.push_back(make_mixer(name, config_));
+    const Mixer& mixer = *mixers_.back();
+    if (groups_.empty() || !config_.share_kv) groups_.push_back({config_.share_kv ? "" : name + ".", false, {}, {}, {}, {}});
+    groups_.back().keeps_tokens |= mixer.keeps_tokens();
+    const bool borrows = name == "sliding_window" && has(names_, "attention") && !config_.sliding_window_query;
+    Query query;
+    query.name = config_.share_query ? "q_proj.weight" : (borrows ? "attention" : name) + ".q_proj.weight";
+    query.everywhere = (config_.query_conv && mixer.advances_everywhere()) || combines_all();
+    queries_.push_back(query);
+  }
+  for (auto& q : queries_) {
+    const auto same = [&](const Query& other) { return other.name == q.name; };
+    if (std::count_if(queries_.begin(), queries_.end(), same) > 1) q.everywhere = true;
+  }
+}
+
+std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
+  const LayerConfig& c = config_;
+  const std::string m = prefix_ + "mixer.";
+  std::vector<ParameterSpec> p;
+  p.push_back({prefix_ + "norm1.weight", {c.hidden_size}, Init::kOnes, false, "norm"});
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const auto& g = groups_[i];
+    const std::string owner = config_.share_kv ? "" : names_[i];
+    p.push_back({m + g.prefix + "k_proj.weight", {c.key_width(), c.hidden_size}, Init::kNormal, true, "key and value", owner});
+    p.push_back({m + g.prefix + "v_proj.weight", {c.value_width(), c.hidden_size}, Init::kNormal, true, "key and value", owner});
+    if (!c.conv) continue;
+    p.push_back({m + g.prefix + "k_conv.weight", {c.key_width(), c.conv_kernel}, Init::kConv, false, "convolution", owner});
+    p.push_back({m + g.prefix + "v_conv.weight", {c.value_width(), c.conv_kernel}, Init::kConv, false, "convolution", owner});
+  }
+  if (c.gate) p.push_back({m + "g_proj.weight", {c.output_width(), c.hidden_size}, Init::kNormal, true, "gate"});
+  for (size_t i = 0; i < names_.size(); ++i) {
+    const bool first = std::none_of(queries_.begin(), queries_.begin() + static_cast<int64_t>(i), [&](const Query& q) { return q.name == queries_[i].name; });
+    const bool shared = config_.share_query;
+    if (first) p.push_back({m + queries_[i].name, {c.query_width(), c.hidden_size}, Init::kNormal, true, "query", shared ? "" : names_[i]});
+    if (c.query_conv && mixers_[i]->advances_everywhere()) {
+      p.push_back({m + names_[i] + ".q_conv.weight", {c.query_width(), c.conv_kernel}, Init::kConv, false, "convolution", names_[i]});
+    }
+    for (ParameterSpec own : mixers_[i]->parameters()) {
+      own.name = m + names_[i] + "." + own.name;
+      own.mixer = names_[i];
+      p.push_back(own);
+    }
+  }
+  if (c.head_norm) p.push_back({m + "o_norm.weight", {c.value_dim()}, Init::kOnes, false, "norm"});
+  p.push_back({m + "o_proj.weight", {c.hidden_size, c.output_width()}, Init::kResidual, true, "output"});
+  if (c.intermediate_size > 0) {
+    p.push_back({prefix_ + "norm2.weight", {c.hidden_size}, Init::kOnes, false, "norm"});
+    p.push_back({prefix_ + "mlp.gate_proj.weight", {c.intermediate_size, c.hidden_size}, Init::kNormal, true, "feed-forward"});
+    p.push_back({prefix_ + "mlp.up_proj.weight", {c.intermediate_size, c.hidden_size}, Init::kNormal, true, "feed-forward"});
+    p.push_back({prefix_ + "mlp.down_proj.weight", {c.hidden_size, c.intermediate_size}, Init::kResidual, true, "feed-forward"});
+  }
+  return p;
+}
+
+std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute) const {
+  const LayerConfig& c = config_;
+  std::vector<SlotSpec> s;
+  for (const auto& g : groups_) {
+    if (c.conv) {
+      s.push_back({g.prefix + "k_conv", SlotKind::kTail, {c.key_width(), c.conv_kernel - 1}, compute});
+      s.push_back({g.prefix + "v_conv", SlotKind::kTail, {c.value_width(), c.conv_kernel - 1}, compute});
+    }
+    if (g.keeps_tokens) {
+      s.push_back({g.prefix + "keys", SlotKind::kPerToken, {c.kv_heads(), c.head_dim}, compute});
+      s.push_back({g.prefix + "values", SlotKind::kPerToken, {c.kv_heads(), c.value_dim()}, compute});
+    }
+  }
+  for (size_t i = 0; i < mixers_.size(); ++i) {
+    if (c.query_conv && mixers_[i]->advances_everywhere()) {
+      s.push_back({names_[i] + ".q_conv", SlotKind::kTail, {c.query_width(), c.conv_kernel - 1}, compute});
+    }
+    for (const auto& own : mixers_[i]->slots()) s.push_back(own);
+  }
+  return s;
+}
+
+void MultiMixerLayer::bind(const ParameterMap& p) {
+  const std::string m = prefix_ + "mixer.";
+  norm1_ = p.at(prefix_ + "norm1.weight");
+  for (auto& g : groups_) {
+    g.k_proj = p.at(m + g.prefix + "k_proj.weight");
+    g.v_proj = p.at(m + g.prefix + "v_proj.weight");
+    if (!config_.conv) continue;
+    g.k_conv = p.at(m + g.prefix + "k_conv.weight");
+    g.v_conv = p.at(m + g.prefix + "v_conv.weight");
+  }
+  if (config_.gate) g_proj_ = p.at(m + "g_proj.weight");
+  for (size_t i = 0; i < names_.size(); ++i) {
+    queries_[i].proj = p.at(m + queries_[i].name);
+    if (config_.query_conv && mixers_[i]->advances_everywhere()) queries_[i].conv = p.at(m + names_[i] + ".q_conv.weight");
+    mixers_[i]->bind(p, m + names_[i] + ".");
+  }
+  if (config_.head_norm) o_norm_ = p.at(m + "o_norm.weight");
+  o_proj_ = p.at(m + "o_proj.weight");
+  if (config_.intermediate_size > 0) {
+    norm2_ = p.at(prefix_ + "norm2.weight");
+    gate_proj_ = p.at(prefix_ + "mlp.gate_proj.weight");
+    up_proj_ = p.at(prefix_ + "mlp.up_proj.weight");
+    down_proj_ = p.at(prefix_ + "mlp.down_proj.weight");
+  }
+}
+
+at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weight, const std::string& slot, ForwardPass& pass) const {
+  const auto act = silu_ ? ops::Activation::kSilu : ops::Activation::kNone;
+  if (pass.state == nullptr) return ops::short_conv(x, weight, {}, {}, pass.sequences.cu_seqlens, act).y;
+  at::Tensor tail = pass.state->layer(index_).tensor(slot);  // [N, C, w - 1]
+  if (x.size(1) == 1 && !pass.sequences.cu_seqlens) return ops::short_conv_step(x.squeeze(1), weight, {}, tail, act).unsqueeze(1);
+  const auto r = ops::short_conv(x, weight, {}, tail, pass.sequences.cu_seqlens, act);
+  tail.copy_(r.final_state);
+  return r.y;
+}
+
+MultiMixerLayer::KeyValues MultiMixerLayer::project_kv(const KeyValueGroup& group, const at::Tensor& u, ForwardPass& pass) const {
+  const LayerConfig& c = config_;
+  const int64_t B = u.size(0), T = u.size(1);
+  at::Tensor k = project(u, group.k_proj), v = project(u, group.v_proj);  // [B, T, Hk K], [B, T, Hk V]
+  if (c.conv) {
+    k = convolve(k, group.k_conv, group.prefix + "k_conv", pass);
+    v = convolve(v, group.v_conv, group.prefix + "v_conv", pass);
+  }
+  KeyValues kv{k.view({B, T, c.kv_heads(), c.head_dim}), v.view({B, T, c.kv_heads(), c.value_dim()}), {}, false};
+  if (pass.state == nullptr || !group.keeps_tokens) return kv;
+  const auto* cu = pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens;
+  pass.state->append(index_, group.prefix + "keys", kv.k, cu);
+  pass.state->append(index_, group.prefix + "values", kv.v, cu);
+  const auto& slots = pass.state->layer(index_);
+  at::Tensor fresh = at::full({pass.state->sequences()}, T, at::kInt);
+  if (cu != nullptr) fresh = at::diff(*pass.sequences.cu_seqlens);
+  kv.cache = {slots.tensor(group.prefix + "keys"), slots.tensor(group.prefix + "values"), pass.state->lengths_tensor() + fresh};
+  kv.cached = true;
+  return kv;
+}
+
+at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const {
+  // A gather and a scatter cost less than projecting tokens whose query nobody reads.
+  if (query.everywhere || tokens.all) return project(u, query.proj);
+  const int64_t B = u.size(0), T = u.size(1);
+  const at::Tensor q = project(u.view({B * T, -1}).index_select(0, tokens.index), query.proj);
+  return at::zeros({B * T, q.size(-1)}, q.options()).index_copy(0, tokens.index, q).view({B, T, -1});
+}
+
+at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, ForwardPass& pass) const {
+  const LayerConfig& c = config_;
+  const int64_t B = u.size(0), T = u.size(1);
+  LayerState* state = pass.state != nullptr ? &pass.state->layer(index_) : nullptr;
+  static const TokenSet kEverything;
+  std::vector<KeyValues> kvs;
+  for (const auto& g : groups_) kvs.push_back(project_kv(g, u, pass));
+  std::vector<at::Tensor> outputs;  // [B, T, H, V] each
+  std::map<std::string, at::Tensor> projected;
+  for (size_t m = 0; m < mixers_.size(); ++m) {
+    const TokenSet& tokens = combines_all() ? kEverything : routing.tokens(names_, m);
+    const bool idle = !combines_all() && tokens.count == 0;
+    // A state must see every token; a mixer with none to answer for and no state to keep costs nothing.
+    if (idle && (state == nullptr || !mixers_[m]->advances_everywhere())) continue;
+    const Query& query = queries_[m];
+    at::Tensor q;
+    if (auto it = projected.find(query.name); it != projected.end()) {
+      q = it->second;
+    } else {
+      q = project_query(query, tokens, u);
+      if (query.everywhere) projected.emplace(query.name, q);
+    }
+    if (query.conv.defined()) q = convolve(q, query.conv, names_[m] + ".q_conv", pass);
+    const KeyValues& kv = kvs[config_.share_kv ? 0 : m];
+    const MixerInput input{u, q.view({B, T, c.num_heads, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
+                           kv.cached && mixers_[m]->keeps_tokens() ? &kv.cache : nullptr};
+    at::Tensor part = mixers_[m]->forward(input);
+    if (idle) continue;
+    // One-token steps read out every row; rows in another mode are dropped here.
+    if (T == 1 && state != nullptr && tokens.index.defined()) {
+      part = at::zeros_like(part).index_copy(0, tokens.index, part.index_select(0, tokens.index));
+    }
+    outputs.push_back(part);
+  }
+  at::Tensor o;
+  for (at::Tensor part : outputs) {
+    // mean: each output is head-normalised before the average; select: they are zero but for their own tokens.
+    if (combines_all() && c.head_norm) part = ops::rms_norm(part, o_norm_, c.norm_eps);
+    o = o.defined() ? o + part : part;
+  }
+  if (combines_all()) o = o / static_cast<double>(outputs.size());
+  const bool norm = c.head_norm && !combines_all();
+  const at::Tensor gate = c.gate ? project(u, g_proj_).view(o.sizes()) : at::Tensor();
+  if (norm && c.gate) {
+    o = ops::gated_rms_norm(o, gate, o_norm_, c.norm_eps);
+  } else {
+    if (norm) o = ops::rms_norm(o, o_norm_, c.norm_eps);
+    if (c.gate) o = ops::swiglu(gate, o);
+  }
+  return project(o.reshape({B, T, c.output_width()}), o_proj_);
+}
+
+at::Tensor MultiMixerLayer::feed_forward(const at::Tensor& h) const {
+  return project(ops::swiglu(project(h, gate_proj_), project(h, up_proj_)), down_proj_);
+}
+
+std::pair<at::Tensor, at::Tensor> MultiMixerLayer::forward(const at::Tensor& x, const at::Tensor& delta, const Routing& routing,
+                                                           ForwardPass& pass) const {
+  at::Tensor u, stream = x;
+  if (delta.defined()) {
+    std::tie(u, stream) = ops::add_rms_norm(delta, x, norm1_, config_.norm_eps);
+  } else {
+    u = ops::rms_norm(x, norm1_, config_.norm_eps);
+  }
+  at::Tensor y = mix(u, routing, pass);
+  if (pass.tap) pass.tap("mixer_out", index_, y);
+  if (config_.intermediate_size > 0) {
+    at::Tensor h;
+    std::tie(h, stream) = ops::add_rms_norm(y, stream, norm2_, config_.norm_eps);
+    y = feed_forward(h);
+  }
+  if (pass.tap) pass.tap("hidden", index_, stream + y);
+  return {stream, y};
+}
+
+}  // namespace oryx

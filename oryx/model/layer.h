@@ -1,0 +1,84 @@
+// One multi-mixer layer (docs/model.md): keys, values and gate computed once, mixed by each token's mixer, written back through one
+// output projection; then the feed-forward.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "oryx/mixers/mixer.h"
+#include "oryx/model/routing.h"
+
+namespace oryx {
+
+// What the layers of one forward pass share.
+struct ForwardPass {
+  Sequences sequences;
+  std::vector<int64_t> cu_seqlens;  // host copy, empty when not packed
+  State* state = nullptr;
+  // Called with ("mixer_out" or "hidden", layer, tensor [B, T, D]) when set: for tests and probes.
+  std::function<void(std::string_view, int64_t, const at::Tensor&)> tap;
+};
+
+class MultiMixerLayer {
+ public:
+  MultiMixerLayer(const LayerConfig& config, std::vector<std::string> mixers, int64_t index);
+
+  std::vector<ParameterSpec> parameters() const;  // full names ("layers.3.mixer.k_proj.weight")
+  std::vector<SlotSpec> slots(at::ScalarType compute) const;
+  void bind(const ParameterMap& p);
+
+  // x [B, T, D] is the residual stream before `delta` (the last sublayer's output, [B, T, D] or undefined) is added: the sum and
+  // the norm that follows are one pass. Returns the same pair for the next layer.
+  std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& delta, const Routing& routing,
+                                            ForwardPass& pass) const;
+
+  const std::vector<std::string>& mixer_names() const { return names_; }
+  const Mixer& mixer(size_t m) const { return *mixers_[m]; }
+  const LayerConfig& config() const { return config_; }
+
+ private:
+  // A key/value projection with its convolutions: one for the layer, or one a mixer (share_kv false).
+  struct KeyValueGroup {
+    std::string prefix;  // "" or "attention."
+    bool keeps_tokens = false;
+    at::Tensor k_proj, v_proj, k_conv, v_conv;
+  };
+  struct Query {
+    std::string name;  // the projection's name: several mixers may share one
+    at::Tensor proj, conv;
+    bool everywhere = false;  // needed at every token: a convolution runs over it, or several mixers read it
+  };
+  struct KeyValues {
+    at::Tensor k, v;
+    KeyValueCache cache;
+    bool cached = false;
+  };
+
+  bool combines_all() const { return config_.combine == "mean"; }
+  KeyValues project_kv(const KeyValueGroup& group, const at::Tensor& u, ForwardPass& pass) const;
+  at::Tensor project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const;
+  at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const std::string& slot, ForwardPass& pass) const;
+  at::Tensor mix(const at::Tensor& u, const Routing& routing, ForwardPass& pass) const;
+  at::Tensor feed_forward(const at::Tensor& h) const;
+
+  LayerConfig config_;
+  int64_t index_;
+  std::string prefix_;
+  bool silu_;  // the convolutions' activation
+  std::vector<std::string> names_;
+  std::vector<std::unique_ptr<Mixer>> mixers_;
+  std::vector<KeyValueGroup> groups_;   // one, or one a mixer
+  std::vector<Query> queries_;          // one a mixer
+  at::Tensor norm1_, norm2_, g_proj_, o_norm_, o_proj_, gate_proj_, up_proj_, down_proj_;
+};
+
+// y = x W^T with the weight cast to x's dtype. x [..., in], weight [out, in].
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight);
+
+}  // namespace oryx

@@ -1,0 +1,54 @@
+// Which mixer each token of a batch takes, in the forms that a layer needs: spans for the operators, indices for projections.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace oryx {
+
+// The tokens of a batch that one mixer answers for.
+struct TokenSet {
+  bool all = true;
+  int64_t count = 0;                // tokens
+  std::optional<at::Tensor> spans;  // [n, 3] int32 (row, begin, end); absent: all
+  at::Tensor index;                 // [count] int64 into the flat [B * T] tokens; undefined: all
+};
+
+struct RoutedSpan {
+  int32_t row, begin, end;  // tokens [begin, end) of batch row `row`
+  int32_t mixer;            // index into the routing's mixer names
+};
+
+class Routing {
+ public:
+  // Every token in one mixer.
+  Routing(int64_t B, int64_t T, const std::string& mixer);
+  // `spans` cover every token of every row exactly once, sorted by (row, begin).
+  Routing(int64_t B, int64_t T, std::vector<std::string> mixers, std::vector<RoutedSpan> spans);
+
+  // What mixer `m` of a layer with these mixers answers for. A token whose mixer the layer lacks goes to the layer's first.
+  const TokenSet& tokens(const std::vector<std::string>& layer_mixers, size_t m) const;
+  // Share of the batch's tokens that the schedule puts in `mixer`.
+  double share(const std::string& mixer) const;
+  int64_t rows() const { return B_; }
+  int64_t length() const { return T_; }
+  const std::vector<std::string>& mixers() const { return mixers_; }
+  const std::vector<RoutedSpan>& spans() const { return spans_; }
+
+ private:
+  std::vector<TokenSet> split(const std::vector<std::string>& layer_mixers) const;
+
+  int64_t B_, T_;
+  std::vector<std::string> mixers_;
+  std::vector<RoutedSpan> spans_;
+  // Layers of one kind share their token sets.
+  mutable std::map<std::vector<std::string>, std::vector<TokenSet>> cache_;
+};
+
+}  // namespace oryx
