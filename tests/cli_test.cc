@@ -72,7 +72,8 @@ TEST(Program, FullDiskIsAnError) {
 }
 
 TEST(Program, ClosedPipeEndsQuietly) {
-  const auto r = run_command({"bash", "-c", "{ sleep 0.2; \"$0\" --help; echo \"code $?\" >&2; } | true", ORYX_PROGRAM});
+  const auto r =
+      run_command({"bash", "-c", "{ sleep 0.2; \"$0\" --help; echo \"code $?\" >&2; } | true", ORYX_PROGRAM});
   EXPECT_EQ(r.err, "code 141\n");
 }
 

@@ -117,11 +117,13 @@ std::string first_line(std::string_view text) { return std::string(text.substr(0
 }
 
 void parse_and_run(std::vector<std::string> arguments) {
-  CLI::App app("Multi-mixer language models: softmax attention and linear recurrences that share one set of weights.", "oryx");
+  CLI::App app("Multi-mixer language models: softmax attention and linear recurrences that share one set of weights.",
+               "oryx");
   app.fallthrough();
   app.require_subcommand(0, 1);
   app.set_version_flag("--version", fmt::format("oryx {} (libtorch {})", ORYX_VERSION, TORCH_VERSION));
-  app.add_option_function<int>("--threads", [](const int& n) { at::set_num_threads(n); }, "CPU threads to use (default: all cores)")
+  app.add_option_function<int>(
+         "--threads", [](const int& n) { at::set_num_threads(n); }, "CPU threads to use (default: all cores)")
       ->check(CLI::Range(1, 4096))
       ->type_name("N");
   for (const Command& c : commands()) c.setup(*app.add_subcommand(c.name, c.summary));

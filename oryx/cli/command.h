@@ -11,8 +11,9 @@
 //       app.callback([o] { count(*o); });
 //     });
 //
-// A command that has subcommands of its own adds them with app.add_subcommand and app.require_subcommand(1). Errors are thrown
-// (oryx::fail); main prints them as one line. Options of the whole program (--threads) are accepted behind a subcommand too.
+// A command that has subcommands of its own adds them with app.add_subcommand and app.require_subcommand(1). Errors are
+// thrown (oryx::fail); main prints them as one line. Options of the whole program (--threads) are accepted behind a
+// subcommand too.
 #pragma once
 
 #include <fmt/format.h>
@@ -36,10 +37,12 @@ struct Registration {
   Registration(const char* name, const char* summary, void (*setup)(CLI::App&));
 };
 
-// Thrown when the reader of standard output is gone (`oryx ... | head`): the program ends quietly with 141, as the shell expects.
+// Thrown when the reader of standard output is gone (`oryx ... | head`): the program ends quietly with 141, as the
+// shell expects.
 struct OutputClosed {};
 
-// Writes to standard output; throws OutputClosed or oryx::Error (disk full). Results go here, everything else to standard error.
+// Writes to standard output; throws OutputClosed or oryx::Error (disk full). Results go here, everything else to
+// standard error.
 void write(std::string_view text);
 // Makes what was written visible now (streamed tokens).
 void flush();

@@ -111,8 +111,10 @@ TEST(Commands, UnknownNamesAreNamedWithTheNearest) {
   expect_error({"gruop"}, 1, "unknown command 'gruop' of oryx. Did you mean 'group'?");
   expect_error({"qqqqqqq"}, 1, "unknown command 'qqqqqqq' of oryx; expected one of: group, zthrow");
   expect_error({"group", "trian", "--size", "3"}, 1, "unknown command 'trian' of oryx group. Did you mean 'train'?");
-  expect_error({"group", "train", "--sise", "3"}, 1, "unknown option '--sise' of oryx group train. Did you mean '--size'?");
-  expect_error({"group", "train", "--sise=3"}, 1, "unknown option '--sise' of oryx group train. Did you mean '--size'?");
+  expect_error({"group", "train", "--sise", "3"}, 1,
+               "unknown option '--sise' of oryx group train. Did you mean '--size'?");
+  expect_error({"group", "train", "--sise=3"}, 1,
+               "unknown option '--sise' of oryx group train. Did you mean '--size'?");
   expect_error({"group", "train", "--treads", "3"}, 1,
                "unknown option '--treads' of oryx group train. Did you mean '--threads'?");
   expect_error({"group", "show", "extra"}, 1, "unexpected argument 'extra'; see oryx group show --help");

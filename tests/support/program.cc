@@ -73,7 +73,8 @@ ProgramResult run_command(const std::vector<std::string>& command, const Program
 
   std::vector<std::string> words = command, env = environment(options.env);
   pid_t pid = 0;
-  const int error = posix_spawnp(&pid, words[0].c_str(), &actions, nullptr, pointers(words).data(), pointers(env).data());
+  const int error =
+      posix_spawnp(&pid, words[0].c_str(), &actions, nullptr, pointers(words).data(), pointers(env).data());
   posix_spawn_file_actions_destroy(&actions);
   if (error != 0) throw std::runtime_error("cannot start " + command[0]);
 

@@ -13,9 +13,9 @@ struct ProgramResult {
 };
 
 struct ProgramOptions {
-  std::string input = {};                  // what stands on standard input
-  std::string folder = {};                 // working folder; default: the tests' own
-  std::string stdout_path = {};            // standard output goes there ("/dev/full") and `out` stays empty
+  std::string input = {};                       // what stands on standard input
+  std::string folder = {};                      // working folder; default: the tests' own
+  std::string stdout_path = {};                 // standard output goes there ("/dev/full") and `out` stays empty
   std::map<std::string, std::string> env = {};  // added to the tests' own environment
 };
 
