@@ -1,0 +1,197 @@
+#include "oryx/cli/command.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#include <fmt/ranges.h>
+#include <torch/headeronly/version.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <new>
+#include <system_error>
+
+#include "oryx/common/error.h"
+#include "oryx/common/progress.h"
+
+namespace oryx::cli {
+
+namespace {
+
+std::vector<Command>& registry() {
+  static std::vector<Command> all;
+  return all;
+}
+
+void output_failed(int code) {
+  if (code == EPIPE) throw OutputClosed{};
+  errno = code;
+  fail_errno("standard output", "write");
+}
+
+}  // namespace
+
+std::vector<Command> commands() {
+  std::vector<Command> all = registry();
+  std::sort(all.begin(), all.end(), [](const Command& a, const Command& b) { return a.name < b.name; });
+  return all;
+}
+
+Registration::Registration(const char* name, const char* summary, void (*setup)(CLI::App&)) {
+  registry().push_back({name, summary, setup});
+}
+
+void write(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) output_failed(errno);
+}
+
+void flush() {
+  if (std::fflush(stdout) != 0) output_failed(errno);
+}
+
+namespace {
+
+// The app of the innermost subcommand that was given.
+CLI::App& innermost(CLI::App& app) {
+  CLI::App* at = &app;
+  while (!at->get_subcommands().empty()) at = at->get_subcommands().back();
+  return *at;
+}
+
+// "oryx tokenizer train"
+std::string full_name(const CLI::App& app) {
+  const CLI::App* parent = app.get_parent();
+  return parent == nullptr ? app.get_name() : full_name(*parent) + " " + app.get_name();
+}
+
+std::vector<std::string> option_names(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* at = &app; at != nullptr; at = at->get_parent()) {
+    for (const CLI::Option* o : at->get_options()) {
+      for (const auto& n : o->get_lnames()) names.push_back("--" + n);
+    }
+  }
+  return names;
+}
+
+std::vector<std::string> command_names(const CLI::App& app) {
+  std::vector<std::string> names;
+  for (const CLI::App* s : app.get_subcommands([](const CLI::App*) { return true; })) names.push_back(s->get_name());
+  return names;
+}
+
+// What is wrong with an argument that nothing took.
+std::string about_unknown(const CLI::App& app, const std::string& argument) {
+  if (argument.starts_with("-") && argument.size() > 1) {
+    const std::string name = argument.substr(0, argument.find('='));
+    const std::string hint = did_you_mean(name, option_names(app));
+    return fmt::format("unknown option '{}' of {}{}", name, full_name(app),
+                       hint.empty() ? fmt::format("; see {} --help", full_name(app)) : hint);
+  }
+  const std::vector<std::string> names = command_names(app);
+  if (names.empty()) return fmt::format("unexpected argument '{}'; see {} --help", argument, full_name(app));
+  const std::string hint = did_you_mean(argument, names);
+  return fmt::format("unknown command '{}' of {}{}", argument, full_name(app),
+                     hint.empty() ? fmt::format("; expected one of: {}", fmt::join(names, ", ")) : hint);
+}
+
+std::string one_line(std::string_view text) {
+  std::string line;
+  for (const char c : text) line += c == '\n' || c == '\r' ? ' ' : c;
+  line.erase(line.find_last_not_of(' ') + 1);
+  return line;
+}
+
+std::string first_line(std::string_view text) { return std::string(text.substr(0, text.find('\n'))); }
+
+[[noreturn]] void fail_parse(CLI::App& app, const CLI::ParseError& e) {
+  const CLI::App& inner = innermost(app);
+  const std::vector<std::string> unknown = app.remaining(true);
+  if (!unknown.empty()) throw Error(about_unknown(inner, unknown.front()));
+  const std::vector<std::string> names = command_names(inner);
+  if (!names.empty()) {
+    fail("{} is given no command; expected one of: {}; see {} --help", full_name(inner), fmt::join(names, ", "),
+         full_name(inner));
+  }
+  fail("{}; see {} --help", one_line(e.what()), full_name(inner));
+}
+
+void parse_and_run(std::vector<std::string> arguments) {
+  CLI::App app("Multi-mixer language models: softmax attention and linear recurrences that share one set of weights.",
+               "oryx");
+  app.fallthrough();
+  app.require_subcommand(0, 1);
+  app.set_version_flag("--version", fmt::format("oryx {} (libtorch {})", ORYX_VERSION, TORCH_VERSION));
+  app.add_option_function<int>(
+         "--threads", [](const int& n) { at::set_num_threads(n); }, "CPU threads to use (default: all cores)")
+      ->check(CLI::Range(1, 4096))
+      ->type_name("N");
+  for (const Command& c : commands()) c.setup(*app.add_subcommand(c.name, c.summary));
+  std::reverse(arguments.begin(), arguments.end());  // CLI11 takes them from the back
+  try {
+    app.parse(std::move(arguments));
+  } catch (const CLI::CallForHelp&) {
+    return write(app.help());
+  } catch (const CLI::CallForVersion& e) {
+    return write(std::string(e.what()) + "\n");
+  } catch (const CLI::ParseError& e) {
+    fail_parse(app, e);
+  }
+  if (app.get_subcommands().empty()) {
+    fail("no command given; expected one of: {}; see oryx --help", fmt::join(command_names(app), ", "));
+  }
+}
+
+int report(int code, std::string_view what) {
+  ProgressBar::wipe_line();
+  std::fputs(fmt::format("oryx: error: {}\n", one_line(what)).c_str(), stderr);
+  return code;
+}
+
+// libtorch's CPU allocator has no exception type of its own.
+bool is_out_of_memory(const c10::Error& e) {
+  return dynamic_cast<const c10::OutOfMemoryError*>(&e) != nullptr ||
+         std::string_view(e.what()).find("can't allocate memory") != std::string_view::npos;
+}
+
+// Runs `f` and turns what it throws into a line and an exit code.
+template <typename F>
+int guarded(F&& f) {
+  try {
+    f();
+    return 0;
+  } catch (const OutputClosed&) {
+    return 141;
+  } catch (const Interrupted& e) {
+    return report(130, e.what());
+  } catch (const Error& e) {
+    return report(1, e.what());
+  } catch (const std::bad_alloc&) {
+    return report(1, "out of memory");
+  } catch (const c10::Error& e) {
+    const std::string line = first_line(e.what_without_backtrace());
+    return is_out_of_memory(e) ? report(1, "out of memory: " + line) : report(2, "internal error: " + line);
+  } catch (const std::system_error& e) {
+    if (e.code() == std::errc::broken_pipe) return 141;
+    return report(1, e.what());
+  } catch (const std::exception& e) {
+    return report(2, "internal error: " + first_line(e.what()));
+  } catch (...) {
+    return report(2, "internal error: an exception of unknown type");
+  }
+}
+
+}  // namespace
+
+int run_program(std::vector<std::string> arguments) {
+  const int code = guarded([&] { parse_and_run(std::move(arguments)); });
+  // What is still in the buffer may meet a full disk or a closed pipe; a result that was not written is no success.
+  const int flushed = guarded([] {
+    const bool failed_before = std::ferror(stdout) != 0;
+    flush();
+    if (failed_before) fail("standard output: an earlier write failed");
+  });
+  return code != 0 ? code : flushed;
+}
+
+}  // namespace oryx::cli

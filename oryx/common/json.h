@@ -1,0 +1,22 @@
+// JSON files that people write: one-line errors with line and column, duplicate keys refused.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+
+namespace oryx {
+
+// Keeps the order of keys.
+using Json = nlohmann::ordered_json;
+
+// `source` (a file's name) starts the message of an oryx::Error.
+Json parse_json(std::string_view text, std::string_view source);
+
+// What a value is, for an error's "found ...": its text, shortened, and its type where that is not plain to see.
+std::string describe_json(const Json& value);
+
+// Whether `text` is valid UTF-8 (JSON text must be).
+bool is_utf8(std::string_view text);
+
+}  // namespace oryx

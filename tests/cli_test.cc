@@ -1,0 +1,81 @@
+// The program's conventions: exit codes, one-line errors, where output goes.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/support/program.h"
+
+namespace oryx::test {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::MatchesRegex;
+using ::testing::StartsWith;
+
+void expect_one_line_error(const ProgramResult& r, int code = 1) {
+  EXPECT_EQ(r.exit_code, code);
+  EXPECT_EQ(r.out, "");
+  EXPECT_THAT(r.err, StartsWith("oryx: error: "));
+  EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+  EXPECT_EQ(r.err.back(), '\n');
+}
+
+TEST(Program, Version) {
+  const auto r = run({"--version"});
+  EXPECT_EQ(r.exit_code, 0);
+  EXPECT_THAT(r.out, MatchesRegex("oryx [0-9]+\\.[0-9]+\\.[0-9]+ \\(libtorch 2\\..*\\)\n"));
+  EXPECT_EQ(r.err, "");
+}
+
+TEST(Program, HelpGoesToStandardOutput) {
+  const auto r = run({"--help"});
+  EXPECT_EQ(r.exit_code, 0);
+  EXPECT_THAT(r.out, HasSubstr("--threads N"));
+  EXPECT_EQ(r.err, "");
+}
+
+TEST(Program, NoCommandIsAnError) {
+  const auto r = run({});
+  expect_one_line_error(r);
+  EXPECT_THAT(r.err, HasSubstr("no command given"));
+}
+
+TEST(Program, UnknownOptionNamesTheNearest) {
+  const auto r = run({"--verison"});
+  expect_one_line_error(r);
+  EXPECT_THAT(r.err, HasSubstr("unknown option '--verison' of oryx. Did you mean '--version'?"));
+}
+
+TEST(Program, UnknownOptionWithNothingNear) {
+  const auto r = run({"--frobnicate=3"});
+  expect_one_line_error(r);
+  EXPECT_THAT(r.err, HasSubstr("unknown option '--frobnicate' of oryx; see oryx --help"));
+}
+
+TEST(Program, UnknownCommand) {
+  const auto r = run({"frobnicate"});
+  expect_one_line_error(r);
+  EXPECT_THAT(r.err, HasSubstr("'frobnicate'"));
+}
+
+TEST(Program, ThreadsMustBeAPositiveNumber) {
+  for (const char* bad : {"0", "-1", "two", "1.5", "99999999999"}) {
+    const auto r = run({"--threads", bad});
+    expect_one_line_error(r);
+    EXPECT_THAT(r.err, HasSubstr("--threads")) << bad;
+  }
+}
+
+TEST(Program, FullDiskIsAnError) {
+  const auto r = run({"--help"}, {.stdout_path = "/dev/full"});
+  expect_one_line_error(r);
+  EXPECT_THAT(r.err, HasSubstr("standard output: cannot write: No space left on device"));
+}
+
+TEST(Program, ClosedPipeEndsQuietly) {
+  const auto r =
+      run_command({"bash", "-c", "{ sleep 0.2; \"$0\" --help; echo \"code $?\" >&2; } | true", ORYX_PROGRAM});
+  EXPECT_EQ(r.err, "code 141\n");
+}
+
+}  // namespace
+}  // namespace oryx::test
