@@ -1,0 +1,147 @@
+#include "oryx/ops/gated_delta/gated_delta.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "oryx/ops/gated_delta/gated_delta_internal.h"
+
+namespace oryx::ops {
+
+namespace {
+
+using gated_delta::Gradients;
+using gated_delta::Inputs;
+using gated_delta::Outputs;
+using gated_delta::Problem;
+using Optional = std::optional<at::Tensor>;
+
+Problem check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+              const at::Tensor& beta, const Optional& initial_state, const Optional& cu_seqlens, const Optional& spans,
+              std::optional<double> scale, double l2_eps) {
+  return gated_delta::check_arguments("gated_delta_rule", q, k, v, g, beta, initial_state, cu_seqlens, spans, scale,
+                                      l2_eps);
+}
+
+// 16-bit values are computed with in float32.
+Inputs widen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
+             const Optional& state) {
+  const auto wide = [&](const at::Tensor& x) { return x.to(g.scalar_type()).contiguous(); };
+  return {wide(q), wide(k),    wide(v),
+          wide(g), wide(beta), state.has_value() && state->defined() ? wide(*state) : at::Tensor()};
+}
+
+Outputs forward(const Problem& p, const Inputs& x, bool save) { return gated_delta::chunked_forward(p, x, save); }
+
+Gradients backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
+                   const at::Tensor& d_final) {
+  return gated_delta::chunked_backward(p, x, saved, d_o, d_final);
+}
+
+std::tuple<at::Tensor, at::Tensor> rule_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                            const at::Tensor& g, const at::Tensor& beta, const Optional& initial_state,
+                                            const Optional& cu_seqlens, const Optional& spans,
+                                            std::optional<double> scale, double l2_eps) {
+  const at::NoGradGuard no_grad;
+  const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+  const Outputs out = forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/false);
+  return {out.o.to(v.scalar_type()), out.final_state};
+}
+
+class Rule : public torch::autograd::Function<Rule> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q,
+                                                const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+                                                const at::Tensor& beta, const Optional& initial_state,
+                                                const Optional& cu_seqlens, const Optional& spans,
+                                                std::optional<double> scale, double l2_eps) {
+    const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Outputs out = ops::forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/true);
+    const auto or_none = [](const Optional& x) { return x.value_or(at::Tensor()); };
+    ctx->save_for_backward({q, k, v, g, beta, or_none(initial_state), or_none(cu_seqlens), or_none(spans),
+                            out.chunk_states, out.residual});
+    ctx->saved_data["scale"] = p.scale;
+    ctx->saved_data["l2_eps"] = l2_eps;
+    return {out.o.to(v.scalar_type()), out.final_state};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list up) {
+    const auto s = ctx->get_saved_variables();
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Problem p = check(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["scale"].toDouble(),
+                            ctx->saved_data["l2_eps"].toDouble());
+    const auto wide = s[3].scalar_type();
+    const Outputs saved{{}, {}, s[8], s[9]};
+    const Gradients d = ops::backward(p, widen(s[0], s[1], s[2], s[3], s[4], s[5]), saved, up[0].to(wide).contiguous(),
+                                      up[1].to(wide).contiguous());
+    const auto narrow = s[0].scalar_type();
+    const at::Tensor none;
+    return {d.q.to(narrow), d.k.to(narrow), d.v.to(narrow), d.g, d.beta, s[5].defined() ? d.state : none,
+            none,           none,           none,           none};
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> rule_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                 const at::Tensor& g, const at::Tensor& beta,
+                                                 const Optional& initial_state, const Optional& cu_seqlens,
+                                                 const Optional& spans, std::optional<double> scale, double l2_eps) {
+  const auto needs = [](const at::Tensor& x) { return x.requires_grad(); };
+  const bool any = needs(q) || needs(k) || needs(v) || needs(g) || needs(beta) ||
+                   (initial_state.has_value() && initial_state->defined() && needs(*initial_state));
+  if (!any || !at::GradMode::is_enabled()) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return rule_cpu(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+  }
+  const auto out = Rule::apply(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+  return {out[0], out[1]};
+}
+
+at::Tensor step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+                    const at::Tensor& beta, at::Tensor& state, std::optional<double> scale, double l2_eps) {
+  const at::NoGradGuard no_grad;
+  const Problem p = gated_delta::check_step(q, k, v, g, beta, state, scale, l2_eps);
+  return gated_delta::step(p, widen(q, k, v, g, beta, {}), state).to(v.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(oryx, m) {
+  m.def(
+      "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state=None, "
+      "Tensor? cu_seqlens=None, Tensor? spans=None, float? scale=None, float l2_eps=1e-06) -> (Tensor, Tensor)");
+  m.def(
+      "gated_delta_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float? scale=None, "
+      "float l2_eps=1e-06) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(oryx, CPU, m) {
+  m.impl("gated_delta_rule", rule_cpu);
+  m.impl("gated_delta_step", step_cpu);
+}
+TORCH_LIBRARY_IMPL(oryx, AutogradCPU, m) { m.impl("gated_delta_rule", rule_autograd); }
+
+GatedDeltaResult gated_delta_rule(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+                                  const at::Tensor& beta, const Optional& initial_state, const Optional& cu_seqlens,
+                                  const Optional& spans, std::optional<double> scale, double l2_eps) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("oryx::gated_delta_rule", "")
+          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                    const at::Tensor&, const at::Tensor&, const Optional&,
+                                                    const Optional&, const Optional&, std::optional<double>, double)>();
+  auto [o, final_state] = op.call(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+  return {o, final_state};
+}
+
+at::Tensor gated_delta_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+                            const at::Tensor& beta, at::Tensor state, std::optional<double> scale, double l2_eps) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("oryx::gated_delta_step", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                            const at::Tensor&, at::Tensor&, std::optional<double>, double)>();
+  return op.call(q, k, v, g, beta, state, scale, l2_eps);
+}
+
+}  // namespace oryx::ops

@@ -1,0 +1,70 @@
+// What the files of this operator share: the checked arguments, and the two whole-sequence forms behind
+// gated_delta_rule.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace oryx::ops::gated_delta {
+
+constexpr int64_t kChunk = 64;  // tokens that are worked on at once; a sequence's last chunk may be shorter
+
+// A document (or batch row): tokens [begin, end) of the flattened [B * T] token axis.
+struct Sequence {
+  int64_t begin, end;
+};
+
+// Tokens [begin, begin + length) of the flattened token axis, length <= kChunk.
+struct Chunk {
+  int64_t begin, length;
+};
+
+// The arguments after all checks. Heads as in gated_delta.h; `groups` is Ho / Hs.
+struct Problem {
+  int64_t B, T, N, Hq, Hk, Hv, Hs, Ho, K, V, groups;
+  double scale, l2_eps;
+  std::vector<Sequence> sequences;   // N
+  std::vector<Chunk> chunks;         // those of sequence 0, then of sequence 1, ...
+  std::vector<int64_t> first_chunk;  // N + 1: sequence n has chunks [first_chunk[n], first_chunk[n + 1])
+  std::vector<uint8_t> wanted;       // B * T, nonzero where o is wanted; empty: everywhere
+};
+
+// Throws oryx::Error with one line that starts with `op` when the arguments do not fit together.
+Problem check_arguments(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        const at::Tensor& g, const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+                        const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& spans,
+                        std::optional<double> scale, double l2_eps);
+
+// The same for one token of each sequence (q, k, v three-dimensional).
+Problem check_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+                   const at::Tensor& beta, const at::Tensor& state, std::optional<double> scale, double l2_eps);
+
+// Contiguous tensors of one dtype (float32 or float64), state undefined when absent.
+struct Inputs {
+  at::Tensor q, k, v, g, beta, state;
+};
+
+struct Outputs {
+  at::Tensor o, final_state;
+  at::Tensor chunk_states;  // [chunks, Hs, V, K]: the state before each chunk; what backward needs beside the inputs
+  at::Tensor residual;      // [B, T, Hs, V] v - a S k of each token; only the float32 kernels save it
+};
+
+struct Gradients {
+  at::Tensor q, k, v, g, beta, state;
+};
+
+// Batched matrix products of ATen, float32 and float64. Memory linear in T.
+Outputs chunked_forward(const Problem& p, const Inputs& x, bool save);
+Gradients chunked_backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
+                           const at::Tensor& d_final);
+
+// One token of each sequence (x.q [N, Hq, K] ...); updates the state in place whatever its strides. Returns o [N, Ho,
+// V].
+at::Tensor step(const Problem& p, const Inputs& x, at::Tensor& state);
+
+}  // namespace oryx::ops::gated_delta

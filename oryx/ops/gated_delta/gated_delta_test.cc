@@ -1,0 +1,353 @@
+#include "oryx/ops/gated_delta/gated_delta.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "oryx/common/error.h"
+#include "oryx/ops/gated_delta/gated_delta_internal.h"
+#include "tests/support/fixtures.h"
+
+namespace oryx::ops {
+namespace {
+
+using Optional = std::optional<at::Tensor>;
+
+at::Tensor ints(std::vector<int32_t> x) { return at::tensor(x, at::kInt); }
+
+struct Shape {
+  int64_t B, T, Hq, Hk, Hv, K, V;
+  std::vector<int32_t> cu = {};     // packed documents
+  std::vector<int32_t> spans = {};  // rows of three
+  bool state = true;
+  double decay = 1;  // scale of the log decays
+};
+
+// Random arguments, leaves that want gradients, and upstream gradients.
+struct Case {
+  at::Tensor q, k, v, g, beta, state, up_o, up_state;
+  Optional cu, spans;
+
+  Case(const Shape& s, at::ScalarType dtype, uint64_t seed = 7) {
+    at::manual_seed(seed);
+    const auto wide = dtype == at::kDouble ? at::kDouble : at::kFloat;
+    const int64_t Hs = std::max(s.Hk, s.Hv), Ho = std::max(s.Hq, Hs);
+    const int64_t N = s.cu.empty() ? s.B : static_cast<int64_t>(s.cu.size()) - 1;
+    const auto random = [](at::IntArrayRef size) { return at::randn(size, at::kDouble); };
+    const auto leaf = [](const at::Tensor& x, at::ScalarType t) { return x.to(t).clone().set_requires_grad(true); };
+    q = leaf(random({s.B, s.T, s.Hq, s.K}), dtype);
+    k = leaf(random({s.B, s.T, s.Hk, s.K}), dtype);
+    v = leaf(random({s.B, s.T, s.Hv, s.V}), dtype);
+    g = leaf(-s.decay * random({s.B, s.T, Hs}).square(), wide);
+    beta = leaf(random({s.B, s.T, Hs}).sigmoid(), wide);
+    if (s.state) state = leaf(random({N, Hs, s.V, s.K}), wide);
+    up_o = random({s.B, s.T, Ho, s.V}).to(dtype);
+    up_state = random({N, Hs, s.V, s.K}).to(wide);
+    if (!s.cu.empty()) cu = ints(s.cu);
+    if (!s.spans.empty()) spans = ints(s.spans).view({-1, 3});
+  }
+
+  // The same numbers in float64.
+  Case exact() const {
+    Case c = *this;
+    for (at::Tensor* x : {&c.q, &c.k, &c.v, &c.g, &c.beta, &c.state}) {
+      if (x->defined()) *x = x->detach().to(at::kDouble).set_requires_grad(true);
+    }
+    c.up_o = up_o.to(at::kDouble);
+    c.up_state = up_state.to(at::kDouble);
+    return c;
+  }
+
+  std::vector<at::Tensor> leaves() const {
+    std::vector<at::Tensor> l = {q, k, v, g, beta};
+    if (state.defined()) l.push_back(state);
+    return l;
+  }
+};
+
+// o, final_state, then the gradients of q, k, v, g, beta (and the state).
+template <typename F>
+std::vector<at::Tensor> run(const Case& c, F op, std::optional<double> scale = {}) {
+  const auto out =
+      op(c.q, c.k, c.v, c.g, c.beta, c.state.defined() ? Optional(c.state) : Optional(), c.cu, c.spans, scale, 1e-6);
+  std::vector<at::Tensor> all = {out.o, out.final_state};
+  const auto grads = torch::autograd::grad({out.o, out.final_state}, c.leaves(), {c.up_o, c.up_state});
+  all.insert(all.end(), grads.begin(), grads.end());
+  return all;
+}
+
+const char* const kNames[] = {"o", "final_state", "d_q", "d_k", "d_v", "d_g", "d_beta", "d_state"};
+
+// All within `limit` of the largest magnitude.
+void expect_near(const std::vector<at::Tensor>& x, const std::vector<at::Tensor>& ref, double limit,
+                 double grad_limit) {
+  ASSERT_EQ(x.size(), ref.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    EXPECT_EQ(x[i].scalar_type(), ref[i].scalar_type()) << kNames[i];
+    if (ref[i].abs().sum().item<double>() == 0) {
+      EXPECT_EQ(x[i].abs().sum().item<double>(), 0) << kNames[i];
+    } else {
+      EXPECT_LT(test::fixture_error(x[i], ref[i]), i < 2 ? limit : grad_limit) << kNames[i];
+    }
+  }
+}
+
+const std::vector<Shape>& shapes() {
+  static const std::vector<Shape> all = {
+      {1, 1, 1, 1, 1, 2, 1},
+      {2, 63, 2, 2, 2, 16, 16},
+      {1, 64, 1, 1, 1, 8, 24},
+      {2, 65, 1, 1, 3, 5, 7},
+      {1, 100, 2, 1, 1, 16, 16},
+      {1, 130, 4, 2, 1, 24, 9},
+      {2, 33, 1, 2, 4, 16, 8},
+      {1, 200, 3, 3, 3, 33, 65, {}, {}, false},
+      {1, 300, 2, 2, 2, 16, 16, {0, 1, 1, 64, 128, 191, 300}},
+      {1, 150, 1, 1, 2, 17, 16, {0, 70, 150}, {0, 3, 10, 0, 60, 80, 0, 149, 150}},
+      {3, 90, 2, 1, 2, 16, 16, {}, {0, 0, 90, 2, 5, 6, 2, 70, 90}},
+      {1, 140, 1, 1, 1, 16, 16, {}, {0, 7, 7}, true, 0.1},
+      {1, 200, 2, 2, 2, 16, 16, {}, {}, true, 20},
+      {1, 200, 2, 2, 2, 16, 16, {}, {}, true, 1e-4},
+  };
+  return all;
+}
+
+TEST(GatedDelta, EqualsNaiveInDouble) {
+  for (const auto& s : shapes()) {
+    SCOPED_TRACE(fmt::format("T {} heads {}/{}/{} K {} V {}", s.T, s.Hq, s.Hk, s.Hv, s.K, s.V));
+    const Case c(s, at::kDouble);
+    expect_near(run(c, gated_delta_rule), run(c, gated_delta_rule_naive), 1e-12, 1e-11);
+  }
+}
+
+TEST(GatedDelta, EqualsNaiveInFloat) {
+  for (const auto& s : shapes()) {
+    SCOPED_TRACE(fmt::format("T {} heads {}/{}/{} K {} V {}", s.T, s.Hq, s.Hk, s.Hv, s.K, s.V));
+    const Case c(s, at::kFloat);
+    auto x = run(c, gated_delta_rule);
+    for (auto& y : x) y = y.to(at::kDouble);
+    expect_near(x, run(c.exact(), gated_delta_rule_naive), 5e-6, 1e-5);
+  }
+}
+
+TEST(GatedDelta, LongAndFullSize) {
+  for (const auto& s :
+       {Shape{1, 1000, 1, 1, 1, 64, 64, {}, {}, true, 0.05}, Shape{1, 150, 1, 1, 2, 128, 128, {}, {}, true, 0.1}}) {
+    const Case c(s, at::kFloat);
+    auto x = run(c, gated_delta_rule);
+    for (auto& y : x) y = y.to(at::kDouble);
+    expect_near(x, run(c.exact(), gated_delta_rule_naive), 5e-6, 1e-5);
+  }
+}
+
+// The derivative along random directions, by central differences in float64.
+TEST(GatedDelta, GradientIsTheDerivative) {
+  for (const bool naive : {false, true}) {
+    const auto op = naive ? gated_delta_rule_naive : gated_delta_rule;
+    const Case c({1, 70, 2, 1, 1, 4, 3, {0, 5, 70}, {0, 2, 68}}, at::kDouble);
+    const auto loss = [&](const std::vector<at::Tensor>& x) {
+      const auto r = op(x[0], x[1], x[2], x[3], x[4], x[5], c.cu, c.spans, 0.3, 1e-2);
+      return (r.o * c.up_o).sum() + (r.final_state * c.up_state).sum();
+    };
+    const auto leaves = c.leaves();
+    const auto grads = torch::autograd::grad({loss(leaves)}, leaves);
+    const at::NoGradGuard no_grad;
+    for (size_t i = 0; i < leaves.size(); ++i) {
+      const at::Tensor direction = at::randn_like(leaves[i]);
+      auto plus = leaves, minus = leaves;
+      plus[i] = leaves[i] + 1e-5 * direction;
+      minus[i] = leaves[i] - 1e-5 * direction;
+      const double numeric = ((loss(plus) - loss(minus)) / 2e-5).item<double>();
+      const double analytic = (grads[i] * direction).sum().item<double>();
+      EXPECT_NEAR(numeric, analytic, 1e-7 * std::max(1.0, std::abs(numeric))) << kNames[i + 2];
+    }
+  }
+}
+
+TEST(GatedDelta, FixtureValuesAndGradients) {
+  ORYX_REQUIRE_FIXTURES();
+  for (const auto& f : test::fixtures("ops", "gated_delta_rule")) {
+    const bool extreme = f.name.find("extreme") != std::string::npos;
+    const double limit = extreme ? 1e-4 : 5e-6, grad_limit = extreme ? 2e-4 : 1e-5;
+    for (const bool naive : {false, true}) {
+      SCOPED_TRACE(f.name + (naive ? " naive" : ""));
+      std::map<std::string, at::Tensor> in;
+      for (const char* n : {"q", "k", "v", "g", "beta", "state0"}) in[n] = f.leaf(n);
+      const auto some = [](const at::Tensor& x) { return x.defined() ? Optional(x) : Optional(); };
+      const auto op = naive ? gated_delta_rule_naive : gated_delta_rule;
+      const auto r = op(in["q"], in["k"], in["v"], in["g"], in["beta"], some(in["state0"]), some(f.get("cu_seqlens")),
+                        {}, f.attrs.at("scale").get<double>(), f.attrs.at("l2_eps").get<double>());
+      EXPECT_LT(test::fixture_error(r.o, f.at("o"), extreme), limit);
+      EXPECT_LT(test::fixture_error(r.final_state, f.at("final_state"), extreme), limit);
+      torch::autograd::backward({r.o, r.final_state}, {f.at("up_o"), f.at("up_final_state")});
+      for (const auto& [n, x] : in) {
+        if (!x.defined()) continue;
+        // Row by row for vectors; a token's d_g is a sum that cancels, of which even the recurrence in float32 keeps
+        // only absolute digits.
+        EXPECT_LT(test::fixture_error(x.grad(), f.at("d_" + n), extreme && x.dim() == 4), grad_limit) << "d_" << n;
+      }
+    }
+  }
+}
+
+// Token by token through the state = at once.
+TEST(GatedDelta, StepEqualsParallel) {
+  for (const auto dtype : {at::kFloat, at::kDouble}) {
+    for (const auto& s : {Shape{3, 70, 2, 2, 2, 16, 16}, Shape{1, 20, 4, 1, 2, 5, 7}, Shape{2, 9, 1, 2, 4, 64, 33}}) {
+      const Case c(s, dtype);
+      const at::NoGradGuard no_grad;
+      const auto whole = gated_delta_rule(c.q, c.k, c.v, c.g, c.beta, c.state);
+      at::Tensor state = c.state.clone();
+      const void* where = state.data_ptr();
+      std::vector<at::Tensor> o;
+      for (int64_t t = 0; t < s.T; ++t) {
+        const auto at_t = [t](const at::Tensor& x) { return x.select(1, t); };
+        o.push_back(gated_delta_step(at_t(c.q), at_t(c.k), at_t(c.v), at_t(c.g), at_t(c.beta), state));
+      }
+      EXPECT_EQ(state.data_ptr(), where);
+      const double limit = dtype == at::kFloat ? 5e-6 : 1e-12;
+      EXPECT_LT(test::fixture_error(at::stack(o, 1), whole.o), limit);
+      EXPECT_LT(test::fixture_error(state, whole.final_state), limit);
+    }
+  }
+}
+
+TEST(GatedDelta, StepUpdatesAViewInPlace) {
+  const Case c({2, 1, 2, 2, 2, 16, 8}, at::kFloat);
+  const at::NoGradGuard no_grad;
+  const auto one = [](const at::Tensor& x) { return x.select(1, 0); };
+  at::Tensor plain = c.state.clone(), slot = at::zeros({2, 3, 2, 8, 16}, at::kFloat);
+  slot.select(1, 1).copy_(plain);
+  at::Tensor view = slot.select(1, 1);
+  const auto a = gated_delta_step(one(c.q), one(c.k), one(c.v), one(c.g), one(c.beta), plain);
+  const auto b = gated_delta_step(one(c.q), one(c.k), one(c.v), one(c.g), one(c.beta), view);
+  EXPECT_TRUE(at::equal(a, b));
+  EXPECT_TRUE(at::equal(slot.select(1, 1), plain));
+  EXPECT_EQ(slot.select(1, 0).abs().sum().item<float>() + slot.select(1, 2).abs().sum().item<float>(), 0);
+}
+
+TEST(GatedDelta, TwoCallsThroughTheStateEqualOne) {
+  for (const auto dtype : {at::kFloat, at::kDouble}) {
+    for (const int64_t cut : {1, 63, 64, 99}) {
+      const Case c({2, 100, 2, 1, 2, 16, 16}, dtype);
+      const auto whole = run(c, gated_delta_rule);
+      const auto split = run(c, [&](auto& q, auto& k, auto& v, auto& g, auto& b, auto S, auto, auto, auto, double) {
+        const auto head = [&](const at::Tensor& x) { return x.slice(1, 0, cut); };
+        const auto tail = [&](const at::Tensor& x) { return x.slice(1, cut); };
+        const auto one = gated_delta_rule(head(q), head(k), head(v), head(g), head(b), S);
+        const auto two = gated_delta_rule(tail(q), tail(k), tail(v), tail(g), tail(b), one.final_state);
+        return GatedDeltaResult{at::cat({one.o, two.o}, 1), two.final_state};
+      });
+      const bool single = dtype == at::kFloat;
+      expect_near(split, whole, single ? 5e-6 : 1e-12, single ? 1e-5 : 1e-11);
+    }
+  }
+}
+
+TEST(GatedDelta, PackedEqualsSeparate) {
+  const std::vector<int32_t> cu = {0, 64, 65, 65, 130};
+  const Case c({1, 130, 2, 2, 2, 16, 16, cu}, at::kFloat);
+  const at::NoGradGuard no_grad;
+  const auto packed = gated_delta_rule(c.q, c.k, c.v, c.g, c.beta, c.state, c.cu);
+  for (size_t n = 0; n + 1 < cu.size(); ++n) {
+    const auto part = [&](const at::Tensor& x) { return x.slice(1, cu[n], cu[n + 1]); };
+    const int64_t i = static_cast<int64_t>(n);
+    const auto alone =
+        gated_delta_rule(part(c.q), part(c.k), part(c.v), part(c.g), part(c.beta), c.state.slice(0, i, i + 1));
+    EXPECT_LT(test::fixture_error(part(packed.o), alone.o), 1e-6);
+    EXPECT_LT(test::fixture_error(packed.final_state.slice(0, i, i + 1), alone.final_state), 1e-6);
+  }
+}
+
+TEST(GatedDelta, SpansOnlyChooseTheReadout) {
+  const Case c({2, 150, 2, 2, 2, 16, 16}, at::kFloat);
+  const at::NoGradGuard no_grad;
+  const auto all = gated_delta_rule(c.q, c.k, c.v, c.g, c.beta, c.state);
+  const at::Tensor spans = ints({0, 3, 20, 1, 60, 150}).view({2, 3});
+  const auto some = gated_delta_rule(c.q, c.k, c.v, c.g, c.beta, c.state, {}, spans);
+  at::Tensor mask = at::zeros({2, 150, 1, 1}, at::kFloat);
+  mask[0].slice(0, 3, 20).fill_(1);
+  mask[1].slice(0, 60, 150).fill_(1);
+  EXPECT_TRUE(at::equal(some.final_state, all.final_state));
+  EXPECT_EQ((some.o * (1 - mask)).abs().sum().item<float>(), 0);
+  EXPECT_LT(test::fixture_error(some.o, all.o * mask), 1e-6);
+}
+
+TEST(GatedDelta, BFloat16) {
+  const Shape s{2, 70, 2, 1, 2, 16, 16};
+  const Case c(s, at::kBFloat16);
+  const auto x = run(c, gated_delta_rule), ref = run(c, gated_delta_rule_naive);
+  EXPECT_EQ(x[0].scalar_type(), at::kBFloat16);
+  EXPECT_EQ(x[1].scalar_type(), at::kFloat);
+  expect_near(x, ref, 1e-2, 1e-2);
+}
+
+TEST(GatedDelta, NanIsNotHidden) {
+  for (const int which : {0, 1, 2, 3, 4}) {
+    Case c({1, 70, 1, 1, 1, 16, 16}, at::kFloat);
+    const at::NoGradGuard no_grad;
+    std::vector<at::Tensor> x = {c.q.detach(), c.k.detach(), c.v.detach(), c.g.detach(), c.beta.detach()};
+    x[which].select(1, 20).fill_(std::nanf(""));
+    const auto r = gated_delta_rule(x[0], x[1], x[2], x[3], x[4]);
+    EXPECT_TRUE(r.o.select(1, 20).isnan().any().item<bool>()) << which;
+    EXPECT_EQ(r.final_state.isnan().any().item<bool>(), which > 0) << which;
+  }
+}
+
+TEST(GatedDelta, EmptySequences) {
+  const Case c({2, 0, 2, 2, 2, 16, 16}, at::kFloat);
+  const auto x = run(c, gated_delta_rule);
+  EXPECT_EQ(x[0].sizes(), at::IntArrayRef({2, 0, 2, 16}));
+  EXPECT_TRUE(at::equal(x[1], c.state));
+  EXPECT_TRUE(at::equal(x[7], c.up_state));
+}
+
+template <typename F>
+std::string message(F f) {
+  try {
+    f();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
+TEST(GatedDelta, BadInputIsRefusedInOneLine) {
+  using ::testing::HasSubstr;
+  const Case c({2, 10, 2, 2, 2, 16, 8}, at::kFloat);
+  const at::NoGradGuard no_grad;
+  const auto rule = [&](const at::Tensor& k, const at::Tensor& g, Optional state = {}, Optional cu = {},
+                        Optional spans = {}, std::optional<double> scale = {}) {
+    return message([&] { gated_delta_rule(c.q, k, c.v, g, c.beta, state, cu, spans, scale); });
+  };
+  EXPECT_THAT(rule(c.k.slice(3, 0, 15), c.g), HasSubstr("q has 16 key dimensions but k has 15"));
+  EXPECT_THAT(rule(c.k.slice(1, 0, 9), c.g), HasSubstr("k is [2, 9, 2, 16] but q is [2, 10, 2, 16]"));
+  EXPECT_THAT(rule(c.k.repeat_interleave(2, 2).slice(2, 0, 3), c.g), HasSubstr("2 query, 3 key and 2 value heads"));
+  EXPECT_THAT(rule(c.k.to(at::kDouble), c.g), HasSubstr("expected one dtype"));
+  EXPECT_THAT(rule(c.k, c.g.to(at::kDouble)), HasSubstr("expected Float with q of Float"));
+  EXPECT_THAT(rule(c.k, c.g.slice(2, 0, 1)), HasSubstr("expected 2 state heads"));
+  EXPECT_THAT(rule(c.k, c.g.unsqueeze(0)), HasSubstr("dimensions"));
+  EXPECT_THAT(rule(c.k, c.g, c.state.transpose(2, 3)), HasSubstr("expected Float [2, 2, 8, 16]"));
+  EXPECT_THAT(rule(c.k, c.g, {}, ints({0, 10})), HasSubstr("in one row, but there are 2 rows"));
+  EXPECT_THAT(rule(c.k, c.g, {}, {}, ints({0, 5, 11}).view({1, 3})), HasSubstr("span 0 is (row 0, 5 to 11)"));
+  EXPECT_THAT(rule(c.k, c.g, {}, {}, ints({0, 5}).view({1, 2})), HasSubstr("expected Int [n, 3]"));
+  EXPECT_THAT(rule(c.k, c.g, {}, {}, {}, std::nan("")), HasSubstr("scale is nan"));
+
+  const Case one({1, 10, 1, 1, 1, 4, 4}, at::kFloat);
+  const auto packed = [&](const at::Tensor& cu) {
+    return message([&] { gated_delta_rule(one.q, one.k, one.v, one.g, one.beta, {}, cu); });
+  };
+  EXPECT_THAT(packed(ints({0, 9})), HasSubstr("runs from 0 to 9, expected 0 to 10"));
+  EXPECT_THAT(packed(ints({0, 6, 5, 10})), HasSubstr("falls from 6 to 5"));
+  EXPECT_THAT(packed(at::tensor({0, 10}, at::kLong)), HasSubstr("expected Int"));
+  EXPECT_THAT(message([&] {
+                at::Tensor state = at::zeros({1, 1, 4, 5}, at::kFloat);
+                const auto t = [](const at::Tensor& x) { return x.select(1, 0); };
+                gated_delta_step(t(one.q), t(one.k), t(one.v), t(one.g), t(one.beta), state);
+              }),
+              HasSubstr("gated_delta_step: the state is Float [1, 1, 4, 5]"));
+}
+
+}  // namespace
+}  // namespace oryx::ops
