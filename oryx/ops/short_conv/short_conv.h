@@ -23,11 +23,14 @@ ShortConvResult short_conv(const at::Tensor& x, const at::Tensor& weight, const 
                            const std::optional<at::Tensor>& initial_state = {},
                            const std::optional<at::Tensor>& cu_seqlens = {}, Activation activation = Activation::kNone);
 
-ShortConvResult short_conv_naive(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias = {},
+ShortConvResult short_conv_naive(const at::Tensor& x, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias = {},
                                  const std::optional<at::Tensor>& initial_state = {},
-                                 const std::optional<at::Tensor>& cu_seqlens = {}, Activation activation = Activation::kNone);
+                                 const std::optional<at::Tensor>& cu_seqlens = {},
+                                 Activation activation = Activation::kNone);
 
-// One token of each of N sequences: x [N, C]; state [N, C, w - 1] is updated in place. Returns y [N, C]. Not differentiable.
+// One token of each of N sequences: x [N, C]; state [N, C, w - 1] is updated in place. Returns y [N, C]. Not
+// differentiable.
 at::Tensor short_conv_step(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                            at::Tensor state, Activation activation);
 
