@@ -91,13 +91,13 @@ void Decode(benchmark::State& state, at::ScalarType dtype, int64_t key_heads) {
 }
 
 void shapes(benchmark::internal::Benchmark* b) {
-  b->Args({2, 512})->Args({1, 2048})->Args({1, 4096})->Args({1, 8192})->ArgNames({"B", "T"})->Unit(benchmark::kMillisecond)->UseRealTime();
+  b->Args({2, 512})->Args({1, 2048})->Args({1, 4096})->Args({1, 8192})->ArgNames({"B", "T"})->Unit(benchmark::kMillisecond)->UseRealTime()->MeasureProcessCPUTime();
 }
 void spans_shapes(benchmark::internal::Benchmark* b) {
-  b->Args({1, 2048})->Args({1, 8192})->ArgNames({"B", "T"})->Unit(benchmark::kMillisecond)->UseRealTime();
+  b->Args({1, 2048})->Args({1, 8192})->ArgNames({"B", "T"})->Unit(benchmark::kMillisecond)->UseRealTime()->MeasureProcessCPUTime();
 }
 void decode_shapes(benchmark::internal::Benchmark* b) {
-  b->Args({1, 4096})->Args({8, 4096})->Args({1, 32768})->ArgNames({"B", "keys"})->Unit(benchmark::kMicrosecond)->UseRealTime();
+  b->Args({1, 4096})->Args({8, 4096})->Args({1, 32768})->ArgNames({"B", "keys"})->Unit(benchmark::kMicrosecond)->UseRealTime()->MeasureProcessCPUTime();
 }
 
 BENCHMARK_CAPTURE(Forward, span_attention_full, kFull)->Apply(shapes);

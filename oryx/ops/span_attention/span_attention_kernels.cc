@@ -226,15 +226,17 @@ HWY_INLINE void ScoreGradients(const Ranges& r, int64_t j, int64_t keys, int64_t
   }
 }
 
-// sum_v o do of one query
-template <typename T>
-HWY_INLINE float RowDot(const T* o, const float* d_o, int64_t width) {
-  Vec acc = hn::Zero(d);
-  int64_t c = 0;
-  for (; c + kN <= width; c += kN) acc = hn::MulAdd(LoadFloats(o + c), hn::LoadU(d, d_o + c), acc);
-  float total = hn::GetLane(hn::SumOfLanes(d, acc));
-  for (; c < width; ++c) total += ToFloat(o[c]) * d_o[c];
-  return total;
+// delta[lane] = sum_v o do, in the order in which Product sums dp = v do: where a query sees one key, o = v, and its score's gradient
+// p (dp - delta) is exactly zero.
+HWY_INLINE void RowDots(int64_t vectors, int64_t width, const float* HWY_RESTRICT ot, const float* HWY_RESTRICT dot,
+                        float* HWY_RESTRICT delta) {
+  for (int64_t c = 0; c < vectors; ++c) {
+    Vec acc = hn::Zero(d);
+    for (int64_t v = 0; v < width; ++v) {
+      acc = hn::MulAdd(hn::Load(d, ot + v * kLanes + c * kN), hn::Load(d, dot + v * kLanes + c * kN), acc);
+    }
+    hn::Store(acc, d, delta + c * kN);
+  }
 }
 
 template <typename T>
@@ -247,6 +249,8 @@ void Backward(const Widths& w, const Lane* lanes, int64_t n, const T* q, const T
   float* dor = scratch.take(kLanes * vp);
   float* dot = scratch.take(vp * kLanes);
   float* dqt = scratch.take(kp * kLanes);
+  float* rows = scratch.take(kLanes * vp);
+  float* ot = scratch.take(vp * kLanes);
   float* s = scratch.take(kKeys * kLanes);
   float* dp = scratch.take(kKeys * kLanes);
   float* k_copy = scratch.take(kKeys * kp);
@@ -261,10 +265,10 @@ void Backward(const Widths& w, const Lane* lanes, int64_t n, const T* q, const T
   GatherRows(lanes, n, ranges.vectors, d_o, w.value, 1.0f, dor);
   Transpose(dor, vp, used, vp, dot, kLanes);
   std::fill(dqt, dqt + kp * kLanes, 0.0f);
-  for (int64_t l = 0; l < used; ++l) {
-    lse[l] = l < n ? lse_rows[lanes[l].row] : std::numeric_limits<float>::infinity();
-    delta[l] = l < n ? RowDot(o + lanes[l].row * w.value, dor + l * vp, w.value) : 0.0f;
-  }
+  GatherRows(lanes, n, ranges.vectors, o, w.value, 1.0f, rows);
+  Transpose(rows, vp, used, vp, ot, kLanes);
+  RowDots(ranges.vectors, w.value, ot, dot, delta);
+  for (int64_t l = 0; l < used; ++l) lse[l] = l < n ? lse_rows[lanes[l].row] : std::numeric_limits<float>::infinity();
 
   ForEachBlock(ranges, [&](int64_t j, int64_t keys, int64_t c0, int64_t c1, bool masked) HWY_ATTR {
     const int64_t at = c0 * kN, lanes_used = (c1 - c0) * kN;
@@ -317,7 +321,7 @@ int64_t ForwardScratch(int64_t key, int64_t value) {
 }
 int64_t BackwardScratch(int64_t key, int64_t value) {
   const int64_t kp = RoundUp(key), vp = RoundUp(value);
-  return kLanes * (3 * kp + 2 * vp + 2 * kKeys + 2) + kKeys * (kp + vp) + 256;
+  return kLanes * (3 * kp + 4 * vp + 2 * kKeys + 2) + kKeys * (kp + vp) + 256;
 }
 
 }  // namespace HWY_NAMESPACE
