@@ -14,12 +14,18 @@ struct AdamwOptions {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
 };
 
-// One fused pass over parameter p, gradient g, moments m and v, in place (float32 contiguous; float64 by ATen). `grad_scale`
-// multiplies the gradient first (clipping).
-void adamw_step(at::Tensor p, const at::Tensor& g, at::Tensor m, at::Tensor v, int64_t step, const AdamwOptions& options,
-                double grad_scale = 1);
+// One fused pass over parameter p, gradient g, moments m and v, in place (float32 contiguous; float64 by ATen).
+// `grad_scale` multiplies the gradient first (clipping).
+void adamw_step(at::Tensor p, const at::Tensor& g, at::Tensor m, at::Tensor v, int64_t step,
+                const AdamwOptions& options, double grad_scale = 1);
 
-// sqrt of the sum of all squares, accumulated in double. Undefined gradients are passed over.
+// The same for many tensors in one parallel loop, so that small ones cost little. Four lists of one length; a parameter
+// whose gradient is undefined is passed over (its moments stand still).
+void adamw_step(const std::vector<at::Tensor>& p, const std::vector<at::Tensor>& g, const std::vector<at::Tensor>& m,
+                const std::vector<at::Tensor>& v, int64_t step, const AdamwOptions& options, double grad_scale = 1);
+
+// sqrt of the sum of all squares, accumulated in double in an order that does not depend on the number of threads.
+// Undefined gradients are passed over.
 double global_norm(const std::vector<at::Tensor>& gradients);
 
 }  // namespace oryx::ops

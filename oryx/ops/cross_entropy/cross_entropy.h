@@ -9,14 +9,19 @@
 namespace oryx::ops {
 
 struct CrossEntropyResult {
-  at::Tensor loss;  // [] float32: the mean over kept targets; 0 when none is kept
-  at::Tensor nll;   // [N] float32, not differentiable
-  at::Tensor lse;   // [N] float32, not differentiable
+  at::Tensor
+      loss;  // []: the mean over kept targets; 0 when none is kept. All three are float32 (float64 for float64 inputs)
+  at::Tensor nll;  // [N], not differentiable
+  at::Tensor lse;  // [N], not differentiable
 };
 
-// logits = hidden weight^T in blocks of rows; gradients of hidden and weight are made in the forward pass, block by block,
-// so that no logits are kept.
-//   hidden [N, D], weight [C, D] (float32, bfloat16 or float64), targets [N] int32 or int64. Differentiable in hidden, weight.
+// logits = hidden weight^T in blocks of rows; gradients of hidden and weight are made in the forward pass, block by
+// block, so that no logits are kept.
+//   hidden [N, D], weight [C, D] (float32, bfloat16 or float64), targets [N] int32 or int64. Differentiable in hidden,
+//   weight.
+// Under autocast hidden and weight are cast to its dtype; the products are then made in it, the softmax in float32.
+// float64 is for checks: all its logits stand at once. A target that is no class and not ignore_index is an
+// oryx::Error.
 CrossEntropyResult linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                                         int64_t ignore_index = -100, double z_coef = 0);
 

@@ -5,8 +5,8 @@
 
 namespace oryx::ops {
 
-// gate, up [..., F], one dtype; returns [..., F]. Differentiable in both. The backward recomputes silu: nothing but the two
-// inputs is kept.
+// gate, up [..., F], one dtype; returns [..., F]. Differentiable in both. The backward recomputes silu: nothing but the
+// two inputs is kept.
 at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up);
 at::Tensor swiglu_naive(const at::Tensor& gate, const at::Tensor& up);
 
