@@ -1,0 +1,36 @@
+// From schedules to a batch's routing.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "oryx/model/config.h"
+#include "oryx/model/routing.h"
+#include "oryx/modes/layer_schedules.h"
+#include "oryx/modes/span_table.h"
+
+namespace oryx {
+
+// A parsed schedule of a model: one for all layers, or one a layer.
+class ModelSchedule {
+ public:
+  // `text` as in docs/modes.md, or the JSON form with one schedule a layer. "" is the model's default mixer. Throws Error.
+  ModelSchedule(const ModelConfig& config, const std::string& text);
+
+  const std::string& text() const { return text_; }
+  // Routings for ModelInput::routing: where each piece of a document stands in the [rows, tokens] batch is in `pieces`, which must
+  // cover it.
+  std::vector<std::shared_ptr<const Routing>> route(const std::vector<ModePiece>& pieces, int64_t rows, int64_t tokens) const;
+  // True when the same document may be routed otherwise for another (seed, step, sequence).
+  bool is_random() const;
+
+ private:
+  std::string text_;
+  std::vector<Schedule> layers_;  // one, or one a layer
+};
+
+}  // namespace oryx
