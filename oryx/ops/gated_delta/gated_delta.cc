@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "oryx/common/log.h"
 #include "oryx/ops/gated_delta/gated_delta_internal.h"
 
 namespace oryx::ops {
@@ -26,16 +27,20 @@ Problem check(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, con
 // 16-bit values are computed with in float32.
 Inputs widen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
              const Optional& state) {
-  const auto wide = [&](const at::Tensor& x) { return x.to(g.scalar_type()).contiguous(); };
+  const auto wide = [&](const at::Tensor& x) { return x.to(g.scalar_type()); };
   return {wide(q), wide(k),    wide(v),
           wide(g), wide(beta), state.has_value() && state->defined() ? wide(*state) : at::Tensor()};
 }
 
-Outputs forward(const Problem& p, const Inputs& x, bool save) { return gated_delta::chunked_forward(p, x, save); }
+Outputs forward(const Problem& p, const Inputs& x, bool save) {
+  return x.g.scalar_type() == at::kFloat ? gated_delta::kernel_forward(p, x, save)
+                                         : gated_delta::chunked_forward(p, x, save);
+}
 
 Gradients backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
                    const at::Tensor& d_final) {
-  return gated_delta::chunked_backward(p, x, saved, d_o, d_final);
+  return x.g.scalar_type() == at::kFloat ? gated_delta::kernel_backward(p, x, saved, d_o, d_final)
+                                         : gated_delta::chunked_backward(p, x, saved, d_o, d_final);
 }
 
 std::tuple<at::Tensor, at::Tensor> rule_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -102,7 +107,13 @@ at::Tensor step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     const at::Tensor& beta, at::Tensor& state, std::optional<double> scale, double l2_eps) {
   const at::NoGradGuard no_grad;
   const Problem p = gated_delta::check_step(q, k, v, g, beta, state, scale, l2_eps);
-  return gated_delta::step(p, widen(q, k, v, g, beta, {}), state).to(v.scalar_type());
+  Inputs x = widen(q, k, v, g, beta, {});
+  for (at::Tensor* t : {&x.q, &x.k, &x.v, &x.g, &x.beta}) *t = t->contiguous();
+  if (state.scalar_type() == at::kDouble) return gated_delta::plain_step(p, x, state);
+  if (state.stride(3) == 1 && state.stride(2) == p.K) return gated_delta::kernel_step(p, x, state).to(v.scalar_type());
+  log::warn_once(
+      "gated_delta_step: the state's last two axes are not dense; stepping by plain tensor operations, slowly");
+  return gated_delta::plain_step(p, x, state).to(v.scalar_type());
 }
 
 }  // namespace

@@ -243,7 +243,7 @@ Gradients chunked_backward(const Problem& p, const Inputs& x, const Outputs& sav
   return d;
 }
 
-at::Tensor step(const Problem& p, const Inputs& x, at::Tensor& state) {
+at::Tensor plain_step(const Problem& p, const Inputs& x, at::Tensor& state) {
   const auto heads = [](const at::Tensor& y, int64_t n) { return y.repeat_interleave(n / y.size(1), 1); };
   const at::Tensor q = heads(normalise(x.q, p.l2_eps).x, p.Ho) * p.scale;
   const at::Tensor k = heads(normalise(x.k, p.l2_eps).x, p.Hs), v = heads(x.v, p.Hs);

@@ -43,15 +43,16 @@ Problem check_arguments(std::string_view op, const at::Tensor& q, const at::Tens
 Problem check_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                    const at::Tensor& beta, const at::Tensor& state, std::optional<double> scale, double l2_eps);
 
-// Contiguous tensors of one dtype (float32 or float64), state undefined when absent.
+// Tensors of one dtype (float32 or float64), any strides; state undefined when absent.
 struct Inputs {
   at::Tensor q, k, v, g, beta, state;
 };
 
 struct Outputs {
   at::Tensor o, final_state;
-  at::Tensor chunk_states;  // [chunks, Hs, V, K]: the state before each chunk; what backward needs beside the inputs
-  at::Tensor residual;      // [B, T, Hs, V] v - a S k of each token; only the float32 kernels save it
+  // What backward needs beside the inputs, each for its own form.
+  at::Tensor chunk_states;  // the state before each chunk, [chunks, Hs, V, K]; of the kernels [chunks, Hs, K, V]
+  at::Tensor residual;      // [B, T, Hs, V] v - a S k of each token; only the kernels save it
 };
 
 struct Gradients {
@@ -65,6 +66,13 @@ Gradients chunked_backward(const Problem& p, const Inputs& x, const Outputs& sav
 
 // One token of each sequence (x.q [N, Hq, K] ...); updates the state in place whatever its strides. Returns o [N, Ho,
 // V].
-at::Tensor step(const Problem& p, const Inputs& x, at::Tensor& state);
+at::Tensor plain_step(const Problem& p, const Inputs& x, at::Tensor& state);
+
+// The same three by vector kernels: float32 only. The step's state must be dense in its last two axes, the others
+// contiguous.
+Outputs kernel_forward(const Problem& p, const Inputs& x, bool save);
+Gradients kernel_backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
+                          const at::Tensor& d_final);
+at::Tensor kernel_step(const Problem& p, const Inputs& x, at::Tensor& state);
 
 }  // namespace oryx::ops::gated_delta
