@@ -178,7 +178,7 @@ SsdGradients ssd_vector_backward(const SsdInputs& in, const SsdSizes& s, const a
 at::Tensor ssd_vector_step(const SsdInputs& in, const SsdSizes& s, const at::Tensor& state) {
   const Tasks tasks(in, s);
   const at::Tensor o = at::empty({s.B, 1, s.Ho, s.V}, in.v.options());
-  const int64_t grain = std::max<int64_t>(1, 16384 / (s.V * s.K));  // below that a thread costs more than it saves
+  const int64_t grain = std::max<int64_t>(1, 65536 / (s.V * s.K));  // below that a thread costs more than it saves
   at::parallel_for(0, tasks.count(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const SsdRows<float> out = mutable_rows(o, s.sequences[tasks.sequence(i)], tasks.head(i) * tasks.readers());
