@@ -1,19 +1,21 @@
-// Matrix products whose operands lie in L1 or L2 (dimensions up to about 256), for the vector kernels of the operators. Included once for
-// each instruction set, after HWY_TARGET_INCLUDE and foreach_target.h, like every "-inl.h" of Highway.
+// Matrix products whose operands lie in L1 or L2 (dimensions up to about 256), for the vector kernels of the operators.
+// Included once for each instruction set, after HWY_TARGET_INCLUDE and foreach_target.h, like every "-inl.h" of
+// Highway.
 //
 //   MatMul:       C[m, n] = beta C + A B          A[m, k], B[k, n] row-major
 //   MatMul<kT>:   C[m, n] = beta C + A^T B        A stored [k, m]
 //   Transpose                                     for A B^T: transpose B first; O(n k) beside O(m n k)
 //
-// Rows are `ld` floats apart. n is rounded up to whole vectors: rows of B must be readable and rows of C writable up to PadLength(n)
-// columns. Buffers whose padding columns are zero keep it zero. Sums run over k in order, whatever the blocking: results depend only on
-// the instruction set.
+// Rows are `ld` floats apart. n is rounded up to whole vectors: rows of B must be readable and rows of C writable up to
+// PadLength(n) columns. Buffers whose padding columns are zero keep it zero. Sums run over k in order, whatever the
+// blocking: results depend only on the instruction set.
 //
-// Triangles: kLowerOut computes only the tiles of C that meet j <= i (tiles above are left alone); kLowerA takes A(i, k) as zero, and
-// does not read it, beyond the tile of the diagonal (k < tile's last row); kUpperA likewise before (k >= tile's first row).
-// The elements on the wrong side within a tile of the diagonal must be there, as zeros.
+// Triangles: kLowerOut computes only the tiles of C that meet j <= i (tiles above are left alone); kLowerA takes A(i,
+// k) as zero, and does not read it, beyond the tile of the diagonal (k < tile's last row); kUpperA likewise before (k
+// >= tile's first row). The elements on the wrong side within a tile of the diagonal must be there, as zeros.
 //
-// The tile of C lives in registers: kTileRows x 2 vectors; per step of k two loads from B and kTileRows broadcasts from A.
+// The tile of C lives in registers: kTileRows x 2 vectors; per step of k two loads from B and kTileRows broadcasts from
+// A.
 
 #if defined(ORYX_OPS_SIMD_SMALL_MATMUL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef ORYX_OPS_SIMD_SMALL_MATMUL_INL_H_
@@ -37,7 +39,7 @@ using Vector = hn::Vec<Floats>;
 
 constexpr size_t kLanes = HWY_LANES(float);
 constexpr size_t kTileRows = HWY_MAX_BYTES >= 64 ? 8 : 6;  // 16 of 32 registers, or 12 of 16
-constexpr size_t kPad = 16;                                // the longest vector: paddings do not depend on the instruction set
+constexpr size_t kPad = 16;  // the longest vector: paddings do not depend on the instruction set
 
 enum class Order { kPlain, kT };
 enum class Triangle { kFull, kLowerOut, kLowerA, kUpperA };
@@ -69,8 +71,8 @@ HWY_INLINE void InitTile(const float* HWY_RESTRICT c, size_t ldc, float beta, Ve
 
 // acc += A[:, k0:k1] B[k0:k1, :], A and B already at the tile's first row and column.
 template <Order kOrder, size_t kRows, size_t kVectors>
-HWY_INLINE void AccumulateTile(const float* HWY_RESTRICT a, size_t lda, const float* HWY_RESTRICT b, size_t ldb, size_t k0, size_t k1,
-                               Vector (&acc)[kRows][kVectors]) {
+HWY_INLINE void AccumulateTile(const float* HWY_RESTRICT a, size_t lda, const float* HWY_RESTRICT b, size_t ldb,
+                               size_t k0, size_t k1, Vector (&acc)[kRows][kVectors]) {
   const Floats d;
   for (size_t k = k0; k < k1; ++k) {
     Vector bk[kVectors];
@@ -90,7 +92,8 @@ HWY_INLINE void StoreTile(const Vector (&acc)[kRows][kVectors], float* HWY_RESTR
 }
 
 template <Order kOrder, size_t kRows, size_t kVectors>
-HWY_NOINLINE void Tile(const float* a, size_t lda, const float* b, size_t ldb, float beta, float* c, size_t ldc, size_t k0, size_t k1) {
+HWY_NOINLINE void Tile(const float* a, size_t lda, const float* b, size_t ldb, float beta, float* c, size_t ldc,
+                       size_t k0, size_t k1) {
   Vector acc[kRows][kVectors];
   InitTile(c, ldc, beta, acc);
   AccumulateTile<kOrder>(a, lda, b, ldb, k0, k1, acc);
@@ -99,8 +102,8 @@ HWY_NOINLINE void Tile(const float* a, size_t lda, const float* b, size_t ldb, f
 
 // Rows [i, i + kRows) of C.
 template <Order kOrder, Triangle kTriangle, size_t kRows>
-HWY_INLINE void RowBlock(size_t i, size_t n, size_t k0, size_t k1, const float* a, size_t lda, const float* b, size_t ldb, float beta,
-                         float* c, size_t ldc) {
+HWY_INLINE void RowBlock(size_t i, size_t n, size_t k0, size_t k1, const float* a, size_t lda, const float* b,
+                         size_t ldb, float beta, float* c, size_t ldc) {
   if (kTriangle == Triangle::kLowerOut) n = std::min(n, i + kRows);
   if (kTriangle == Triangle::kLowerA) k1 = std::min(k1, i + kRows);
   if (kTriangle == Triangle::kUpperA) k0 = std::max(k0, i);
@@ -111,11 +114,11 @@ HWY_INLINE void RowBlock(size_t i, size_t n, size_t k0, size_t k1, const float* 
   if (j < n) Tile<kOrder, kRows, 1>(ai, lda, b + j, ldb, beta, ci + j, ldc, k0, k1);
 }
 
-// Rows [m0, m1) of C = beta C + op(A)[:, k0:k1] B[k0:k1, :]. Pointers stand at row and column 0 of the whole matrices, so that
-// triangles are meant by absolute row and column.
+// Rows [m0, m1) of C = beta C + op(A)[:, k0:k1] B[k0:k1, :]. Pointers stand at row and column 0 of the whole matrices,
+// so that triangles are meant by absolute row and column.
 template <Order kOrder = Order::kPlain, Triangle kTriangle = Triangle::kFull>
-HWY_INLINE void MatMulRange(size_t m0, size_t m1, size_t n, size_t k0, size_t k1, const float* a, size_t lda, const float* b, size_t ldb,
-                            float beta, float* c, size_t ldc) {
+HWY_INLINE void MatMulRange(size_t m0, size_t m1, size_t n, size_t k0, size_t k1, const float* a, size_t lda,
+                            const float* b, size_t ldb, float beta, float* c, size_t ldc) {
   size_t i = m0;
   for (; i + kTileRows <= m1; i += kTileRows) {
     RowBlock<kOrder, kTriangle, kTileRows>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
@@ -132,17 +135,18 @@ HWY_INLINE void MatMulRange(size_t m0, size_t m1, size_t n, size_t k0, size_t k1
 }
 
 template <Order kOrder = Order::kPlain, Triangle kTriangle = Triangle::kFull>
-HWY_INLINE void MatMul(size_t m, size_t n, size_t k, const float* a, size_t lda, const float* b, size_t ldb, float beta, float* c,
-                       size_t ldc) {
+HWY_INLINE void MatMul(size_t m, size_t n, size_t k, const float* a, size_t lda, const float* b, size_t ldb, float beta,
+                       float* c, size_t ldc) {
   MatMulRange<kOrder, kTriangle>(0, m, n, 0, k, a, lda, b, ldb, beta, c, ldc);
 }
 
-// to[c, r] = from[r, c], in blocks of 4 x 4: rows and columns are rounded up to multiples of 4, which both buffers must hold.
-HWY_INLINE void Transpose(size_t rows, size_t columns, const float* HWY_RESTRICT from, size_t ld_from, float* HWY_RESTRICT to,
-                          size_t ld_to) {
+// to[c, r] = from[r, c], in blocks of 4 x 4: rows and columns are rounded up to multiples of 4, which both buffers must
+// hold.
+HWY_INLINE void Transpose(size_t rows, size_t columns, const float* HWY_RESTRICT from, size_t ld_from,
+                          float* HWY_RESTRICT to, size_t ld_to) {
 #if HWY_TARGET == HWY_SCALAR
-  for (size_t r = 0; r < (rows + 3) / 4 * 4; ++r) {
-    for (size_t c = 0; c < (columns + 3) / 4 * 4; ++c) to[c * ld_to + r] = from[r * ld_from + c];
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t c = 0; c < columns; ++c) to[c * ld_to + r] = from[r * ld_from + c];
   }
 #else
   const hn::FixedTag<float, 4> d;
@@ -152,8 +156,10 @@ HWY_INLINE void Transpose(size_t rows, size_t columns, const float* HWY_RESTRICT
       const float* f = from + r * ld_from + c;
       const auto r0 = hn::LoadU(d, f), r1 = hn::LoadU(d, f + ld_from), r2 = hn::LoadU(d, f + 2 * ld_from),
                  r3 = hn::LoadU(d, f + 3 * ld_from);
-      const auto a = hn::BitCast(dw, hn::InterleaveLower(d, r0, r1)), b = hn::BitCast(dw, hn::InterleaveLower(d, r2, r3)),
-                 e = hn::BitCast(dw, hn::InterleaveUpper(d, r0, r1)), g = hn::BitCast(dw, hn::InterleaveUpper(d, r2, r3));
+      const auto a = hn::BitCast(dw, hn::InterleaveLower(d, r0, r1)),
+                 b = hn::BitCast(dw, hn::InterleaveLower(d, r2, r3)),
+                 e = hn::BitCast(dw, hn::InterleaveUpper(d, r0, r1)),
+                 g = hn::BitCast(dw, hn::InterleaveUpper(d, r2, r3));
       float* t = to + c * ld_to + r;
       hn::StoreU(hn::BitCast(d, hn::InterleaveLower(dw, a, b)), d, t);
       hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(dw, a, b)), d, t + ld_to);
@@ -172,8 +178,8 @@ HWY_INLINE float Dot(const float* HWY_RESTRICT x, const float* HWY_RESTRICT y, s
   return hn::GetLane(hn::SumOfLanes(d, s));
 }
 
-// y = a x over whole vectors.
-HWY_INLINE void ScaleTo(float a, const float* HWY_RESTRICT x, size_t n, float* HWY_RESTRICT y) {
+// y = a x over whole vectors; y may be x.
+HWY_INLINE void ScaleTo(float a, const float* x, size_t n, float* y) {
   const Floats d;
   const Vector va = hn::Set(d, a);
   for (size_t i = 0; i < n; i += kLanes) hn::StoreU(hn::Mul(va, hn::LoadU(d, x + i)), d, y + i);
@@ -189,12 +195,13 @@ HWY_INLINE void LoadRow(float a, const float* HWY_RESTRICT from, size_t n, float
   for (; i < PadLength(n); ++i) to[i] = 0;
 }
 
-// to = from, n floats exactly written.
-HWY_INLINE void StoreRow(const float* HWY_RESTRICT from, size_t n, float* HWY_RESTRICT to) {
+// to = a from, n floats exactly written.
+HWY_INLINE void StoreRow(float a, const float* HWY_RESTRICT from, size_t n, float* HWY_RESTRICT to) {
   const Floats d;
+  const Vector va = hn::Set(d, a);
   size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) hn::StoreU(hn::LoadU(d, from + i), d, to + i);
-  for (; i < n; ++i) to[i] = from[i];
+  for (; i + kLanes <= n; i += kLanes) hn::StoreU(hn::Mul(va, hn::LoadU(d, from + i)), d, to + i);
+  for (; i < n; ++i) to[i] = a * from[i];
 }
 
 }  // namespace HWY_NAMESPACE

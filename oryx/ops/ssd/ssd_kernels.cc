@@ -116,7 +116,7 @@ void LoadMatrix(const float* from, size_t rows, size_t n, float* to, size_t ld) 
 }
 
 void StoreMatrix(const float* from, size_t ld, size_t rows, size_t n, float* to) {
-  for (size_t i = 0; i < rows; ++i) mm::StoreRow(from + i * ld, n, to + i * n);
+  for (size_t i = 0; i < rows; ++i) mm::StoreRow(1, from + i * ld, n, to + i * n);
 }
 
 // row *= a
@@ -338,7 +338,7 @@ void ReadoutBackward(const SsdTask& t, const BackwardBuffers& b, size_t begin, s
     b.d_gamma[i] += mm::Dot(b.dq + i * b.Ks, b.q + i * b.Ks, t.K);
   }
   mm::MatMulRange<Order::kPlain, Triangle::kLowerA>(h0, h1, t.K, 0, c, b.dW, kCs, b.k, b.Ks, 1, b.dq, b.Ks);
-  for (size_t i = h0; i < h1; ++i) mm::StoreRow(b.dq + i * b.Ks, t.K, grad.d_q.at(begin + i, r));
+  for (size_t i = h0; i < h1; ++i) mm::StoreRow(1, b.dq + i * b.Ks, t.K, grad.d_q.at(begin + i, r));
   mm::MatMulRange<Order::kT, Triangle::kUpperA>(0, h1, t.K, h0, h1, b.dW, kCs, b.q, b.Ks, 1, b.dk, b.Ks);
   mm::MatMulRange<Order::kT, Triangle::kUpperA>(0, h1, t.V, h0, h1, b.P, kCs, b.G, b.Vs, 1, b.du, b.Vs);
   for (size_t i = h0; i < h1; ++i) ScaleRow(b.decays.gamma[i], b.G + i * b.Vs, t.V);
@@ -366,8 +366,8 @@ void FinishChunk(const SsdTask& t, const BackwardBuffers& b, size_t begin, size_
     grad.d_head[0] += d_x;
     grad.d_head[1] += static_cast<double>(b.decays.dt[i]) * b.da[i];
     AddRow(b.decays.dt[i], b.du + i * b.Vs, t.V, b.dv + i * b.Vs);
-    mm::StoreRow(b.dk + i * b.Ks, t.K, grad.d_k.at(begin + i, 0));
-    mm::StoreRow(b.dv + i * b.Vs, t.V, grad.d_v.at(begin + i, 0));
+    mm::StoreRow(1, b.dk + i * b.Ks, t.K, grad.d_k.at(begin + i, 0));
+    mm::StoreRow(1, b.dv + i * b.Vs, t.V, grad.d_v.at(begin + i, 0));
   }
 }
 
