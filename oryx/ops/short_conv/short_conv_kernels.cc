@@ -19,6 +19,8 @@ namespace hn = hwy::HWY_NAMESPACE;
 // So many channels at a time that the w rows, the filter and the output stay in the first-level cache (float32, w = 4:
 // 36 KiB).
 constexpr int64_t kChannelBlock = 1024;
+// Backward keeps d_z of a block of tokens as well: less, so that it stays in the second-level cache.
+constexpr int64_t kBackwardBlock = kShortConvBackwardBlock;
 
 // 1 / (1 + e^-x). The cap keeps e^-x finite; x / (1 + e^88) is below 1e-36.
 template <class D, class V = hn::Vec<D>>
@@ -80,8 +82,8 @@ void Forward(const ShortConvShape& shape, const ShortConvSequence<T>& seq, int64
   run(shape, seq, begin, end, weight, bias, y);
 }
 
-// Gradient at z, the input of the activation, for the tokens begin <= t < end. silu'(z) = s (1 + z (1 - s)), s =
-// sigmoid(z).
+// Gradient at z, the input of the activation, for the tokens begin <= t < end; rows of d_z hold the channels c0 .. c1.
+// silu'(z) = s (1 + z (1 - s)), s = sigmoid(z).
 template <int W, typename T>
 void ActivationBackward(const ShortConvShape& shape, const ShortConvSequence<T>& seq, int64_t begin, int64_t end,
                         const T* weight, const T* bias, const T* d_y, int64_t d_y_stride, T* d_z, int64_t c0,
@@ -90,7 +92,7 @@ void ActivationBackward(const ShortConvShape& shape, const ShortConvSequence<T>&
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t j = 0; j < shape.width; ++j) rows[j] = RowAt(seq, shape, t - shape.width + 1 + j);
     const T* dy = d_y + t * d_y_stride;
-    T* dz = d_z + (t - begin) * shape.channels;
+    T* dz = d_z + (t - begin) * kBackwardBlock - c0;
     OverChannels<T>(c0, c1, [&](auto d, int64_t c) {
       auto g = hn::LoadU(d, dy + c);
       if (shape.silu) {
@@ -116,30 +118,48 @@ void InputBackward(const ShortConvShape& shape, int64_t length, int64_t time, co
     auto sum = from_state != nullptr ? hn::LoadU(d, from_state + c) : hn::Zero(d);
     for (int64_t t = t0; t < t1; ++t) {
       sum = hn::MulAdd(hn::LoadU(d, weight + (w - 1 - (t - time)) * shape.channels + c),
-                       hn::LoadU(d, d_z + (t - first) * shape.channels + c), sum);
+                       hn::LoadU(d, d_z + (t - first) * kBackwardBlock + c - c0), sum);
     }
     hn::StoreU(sum, d, out + c);
   });
 }
 
-// Adds the filter's gradient of tokens begin <= t < end. Sums stay in registers over the tokens of the piece, one
-// filter tap at a time.
+// Adds the filter's gradient of tokens begin <= t < end. Known widths keep the sums and the last w - 1 inputs in
+// registers.
 template <int W, typename T>
 void FilterBackward(const ShortConvShape& shape, const ShortConvSequence<T>& seq, int64_t begin, int64_t end,
                     const T* d_z, T* d_filter, int64_t c0, int64_t c1) {
-  const int64_t w = W > 0 ? W : shape.width, C = shape.channels;
+  const int64_t C = shape.channels;
+  OverChannels<T>(c0, c1, [&](auto d, int64_t c) {
+    using V = hn::Vec<decltype(d)>;
+    V x[W], sum[W + 1];
+    for (int j = 0; j < W - 1; ++j) x[j] = hn::LoadU(d, RowAt(seq, shape, begin - W + 1 + j) + c);
+    for (int j = 0; j <= W; ++j) sum[j] = hn::LoadU(d, d_filter + j * C + c);
+    for (int64_t t = begin; t < end; ++t) {
+      const V g = hn::LoadU(d, d_z + (t - begin) * kBackwardBlock + c - c0);
+      x[W - 1] = hn::LoadU(d, seq.x + t * seq.x_stride + c);
+      for (int j = 0; j < W; ++j) sum[j] = hn::MulAdd(g, x[j], sum[j]);
+      sum[W] = hn::Add(sum[W], g);
+      for (int j = 0; j < W - 1; ++j) x[j] = x[j + 1];
+    }
+    for (int j = 0; j <= W; ++j) hn::StoreU(sum[j], d, d_filter + j * C + c);
+  });
+}
+
+template <typename T>
+void FilterBackwardAnyWidth(const ShortConvShape& shape, const ShortConvSequence<T>& seq, int64_t begin, int64_t end,
+                            const T* d_z, T* d_filter, int64_t c0, int64_t c1) {
+  const int64_t w = shape.width, C = shape.channels;
   for (int64_t t = begin; t < end; ++t) {
-    const T* rows[kShortConvMaxWidth];
-    for (int64_t j = 0; j < w; ++j) rows[j] = RowAt(seq, shape, t - w + 1 + j);
-    const T* dz = d_z + (t - begin) * C;
-    OverChannels<T>(c0, c1, [&](auto d, int64_t c) {
-      const auto g = hn::LoadU(d, dz + c);
-      for (int64_t j = 0; j < w; ++j) {
-        T* out = d_filter + j * C + c;
-        hn::StoreU(hn::MulAdd(g, hn::LoadU(d, rows[j] + c), hn::LoadU(d, out)), d, out);
-      }
-      hn::StoreU(hn::Add(g, hn::LoadU(d, d_filter + w * C + c)), d, d_filter + w * C + c);
-    });
+    const T* dz = d_z + (t - begin) * kBackwardBlock - c0;
+    for (int64_t j = 0; j <= w; ++j) {
+      T* out = d_filter + j * C;
+      const T* row = j < w ? RowAt(seq, shape, t - w + 1 + j) : nullptr;
+      OverChannels<T>(c0, c1, [&](auto d, int64_t c) {
+        const auto g = hn::LoadU(d, dz + c), sum = hn::LoadU(d, out + c);
+        hn::StoreU(row != nullptr ? hn::MulAdd(g, hn::LoadU(d, row + c), sum) : hn::Add(g, sum), d, out + c);
+      });
+    }
   }
 }
 
@@ -149,14 +169,18 @@ void BackwardWidth(const ShortConvShape& shape, const ShortConvSequence<T>& seq,
   const int64_t w = shape.width, C = shape.channels;
   const int64_t last = std::min(seq.length, end + w - 1);  // outputs up to here read this piece's inputs
   const int64_t first = begin == 0 ? -(w - 1) : begin;
-  for (int64_t c0 = 0; c0 < C; c0 += kChannelBlock) {
-    const int64_t c1 = std::min(C, c0 + kChannelBlock);
+  for (int64_t c0 = 0; c0 < C; c0 += kBackwardBlock) {
+    const int64_t c1 = std::min(C, c0 + kBackwardBlock);
     ActivationBackward<W>(shape, seq, begin, last, weight, bias, grad.d_y, grad.d_y_stride, grad.scratch, c0, c1);
     for (int64_t time = first; time < end; ++time) {
       T* out = time >= 0 ? grad.d_x + time * C : grad.d_history + (time + w - 1) * C;
       InputBackward(shape, seq.length, time, weight, grad.scratch, begin, last, grad.d_final_state, out, c0, c1);
     }
-    FilterBackward<W>(shape, seq, begin, end, grad.scratch, grad.d_filter, c0, c1);
+    if constexpr (W > 0) {
+      FilterBackward<W>(shape, seq, begin, end, grad.scratch, grad.d_filter, c0, c1);
+    } else {
+      FilterBackwardAnyWidth(shape, seq, begin, end, grad.scratch, grad.d_filter, c0, c1);
+    }
   }
 }
 

@@ -39,8 +39,9 @@ struct ShortConvGradients {
   T* scratch;    // short_conv_scratch(shape, end - begin)
 };
 
+inline constexpr int64_t kShortConvBackwardBlock = 128;  // channels
 inline int64_t short_conv_scratch(const ShortConvShape& s, int64_t tokens) {
-  return (tokens + s.width - 1) * s.channels;
+  return (tokens + s.width - 1) * kShortConvBackwardBlock;
 }
 
 // Gradients that tokens begin <= t < end own: of x at those tokens, and these outputs' share of the filter's gradient.

@@ -22,7 +22,8 @@ std::tuple<at::Tensor, at::Tensor> ssd_cpu(const at::Tensor& q, const at::Tensor
   const SsdInputs in{
       q, k, v, dt_raw, dt_bias, A_log, D, or_undefined(initial_state), or_undefined(cu_seqlens), or_undefined(spans)};
   const SsdSizes sizes = ssd_sizes("ssd", in);
-  const SsdResult r = ssd_chunked(ssd_convert(in, ssd_compute_dtype(in)), sizes);
+  const at::ScalarType dtype = ssd_compute_dtype(in);
+  const SsdResult r = (dtype == at::kDouble ? ssd_chunked : ssd_vector)(ssd_convert(in, dtype), sizes);
   return {r.o.to(v.scalar_type()), r.final_state};
 }
 
@@ -41,7 +42,8 @@ EightTensors ssd_backward_cpu(const at::Tensor& d_o, const OptionalTensor& d_fin
               d_o.sizes());
   const at::ScalarType dtype = ssd_compute_dtype(in);
   const at::Tensor d_state = d_final_state ? d_final_state->to(dtype) : at::Tensor();
-  const SsdGradients g = ssd_chunked_backward(ssd_convert(in, dtype), sizes, d_o.to(dtype), d_state);
+  const auto run = dtype == at::kDouble ? ssd_chunked_backward : ssd_vector_backward;
+  const SsdGradients g = run(ssd_convert(in, dtype), sizes, d_o.to(dtype), d_state);
   return {g.q.to(q.scalar_type()),
           g.k.to(k.scalar_type()),
           g.v.to(v.scalar_type()),
@@ -60,7 +62,13 @@ at::Tensor ssd_step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const SsdInputs in{
       q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), dt_raw.unsqueeze(1), dt_bias, A_log, D, state, {}, {}};
   const SsdSizes sizes = ssd_sizes("ssd_step", in);
-  const SsdResult r = ssd_chunked(ssd_convert(in, ssd_compute_dtype(in)), sizes);
+  if (v.scalar_type() != at::kDouble) {
+    const at::Tensor work = state.to(at::kFloat).contiguous();  // the state itself where that is possible
+    const at::Tensor o = ssd_vector_step(ssd_convert(in, at::kFloat), sizes, work);
+    if (!work.is_same(state)) state.copy_(work);
+    return o.squeeze(1).to(v.scalar_type());
+  }
+  const SsdResult r = ssd_chunked(ssd_convert(in, at::kDouble), sizes);
   state.copy_(r.final_state);
   return r.o.squeeze(1).to(v.scalar_type());
 }

@@ -57,6 +57,7 @@ SsdSizes ssd_sizes(const char* op, const SsdInputs& in) {
   TORCH_CHECK(
       in.q.sizes() == at::IntArrayRef({s.B, s.T, s.Hq, s.K}) && in.k.sizes() == at::IntArrayRef({s.B, s.T, s.Hk, s.K}),
       op, ": q ", in.q.sizes(), " and k ", in.k.sizes(), " do not go with v ", in.v.sizes());
+  TORCH_CHECK(s.K > 0 && s.V > 0, op, ": head dimensions must be positive, got K ", s.K, ", V ", s.V);
   check_heads(op, s);
   check_dtypes(op, in);
   TORCH_CHECK(in.dt_raw.sizes() == at::IntArrayRef({s.B, s.T, s.Hs}), op, ": dt_raw must be [", s.B, ", ", s.T, ", ",

@@ -48,4 +48,11 @@ SsdResult ssd_chunked(const SsdInputs& in, const SsdSizes& sizes);
 SsdGradients ssd_chunked_backward(const SsdInputs& in, const SsdSizes& sizes, const at::Tensor& d_o,
                                   const at::Tensor& d_final_state);
 
+// The same by the vector kernels (ssd_kernels.h); inputs float32.
+SsdResult ssd_vector(const SsdInputs& in, const SsdSizes& sizes);
+SsdGradients ssd_vector_backward(const SsdInputs& in, const SsdSizes& sizes, const at::Tensor& d_o,
+                                 const at::Tensor& d_final_state);
+// One token of each sequence (T = 1); `state` contiguous float32, updated. Returns o [N, 1, Ho, V].
+at::Tensor ssd_vector_step(const SsdInputs& in, const SsdSizes& sizes, const at::Tensor& state);
+
 }  // namespace oryx::ops

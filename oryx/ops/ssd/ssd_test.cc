@@ -64,6 +64,16 @@ Case make_case(const Shape& s, at::ScalarType dtype, bool with_state = true, con
   return c;
 }
 
+// The naive form is thousands of tiny operations, which threads only slow down.
+class OneThread {
+ public:
+  OneThread() { at::set_num_threads(1); }
+  ~OneThread() { at::set_num_threads(before_); }
+
+ private:
+  int before_ = at::get_num_threads();
+};
+
 std::vector<at::Tensor> gradients(const SsdResult& r, const std::vector<at::Tensor>& leaves) {
   const at::Tensor up_o = random(r.o.sizes(), r.o.scalar_type(), 11).detach();
   const at::Tensor up_state = random(r.final_state.sizes(), r.final_state.scalar_type(), 12).detach();
@@ -74,6 +84,7 @@ std::vector<at::Tensor> gradients(const SsdResult& r, const std::vector<at::Tens
 }
 
 void expect_equals_naive(const Case& c, double limit) {
+  const OneThread one_thread;
   const SsdResult fast = c.run(), slow = c.run(true);
   EXPECT_LT(norm_error(fast.o, slow.o), limit);
   EXPECT_LT(norm_error(fast.final_state, slow.final_state), limit);
@@ -157,6 +168,7 @@ TEST(Ssd, PackedEqualsNaiveAndSeparate) {
 }
 
 TEST(Ssd, SplitEqualsWhole) {
+  const OneThread one_thread;
   for (auto dtype : {at::kFloat, at::kDouble}) {
     const Case c = make_case({2, 200, 1, 1, 3, 12, 20}, dtype);
     const SsdResult whole = c.run();
@@ -174,6 +186,7 @@ TEST(Ssd, SplitEqualsWhole) {
 }
 
 TEST(Ssd, StepEqualsParallel) {
+  const OneThread one_thread;
   for (const Shape& base : kGroupings) {
     for (auto dtype : {at::kFloat, at::kDouble}) {
       Shape s = base;
@@ -206,6 +219,7 @@ TEST(Ssd, StepUpdatesAStridedState) {
 }
 
 TEST(Ssd, SpansChooseTheReadout) {
+  const OneThread one_thread;
   for (auto dtype : {at::kFloat, at::kDouble}) {
     const double limit = dtype == at::kFloat ? 4e-6 : 1e-11;
     Case c = make_case({2, 200, 1, 1, 2, 5, 6}, dtype);
@@ -281,6 +295,7 @@ TEST(Ssd, TakesStridedInputs) {
 }
 
 TEST(Ssd, Bfloat16NearFloat32) {
+  const OneThread one_thread;
   Case c = make_case({2, 100, 1, 1, 3, 16, 16}, at::kFloat);
   const Case wide = c;
   for (at::Tensor* t : {&c.q, &c.k, &c.v}) *t = t->detach().to(at::kBFloat16).set_requires_grad(true);
