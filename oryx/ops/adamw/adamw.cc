@@ -124,8 +124,9 @@ double global_norm_cpu(at::TensorList gradients) {
 
 }  // namespace
 
-void adamw_step(const std::vector<at::Tensor>& p, const std::vector<at::Tensor>& g, const std::vector<at::Tensor>& m,
-                const std::vector<at::Tensor>& v, int64_t step, const AdamwOptions& o, double grad_scale) {
+void adamw_step_all(const std::vector<at::Tensor>& p, const std::vector<at::Tensor>& g,
+                    const std::vector<at::Tensor>& m, const std::vector<at::Tensor>& v, int64_t step,
+                    const AdamwOptions& o, double grad_scale) {
   TORCH_CHECK(g.size() == p.size() && m.size() == p.size() && v.size() == p.size(), "adamw_step: lists of ", p.size(),
               ", ", g.size(), ", ", m.size(), " and ", v.size(), " tensors");
   static const auto op =
@@ -147,8 +148,8 @@ void adamw_step(const std::vector<at::Tensor>& p, const std::vector<at::Tensor>&
 
 void adamw_step(at::Tensor p, const at::Tensor& g, at::Tensor m, at::Tensor v, int64_t step,
                 const AdamwOptions& options, double grad_scale) {
-  adamw_step(std::vector<at::Tensor>{p}, std::vector<at::Tensor>{g}, std::vector<at::Tensor>{m},
-             std::vector<at::Tensor>{v}, step, options, grad_scale);
+  TORCH_CHECK(g.defined(), "adamw_step: the gradient is undefined");
+  adamw_step_all({std::move(p)}, {g}, {std::move(m)}, {std::move(v)}, step, options, grad_scale);
 }
 
 double global_norm(const std::vector<at::Tensor>& gradients) {

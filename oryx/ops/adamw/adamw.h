@@ -21,8 +21,9 @@ void adamw_step(at::Tensor p, const at::Tensor& g, at::Tensor m, at::Tensor v, i
 
 // The same for many tensors in one parallel loop, so that small ones cost little. Four lists of one length; a parameter
 // whose gradient is undefined is passed over (its moments stand still).
-void adamw_step(const std::vector<at::Tensor>& p, const std::vector<at::Tensor>& g, const std::vector<at::Tensor>& m,
-                const std::vector<at::Tensor>& v, int64_t step, const AdamwOptions& options, double grad_scale = 1);
+void adamw_step_all(const std::vector<at::Tensor>& p, const std::vector<at::Tensor>& g,
+                    const std::vector<at::Tensor>& m, const std::vector<at::Tensor>& v, int64_t step,
+                    const AdamwOptions& options, double grad_scale = 1);
 
 // sqrt of the sum of all squares, accumulated in double in an order that does not depend on the number of threads.
 // Undefined gradients are passed over.

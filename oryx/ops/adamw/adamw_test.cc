@@ -62,8 +62,8 @@ TEST(Adamw, ManyTensorsOfOddSizesMatchFloat64) {
   o.lr = 3e-3;
   for (int64_t step = 1; step <= 4; ++step) {
     const auto g = like(parameters, step == 2 ? 1e-4 : 1.0);
-    adamw_step(a.p, g, a.m, a.v, step, o, 0.5);
-    adamw_step(b.p, converted(g, at::kDouble), b.m, b.v, step, o, 0.5);
+    adamw_step_all(a.p, g, a.m, a.v, step, o, 0.5);
+    adamw_step_all(b.p, converted(g, at::kDouble), b.m, b.v, step, o, 0.5);
     for (size_t i = 0; i < parameters.size(); ++i) adamw_step(c.p[i], g[i], c.m[i], c.v[i], step, o, 0.5);
   }
   for (size_t i = 0; i + 1 < parameters.size(); ++i) {
@@ -80,10 +80,10 @@ TEST(Adamw, ThreadsDoNotChangeTheResult) {
   const auto g = like(parameters, 1.0);
   State a(parameters, at::kFloat), b(parameters, at::kFloat);
   const int threads = at::get_num_threads();
-  adamw_step(a.p, g, a.m, a.v, 1, {});
+  adamw_step_all(a.p, g, a.m, a.v, 1, {});
   const double norm = global_norm(g);
   at::set_num_threads(1);
-  adamw_step(b.p, g, b.m, b.v, 1, {});
+  adamw_step_all(b.p, g, b.m, b.v, 1, {});
   EXPECT_EQ(global_norm(g), norm);
   at::set_num_threads(threads);
   for (size_t i = 0; i < parameters.size(); ++i) EXPECT_TRUE(at::equal(a.p[i], b.p[i]));
@@ -93,7 +93,7 @@ TEST(Adamw, ParametersThatRequireGradAndMissingGradients) {
   const at::Tensor p = at::ones({5}).requires_grad_(), q = at::ones({5}).requires_grad_();
   State s({p.detach(), q.detach()}, at::kFloat);
   const auto before = p._version();
-  adamw_step({p, q}, {at::ones({5}), at::Tensor()}, s.m, s.v, 1, {});
+  adamw_step_all({p, q}, {at::ones({5}), at::Tensor()}, s.m, s.v, 1, {});
   EXPECT_TRUE(p.is_leaf());
   EXPECT_GT(p._version(), before);
   EXPECT_LT(p.detach()[0].item<float>(), 1.0f);
@@ -108,7 +108,8 @@ TEST(Adamw, RefusesWhatDoesNotFit) {
       adamw_step(at::ones({4, 4}).t(), at::ones({4, 4}), at::ones({4, 4}), at::ones({4, 4}).slice(1, 0, 2), 1, {}),
       c10::Error);
   EXPECT_THROW(adamw_step(x.to(at::kBFloat16), x, x.clone(), x.clone(), 1, {}), c10::Error);
-  EXPECT_THROW(adamw_step({x.clone()}, {}, {x.clone()}, {x.clone()}, 1, {}), c10::Error);
+  EXPECT_THROW(adamw_step(x.clone(), {}, x.clone(), x.clone(), 1, {}), c10::Error);
+  EXPECT_THROW(adamw_step_all({x.clone()}, {}, {x.clone()}, {x.clone()}, 1, {}), c10::Error);
 }
 
 TEST(GlobalNorm, MatchesFloat64) {

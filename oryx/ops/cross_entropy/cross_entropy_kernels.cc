@@ -111,8 +111,11 @@ HWY_INLINE void backward_row(const SoftmaxRows& rows, const T* x, T* d_x, float 
     std::memset(d_x, 0, classes * sizeof(T));
     return;
   }
-  const float factor = scale * (1 + 2 * z_coef * rows.lse[r]) * rows.inverse_sum[r];
-  const float at_target = std::exp(value(x[target]) - rows.max[r]) * factor - scale;  // d_x may overwrite x
+  const float z_slope = 2 * z_coef * rows.lse[r];
+  const float factor = scale * (1 + z_slope) * rows.inverse_sum[r];
+  // d_x may overwrite x. p - 1 apart from the z term, which must not be rounded against 1.
+  const float p = std::exp(value(x[target]) - rows.max[r]) * rows.inverse_sum[r];
+  const float at_target = scale * ((p - 1) + p * z_slope);
   const V m = hn::Set(d, rows.max[r]), f = hn::Set(d, factor);
   size_t i = 0;
   for (; i + lanes <= classes; i += lanes) {

@@ -1,6 +1,7 @@
 #include "oryx/ops/norm/norm.h"
 
 #include <ATen/ATen.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -129,7 +130,7 @@ TEST(AddRmsNorm, AnOutputThatIsNotUsedCostsNothingAndChangesNothing) {
 }
 
 TEST(GatedRmsNorm, MatchesNaiveInBothOrders) {
-  for (const int64_t dim : {1, 16, 63, 64, 100, 1000}) {
+  for (const int64_t dim : {3, 16, 63, 64, 100, 1000}) {
     for (const bool gate_first : {false, true}) {
       for (const int64_t groups : {1, 2, 5}) {
         if (dim % groups != 0) continue;
