@@ -12,8 +12,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor leaf(const at::Tensor& t) { return t.defined() ? t.detach().requires_grad_(true) : at::Tensor(); }
-
 struct Checkpointed : torch::autograd::Function<Checkpointed> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& a, const at::Tensor& b, const PairFunction& f) {
     ctx->save_for_backward({a, b});
@@ -26,7 +24,7 @@ struct Checkpointed : torch::autograd::Function<Checkpointed> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor a = leaf(saved[0]), b = leaf(saved[1]);
+    const at::Tensor a = saved[0].detach().requires_grad_(true), b = saved[1].detach().requires_grad_(true);
     const auto holder = ctx->saved_data["f"].toCapsule();
     at::AutoGradMode enable(true);
     const auto [x, y] = static_cast<Holder*>(holder.get())->f(a, b);
@@ -37,7 +35,7 @@ struct Checkpointed : torch::autograd::Function<Checkpointed> {
       upstream.push_back(g);
     }
     torch::autograd::backward(roots, upstream);
-    return {a.grad(), b.defined() ? b.grad() : at::Tensor(), at::Tensor()};
+    return {a.grad(), b.grad(), at::Tensor()};
   }
 
   struct Holder : torch::CustomClassHolder {
@@ -49,6 +47,12 @@ struct Checkpointed : torch::autograd::Function<Checkpointed> {
 }  // namespace
 
 std::pair<at::Tensor, at::Tensor> checkpointed(const PairFunction& f, const at::Tensor& a, const at::Tensor& b) {
+  if (!b.defined()) {
+    // The autograd engine wants every input defined: an empty tensor stands in.
+    const auto without_b = [f](const at::Tensor& x, const at::Tensor&) { return f(x, at::Tensor()); };
+    const auto out = Checkpointed::apply(a, at::empty({0}, a.options()), PairFunction(without_b));
+    return {out[0], out[1]};
+  }
   const auto out = Checkpointed::apply(a, b, f);
   return {out[0], out[1]};
 }

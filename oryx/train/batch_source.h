@@ -1,0 +1,63 @@
+// Where training batches come from. A source is added by deriving from BatchSource; the trainer knows no other.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "oryx/common/json.h"
+#include "oryx/data/loader.h"
+#include "oryx/data/synthetic.h"
+#include "oryx/modes/span_table.h"
+
+namespace oryx {
+
+struct TrainBatch {
+  at::Tensor input_ids, targets;         // [rows, tokens] int64, as the model takes them: packed batches are one row
+  std::optional<at::Tensor> cu_seqlens;  // [N + 1] int32 when packed
+  // The sequences of the batch; context.sequence counts them from 0. The trainer fills in seed and step.
+  std::vector<ModePiece> pieces;
+};
+
+class BatchSource {
+ public:
+  virtual ~BatchSource() = default;
+  virtual TrainBatch next() = 0;
+  // Where the next batch comes from, as part of a checkpoint, and back. seek throws Error on what position() did not give.
+  virtual Json position() const = 0;
+  virtual void seek(const Json& position) = 0;
+};
+
+// Packed rows of a token file, in the loader's shuffled order.
+class TextSource : public BatchSource {
+ public:
+  TextSource(std::shared_ptr<const TokenFile> file, const LoaderOptions& options) : loader_(std::move(file), options) {}
+  TrainBatch next() override;
+  Json position() const override;
+  void seek(const Json& position) override;
+
+ private:
+  TrainLoader loader_;
+};
+
+// Associative recall, an endless stream of fresh examples.
+class RecallSource : public BatchSource {
+ public:
+  RecallSource(const RecallOptions& options, int64_t batch_size, uint64_t seed) : options_(options), batch_size_(batch_size), seed_(seed) {
+    check(options_);
+  }
+  // Changes the task's size from the next batch on (a curriculum).
+  void set_options(const RecallOptions& options) { options_ = options; }
+  TrainBatch next() override;
+  Json position() const override { return {{"index", index_}}; }
+  void seek(const Json& position) override;
+
+ private:
+  RecallOptions options_;
+  int64_t batch_size_;
+  uint64_t seed_, index_ = 0;
+};
+
+}  // namespace oryx

@@ -1,0 +1,109 @@
+#include "oryx/train/options.h"
+
+#include <algorithm>
+
+#include "oryx/model/scheduling.h"
+
+namespace oryx {
+
+void TrainOptions::describe(Fields& f) {
+  f.add("data", data, "data set folder, as `oryx data build` writes it");
+  f.add("out", out, "run folder: checkpoints, metrics, report");
+  f.add("preset", preset, "the model to start from: SIZE or SIZE-VARIANT, see `oryx inspect --list`");
+  f.add("steps", steps, "optimiser steps", at_least(1));
+  f.add("batch_size", batch_size, "rows of a batch", at_least(1));
+  f.add("seq_len", seq_len, "tokens of a row", at_least(2));
+  f.add("accumulate", accumulate, "batches whose gradients make one step", at_least(1));
+  f.add("seed", seed, "of initialisation, data order and modes", at_least(0));
+  f.add("precision", precision, "of activations and matrix products; parameters are float32 always",
+        {{"float32", Precision::kFloat32}, {"bfloat16", Precision::kBfloat16}});
+  f.add("checkpoint_layers", checkpoint_layers, "recompute each layer's activations in the backward pass: less memory, a third more time");
+  f.add("lr", lr, "peak learning rate", above(0));
+  f.add("min_lr_ratio", min_lr_ratio, "the cosine ends at this share of lr", between(0, 1));
+  f.add("warmup_steps", warmup_steps, "of the linear warm-up", at_least(0));
+  f.add("weight_decay", weight_decay, "decoupled; none on norms, decays and convolution filters", at_least(0));
+  f.add("beta1", beta1, "AdamW's first moment", between(0, 1));
+  f.add("beta2", beta2, "AdamW's second moment", between(0, 1));
+  f.add("eps", eps, "AdamW's epsilon", above(0));
+  f.add("clip", clip, "largest global gradient norm; 0: no clipping", at_least(0));
+  f.add("z_loss", z_loss, "weight of log^2 Z in the loss", at_least(0));
+  f.add("schedule", schedule, "modes in training, see docs/modes.md; empty: random with attention_share and chunk");
+  f.add("attention_share", attention_share, "probability that a chunk is in attention", between(0, 1));
+  f.add("chunk", chunk, "tokens of a chunk that takes one mode", at_least(1));
+  f.add("log_every", log_every, "steps between metrics lines", at_least(1));
+  f.add("validate_every", validate_every, "steps between validations; 0: never", at_least(0));
+  f.add("validate_tokens", validate_tokens, "held-out tokens of a validation", at_least(1));
+  f.add("validate_schedules", validate_schedules, "schedules to validate; empty: every mixer alone, and the training schedule");
+  f.add("save_every", save_every, "steps between checkpoints; the last step is always saved", at_least(1));
+  f.add("keep_checkpoints", keep_checkpoints, "older checkpoints are removed", at_least(1));
+  f.group("model", model);
+}
+
+void TrainOptions::validate() const {
+  model.validate();
+  if (warmup_steps >= steps) fail("warmup_steps is {}, expected less than steps {}", warmup_steps, steps);
+  (void)ModelSchedule(model, training_schedule());
+  for (const auto& s : validation_schedules()) (void)ModelSchedule(model, s);
+}
+
+std::string TrainOptions::training_schedule() const {
+  if (!schedule.empty()) return schedule;
+  const auto mixers = model.mixers();
+  const bool attention = std::find(mixers.begin(), mixers.end(), "attention") != mixers.end();
+  const bool selects = std::any_of(model.layer_mixers.begin(), model.layer_mixers.end(), [](const auto& l) { return l.size() > 1; });
+  if (!attention || !selects || model.layer.combine != "select") return "linear";
+  // Further mixers share what attention leaves in equal parts with the first.
+  std::string text = fmt::format("random(attention={}", attention_share);
+  for (size_t i = 1; i < mixers.size(); ++i) {
+    if (mixers[i] != "attention") text += fmt::format(";{}={}", mixers[i], (1 - attention_share) / static_cast<double>(mixers.size() - 1));
+  }
+  return text + fmt::format(";chunk={})", chunk);
+}
+
+std::vector<std::string> TrainOptions::validation_schedules() const {
+  if (!validate_schedules.empty()) return validate_schedules;
+  const bool selects = model.layer.combine == "select" &&
+                       std::any_of(model.layer_mixers.begin(), model.layer_mixers.end(), [](const auto& l) { return l.size() > 1; });
+  if (!selects) return {"linear"};
+  std::vector<std::string> all = model.mixers();
+  all.push_back(training_schedule());
+  return all;
+}
+
+namespace {
+
+// The value of a string key in the file or, later and stronger, among the overrides.
+bool given(const Json& json, const std::vector<std::string>& overrides, const std::string& group, const std::string& key, std::string* value) {
+  bool found = false;
+  const Json* at = &json;
+  if (!group.empty()) at = json.contains(group) ? &json[group] : nullptr;
+  if (at != nullptr && at->is_object() && at->contains(key)) {
+    found = true;
+    if ((*at)[key].is_string()) *value = (*at)[key].get<std::string>();
+  }
+  const std::string name = (group.empty() ? "" : group + ".") + key + "=";
+  for (const auto& o : overrides) {
+    if (o.rfind(name, 0) != 0) continue;
+    found = true;
+    *value = o.substr(name.size());
+  }
+  return found;
+}
+
+}  // namespace
+
+TrainOptions load_train_options(const std::filesystem::path& file, const std::vector<std::string>& overrides, int64_t data_vocab_size) {
+  const Json json = file.empty() ? Json::object() : read_json_file(file);
+  TrainOptions o;
+  std::string name = o.preset, ignored;
+  given(json, overrides, "", "preset", &name);
+  o.model = preset(name);
+  if (data_vocab_size > 0 && !given(json, overrides, "model", "vocab_size", &ignored)) o.model.vocab_size = (data_vocab_size + 63) / 64 * 64;
+  read_options(o, json, file.empty() ? "options" : file.string(), overrides);
+  if (data_vocab_size > o.model.vocab_size) {
+    fail("model.vocab_size is {}, but the data set's tokeniser has {} tokens", o.model.vocab_size, data_vocab_size);
+  }
+  return o;
+}
+
+}  // namespace oryx
