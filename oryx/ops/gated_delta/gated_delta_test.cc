@@ -137,8 +137,46 @@ TEST(GatedDelta, LongAndFullSize) {
     const Case c(s, at::kFloat);
     auto x = run(c, gated_delta_rule);
     for (auto& y : x) y = y.to(at::kDouble);
-    expect_near(x, run(c.exact(), gated_delta_rule_naive), 5e-6, 1e-5);
+    // Thousands of small products: threads would only wait for one another.
+    const int threads = at::get_num_threads();
+    at::set_num_threads(1);
+    const auto ref = run(c.exact(), gated_delta_rule_naive);
+    at::set_num_threads(threads);
+    expect_near(x, ref, 5e-6, 1e-5);
   }
+}
+
+// The kernels against the other chunked form, both in float32, strided inputs included.
+TEST(GatedDelta, KernelsEqualTensorForm) {
+  using namespace gated_delta;
+  for (const auto& s : shapes()) {
+    SCOPED_TRACE(fmt::format("T {} heads {}/{}/{} K {} V {}", s.T, s.Hq, s.Hk, s.Hv, s.K, s.V));
+    const Case c(s, at::kFloat);
+    const at::NoGradGuard no_grad;
+    const auto p = check_arguments("test", c.q, c.k, c.v, c.g, c.beta, {}, c.cu, c.spans, {}, 1e-6);
+    const auto strided = [](const at::Tensor& x) { return at::cat({x, x}, 2).slice(2, x.size(2)); };
+    const Inputs plain{c.q, c.k, c.v, c.g, c.beta, c.state};
+    const Inputs views{strided(c.q), strided(c.k), strided(c.v), strided(c.g), strided(c.beta), c.state};
+    const Outputs x = kernel_forward(p, views, true), y = chunked_forward(p, plain, true);
+    EXPECT_LT(test::fixture_error(x.chunk_states.transpose(2, 3), y.chunk_states), 5e-6);
+    const Gradients dx = kernel_backward(p, views, x, c.up_o, c.up_state);
+    const Gradients dy = chunked_backward(p, plain, y, c.up_o, c.up_state);
+    expect_near({x.o, x.final_state, dx.q, dx.k, dx.v, dx.g, dx.beta, dx.state},
+                {y.o, y.final_state, dy.q, dy.k, dy.v, dy.g, dy.beta, dy.state}, 5e-6, 1e-5);
+    const Outputs again = kernel_forward(p, plain, false);
+    EXPECT_TRUE(at::equal(again.o, x.o) && at::equal(again.final_state, x.final_state)) << "not the same bits";
+  }
+}
+
+TEST(GatedDelta, ThreadsDoNotChangeABit) {
+  const Case c({2, 200, 3, 3, 3, 32, 48}, at::kFloat);
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);
+  const auto one = run(c, gated_delta_rule);
+  at::set_num_threads(3);
+  const auto three = run(c, gated_delta_rule);
+  at::set_num_threads(threads);
+  for (size_t i = 0; i < one.size(); ++i) EXPECT_TRUE(at::equal(one[i], three[i])) << kNames[i];
 }
 
 // The derivative along random directions, by central differences in float64.
