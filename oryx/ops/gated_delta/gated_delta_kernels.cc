@@ -199,26 +199,26 @@ template <bool kBackward, size_t kRows, size_t kVectors>
 HWY_NOINLINE void SolveTile(size_t i, size_t L, const float* N, const float* b, float* x, float* y, size_t ldv) {
   const Floats d;
   Vector acc[kRows][kVectors];
-  InitTile(x + i * ldv, ldv, 1, acc);
+  InitTile<false>(x + i * ldv, ldv, 1, acc);
   if (kBackward) {
     AccumulateTile<Order::kT>(N + i, kLdc, y, ldv, i + kRows, L, acc);
   } else {
     AccumulateTile<Order::kPlain>(N + i * kLdc, kLdc, y, ldv, 0, i, acc);
   }
-  for (size_t step = 0; step < kRows; ++step) {
-    const size_t r = kBackward ? kRows - 1 - step : step;
+  Unroll<kRows>([&](auto step) ORYX_TILE_LAMBDA {
+    constexpr size_t r = kBackward ? kRows - 1 - step : step;
     const Vector br = hn::Set(d, b[i + r]);
     Vector yr[kVectors];
-    for (size_t v = 0; v < kVectors; ++v) {
+    Unroll<kVectors>([&](auto v) ORYX_TILE_LAMBDA {
       yr[v] = hn::Mul(br, acc[r][v]);
       hn::StoreU(yr[v], d, y + (i + r) * ldv + v * kLanes);
-    }
-    for (size_t other = step + 1; other < kRows; ++other) {
-      const size_t o = kBackward ? kRows - 1 - other : other;
+    });
+    Unroll<kRows - 1 - step>([&](auto later) ORYX_TILE_LAMBDA {
+      constexpr size_t o = kBackward ? later : r + 1 + later;
       const Vector n = hn::Set(d, kBackward ? N[(i + r) * kLdc + i + o] : N[(i + o) * kLdc + i + r]);
-      for (size_t v = 0; v < kVectors; ++v) acc[o][v] = hn::MulAdd(n, yr[v], acc[o][v]);
-    }
-  }
+      Unroll<kVectors>([&](auto v) ORYX_TILE_LAMBDA { acc[o][v] = hn::MulAdd(n, yr[v], acc[o][v]); });
+    });
+  });
   StoreTile(acc, x + i * ldv, ldv);
 }
 
@@ -638,6 +638,13 @@ void backward_head(const KernelArgs& a, const KernelGradients& d, const KernelSe
 
 void step_head(const StepArgs& a, int64_t n, int64_t head, float* scratch) {
   HWY_DYNAMIC_DISPATCH(StepHead)(a, n, head, scratch);
+}
+
+std::vector<int64_t> instruction_sets() { return hwy::SupportedAndGeneratedTargets(); }
+
+void choose_instruction_set(int64_t target) {
+  hwy::SetSupportedTargetsForTest(target);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
 }
 
 }  // namespace oryx::ops::gated_delta

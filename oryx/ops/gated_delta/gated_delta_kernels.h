@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace oryx::ops::gated_delta {
 
@@ -54,5 +55,10 @@ struct StepArgs {
 
 // scratch: (groups + 1) * (K + 32) floats.
 void step_head(const StepArgs& a, int64_t n, int64_t head, float* scratch);
+
+// For tests: the instruction sets that are compiled in and that this machine has (Highway's numbers), and the choice of
+// one (0: the best). The choice holds for all kernels of the process.
+std::vector<int64_t> instruction_sets();
+void choose_instruction_set(int64_t target);
 
 }  // namespace oryx::ops::gated_delta

@@ -7,6 +7,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/ops/gated_delta/gated_delta_internal.h"
+#include "oryx/ops/gated_delta/gated_delta_kernels.h"
 #include "tests/support/fixtures.h"
 
 namespace oryx::ops {
@@ -77,6 +78,16 @@ std::vector<at::Tensor> run(const Case& c, F op, std::optional<double> scale = {
   return all;
 }
 
+// Around thousands of small products, where threads would only wait for one another.
+class OneThread {
+ public:
+  OneThread() : threads_(at::get_num_threads()) { at::set_num_threads(1); }
+  ~OneThread() { at::set_num_threads(threads_); }
+
+ private:
+  int threads_;
+};
+
 const char* const kNames[] = {"o", "final_state", "d_q", "d_k", "d_v", "d_g", "d_beta", "d_state"};
 
 // All within `limit` of the largest magnitude.
@@ -114,6 +125,7 @@ const std::vector<Shape>& shapes() {
 }
 
 TEST(GatedDelta, EqualsNaiveInDouble) {
+  const OneThread one_thread;
   for (const auto& s : shapes()) {
     SCOPED_TRACE(fmt::format("T {} heads {}/{}/{} K {} V {}", s.T, s.Hq, s.Hk, s.Hv, s.K, s.V));
     const Case c(s, at::kDouble);
@@ -122,6 +134,7 @@ TEST(GatedDelta, EqualsNaiveInDouble) {
 }
 
 TEST(GatedDelta, EqualsNaiveInFloat) {
+  const OneThread one_thread;
   for (const auto& s : shapes()) {
     SCOPED_TRACE(fmt::format("T {} heads {}/{}/{} K {} V {}", s.T, s.Hq, s.Hk, s.Hv, s.K, s.V));
     const Case c(s, at::kFloat);
@@ -132,6 +145,7 @@ TEST(GatedDelta, EqualsNaiveInFloat) {
 }
 
 TEST(GatedDelta, LongAndFullSize) {
+  const OneThread one_thread;
   for (const auto& s :
        {Shape{1, 1000, 1, 1, 1, 32, 32, {}, {}, true, 0.05}, Shape{1, 100, 1, 1, 2, 128, 128, {}, {}, true, 0.1}}) {
     const Case c(s, at::kFloat);
@@ -141,8 +155,65 @@ TEST(GatedDelta, LongAndFullSize) {
   }
 }
 
+// The kernels against the other chunked form, both in float32, strided inputs included.
+TEST(GatedDelta, KernelsEqualTensorForm) {
+  using namespace gated_delta;
+  for (const auto& s : shapes()) {
+    SCOPED_TRACE(fmt::format("T {} heads {}/{}/{} K {} V {}", s.T, s.Hq, s.Hk, s.Hv, s.K, s.V));
+    const Case c(s, at::kFloat);
+    const at::NoGradGuard no_grad;
+    const auto p = check_arguments("test", c.q, c.k, c.v, c.g, c.beta, {}, c.cu, c.spans, {}, 1e-6);
+    const auto strided = [](const at::Tensor& x) { return at::cat({x, x}, 2).slice(2, x.size(2)); };
+    const Inputs plain{c.q, c.k, c.v, c.g, c.beta, c.state};
+    const Inputs views{strided(c.q), strided(c.k), strided(c.v), strided(c.g), strided(c.beta), c.state};
+    const Outputs x = kernel_forward(p, views, true), y = chunked_forward(p, plain, true);
+    EXPECT_LT(test::fixture_error(x.chunk_states.transpose(2, 3), y.chunk_states), 5e-6);
+    const Gradients dx = kernel_backward(p, views, x, c.up_o, c.up_state);
+    const Gradients dy = chunked_backward(p, plain, y, c.up_o, c.up_state);
+    expect_near({x.o, x.final_state, dx.q, dx.k, dx.v, dx.g, dx.beta, dx.state},
+                {y.o, y.final_state, dy.q, dy.k, dy.v, dy.g, dy.beta, dy.state}, 5e-6, 1e-5);
+    const Outputs again = kernel_forward(p, plain, false);
+    EXPECT_TRUE(at::equal(again.o, x.o) && at::equal(again.final_state, x.final_state)) << "not the same bits";
+  }
+}
+
+TEST(GatedDelta, EveryInstructionSet) {
+  for (const int64_t target : gated_delta::instruction_sets()) {
+    gated_delta::choose_instruction_set(target);
+    for (const auto& s : {Shape{1, 150, 1, 1, 2, 17, 16, {0, 70, 150}, {0, 3, 10, 0, 60, 80, 0, 149, 150}},
+                          Shape{2, 65, 1, 1, 3, 5, 7}, Shape{1, 130, 4, 2, 1, 24, 9}}) {
+      SCOPED_TRACE(fmt::format("target {} T {} K {} V {}", target, s.T, s.K, s.V));
+      const Case c(s, at::kFloat);
+      auto x = run(c, gated_delta_rule);
+      for (auto& y : x) y = y.to(at::kDouble);
+      expect_near(x, run(c.exact(), gated_delta_rule), 5e-6, 1e-5);
+      const at::NoGradGuard no_grad;
+      const auto one = [](const at::Tensor& t) { return t.select(1, 0); };
+      const Case d({2, 1, s.Hq, s.Hk, s.Hv, s.K, s.V}, at::kFloat), e = d.exact();
+      at::Tensor S = d.state.clone(), Se = e.state.clone();
+      const auto o = gated_delta_step(one(d.q), one(d.k), one(d.v), one(d.g), one(d.beta), S);
+      const auto oe = gated_delta_step(one(e.q), one(e.k), one(e.v), one(e.g), one(e.beta), Se);
+      EXPECT_LT(test::fixture_error(o, oe), 5e-6);
+      EXPECT_LT(test::fixture_error(S, Se), 5e-6);
+    }
+  }
+  gated_delta::choose_instruction_set(0);
+}
+
+TEST(GatedDelta, ThreadsDoNotChangeABit) {
+  const Case c({2, 200, 3, 3, 3, 32, 48}, at::kFloat);
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);
+  const auto one = run(c, gated_delta_rule);
+  at::set_num_threads(3);
+  const auto three = run(c, gated_delta_rule);
+  at::set_num_threads(threads);
+  for (size_t i = 0; i < one.size(); ++i) EXPECT_TRUE(at::equal(one[i], three[i])) << kNames[i];
+}
+
 // The derivative along random directions, by central differences in float64.
 TEST(GatedDelta, GradientIsTheDerivative) {
+  const OneThread one_thread;
   for (const bool naive : {false, true}) {
     const auto op = naive ? gated_delta_rule_naive : gated_delta_rule;
     const Case c({1, 70, 2, 1, 1, 4, 3, {0, 5, 70}, {0, 2, 68}}, at::kDouble);
@@ -166,6 +237,7 @@ TEST(GatedDelta, GradientIsTheDerivative) {
 }
 
 TEST(GatedDelta, FixtureValuesAndGradients) {
+  const OneThread one_thread;
   ORYX_REQUIRE_FIXTURES();
   for (const auto& f : test::fixtures("ops", "gated_delta_rule")) {
     const bool extreme = f.name.find("extreme") != std::string::npos;
@@ -228,6 +300,7 @@ TEST(GatedDelta, StepUpdatesAViewInPlace) {
 }
 
 TEST(GatedDelta, TwoCallsThroughTheStateEqualOne) {
+  const OneThread one_thread;
   for (const auto dtype : {at::kFloat, at::kDouble}) {
     for (const int64_t cut : {1, 63, 64, 99}) {
       const Case c({2, 100, 2, 1, 2, 16, 16}, dtype);

@@ -24,10 +24,13 @@
 #define ORYX_OPS_SIMD_SMALL_MATMUL_INL_H_
 #endif
 
+#undef ORYX_TILE_LAMBDA
+
 #include <hwy/highway.h>
 
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 
 HWY_BEFORE_NAMESPACE();
 namespace oryx::ops::simd {
@@ -49,59 +52,66 @@ HWY_INLINE constexpr size_t PadLength(size_t n) { return (n + kPad - 1) / kPad *
 // The distance of rows of n: an odd number of cache lines, so that a column's lines spread over all sets of the cache.
 HWY_INLINE constexpr size_t PadStride(size_t n) { return (PadLength(n) / kPad | 1) * kPad; }
 
+// f(0), .. f(n - 1) with indices that are constants from the start: tiles that are indexed by a loop variable, even of
+// a loop that is unrolled later, travel through the stack.
+#define ORYX_TILE_LAMBDA HWY_ATTR __attribute__((always_inline))
+template <class F, size_t... kI>
+HWY_INLINE void UnrollOver(const F& f, std::index_sequence<kI...>) {
+  (f(std::integral_constant<size_t, kI>()), ...);
+}
+template <size_t kN, class F>
+HWY_INLINE void Unroll(const F& f) {
+  UnrollOver(f, std::make_index_sequence<kN>());
+}
+
 template <Order kOrder>
 HWY_INLINE Vector BroadcastA(const float* HWY_RESTRICT a, size_t lda, size_t i, size_t k) {
   return hn::Set(Floats(), kOrder == Order::kPlain ? a[i * lda + k] : a[k * lda + i]);
 }
 
-// acc = beta C (C is not read when beta is 0).
-template <size_t kRows, size_t kVectors>
+// acc = beta C, or zero without reading C.
+template <bool kZero, size_t kRows, size_t kVectors>
 HWY_INLINE void InitTile(const float* HWY_RESTRICT c, size_t ldc, float beta, Vector (&acc)[kRows][kVectors]) {
-  const Floats d;
-  for (size_t i = 0; i < kRows; ++i) {
-    for (size_t v = 0; v < kVectors; ++v) {
-      if (beta == 0) {
-        acc[i][v] = hn::Zero(d);
-      } else {
-        acc[i][v] = hn::Mul(hn::Set(d, beta), hn::LoadU(d, c + i * ldc + v * kLanes));
-      }
-    }
-  }
+  Unroll<kRows>([&](auto i) ORYX_TILE_LAMBDA {
+    Unroll<kVectors>([&](auto v) ORYX_TILE_LAMBDA {
+      const Floats d;
+      acc[i][v] = kZero ? hn::Zero(d) : hn::Mul(hn::Set(d, beta), hn::LoadU(d, c + i * ldc + v * kLanes));
+    });
+  });
 }
 
 // acc += A[:, k0:k1] B[k0:k1, :], A and B already at the tile's first row and column.
 template <Order kOrder, size_t kRows, size_t kVectors>
 HWY_INLINE void AccumulateTile(const float* HWY_RESTRICT a, size_t lda, const float* HWY_RESTRICT b, size_t ldb,
                                size_t k0, size_t k1, Vector (&acc)[kRows][kVectors]) {
-  const Floats d;
   for (size_t k = k0; k < k1; ++k) {
     Vector bk[kVectors];
-    for (size_t v = 0; v < kVectors; ++v) bk[v] = hn::LoadU(d, b + k * ldb + v * kLanes);
-    for (size_t i = 0; i < kRows; ++i) {
+    Unroll<kVectors>([&](auto v) ORYX_TILE_LAMBDA { bk[v] = hn::LoadU(Floats(), b + k * ldb + v * kLanes); });
+    Unroll<kRows>([&](auto i) ORYX_TILE_LAMBDA {
       const Vector ai = BroadcastA<kOrder>(a, lda, i, k);
-      for (size_t v = 0; v < kVectors; ++v) acc[i][v] = hn::MulAdd(ai, bk[v], acc[i][v]);
-    }
+      Unroll<kVectors>([&](auto v) ORYX_TILE_LAMBDA { acc[i][v] = hn::MulAdd(ai, bk[v], acc[i][v]); });
+    });
   }
 }
 
 template <size_t kRows, size_t kVectors>
 HWY_INLINE void StoreTile(const Vector (&acc)[kRows][kVectors], float* HWY_RESTRICT c, size_t ldc) {
-  for (size_t i = 0; i < kRows; ++i) {
-    for (size_t v = 0; v < kVectors; ++v) hn::StoreU(acc[i][v], Floats(), c + i * ldc + v * kLanes);
-  }
+  Unroll<kRows>([&](auto i) ORYX_TILE_LAMBDA {
+    Unroll<kVectors>([&](auto v) ORYX_TILE_LAMBDA { hn::StoreU(acc[i][v], Floats(), c + i * ldc + v * kLanes); });
+  });
 }
 
-template <Order kOrder, size_t kRows, size_t kVectors>
+template <Order kOrder, bool kZero, size_t kRows, size_t kVectors>
 HWY_NOINLINE void Tile(const float* a, size_t lda, const float* b, size_t ldb, float beta, float* c, size_t ldc,
                        size_t k0, size_t k1) {
   Vector acc[kRows][kVectors];
-  InitTile(c, ldc, beta, acc);
+  InitTile<kZero>(c, ldc, beta, acc);
   AccumulateTile<kOrder>(a, lda, b, ldb, k0, k1, acc);
   StoreTile(acc, c, ldc);
 }
 
 // Rows [i, i + kRows) of C.
-template <Order kOrder, Triangle kTriangle, size_t kRows>
+template <Order kOrder, Triangle kTriangle, bool kZero, size_t kRows>
 HWY_INLINE void RowBlock(size_t i, size_t n, size_t k0, size_t k1, const float* a, size_t lda, const float* b,
                          size_t ldb, float beta, float* c, size_t ldc) {
   if (kTriangle == Triangle::kLowerOut) n = std::min(n, i + kRows);
@@ -110,28 +120,38 @@ HWY_INLINE void RowBlock(size_t i, size_t n, size_t k0, size_t k1, const float* 
   const float* ai = kOrder == Order::kPlain ? a + i * lda : a + i;
   float* ci = c + i * ldc;
   size_t j = 0;
-  for (; j + kLanes < n; j += 2 * kLanes) Tile<kOrder, kRows, 2>(ai, lda, b + j, ldb, beta, ci + j, ldc, k0, k1);
-  if (j < n) Tile<kOrder, kRows, 1>(ai, lda, b + j, ldb, beta, ci + j, ldc, k0, k1);
+  for (; j + kLanes < n; j += 2 * kLanes) Tile<kOrder, kZero, kRows, 2>(ai, lda, b + j, ldb, beta, ci + j, ldc, k0, k1);
+  if (j < n) Tile<kOrder, kZero, kRows, 1>(ai, lda, b + j, ldb, beta, ci + j, ldc, k0, k1);
 }
 
-// Rows [m0, m1) of C = beta C + op(A)[:, k0:k1] B[k0:k1, :]. Pointers stand at row and column 0 of the whole matrices,
-// so that triangles are meant by absolute row and column.
-template <Order kOrder = Order::kPlain, Triangle kTriangle = Triangle::kFull>
-HWY_INLINE void MatMulRange(size_t m0, size_t m1, size_t n, size_t k0, size_t k1, const float* a, size_t lda,
-                            const float* b, size_t ldb, float beta, float* c, size_t ldc) {
+template <Order kOrder, Triangle kTriangle, bool kZero>
+HWY_INLINE void AllRows(size_t m0, size_t m1, size_t n, size_t k0, size_t k1, const float* a, size_t lda,
+                        const float* b, size_t ldb, float beta, float* c, size_t ldc) {
   size_t i = m0;
   for (; i + kTileRows <= m1; i += kTileRows) {
-    RowBlock<kOrder, kTriangle, kTileRows>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
+    RowBlock<kOrder, kTriangle, kZero, kTileRows>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
   }
   if (i + 4 <= m1) {
-    RowBlock<kOrder, kTriangle, 4>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
+    RowBlock<kOrder, kTriangle, kZero, 4>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
     i += 4;
   }
   if (i + 2 <= m1) {
-    RowBlock<kOrder, kTriangle, 2>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
+    RowBlock<kOrder, kTriangle, kZero, 2>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
     i += 2;
   }
-  if (i < m1) RowBlock<kOrder, kTriangle, 1>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
+  if (i < m1) RowBlock<kOrder, kTriangle, kZero, 1>(i, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
+}
+
+// Rows [m0, m1) of C = beta C + op(A)[:, k0:k1] B[k0:k1, :]; C is not read when beta is 0. Pointers stand at row and
+// column 0 of the whole matrices, so that triangles are meant by absolute row and column.
+template <Order kOrder = Order::kPlain, Triangle kTriangle = Triangle::kFull>
+HWY_INLINE void MatMulRange(size_t m0, size_t m1, size_t n, size_t k0, size_t k1, const float* a, size_t lda,
+                            const float* b, size_t ldb, float beta, float* c, size_t ldc) {
+  if (beta == 0) {
+    AllRows<kOrder, kTriangle, true>(m0, m1, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
+  } else {
+    AllRows<kOrder, kTriangle, false>(m0, m1, n, k0, k1, a, lda, b, ldb, beta, c, ldc);
+  }
 }
 
 template <Order kOrder = Order::kPlain, Triangle kTriangle = Triangle::kFull>
