@@ -48,6 +48,16 @@ Case make_case(int64_t B, int64_t T, int64_t C, int64_t w, bool with_state, Acti
   return c;
 }
 
+// The naive form is thousands of tiny operations, which threads only slow down.
+class OneThread {
+ public:
+  OneThread() { at::set_num_threads(1); }
+  ~OneThread() { at::set_num_threads(before_); }
+
+ private:
+  int before_ = at::get_num_threads();
+};
+
 std::vector<at::Tensor> gradients(const ShortConvResult& r, const std::vector<at::Tensor>& leaves) {
   const at::Tensor up_y = leaf(r.y.sizes(), r.y.scalar_type(), 8).detach();
   const at::Tensor up_state = leaf(r.final_state.sizes(), r.y.scalar_type(), 9).detach();
@@ -55,6 +65,7 @@ std::vector<at::Tensor> gradients(const ShortConvResult& r, const std::vector<at
 }
 
 void expect_equals_naive(const Case& c, double limit) {
+  const OneThread one_thread;
   const ShortConvResult fast = c.run(), slow = c.run(true);
   EXPECT_LT(norm_error(fast.y, slow.y), limit);
   if (slow.final_state.numel() > 0) {
@@ -107,8 +118,7 @@ TEST(ShortConv, EqualsNaiveAtOtherWidths) {
 }
 
 TEST(ShortConv, EqualsNaiveInFloat32OnManyChannels) {
-  for (int64_t C : {100, 1000, 1100})
-    expect_equals_naive(make_case(2, 37, C, 4, true, Activation::kSilu, at::kFloat), 2e-6);
+  for (int64_t C : {100, 1100}) expect_equals_naive(make_case(2, 37, C, 4, true, Activation::kSilu, at::kFloat), 2e-6);
 }
 
 TEST(ShortConv, PackedEqualsNaive) {
