@@ -28,13 +28,15 @@ void check(const at::Tensor& x, const at::Tensor& positions, double theta, int64
   }
   const int64_t d = x.size(3), rotated = rotary_dim > 0 ? rotary_dim : d;
   if (rotary_dim < 0 || rotated > d || rotated % 2 != 0) {
-    fail("rope: rotates {} of {} values of a head, expected an even number of them", rotary_dim < 0 ? rotary_dim : rotated, d);
+    fail("rope: rotates {} of {} values of a head, expected an even number of them",
+         rotary_dim < 0 ? rotary_dim : rotated, d);
   }
   if (!std::isfinite(theta) || theta <= 0) fail("rope: theta is {}, expected a positive number", theta);
 }
 
 // x [B, T, H, d] of float32, positions [B, T] contiguous.
-at::Tensor rotate_float(const at::Tensor& x_in, const at::Tensor& positions, double theta, int64_t rotary_dim, float sign) {
+at::Tensor rotate_float(const at::Tensor& x_in, const at::Tensor& positions, double theta, int64_t rotary_dim,
+                        float sign) {
   const at::Tensor x = x_in.stride(3) == 1 ? x_in : x_in.contiguous();
   const int64_t B = x.size(0), T = x.size(1), H = x.size(2), d = x.size(3), half = rotary_dim / 2;
   at::Tensor y = at::empty({B, T, H, d}, x.options());
@@ -47,7 +49,8 @@ at::Tensor rotate_float(const at::Tensor& x_in, const at::Tensor& positions, dou
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = table->rows.empty() ? position[i] : table->rows[static_cast<size_t>(i)];
       rope_cpu::rotate_token(table->cosine.data() + row * half, table->sine.data() + row * half, sign,
-                             in + (i / T) * x.stride(0) + (i % T) * x.stride(1), out + i * H * d, H, x.stride(2), d, half, d);
+                             in + (i / T) * x.stride(0) + (i % T) * x.stride(1), out + i * H * d, H, x.stride(2), d,
+                             half, d);
     }
   });
   return y;
@@ -70,8 +73,8 @@ at::Tensor rope_cpu_kernel(const at::Tensor& x, const at::Tensor& positions, dou
 
 // The transpose of a rotation by an angle is the rotation by minus that angle.
 struct RopeFunction : torch::autograd::Function<RopeFunction> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& positions, double theta,
-                            int64_t rotary_dim) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& positions,
+                            double theta, int64_t rotary_dim) {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({positions});
     ctx->saved_data["theta"] = theta;
@@ -79,7 +82,8 @@ struct RopeFunction : torch::autograd::Function<RopeFunction> {
     return rope_cpu_kernel(x, positions, theta, rotary_dim);
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     const at::Tensor positions = ctx->get_saved_variables()[0];
     const at::Tensor dx =
         rotate(grads[0], positions, ctx->saved_data["theta"].toDouble(), ctx->saved_data["rotary_dim"].toInt(), -1);
@@ -118,8 +122,6 @@ at::Tensor sequence_positions(int64_t B, int64_t T, const std::optional<at::Tens
 
 }  // namespace oryx::ops
 
-TORCH_LIBRARY_FRAGMENT(oryx, m) {
-  m.def("rope(Tensor x, Tensor positions, float theta, int rotary_dim=0) -> Tensor");
-}
+TORCH_LIBRARY_FRAGMENT(oryx, m) { m.def("rope(Tensor x, Tensor positions, float theta, int rotary_dim=0) -> Tensor"); }
 TORCH_LIBRARY_IMPL(oryx, CPU, m) { m.impl("rope", oryx::ops::rope_cpu_kernel); }
 TORCH_LIBRARY_IMPL(oryx, AutogradCPU, m) { m.impl("rope", oryx::ops::rope_autograd); }

@@ -12,8 +12,9 @@ namespace oryx::ops::rope_cpu {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-void RotateToken(const float* HWY_RESTRICT cosine, const float* HWY_RESTRICT sine, float sign, const float* HWY_RESTRICT x,
-                 float* HWY_RESTRICT y, int64_t heads, int64_t x_head_stride, int64_t y_head_stride, int64_t half, int64_t dim) {
+void RotateToken(const float* HWY_RESTRICT cosine, const float* HWY_RESTRICT sine, float sign,
+                 const float* HWY_RESTRICT x, float* HWY_RESTRICT y, int64_t heads, int64_t x_head_stride,
+                 int64_t y_head_stride, int64_t half, int64_t dim) {
   const hn::ScalableTag<float> d;
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const auto sign_v = hn::Set(d, sign);
@@ -36,7 +37,8 @@ void RotateToken(const float* HWY_RESTRICT cosine, const float* HWY_RESTRICT sin
       y_low[m] = a * cosine[m] - b * s;
       y_high[m] = b * cosine[m] + a * s;
     }
-    if (dim > 2 * half) std::memcpy(y_low + 2 * half, low + 2 * half, static_cast<size_t>(dim - 2 * half) * sizeof(float));
+    if (dim > 2 * half)
+      std::memcpy(y_low + 2 * half, low + 2 * half, static_cast<size_t>(dim - 2 * half) * sizeof(float));
   }
 }
 

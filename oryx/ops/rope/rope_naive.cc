@@ -8,7 +8,7 @@ at::Tensor rope_naive(const at::Tensor& x, const at::Tensor& positions, double t
   const int64_t d = rotary_dim > 0 ? rotary_dim : x.size(3), half = d / 2;
   const at::Tensor m = at::arange(half, x.options().dtype(at::kDouble));
   const at::Tensor w = at::pow(at::scalar_tensor(theta, m.options()), m * (-2.0 / static_cast<double>(d)));  // [half]
-  const at::Tensor angle = positions.to(at::kDouble).unsqueeze(-1) * w;                                      // [B, T, half]
+  const at::Tensor angle = positions.to(at::kDouble).unsqueeze(-1) * w;  // [B, T, half]
   const auto inner = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor c = angle.cos().unsqueeze(2).to(inner), s = angle.sin().unsqueeze(2).to(inner);  // [B, T, 1, half]
   const at::Tensor a = x.narrow(3, 0, half).to(inner), b = x.narrow(3, half, half).to(inner);

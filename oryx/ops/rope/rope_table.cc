@@ -17,7 +17,8 @@ constexpr int64_t kKeptPositions = 65536;
 
 std::vector<double> frequencies(double theta, int64_t rotary_dim) {
   std::vector<double> w(static_cast<size_t>(rotary_dim / 2));
-  for (size_t m = 0; m < w.size(); ++m) w[m] = std::pow(theta, -2.0 * static_cast<double>(m) / static_cast<double>(rotary_dim));
+  for (size_t m = 0; m < w.size(); ++m)
+    w[m] = std::pow(theta, -2.0 * static_cast<double>(m) / static_cast<double>(rotary_dim));
   return w;
 }
 
@@ -67,7 +68,8 @@ std::shared_ptr<const RopeTable> own_table(const int32_t* positions, int64_t n, 
        [&](int64_t r) { return distinct[static_cast<size_t>(r)]; });
   table->rows.resize(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
-    table->rows[static_cast<size_t>(i)] = std::lower_bound(distinct.begin(), distinct.end(), positions[i]) - distinct.begin();
+    table->rows[static_cast<size_t>(i)] =
+        std::lower_bound(distinct.begin(), distinct.end(), positions[i]) - distinct.begin();
   }
   return table;
 }

@@ -14,8 +14,9 @@ struct RopeTable {
   std::vector<int64_t> rows;  // empty: row of position p is p; else one row for each requested position, in that order
 };
 
-// A table that holds every one of the n positions (none negative). Tables of positions below 65,536 are kept for the life of the process,
-// one for each (theta, rotary_dim), grown by powers of two: all layers and steps share them. Thread-safe.
+// A table that holds every one of the n positions (none negative). Tables of positions below 65,536 are kept for the
+// life of the process, one for each (theta, rotary_dim), grown by powers of two: all layers and steps share them.
+// Thread-safe.
 std::shared_ptr<const RopeTable> rope_table(const int32_t* positions, int64_t n, double theta, int64_t rotary_dim);
 
 }  // namespace oryx::ops

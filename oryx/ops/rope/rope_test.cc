@@ -20,7 +20,8 @@ at::Tensor random_positions(int64_t B, int64_t T, int64_t limit) { return at::ra
 TEST(Rope, EqualsNaiveForOddShapesAndPartialWidths) {
   at::manual_seed(1);
   for (const int64_t T : {1, 63, 100, 1000}) {
-    for (const auto& [d, rotary] : std::vector<std::pair<int64_t, int64_t>>{{64, 0}, {64, 32}, {80, 80}, {6, 2}, {34, 34}}) {
+    for (const auto& [d, rotary] :
+         std::vector<std::pair<int64_t, int64_t>>{{64, 0}, {64, 32}, {80, 80}, {6, 2}, {34, 34}}) {
       const at::Tensor x = at::randn({2, T, 3, d}), positions = random_positions(2, T, 5000);
       const at::Tensor ref = rope_naive(x.to(at::kDouble), positions, 10000.0, rotary);
       EXPECT_LT(fixture_error(rope(x, positions, 10000.0, rotary), ref), 4e-7) << T << " " << d << " " << rotary;
@@ -54,7 +55,8 @@ TEST(Rope, GradientIsTheRotationBack) {
       const at::Tensor x = at::randn({2, 63, 3, 32}, dtype).requires_grad_(), up = at::randn({2, 63, 3, 32}, dtype);
       const at::Tensor positions = random_positions(2, 63, 100000);
       const at::Tensor leaf = x.detach().to(at::kDouble).requires_grad_();
-      const at::Tensor ref = torch::autograd::grad({rope_naive(leaf, positions, 10000.0, rotary)}, {leaf}, {up.to(at::kDouble)})[0];
+      const at::Tensor ref =
+          torch::autograd::grad({rope_naive(leaf, positions, 10000.0, rotary)}, {leaf}, {up.to(at::kDouble)})[0];
       const at::Tensor got = torch::autograd::grad({rope(x, positions, 10000.0, rotary)}, {x}, {up})[0];
       EXPECT_LT(fixture_error(got, ref), 4e-7);
     }
@@ -89,14 +91,19 @@ TEST(Rope, BadInputIsOneLine) {
     }
     return "";
   };
-  for (const std::string& m : {message([&] { rope(x, p.to(at::kLong), 1e4); }), message([&] { rope(x, at::zeros({2, 2}, at::kInt), 1e4); }),
+  for (const std::string& m : {message([&] { rope(x, p.to(at::kLong), 1e4); }), message([&] {
+                                 rope(x, at::zeros({2, 2}, at::kInt), 1e4);
+                               }),
                                message([&] { rope(x, p, 1e4, 7); }), message([&] { rope(x, p, 1e4, 10); }),
-                               message([&] { rope(x, p, 0.0); }), message([&] { rope(x, p - 1, 1e4); }), message([&] { rope(x[0], p, 1e4); }),
-                               message([&] { rope(x.to(at::kHalf), p, 1e4); })}) {
+                               message([&] { rope(x, p, 0.0); }), message([&] { rope(x, p - 1, 1e4); }),
+                               message([&] { rope(x[0], p, 1e4); }), message([&] { rope(x.to(at::kHalf), p, 1e4); })}) {
     EXPECT_NE(m.find("rope: "), std::string::npos) << m;
     EXPECT_EQ(m.find('\n'), std::string::npos) << m;
   }
-  EXPECT_NE(message([&] { sequence_positions(1, 5, at::tensor({0, 4}, at::kInt)); }).find("cu_seqlens"), std::string::npos);
+  EXPECT_NE(message([&] {
+              sequence_positions(1, 5, at::tensor({0, 4}, at::kInt));
+            }).find("cu_seqlens"),
+            std::string::npos);
 }
 
 }  // namespace

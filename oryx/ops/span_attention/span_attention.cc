@@ -21,34 +21,39 @@ std::pair<at::Tensor, at::Tensor> forward_with_lse(const at::Tensor& q, const at
 }
 
 at::Tensor forward_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
-                       const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
-                       int64_t window, std::optional<double> scale) {
+                       const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
+                       const OptionalTensor& key_lengths, int64_t window, std::optional<double> scale) {
   const AttentionPlan plan = make_attention_plan(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   return forward_with_lse(q, k, v, plan, false).first;
 }
 
 // Saves o and the logarithms of the denominators; the backward pass computes the probabilities again from them.
 struct SpanAttentionFunction : torch::autograd::Function<SpanAttentionFunction> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                            const OptionalTensor& spans, const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
-                            const OptionalTensor& key_lengths, int64_t window, std::optional<double> scale) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
+                            const at::Tensor& v, const OptionalTensor& spans, const OptionalTensor& cu_seqlens,
+                            const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths, int64_t window,
+                            std::optional<double> scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const AttentionPlan plan = make_attention_plan(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
+    const AttentionPlan plan =
+        make_attention_plan(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
     const auto [o, lse] = forward_with_lse(q, k, v, plan, true);
     const auto or_none = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
-    ctx->save_for_backward({q, k, v, o, lse, or_none(spans), or_none(cu_seqlens), or_none(cu_seqlens_k), or_none(key_lengths)});
+    ctx->save_for_backward(
+        {q, k, v, o, lse, or_none(spans), or_none(cu_seqlens), or_none(cu_seqlens_k), or_none(key_lengths)});
     ctx->saved_data["window"] = window;
     ctx->saved_data["scale"] = plan.scale;
     return o;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const torch::autograd::variable_list saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : OptionalTensor(); };
     const at::Tensor &q = saved[0], &k = saved[1], &v = saved[2], &o = saved[3], &lse = saved[4];
-    const AttentionPlan plan = make_attention_plan(q, k, v, optional(5), optional(6), optional(7), optional(8),
-                                                   ctx->saved_data["window"].toInt(), ctx->saved_data["scale"].toDouble());
+    const AttentionPlan plan =
+        make_attention_plan(q, k, v, optional(5), optional(6), optional(7), optional(8),
+                            ctx->saved_data["window"].toInt(), ctx->saved_data["scale"].toDouble());
     const auto d = q.scalar_type() == at::kDouble ? span_attention_blockwise_backward(q, k, v, o, lse, grads[0], plan)
                                                   : span_attention_cpu_backward(q, k, v, o, lse, grads[0], plan);
     const at::Tensor none;
@@ -57,8 +62,8 @@ struct SpanAttentionFunction : torch::autograd::Function<SpanAttentionFunction> 
 };
 
 at::Tensor forward_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
-                            const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
-                            int64_t window, std::optional<double> scale) {
+                            const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
+                            const OptionalTensor& key_lengths, int64_t window, std::optional<double> scale) {
   if (at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad())) {
     return SpanAttentionFunction::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   }
@@ -69,9 +74,10 @@ at::Tensor forward_autograd(const at::Tensor& q, const at::Tensor& k, const at::
 }  // namespace
 
 at::Tensor span_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
-                          const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
-                          int64_t window, std::optional<double> scale) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::span_attention", "").typed<decltype(forward_cpu)>();
+                          const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
+                          const OptionalTensor& key_lengths, int64_t window, std::optional<double> scale) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("oryx::span_attention", "").typed<decltype(forward_cpu)>();
   return op.call(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
 }
 
@@ -79,7 +85,8 @@ at::Tensor span_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
 
 TORCH_LIBRARY_FRAGMENT(oryx, m) {
   m.def(
-      "span_attention(Tensor q, Tensor k, Tensor v, Tensor? spans=None, Tensor? cu_seqlens=None, Tensor? cu_seqlens_k=None, "
+      "span_attention(Tensor q, Tensor k, Tensor v, Tensor? spans=None, Tensor? cu_seqlens=None, Tensor? "
+      "cu_seqlens_k=None, "
       "Tensor? key_lengths=None, int window=0, float? scale=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(oryx, CPU, m) { m.impl("span_attention", oryx::ops::forward_cpu); }

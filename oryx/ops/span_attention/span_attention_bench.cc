@@ -1,6 +1,7 @@
 // Attention's time on the CPU in float32: full causal, spans, decode, and libtorch's own attention beside it.
-// Counters: GFLOPS over the attended query-key pairs (4 D each forward, 10 D backward with the recomputed scores), and for decode the
-// bytes of keys and values that have to be read. Every case is first compared with the naive form on a small problem of its kind.
+// Counters: GFLOPS over the attended query-key pairs (4 D each forward, 10 D backward with the recomputed scores), and
+// for decode the bytes of keys and values that have to be read. Every case is first compared with the naive form on a
+// small problem of its kind.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <benchmark/benchmark.h>
@@ -52,7 +53,8 @@ Problem make_problem(int64_t B, int64_t T, Which which) {
 
 at::Tensor attend(const Problem& p, Which which) {
   if (which != kTorch) return span_attention(p.q, p.k, p.v, p.spans);
-  return at::scaled_dot_product_attention(p.q.transpose(1, 2), p.k.transpose(1, 2), p.v.transpose(1, 2), {}, 0.0, true).transpose(1, 2);
+  return at::scaled_dot_product_attention(p.q.transpose(1, 2), p.k.transpose(1, 2), p.v.transpose(1, 2), {}, 0.0, true)
+      .transpose(1, 2);
 }
 
 bool agrees_with_naive(Which which) {
@@ -73,7 +75,8 @@ void Backward(benchmark::State& state, Which which) {
   for (at::Tensor* t : {&p.q, &p.k, &p.v}) t->requires_grad_();
   const at::Tensor o = attend(p, which), up = at::randn_like(o.detach());
   for (auto _ : state) benchmark::DoNotOptimize(torch::autograd::grad({o}, {p.q, p.k, p.v}, {up}, true));
-  state.counters["GFLOPS"] = benchmark::Counter(10e-9 * kWidth * p.pairs, benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["GFLOPS"] =
+      benchmark::Counter(10e-9 * kWidth * p.pairs, benchmark::Counter::kIsIterationInvariantRate);
 }
 
 // One token of each of B sequences over T keys.
@@ -83,7 +86,8 @@ void Decode(benchmark::State& state, at::ScalarType dtype, int64_t key_heads) {
   const at::Tensor q = at::randn({B, 1, kHeads, kWidth}).to(dtype), k = at::randn({B, T, key_heads, kWidth}).to(dtype);
   const at::Tensor v = at::randn({B, T, key_heads, kWidth}).to(dtype), lengths = at::full({B}, T, at::kInt);
   const at::Tensor ref = span_attention_naive(q.to(at::kFloat), k.to(at::kFloat), v.to(at::kFloat));
-  const bool good = at::allclose(span_attention(q, k, v, {}, {}, {}, lengths).to(at::kFloat), ref, 2e-2, dtype == at::kFloat ? 1e-5 : 1e-3);
+  const bool good = at::allclose(span_attention(q, k, v, {}, {}, {}, lengths).to(at::kFloat), ref, 2e-2,
+                                 dtype == at::kFloat ? 1e-5 : 1e-3);
   if (!good) return state.SkipWithError("differs from the naive form");
   for (auto _ : state) benchmark::DoNotOptimize(span_attention(q, k, v, {}, {}, {}, lengths));
   const double bytes = 2.0 * static_cast<double>(k.numel()) * static_cast<double>(k.element_size());
@@ -91,13 +95,31 @@ void Decode(benchmark::State& state, at::ScalarType dtype, int64_t key_heads) {
 }
 
 void shapes(benchmark::internal::Benchmark* b) {
-  b->Args({2, 512})->Args({1, 2048})->Args({1, 4096})->Args({1, 8192})->ArgNames({"B", "T"})->Unit(benchmark::kMillisecond)->UseRealTime()->MeasureProcessCPUTime();
+  b->Args({2, 512})
+      ->Args({1, 2048})
+      ->Args({1, 4096})
+      ->Args({1, 8192})
+      ->ArgNames({"B", "T"})
+      ->Unit(benchmark::kMillisecond)
+      ->UseRealTime()
+      ->MeasureProcessCPUTime();
 }
 void spans_shapes(benchmark::internal::Benchmark* b) {
-  b->Args({1, 2048})->Args({1, 8192})->ArgNames({"B", "T"})->Unit(benchmark::kMillisecond)->UseRealTime()->MeasureProcessCPUTime();
+  b->Args({1, 2048})
+      ->Args({1, 8192})
+      ->ArgNames({"B", "T"})
+      ->Unit(benchmark::kMillisecond)
+      ->UseRealTime()
+      ->MeasureProcessCPUTime();
 }
 void decode_shapes(benchmark::internal::Benchmark* b) {
-  b->Args({1, 4096})->Args({8, 4096})->Args({1, 32768})->ArgNames({"B", "keys"})->Unit(benchmark::kMicrosecond)->UseRealTime()->MeasureProcessCPUTime();
+  b->Args({1, 4096})
+      ->Args({8, 4096})
+      ->Args({1, 32768})
+      ->ArgNames({"B", "keys"})
+      ->Unit(benchmark::kMicrosecond)
+      ->UseRealTime()
+      ->MeasureProcessCPUTime();
 }
 
 BENCHMARK_CAPTURE(Forward, span_attention_full, kFull)->Apply(shapes);

@@ -19,7 +19,8 @@ struct Block {
 
 Block make_block(const AttentionPlan& plan, const AttentionSequence& s, const int64_t* queries, int64_t n) {
   const int64_t first = plan.visible(s, queries[0]).begin, last = plan.visible(s, queries[n - 1]).end;
-  at::Tensor index = at::empty({n}, at::kLong), begin = at::empty({n, 1}, at::kLong), end = at::empty({n, 1}, at::kLong);
+  at::Tensor index = at::empty({n}, at::kLong), begin = at::empty({n, 1}, at::kLong),
+             end = at::empty({n, 1}, at::kLong);
   for (int64_t i = 0; i < n; ++i) {
     const VisibleKeys keys = plan.visible(s, queries[i]);
     index.mutable_data_ptr<int64_t>()[i] = s.q_begin + queries[i];
@@ -35,7 +36,8 @@ void for_each_block(const AttentionPlan& plan, Fn fn) {
   for (const AttentionSequence& s : plan.sequences) {
     const std::vector<int64_t> queries = plan.computed_queries(s);
     const int64_t count = static_cast<int64_t>(queries.size());
-    for (int64_t i = 0; i < count; i += kBlock) fn(make_block(plan, s, queries.data() + i, std::min(kBlock, count - i)));
+    for (int64_t i = 0; i < count; i += kBlock)
+      fn(make_block(plan, s, queries.data() + i, std::min(kBlock, count - i)));
   }
 }
 
@@ -60,8 +62,8 @@ at::Tensor block_scores(const at::Tensor& q, const at::Tensor& k, const Block& b
 
 }  // namespace
 
-std::pair<at::Tensor, at::Tensor> span_attention_blockwise(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                           const AttentionPlan& plan) {
+std::pair<at::Tensor, at::Tensor> span_attention_blockwise(const at::Tensor& q, const at::Tensor& k,
+                                                           const at::Tensor& v, const AttentionPlan& plan) {
   const int64_t Hk = k.size(2);
   at::Tensor o = at::zeros({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   at::Tensor lse = at::zeros({q.size(0), q.size(1), q.size(2)}, q.options());
@@ -75,8 +77,9 @@ std::pair<at::Tensor, at::Tensor> span_attention_blockwise(const at::Tensor& q, 
   return {o, lse};
 }
 
-std::array<at::Tensor, 3> span_attention_blockwise_backward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                            const at::Tensor& o, const at::Tensor& lse, const at::Tensor& d_o,
+std::array<at::Tensor, 3> span_attention_blockwise_backward(const at::Tensor& q, const at::Tensor& k,
+                                                            const at::Tensor& v, const at::Tensor& o,
+                                                            const at::Tensor& lse, const at::Tensor& d_o,
                                                             const AttentionPlan& plan) {
   const int64_t Hk = k.size(2);
   at::Tensor dq = at::zeros_like(q), dk = at::zeros_like(k), dv = at::zeros_like(v);

@@ -17,8 +17,8 @@ namespace cpu = attention_cpu;
 
 // Keys of one part of a decode query: a fixed size, so that the parts do not depend on the number of threads.
 constexpr int64_t kDecodePart = 512;
-// The backward pass splits a key head's tiles when there are fewer (sequence, key head) pairs than this; each split has its own
-// partial sums of dk and dv, hence the small number.
+// The backward pass splits a key head's tiles when there are fewer (sequence, key head) pairs than this; each split has
+// its own partial sums of dk and dv, hence the small number.
 constexpr int64_t kBackwardTasks = 16, kMaxSplits = 4;
 
 // Pointers and strides of one call. Strides in elements; q, o, d_o contiguous, the last dimension of k and v too.
@@ -54,7 +54,7 @@ struct View {
 // Queries of one (sequence, key head) that a kernel call works on.
 struct Tile {
   const AttentionSequence* sequence;
-  int64_t head;                    // of the keys
+  int64_t head;                     // of the keys
   int64_t first_lane, lanes, cost;  // lanes in the task's list; cost: query-key pairs
 };
 
@@ -65,13 +65,14 @@ struct Tiles {
 
 int64_t cost_of(const std::vector<cpu::Lane>& lanes, int64_t first, int64_t n) {
   int64_t cost = 0;
-  for (int64_t l = first; l < first + n; ++l) cost += lanes[static_cast<size_t>(l)].end - lanes[static_cast<size_t>(l)].begin;
+  for (int64_t l = first; l < first + n; ++l)
+    cost += lanes[static_cast<size_t>(l)].end - lanes[static_cast<size_t>(l)].begin;
   return cost;
 }
 
 // The query heads that share a key head stand side by side in the tiles, so that a key is read once for all of them.
-void add_tiles(const View& view, const AttentionPlan& plan, const AttentionSequence& s, const std::vector<int64_t>& queries,
-               int64_t head, Tiles& out) {
+void add_tiles(const View& view, const AttentionPlan& plan, const AttentionSequence& s,
+               const std::vector<int64_t>& queries, int64_t head, Tiles& out) {
   const int64_t group = view.Hq / view.Hk, first = static_cast<int64_t>(out.lanes.size());
   for (const int64_t i : queries) {
     const VisibleKeys keys = plan.visible(s, i);
@@ -85,8 +86,8 @@ void add_tiles(const View& view, const AttentionPlan& plan, const AttentionSeque
   }
 }
 
-// Runs work(i, scratch) for i < n on all threads, each taking the next free one: put the longest first. Which thread runs what must not
-// change the result.
+// Runs work(i, scratch) for i < n on all threads, each taking the next free one: put the longest first. Which thread
+// runs what must not change the result.
 template <typename Work>
 void run_balanced(int64_t n, int64_t scratch_floats, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -117,7 +118,8 @@ void forward_tiles(const View& view, const Tiles& t, void* o, float* lse) {
                [&](int64_t i, float* scratch) {
                  const Tile& tile = t.tiles[static_cast<size_t>(order[static_cast<size_t>(i)])];
                  cpu::forward_tile(view.element, view.widths, t.lanes.data() + tile.first_lane, tile.lanes, view.q_data,
-                                   view.keys(*tile.sequence, tile.head), view.values(*tile.sequence, tile.head), o, lse, scratch);
+                                   view.keys(*tile.sequence, tile.head), view.values(*tile.sequence, tile.head), o, lse,
+                                   scratch);
                });
 }
 
@@ -129,11 +131,12 @@ struct DecodeQuery {
   int64_t first_part, parts;
 };
 
-void decode(const View& view, std::vector<DecodeQuery>& queries, const at::Tensor& q, const at::Tensor& o, const at::Tensor& lse,
-            double scale) {
+void decode(const View& view, std::vector<DecodeQuery>& queries, const at::Tensor& q, const at::Tensor& o,
+            const at::Tensor& lse, double scale) {
   if (queries.empty()) return;
   const int64_t Hq = view.Hq, K = view.widths.key, V = view.widths.value;
-  const cpu::DecodeShape shape{Hq, view.Hk, K, V, view.k_strides[1], view.k_strides[2], view.v_strides[1], view.v_strides[2]};
+  const cpu::DecodeShape shape{
+      Hq, view.Hk, K, V, view.k_strides[1], view.k_strides[2], view.v_strides[1], view.v_strides[2]};
   std::vector<std::pair<int64_t, int64_t>> parts;  // (query, part)
   std::vector<int64_t> rows;
   for (size_t n = 0; n < queries.size(); ++n) {
@@ -144,9 +147,11 @@ void decode(const View& view, std::vector<DecodeQuery>& queries, const at::Tenso
   }
   const at::Tensor index = at::tensor(rows, at::kLong);
   const double log2e = 1.4426950408889634;
-  const at::Tensor scaled = q.view({-1, Hq * K}).index_select(0, index).to(at::kFloat) * (scale * log2e);  // [n, Hq * K]
+  const at::Tensor scaled =
+      q.view({-1, Hq * K}).index_select(0, index).to(at::kFloat) * (scale * log2e);  // [n, Hq * K]
   const int64_t count = static_cast<int64_t>(parts.size());
-  at::Tensor max = at::empty({count, Hq}, scaled.options()), sum = at::empty_like(max), acc = at::empty({count, Hq, V}, scaled.options());
+  at::Tensor max = at::empty({count, Hq}, scaled.options()), sum = at::empty_like(max),
+             acc = at::empty({count, Hq, V}, scaled.options());
   run_balanced(count, cpu::decode_scratch(Hq), [&](int64_t i, float* scratch) {
     const auto [n, p] = parts[static_cast<size_t>(i)];
     const DecodeQuery& query = queries[static_cast<size_t>(n)];
@@ -158,8 +163,9 @@ void decode(const View& view, std::vector<DecodeQuery>& queries, const at::Tenso
   at::Tensor merged = at::empty({static_cast<int64_t>(queries.size()), Hq * V}, scaled.options());
   for (size_t n = 0; n < queries.size(); ++n) {
     const int64_t i = queries[n].first_part;
-    cpu::decode_merge(shape, queries[n].parts, max.const_data_ptr<float>() + i * Hq, sum.const_data_ptr<float>() + i * Hq,
-                      acc.const_data_ptr<float>() + i * Hq * V, merged.mutable_data_ptr<float>() + static_cast<int64_t>(n) * Hq * V,
+    cpu::decode_merge(shape, queries[n].parts, max.const_data_ptr<float>() + i * Hq,
+                      sum.const_data_ptr<float>() + i * Hq, acc.const_data_ptr<float>() + i * Hq * V,
+                      merged.mutable_data_ptr<float>() + static_cast<int64_t>(n) * Hq * V,
                       lse.defined() ? lse.mutable_data_ptr<float>() + queries[n].row * Hq : nullptr);
   }
   o.view({-1, Hq * V}).index_copy_(0, index, merged.to(o.scalar_type()));
@@ -190,17 +196,27 @@ void cut_tasks(const Tiles& t, int64_t first, int64_t last, int64_t splits, std:
     }
     const Tile& a = t.tiles[static_cast<size_t>(begin)];
     const Tile& z = t.tiles[static_cast<size_t>(end - 1)];
-    tasks.push_back({a.sequence, a.head, begin, end, cost, t.lanes[static_cast<size_t>(a.first_lane)].begin,
-                     t.lanes[static_cast<size_t>(z.first_lane + z.lanes - 1)].end, {}, {}});
+    tasks.push_back({a.sequence,
+                     a.head,
+                     begin,
+                     end,
+                     cost,
+                     t.lanes[static_cast<size_t>(a.first_lane)].begin,
+                     t.lanes[static_cast<size_t>(z.first_lane + z.lanes - 1)].end,
+                     {},
+                     {}});
     begin = end;
   }
 }
 
-// Adds a task's sums to dk and dv [B, Tk, Hk, width]: the tasks of one key head in order, so that the sum is always the same.
+// Adds a task's sums to dk and dv [B, Tk, Hk, width]: the tasks of one key head in order, so that the sum is always the
+// same.
 void add_partial(const BackwardTask& task, const at::Tensor& partial, const at::Tensor& grad, double factor) {
-  const int64_t begin = task.sequence->k_begin + task.key_begin, n = task.key_end - task.key_begin, width = grad.size(3);
+  const int64_t begin = task.sequence->k_begin + task.key_begin, n = task.key_end - task.key_begin,
+                width = grad.size(3);
   const int64_t row_stride = grad.stride(1), padded = partial.size(1);
-  float* out = grad.mutable_data_ptr<float>() + task.sequence->row * grad.stride(0) + begin * row_stride + task.head * grad.stride(2);
+  float* out = grad.mutable_data_ptr<float>() + task.sequence->row * grad.stride(0) + begin * row_stride +
+               task.head * grad.stride(2);
   const float* in = partial.const_data_ptr<float>();
   const float f = static_cast<float>(factor);
   for (int64_t j = 0; j < n; ++j) {
@@ -210,14 +226,15 @@ void add_partial(const BackwardTask& task, const at::Tensor& partial, const at::
 
 }  // namespace
 
-std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-                                                     const AttentionPlan& plan, bool want_lse) {
+std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q_in, const at::Tensor& k_in,
+                                                     const at::Tensor& v_in, const AttentionPlan& plan, bool want_lse) {
   const at::Tensor q = q_in.contiguous(), k = rows_in_order(k_in), v = rows_in_order(v_in);
   const View view(q, k, v, plan);
   const std::vector<int64_t> shape{q.size(0), q.size(1), q.size(2), v.size(3)};
   // With spans, or bounds that leave tokens out, some rows are never written.
   at::Tensor o = plan.in_span.empty() ? at::empty(shape, q.options()) : at::zeros(shape, q.options());
-  at::Tensor lse = want_lse ? at::zeros({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat)) : at::Tensor();
+  at::Tensor lse =
+      want_lse ? at::zeros({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat)) : at::Tensor();
   Tiles tiles;
   std::vector<DecodeQuery> single;
   for (const AttentionSequence& s : plan.sequences) {
@@ -233,8 +250,9 @@ std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q_in, con
   return {o, lse};
 }
 
-std::array<at::Tensor, 3> span_attention_cpu_backward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-                                                      const at::Tensor& o, const at::Tensor& lse, const at::Tensor& d_o_in,
+std::array<at::Tensor, 3> span_attention_cpu_backward(const at::Tensor& q_in, const at::Tensor& k_in,
+                                                      const at::Tensor& v_in, const at::Tensor& o,
+                                                      const at::Tensor& lse, const at::Tensor& d_o_in,
                                                       const AttentionPlan& plan) {
   const at::Tensor q = q_in.contiguous(), k = rows_in_order(k_in), v = rows_in_order(v_in);
   const at::Tensor d_o = d_o_in.to(q.scalar_type()).contiguous();
@@ -245,6 +263,7 @@ std::array<at::Tensor, 3> span_attention_cpu_backward(const at::Tensor& q_in, co
 
   Tiles tiles;
   std::vector<BackwardTask> tasks;
+  std::vector<size_t> group_ends;  // tasks of one (sequence, key head) stand side by side
   const int64_t pairs = std::max<int64_t>(1, static_cast<int64_t>(plan.sequences.size()) * view.Hk);
   const int64_t splits = std::clamp<int64_t>((kBackwardTasks + pairs - 1) / pairs, 1, kMaxSplits);
   for (const AttentionSequence& s : plan.sequences) {
@@ -253,6 +272,7 @@ std::array<at::Tensor, 3> span_attention_cpu_backward(const at::Tensor& q_in, co
       const int64_t first = static_cast<int64_t>(tiles.tiles.size());
       add_tiles(view, plan, s, queries, head, tiles);
       cut_tasks(tiles, first, static_cast<int64_t>(tiles.tiles.size()), splits, tasks);
+      group_ends.push_back(tasks.size());
     }
   }
   std::vector<int64_t> costs;
@@ -263,25 +283,32 @@ std::array<at::Tensor, 3> span_attention_cpu_backward(const at::Tensor& q_in, co
     add_partial(task, task.dk, dk, cpu::kLn2);
     add_partial(task, task.dv, dv, 1.0);
   };
-  run_balanced(static_cast<int64_t>(order.size()), cpu::backward_scratch(q.size(3), v.size(3)), [&](int64_t i, float* scratch) {
-    BackwardTask& task = tasks[static_cast<size_t>(order[static_cast<size_t>(i)])];
-    task.dk = at::zeros({task.key_end - task.key_begin, kp}, floats);
-    task.dv = at::zeros({task.key_end - task.key_begin, vp}, floats);
-    // The kernel counts keys from the sequence's first.
-    float* dk_base = task.dk.mutable_data_ptr<float>() - task.key_begin * kp;
-    float* dv_base = task.dv.mutable_data_ptr<float>() - task.key_begin * vp;
-    for (int64_t t = task.first; t < task.last; ++t) {
-      const Tile& tile = tiles.tiles[static_cast<size_t>(t)];
-      cpu::backward_tile(view.element, view.widths, tiles.lanes.data() + tile.first_lane, tile.lanes, view.q_data,
-                         view.keys(*task.sequence, task.head), view.values(*task.sequence, task.head), o.const_data_ptr(),
-                         d_o.const_data_ptr(), lse.const_data_ptr<float>(), dq.mutable_data_ptr<float>(), dk_base, dv_base, scratch);
+  run_balanced(
+      static_cast<int64_t>(order.size()), cpu::backward_scratch(q.size(3), v.size(3)), [&](int64_t i, float* scratch) {
+        BackwardTask& task = tasks[static_cast<size_t>(order[static_cast<size_t>(i)])];
+        task.dk = at::zeros({task.key_end - task.key_begin, kp}, floats);
+        task.dv = at::zeros({task.key_end - task.key_begin, vp}, floats);
+        // The kernel counts keys from the sequence's first.
+        float* dk_base = task.dk.mutable_data_ptr<float>() - task.key_begin * kp;
+        float* dv_base = task.dv.mutable_data_ptr<float>() - task.key_begin * vp;
+        for (int64_t t = task.first; t < task.last; ++t) {
+          const Tile& tile = tiles.tiles[static_cast<size_t>(t)];
+          cpu::backward_tile(view.element, view.widths, tiles.lanes.data() + tile.first_lane, tile.lanes, view.q_data,
+                             view.keys(*task.sequence, task.head), view.values(*task.sequence, task.head),
+                             o.const_data_ptr(), d_o.const_data_ptr(), lse.const_data_ptr<float>(),
+                             dq.mutable_data_ptr<float>(), dk_base, dv_base, scratch);
+        }
+        if (splits > 1) return;
+        finish(task);
+        task.dk.reset();
+        task.dv.reset();
+      });
+  at::parallel_for(0, splits > 1 ? static_cast<int64_t>(group_ends.size()) : 0, 1, [&](int64_t begin, int64_t end) {
+    for (size_t i = begin == 0 ? 0 : group_ends[static_cast<size_t>(begin) - 1];
+         i < group_ends[static_cast<size_t>(end) - 1]; ++i) {
+      finish(tasks[i]);
     }
-    if (splits > 1) return;
-    finish(task);
-    task.dk.reset();
-    task.dv.reset();
   });
-  for (size_t i = 0; splits > 1 && i < tasks.size(); ++i) finish(tasks[i]);
   return {dq.to(q.scalar_type()), dk.to(q.scalar_type()), dv.to(q.scalar_type())};
 }
 

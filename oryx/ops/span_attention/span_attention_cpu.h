@@ -1,5 +1,5 @@
-// Softmax attention on the CPU for float32 and bfloat16 (float32 inside): the kernels of span_attention_kernels.h over all threads.
-// The result does not depend on the number of threads.
+// Softmax attention on the CPU for float32 and bfloat16 (float32 inside): the kernels of span_attention_kernels.h over
+// all threads. The result does not depend on the number of threads.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,8 @@
 
 namespace oryx::ops {
 
-// o [B, Tq, Hq, V], and with want_lse log2 of the softmax denominators [B, Tq, Hq] float32 (else undefined). k and v may have any strides.
+// o [B, Tq, Hq, V], and with want_lse log2 of the softmax denominators [B, Tq, Hq] float32 (else undefined). k and v
+// may have any strides.
 std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                      const AttentionPlan& plan, bool want_lse);
 

@@ -41,8 +41,10 @@ HWY_INLINE void AddScaled(float p, const T* HWY_RESTRICT v, float* HWY_RESTRICT 
 }
 
 // Scores s[keys] of one head to probabilities under the running maximum; the accumulator follows it.
-HWY_INLINE void DecodeSoftmax(int64_t keys, float* HWY_RESTRICT s, float* max, float* sum, float* HWY_RESTRICT acc, int64_t width) {
-  for (int64_t t = keys; t < kDecodeKeys; ++t) s[t] = -1e38f;  // not infinite: its difference with the maximum is still a number
+HWY_INLINE void DecodeSoftmax(int64_t keys, float* HWY_RESTRICT s, float* max, float* sum, float* HWY_RESTRICT acc,
+                              int64_t width) {
+  for (int64_t t = keys; t < kDecodeKeys; ++t)
+    s[t] = -1e38f;  // not infinite: its difference with the maximum is still a number
   Vec m = hn::Set(d, *max);
   for (int64_t t = 0; t < kDecodeKeys; t += kN) m = hn::Max(m, hn::LoadU(d, s + t));
   m = hn::MaxOfLanes(d, m);
@@ -61,8 +63,8 @@ HWY_INLINE void DecodeSoftmax(int64_t keys, float* HWY_RESTRICT s, float* max, f
 }
 
 template <typename T>
-void Decode(const DecodeShape& s, const float* q, const T* k, const T* v, int64_t begin, int64_t end, float* max, float* sum,
-            float* acc, float* scores) {
+void Decode(const DecodeShape& s, const float* q, const T* k, const T* v, int64_t begin, int64_t end, float* max,
+            float* sum, float* acc, float* scores) {
   const int64_t group = s.query_heads / s.key_heads;
   std::fill(max, max + s.query_heads, -1e30f);
   std::fill(sum, sum + s.query_heads, 0.0f);
@@ -87,8 +89,8 @@ void Decode(const DecodeShape& s, const float* q, const T* k, const T* v, int64_
   }
 }
 
-void DecodePart(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin, int64_t end,
-                float* max, float* sum, float* acc, float* scratch) {
+void DecodePart(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin,
+                int64_t end, float* max, float* sum, float* acc, float* scratch) {
   const auto run = [&](auto* type) HWY_ATTR {
     using T = std::remove_pointer_t<decltype(type)>;
     Decode(s, q, static_cast<const T*>(k), static_cast<const T*>(v), begin, end, max, sum, acc, scratch);
@@ -96,7 +98,8 @@ void DecodePart(Element element, const DecodeShape& s, const float* q, const voi
   element == Element::kFloat32 ? run(static_cast<float*>(nullptr)) : run(static_cast<hwy::bfloat16_t*>(nullptr));
 }
 
-void DecodeMerge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o, float* lse) {
+void DecodeMerge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o,
+                 float* lse) {
   for (int64_t h = 0; h < s.query_heads; ++h) {
     float m = max[h];
     for (int64_t p = 1; p < parts; ++p) m = std::max(m, max[p * s.query_heads + h]);
@@ -125,12 +128,13 @@ HWY_EXPORT(DecodeMerge);
 
 int64_t decode_scratch(int64_t query_heads) { return query_heads * 32; }
 
-void decode_part(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin, int64_t end,
-                 float* max, float* sum, float* acc, float* scratch) {
+void decode_part(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin,
+                 int64_t end, float* max, float* sum, float* acc, float* scratch) {
   HWY_DYNAMIC_DISPATCH(DecodePart)(element, s, q, k, v, begin, end, max, sum, acc, scratch);
 }
 
-void decode_merge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o, float* lse) {
+void decode_merge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o,
+                  float* lse) {
   HWY_DYNAMIC_DISPATCH(DecodeMerge)(s, parts, max, sum, acc, o, lse);
 }
 }  // namespace oryx::ops::attention_cpu

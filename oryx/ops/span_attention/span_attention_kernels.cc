@@ -16,10 +16,11 @@ HWY_BEFORE_NAMESPACE();
 namespace oryx::ops::attention_cpu {
 namespace HWY_NAMESPACE {
 
-constexpr int64_t kKeys = 64;       // keys of a block that every query of it sees
-constexpr int64_t kEdgeKeys = 16;   // keys of a block at the causal edge (or a window's): masked, and fewer queries take part
+constexpr int64_t kKeys = 64;  // keys of a block that every query of it sees
+constexpr int64_t kEdgeKeys =
+    16;  // keys of a block at the causal edge (or a window's): masked, and fewer queries take part
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLowest = -1e30f;   // running maximum before the first key; finite, so that differences are never NaN
+constexpr float kLowest = -1e30f;  // running maximum before the first key; finite, so that differences are never NaN
 
 // The visible ranges of a tile's lanes; unused lanes repeat the last one.
 struct Ranges {
@@ -40,8 +41,8 @@ void FillRanges(const Lane* lanes, int64_t n, Ranges& r) {
   }
 }
 
-// Calls block(j, keys, c0, c1, masked) for runs of keys [j, j + keys) that vectors [c0, c1) of the tile see at least in part;
-// together they cover all that is visible, keys rising.
+// Calls block(j, keys, c0, c1, masked) for runs of keys [j, j + keys) that vectors [c0, c1) of the tile see at least in
+// part; together they cover all that is visible, keys rising.
 template <typename Block>
 HWY_INLINE void ForEachBlock(const Ranges& r, const Block& block) {
   int64_t c0 = 0, j = r.first_begin(0);
@@ -73,8 +74,8 @@ HWY_INLINE hn::Mask<D> Seen(const Ranges& r, int64_t c, int64_t j) {
 
 // s [keys][kLanes], vectors c .. c + C: scores to probabilities under the running maximum, whose change is `shrink`.
 template <int C, bool kMasked>
-HWY_INLINE void SoftmaxVectors(const Ranges& r, int64_t j, int64_t keys, int64_t c, float* HWY_RESTRICT s, float* HWY_RESTRICT max,
-                               float* HWY_RESTRICT sum, float* HWY_RESTRICT shrink) {
+HWY_INLINE void SoftmaxVectors(const Ranges& r, int64_t j, int64_t keys, int64_t c, float* HWY_RESTRICT s,
+                               float* HWY_RESTRICT max, float* HWY_RESTRICT sum, float* HWY_RESTRICT shrink) {
   Vec m[C], total[C];
 #pragma GCC unroll 4
   for (int i = 0; i < C; ++i) m[i] = hn::Load(d, max + (c + i) * kN);
@@ -111,8 +112,8 @@ HWY_INLINE void SoftmaxVectors(const Ranges& r, int64_t j, int64_t keys, int64_t
 }
 
 template <bool kMasked>
-HWY_INLINE void SoftmaxBlock(const Ranges& r, int64_t j, int64_t keys, int64_t c0, int64_t c1, float* s, float* max, float* sum,
-                             float* shrink) {
+HWY_INLINE void SoftmaxBlock(const Ranges& r, int64_t j, int64_t keys, int64_t c0, int64_t c1, float* s, float* max,
+                             float* sum, float* shrink) {
   int64_t c = c0;
   for (; c + 4 <= c1; c += 4) SoftmaxVectors<4, kMasked>(r, j, keys, c, s, max, sum, shrink);
   for (; c < c1; ++c) SoftmaxVectors<1, kMasked>(r, j, keys, c, s, max, sum, shrink);
@@ -143,9 +144,11 @@ HWY_INLINE const float* BlockRows(const hwy::bfloat16_t* base, int64_t stride, i
   return copy;
 }
 
-// Rows of x [rows, width] named by the lanes, times factor, into packed [kLanes][RoundUp(width)]; unused lanes are zero.
+// Rows of x [rows, width] named by the lanes, times factor, into packed [kLanes][RoundUp(width)]; unused lanes are
+// zero.
 template <typename T>
-HWY_INLINE void GatherRows(const Lane* lanes, int64_t n, int64_t vectors, const T* x, int64_t width, float factor, float* packed) {
+HWY_INLINE void GatherRows(const Lane* lanes, int64_t n, int64_t vectors, const T* x, int64_t width, float factor,
+                           float* packed) {
   const int64_t w = RoundUp(width);
   for (int64_t l = 0; l < n; ++l) CopyRow(x + lanes[l].row * width, width, factor, packed + l * w);
   std::fill(packed + n * w, packed + vectors * kN * w, 0.0f);
@@ -161,7 +164,8 @@ struct Scratch {
 };
 
 template <typename T>
-void Forward(const Widths& w, const Lane* lanes, int64_t n, const T* q, const T* k, const T* v, T* o, float* lse, float* memory) {
+void Forward(const Widths& w, const Lane* lanes, int64_t n, const T* q, const T* k, const T* v, T* o, float* lse,
+             float* memory) {
   Scratch scratch{memory};
   const int64_t kp = RoundUp(w.key), vp = RoundUp(w.value);
   float* rows = scratch.take(kLanes * std::max(kp, vp));
@@ -207,8 +211,8 @@ void Forward(const Widths& w, const Lane* lanes, int64_t n, const T* q, const T*
 
 // s: scores to probabilities p = 2^(s - lse); dp: to p (dp - delta). Hidden keys give zero whatever their values are.
 template <bool kMasked>
-HWY_INLINE void ScoreGradients(const Ranges& r, int64_t j, int64_t keys, int64_t c0, int64_t c1, const float* lse, const float* delta,
-                               float* HWY_RESTRICT s, float* HWY_RESTRICT dp) {
+HWY_INLINE void ScoreGradients(const Ranges& r, int64_t j, int64_t keys, int64_t c0, int64_t c1, const float* lse,
+                               const float* delta, float* HWY_RESTRICT s, float* HWY_RESTRICT dp) {
   for (int64_t t = 0; t < keys; ++t) {
     for (int64_t c = c0; c < c1; ++c) {
       float* sp = s + t * kLanes + c * kN;
@@ -226,8 +230,8 @@ HWY_INLINE void ScoreGradients(const Ranges& r, int64_t j, int64_t keys, int64_t
   }
 }
 
-// delta[lane] = sum_v o do, in the order in which Product sums dp = v do: where a query sees one key, o = v, and its score's gradient
-// p (dp - delta) is exactly zero.
+// delta[lane] = sum_v o do, in the order in which Product sums dp = v do: where a query sees one key, o = v, and its
+// score's gradient p (dp - delta) is exactly zero.
 HWY_INLINE void RowDots(int64_t vectors, int64_t width, const float* HWY_RESTRICT ot, const float* HWY_RESTRICT dot,
                         float* HWY_RESTRICT delta) {
   for (int64_t c = 0; c < vectors; ++c) {
@@ -240,8 +244,8 @@ HWY_INLINE void RowDots(int64_t vectors, int64_t width, const float* HWY_RESTRIC
 }
 
 template <typename T>
-void Backward(const Widths& w, const Lane* lanes, int64_t n, const T* q, const T* k, const T* v, const T* o, const T* d_o,
-              const float* lse_rows, float* dq, float* dk, float* dv, float* memory) {
+void Backward(const Widths& w, const Lane* lanes, int64_t n, const T* q, const T* k, const T* v, const T* o,
+              const T* d_o, const float* lse_rows, float* dq, float* dk, float* dv, float* memory) {
   Scratch scratch{memory};
   const int64_t kp = RoundUp(w.key), vp = RoundUp(w.value);
   float* qr = scratch.take(kLanes * kp);
@@ -294,21 +298,23 @@ void Backward(const Widths& w, const Lane* lanes, int64_t n, const T* q, const T
   }
 }
 
-void ForwardTile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k, const void* v, void* o,
-                 float* lse, float* scratch) {
+void ForwardTile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k,
+                 const void* v, void* o, float* lse, float* scratch) {
   const auto run = [&](auto* type) HWY_ATTR {
     using T = std::remove_pointer_t<decltype(type)>;
-    Forward(w, lanes, n, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), static_cast<T*>(o), lse, scratch);
+    Forward(w, lanes, n, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
+            static_cast<T*>(o), lse, scratch);
   };
   element == Element::kFloat32 ? run(static_cast<float*>(nullptr)) : run(static_cast<hwy::bfloat16_t*>(nullptr));
 }
 
-void BackwardTile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k, const void* v,
-                  const void* o, const void* d_o, const float* lse, float* dq, float* dk, float* dv, float* scratch) {
+void BackwardTile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k,
+                  const void* v, const void* o, const void* d_o, const float* lse, float* dq, float* dk, float* dv,
+                  float* scratch) {
   const auto run = [&](auto* type) HWY_ATTR {
     using T = std::remove_pointer_t<decltype(type)>;
-    Backward(w, lanes, n, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), static_cast<const T*>(o),
-             static_cast<const T*>(d_o), lse, dq, dk, dv, scratch);
+    Backward(w, lanes, n, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
+             static_cast<const T*>(o), static_cast<const T*>(d_o), lse, dq, dk, dv, scratch);
   };
   element == Element::kFloat32 ? run(static_cast<float*>(nullptr)) : run(static_cast<hwy::bfloat16_t*>(nullptr));
 }
@@ -342,13 +348,14 @@ int64_t padded(int64_t width) { return HWY_DYNAMIC_DISPATCH(Padded)(width); }
 int64_t forward_scratch(int64_t key, int64_t value) { return HWY_DYNAMIC_DISPATCH(ForwardScratch)(key, value); }
 int64_t backward_scratch(int64_t key, int64_t value) { return HWY_DYNAMIC_DISPATCH(BackwardScratch)(key, value); }
 
-void forward_tile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k, const void* v,
-                  void* o, float* lse, float* scratch) {
+void forward_tile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k,
+                  const void* v, void* o, float* lse, float* scratch) {
   HWY_DYNAMIC_DISPATCH(ForwardTile)(element, w, lanes, n, q, k, v, o, lse, scratch);
 }
 
-void backward_tile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k, const void* v,
-                   const void* o, const void* d_o, const float* lse, float* dq, float* dk, float* dv, float* scratch) {
+void backward_tile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k,
+                   const void* v, const void* o, const void* d_o, const float* lse, float* dq, float* dk, float* dv,
+                   float* scratch) {
   HWY_DYNAMIC_DISPATCH(BackwardTile)(element, w, lanes, n, q, k, v, o, d_o, lse, dq, dk, dv, scratch);
 }
 }  // namespace oryx::ops::attention_cpu

@@ -1,8 +1,10 @@
-// Vector kernels of softmax attention (forward, backward, decode). No torch headers: pointers and strides (in elements).
+// Vector kernels of softmax attention (forward, backward, decode). No torch headers: pointers and strides (in
+// elements).
 //
-// A *tile* is up to max_lanes() queries of one sequence and one key head, each with its own range of visible keys; vector lanes run
-// over the queries, so that maxima, sums and masks need no reduction across a vector and keys and values are read as they lie in memory.
-// Scores are kept in units of log 2: the queries are scaled by scale * log2(e) when they are loaded.
+// A *tile* is up to max_lanes() queries of one sequence and one key head, each with its own range of visible keys;
+// vector lanes run over the queries, so that maxima, sums and masks need no reduction across a vector and keys and
+// values are read as they lie in memory. Scores are kept in units of log 2: the queries are scaled by scale * log2(e)
+// when they are loaded.
 #pragma once
 
 #include <cstdint>
@@ -30,26 +32,29 @@ int64_t forward_scratch(int64_t key_width, int64_t value_width);
 int64_t backward_scratch(int64_t key_width, int64_t value_width);
 
 // o rows and, if lse is not null, log2 of the softmax denominators. Lanes rise in begin and in end.
-void forward_tile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k, const void* v,
-                  void* o, float* lse, float* scratch);
+void forward_tile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k,
+                  const void* v, void* o, float* lse, float* scratch);
 
-// Writes the dq rows (float32 [rows, K]) and adds to dk / ln 2 [keys, padded(K)] and dv [keys, padded(V)]: finish dk with finish_gradient.
-void backward_tile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k, const void* v,
-                   const void* o, const void* d_o, const float* lse, float* dq, float* dk, float* dv, float* scratch);
+// Writes the dq rows (float32 [rows, K]) and adds to dk / ln 2 [keys, padded(K)] and dv [keys, padded(V)]: finish dk
+// with finish_gradient.
+void backward_tile(Element element, const Widths& w, const Lane* lanes, int64_t n, const void* q, const void* k,
+                   const void* v, const void* o, const void* d_o, const float* lse, float* dq, float* dk, float* dv,
+                   float* scratch);
 
 constexpr float kLn2 = 0.693147180559945309417f;
 
-// Decode: one query of every head of one sequence over keys [begin, end), all heads together, so that keys and values stream as they
-// lie ([keys, Hk, K] with contiguous heads or any strides). q is float32 [Hq, K], already times scale * log2(e).
-// Partial results: max [Hq], sum [Hq], acc [Hq, V].
+// Decode: one query of every head of one sequence over keys [begin, end), all heads together, so that keys and values
+// stream as they lie ([keys, Hk, K] with contiguous heads or any strides). q is float32 [Hq, K], already times scale *
+// log2(e). Partial results: max [Hq], sum [Hq], acc [Hq, V].
 struct DecodeShape {
   int64_t query_heads, key_heads, key, value;
   int64_t key_stride, key_head_stride, value_stride, value_head_stride;
 };
 int64_t decode_scratch(int64_t query_heads);
-void decode_part(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin, int64_t end,
-                 float* max, float* sum, float* acc, float* scratch);
+void decode_part(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin,
+                 int64_t end, float* max, float* sum, float* acc, float* scratch);
 // Merges the parts [parts, ...] in order into o [Hq, V] and lse [Hq] (log2; may be null).
-void decode_merge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o, float* lse);
+void decode_merge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o,
+                  float* lse);
 
 }  // namespace oryx::ops::attention_cpu

@@ -26,9 +26,11 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 
 }  // namespace
 
-at::Tensor span_attention_naive(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& spans,
-                                const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& cu_seqlens_k,
-                                const std::optional<at::Tensor>& key_lengths, int64_t window, std::optional<double> scale) {
+at::Tensor span_attention_naive(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& cu_seqlens,
+                                const std::optional<at::Tensor>& cu_seqlens_k,
+                                const std::optional<at::Tensor>& key_lengths, int64_t window,
+                                std::optional<double> scale) {
   const AttentionPlan plan = make_attention_plan(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   const int64_t group = q.size(2) / k.size(2);
   const auto inner = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -36,8 +38,9 @@ at::Tensor span_attention_naive(const at::Tensor& q, const at::Tensor& k, const 
   const bool by_row = !cu_seqlens;
   std::vector<at::Tensor> parts;
   for (const AttentionSequence& s : plan.sequences) {
-    const at::Tensor o = attend(q[s.row].narrow(0, s.q_begin, s.queries).to(inner), kx[s.row].narrow(0, s.k_begin, s.keys),
-                                vx[s.row].narrow(0, s.k_begin, s.keys), visibility(plan, s), plan.scale);
+    const at::Tensor o =
+        attend(q[s.row].narrow(0, s.q_begin, s.queries).to(inner), kx[s.row].narrow(0, s.k_begin, s.keys),
+               vx[s.row].narrow(0, s.k_begin, s.keys), visibility(plan, s), plan.scale);
     const at::Tensor computed = at::zeros({s.queries, 1, 1}, at::kBool);
     for (const int64_t i : plan.computed_queries(s)) computed[i].fill_(true);
     parts.push_back(at::where(computed, o, at::zeros({}, o.options())));

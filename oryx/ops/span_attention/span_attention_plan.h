@@ -40,7 +40,8 @@ struct AttentionPlan {
 // Throws oryx::Error, one line, on arguments that do not fit the contract in span_attention.h.
 AttentionPlan make_attention_plan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                   const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& cu_seqlens,
-                                  const std::optional<at::Tensor>& cu_seqlens_k, const std::optional<at::Tensor>& key_lengths,
-                                  int64_t window, std::optional<double> scale);
+                                  const std::optional<at::Tensor>& cu_seqlens_k,
+                                  const std::optional<at::Tensor>& key_lengths, int64_t window,
+                                  std::optional<double> scale);
 
 }  // namespace oryx::ops

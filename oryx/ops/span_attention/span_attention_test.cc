@@ -40,7 +40,9 @@ Case make_case(int64_t B, int64_t Tq, int64_t Tk, int64_t Hq, int64_t Hk, int64_
   return {at::randn({B, Tq, Hq, K}), at::randn({B, Tk, Hk, K}), at::randn({B, Tk, Hk, V}), {}, {}, {}, {}, 0, {}};
 }
 
-at::Tensor run(const Case& c) { return span_attention(c.q, c.k, c.v, c.spans, c.cu, c.cu_k, c.key_lengths, c.window, c.scale); }
+at::Tensor run(const Case& c) {
+  return span_attention(c.q, c.k, c.v, c.spans, c.cu, c.cu_k, c.key_lengths, c.window, c.scale);
+}
 at::Tensor run_naive(const Case& c) {
   return span_attention_naive(c.q, c.k, c.v, c.spans, c.cu, c.cu_k, c.key_lengths, c.window, c.scale);
 }
@@ -65,7 +67,9 @@ void expect_like_naive(const Case& c, const std::string& what, double limit = 4e
   const at::Tensor up = at::randn({c.q.size(0), c.q.size(1), c.q.size(2), c.v.size(3)});
   const auto got = with_gradients(run, c, up), ref = with_gradients(run_naive, c.to(at::kDouble), up);
   EXPECT_LT(fixture_error(got[0], ref[0]), limit) << what;
-  for (size_t i = 1; i < 4; ++i) EXPECT_LT(gradient_error(got[i], ref[i]), gradient_limit) << what << ", d" << " qkv"[i];
+  for (size_t i = 1; i < 4; ++i)
+    EXPECT_LT(gradient_error(got[i], ref[i]), gradient_limit) << what << ", d"
+                                                              << " qkv"[i];
 }
 
 at::Tensor span_list(const std::vector<std::array<int, 3>>& spans) {
@@ -95,7 +99,8 @@ TEST(SpanAttention, FixtureValuesAndGradients) {
       qr = rope(q, positions.narrow(1, past, q.size(1)), theta);
       kr = rope(k, positions, theta);
     }
-    const at::Tensor o = span_attention(qr, kr, v, f.at("spans"), optional("cu_seqlens"), {}, {}, 0, f.attrs.at("scale").get<double>());
+    const at::Tensor o =
+        span_attention(qr, kr, v, f.at("spans"), optional("cu_seqlens"), {}, {}, 0, f.attrs.at("scale").get<double>());
     const bool far = furthest > 500;
     EXPECT_LT(fixture_error(o, f.at("o")), far ? 4e-5 : 4e-6) << f.name;
     const auto grads = torch::autograd::grad({o}, {q, k, v}, {f.at("up_o")});
@@ -133,21 +138,30 @@ TEST(SpanAttention, SpansAreRowsOfTheWhole) {
   for (const int64_t window : {0, 20}) {
     c.window = window;
     // Overlapping, empty, unordered, single and scattered spans.
-    c.spans = span_list({{1, 250, 300}, {0, 0, 1}, {0, 17, 17}, {1, 3, 4}, {1, 260, 270}, {0, 100, 164}, {0, 290, 291}});
+    c.spans =
+        span_list({{1, 250, 300}, {0, 0, 1}, {0, 17, 17}, {1, 3, 4}, {1, 260, 270}, {0, 100, 164}, {0, 290, 291}});
     expect_like_naive(c, "spans");
   }
   c.window = 0;
   at::Tensor mask = at::zeros({2, 300, 1, 1});
   const at::Tensor rows = *c.spans;
   for (int64_t s = 0; s < rows.size(0); ++s) {
-    mask[rows[s][0].item<int64_t>()].narrow(0, rows[s][1].item<int64_t>(), (rows[s][2] - rows[s][1]).item<int64_t>()).fill_(1);
+    mask[rows[s][0].item<int64_t>()]
+        .narrow(0, rows[s][1].item<int64_t>(), (rows[s][2] - rows[s][1]).item<int64_t>())
+        .fill_(1);
   }
   const at::Tensor o = run(c);
   EXPECT_TRUE(at::allclose(o, whole * mask, 1e-5, 2e-6));
   EXPECT_EQ((o * (1 - mask)).abs().max().item<float>(), 0.0f);
   c.spans = at::empty({0, 3}, at::kInt);
   EXPECT_EQ(run(c).abs().max().item<float>(), 0.0f);
-  expect_like_naive([&] { Case e = c; e.spans = span_list({{1, 5, 6}}); return e; }(), "one query");
+  expect_like_naive(
+      [&] {
+        Case e = c;
+        e.spans = span_list({{1, 5, 6}});
+        return e;
+      }(),
+      "one query");
 }
 
 TEST(SpanAttention, PackedEqualsSeparate) {
@@ -182,7 +196,15 @@ TEST(SpanAttention, KeyLengthsEqualSlicedKeys) {
     const auto got = with_gradients(run, c, up);
     for (int64_t b = 0; b < 3; ++b) {
       const int64_t n = (*c.key_lengths)[b].item<int64_t>();
-      Case one{c.q.narrow(0, b, 1), c.k.narrow(0, b, 1).narrow(1, 0, n), c.v.narrow(0, b, 1).narrow(1, 0, n), {}, {}, {}, {}, 0, {}};
+      Case one{c.q.narrow(0, b, 1),
+               c.k.narrow(0, b, 1).narrow(1, 0, n),
+               c.v.narrow(0, b, 1).narrow(1, 0, n),
+               {},
+               {},
+               {},
+               {},
+               0,
+               {}};
       const auto ref = with_gradients(run_naive, one.to(at::kDouble), up.narrow(0, b, 1));
       EXPECT_LT(fixture_error(got[0].narrow(0, b, 1), ref[0]), 4e-6);
       EXPECT_LT(fixture_error(got[1].narrow(0, b, 1), ref[1]), 1e-5);
@@ -291,21 +313,41 @@ TEST(SpanAttention, BadInputIsOneLine) {
     return "no error";
   };
   const std::vector<std::pair<std::string, std::string>> messages = {
-      {"span 0", message([](Case& c) { c.spans = span_list({{0, 3, 11}}); })},
-      {"row below 2", message([](Case& c) { c.spans = span_list({{2, 3, 4}}); })},
-      {"spans", message([](Case& c) { c.spans = at::zeros({1, 3}, at::kLong); })},
+      {"span 0", message([](Case& c) {
+         c.spans = span_list({{0, 3, 11}});
+       })},
+      {"row below 2", message([](Case& c) {
+         c.spans = span_list({{2, 3, 4}});
+       })},
+      {"spans", message([](Case& c) {
+         c.spans = at::zeros({1, 3}, at::kLong);
+       })},
       {"[n, 3]", message([](Case& c) { c.spans = at::zeros({3}, at::kInt); })},
-      {"one row", message([](Case& c) { c.cu = at::tensor({0, 10}, at::kInt); })},
-      {"at least as many keys", message([](Case& c) { c.key_lengths = at::tensor({12, 9}, at::kInt); })},
-      {"exceeds", message([](Case& c) { c.key_lengths = at::tensor({12, 13}, at::kInt); })},
+      {"one row", message([](Case& c) {
+         c.cu = at::tensor({0, 10}, at::kInt);
+       })},
+      {"at least as many keys", message([](Case& c) {
+         c.key_lengths = at::tensor({12, 9}, at::kInt);
+       })},
+      {"exceeds", message([](Case& c) {
+         c.key_lengths = at::tensor({12, 13}, at::kInt);
+       })},
       {"entries", message([](Case& c) { c.key_lengths = at::tensor({12}, at::kInt); })},
       {"window", message([](Case& c) { c.window = -1; })},
       {"finite", message([](Case& c) { c.scale = std::numeric_limits<double>::infinity(); })},
       {"one dtype", message([](Case& c) { c.k = c.k.to(at::kDouble); })},
-      {"groups", message([](Case& c) { c.q = at::randn({2, 10, 3, 8}); })},
-      {"width", message([](Case& c) { c.q = at::randn({2, 10, 4, 6}); })},
-      {"expected q [B", message([](Case& c) { c.q = at::randn({10, 4, 8}); })},
-      {"cu_seqlens_k without", message([](Case& c) { c.cu_k = at::tensor({0, 12}, at::kInt); })},
+      {"groups", message([](Case& c) {
+         c.q = at::randn({2, 10, 3, 8});
+       })},
+      {"width", message([](Case& c) {
+         c.q = at::randn({2, 10, 4, 6});
+       })},
+      {"expected q [B", message([](Case& c) {
+         c.q = at::randn({10, 4, 8});
+       })},
+      {"cu_seqlens_k without", message([](Case& c) {
+         c.cu_k = at::tensor({0, 12}, at::kInt);
+       })},
   };
   for (const auto& [expected, m] : messages) {
     EXPECT_NE(m.find(expected), std::string::npos) << m;
