@@ -20,8 +20,8 @@ using torch::autograd::variable_list;
 using Three = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Rows of logits that stand at once. More rows mean fewer passes over the weight's gradient, fewer mean less memory:
-// 64 MB of float32 cost no more time than all rows at once (cross_entropy_bench.cc).
+// Rows of logits that stand at once: 64 MB of float32. More rows mean fewer passes over the weight's gradient, fewer mean
+// less memory.
 constexpr int64_t kBlockElements = int64_t{16} << 20;
 constexpr int64_t kMinBlockRows = 64;
 
