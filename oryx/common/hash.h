@@ -1,5 +1,5 @@
-// FNV-1a, 64 bits (Fowler, Noll, Vo): a fingerprint against mix-ups and damage, not against forgery. Its values stand in files,
-// so it never changes.
+// FNV-1a, 64 bits (Fowler, Noll, Vo): a fingerprint against mix-ups and damage, not against forgery. Its values stand
+// in files, so it never changes.
 #pragma once
 
 #include <cstddef>

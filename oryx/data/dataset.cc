@@ -21,7 +21,8 @@ DatasetInfo parse_info(const fs::path& path) {
   try {
     const auto json = nlohmann::json::parse(text);
     if (json.at("format").get<std::string>() != "oryx dataset 1") {
-      fail("{}: format '{}', expected 'oryx dataset 1'", path.string(), json.at("format").get<std::string>().substr(0, 40));
+      fail("{}: format '{}', expected 'oryx dataset 1'", path.string(),
+           json.at("format").get<std::string>().substr(0, 40));
     }
     info.train = parse_split(json.at("train"));
     info.valid = parse_split(json.at("valid"));
@@ -44,8 +45,8 @@ std::shared_ptr<const TokenFile> open_split(const fs::path& path, const SplitInf
   auto file = std::make_shared<TokenFile>(path);
   const auto& h = file->header();
   if (h.tokens != split.tokens || h.documents != split.documents) {
-    fail("{}: {} tokens in {} documents, but dataset.json says {} in {}; build the data set again", path.string(), h.tokens,
-         h.documents, split.tokens, split.documents);
+    fail("{}: {} tokens in {} documents, but dataset.json says {} in {}; build the data set again", path.string(),
+         h.tokens, h.documents, split.tokens, split.documents);
   }
   if (h.fingerprint != info.fingerprint || h.vocab_size != static_cast<uint64_t>(info.vocab_size)) {
     fail("{}: made with tokeniser {}, but dataset.json names {}; build the data set again", path.string(),
@@ -65,8 +66,9 @@ Dataset open_dataset(const fs::path& folder) {
   d.info = parse_info(folder / "dataset.json");
   d.tokenizer = load_tokenizer(folder / d.info.tokenizer_file);
   if (d.tokenizer->fingerprint() != d.info.fingerprint) {
-    fail("{}: tokeniser {}, but dataset.json names {}; build the data set again", (folder / d.info.tokenizer_file).string(),
-         fingerprint_text(d.tokenizer->fingerprint()), fingerprint_text(d.info.fingerprint));
+    fail("{}: tokeniser {}, but dataset.json names {}; build the data set again",
+         (folder / d.info.tokenizer_file).string(), fingerprint_text(d.tokenizer->fingerprint()),
+         fingerprint_text(d.info.fingerprint));
   }
   d.train = open_split(folder / "train.tok", d.info.train, d.info);
   d.valid = open_split(folder / "valid.tok", d.info.valid, d.info);

@@ -1,5 +1,5 @@
-// A data set is a folder: train.tok, valid.tok, the tokeniser and dataset.json, which is written last: a folder without it is not
-// a data set. Built from text in one pass with bounded memory.
+// A data set is a folder: train.tok, valid.tok, the tokeniser and dataset.json, which is written last: a folder without
+// it is not a data set. Built from text in one pass with bounded memory.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@
 namespace oryx {
 
 struct DatasetOptions {
-  // The share of documents held out for validation, chosen by a hash of their text: the same document always falls on the same
-  // side. At least one is held out; of a single document its last `valid` share of tokens.
+  // The share of documents held out for validation, chosen by a hash of their text: the same document always falls on
+  // the same side. At least one is held out; of a single document its last `valid` share of tokens.
   double valid = 0.01;
   uint64_t seed = 0;
   // Shell patterns of the files that are the validation set; then `valid` is not used.
@@ -35,14 +35,14 @@ struct DatasetInfo {
   SplitInfo train, valid;
   uint64_t empty_documents = 0;  // passed over
   int64_t vocab_size = 0;
-  uint64_t fingerprint = 0;            // of the tokeniser
-  std::string tokenizer_file;          // its name inside the folder
-  std::vector<std::string> sources;    // names of the text files
+  uint64_t fingerprint = 0;          // of the tokeniser
+  std::string tokenizer_file;        // its name inside the folder
+  std::vector<std::string> sources;  // names of the text files
 };
 
 // Throws Error on bad text (see text_source.h), on a source without documents, and when `out` holds a data set already.
-DatasetInfo build_dataset(const std::vector<TextFile>& files, const Tokenizer& tokenizer, const std::filesystem::path& out,
-                          const DatasetOptions& options = {});
+DatasetInfo build_dataset(const std::vector<TextFile>& files, const Tokenizer& tokenizer,
+                          const std::filesystem::path& out, const DatasetOptions& options = {});
 
 struct Dataset {
   DatasetInfo info;

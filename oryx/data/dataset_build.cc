@@ -29,7 +29,8 @@ struct Encoded {
 
 class Builder {
  public:
-  Builder(const std::vector<TextFile>& files, const Tokenizer& tokenizer, const fs::path& out, const DatasetOptions& options)
+  Builder(const std::vector<TextFile>& files, const Tokenizer& tokenizer, const fs::path& out,
+          const DatasetOptions& options)
       : files_(files),
         tokenizer_(tokenizer),
         options_(options),
@@ -45,7 +46,8 @@ class Builder {
   void read_all() {
     TextSource source(files_);
     std::unique_ptr<ProgressBar> bar;
-    if (options_.progress) bar = std::make_unique<ProgressBar>("tokenising", static_cast<int64_t>(source.total_bytes()), "B");
+    if (options_.progress)
+      bar = std::make_unique<ProgressBar>("tokenising", static_cast<int64_t>(source.total_bytes()), "B");
     std::vector<Document> chunk;
     size_t bytes = 0;
     for (Document d; source.next(d);) {
@@ -66,12 +68,17 @@ class Builder {
     for (const auto& f : files_) info.sources.push_back(f.name);
   }
 
-  // Whatever was not decided while reading; then both files appear.
-  void finish(const fs::path& out) {
+  // Decides what was not decided while reading.
+  void settle() {
     settle_spare();
-    if (info.train.documents == 0) fail("{}: no document is left to train on", out.string());
+    if (info.train.documents == 0)
+      fail("no document is left to train on: all are empty, or all belong to the validation set");
     info.train.tokens = train_.tokens();
     info.valid.tokens = valid_.tokens();
+  }
+
+  // Both files appear.
+  void finish() {
     train_.finish();
     valid_.finish();
   }
@@ -84,7 +91,8 @@ class Builder {
     at::parallel_for(0, static_cast<int64_t>(chunk.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Document& d = chunk[i];
-        done[i] = {tokenizer_.encode_document(d.text), d.file, CounterRng(options_.seed, fnv1a(d.text)).uniform(), d.text.size()};
+        done[i] = {tokenizer_.encode_document(d.text), d.file, CounterRng(options_.seed, fnv1a(d.text)).uniform(),
+                   d.text.size()};
       }
     });
     for (auto& e : done) place(std::move(e));
@@ -117,8 +125,10 @@ class Builder {
     const auto& ids = spare_->ids;
     const auto text = static_cast<int64_t>(ids.size()) - 2;
     if (text < 2) fail("one document of {} token: too little text for training and validation", text);
-    const int64_t held = std::clamp<int64_t>(static_cast<int64_t>(static_cast<double>(text) * options_.valid), 1, text - 1);
-    Encoded head{{ids.begin(), ids.end() - 1 - held}, spare_->file, 0, 0}, tail{{ids.end() - 1 - held, ids.end()}, spare_->file, 0, 0};
+    const int64_t held =
+        std::clamp<int64_t>(static_cast<int64_t>(static_cast<double>(text) * options_.valid), 1, text - 1);
+    Encoded head{{ids.begin(), ids.end() - 1 - held}, spare_->file, 0, 0},
+        tail{{ids.end() - 1 - held, ids.end()}, spare_->file, 0, 0};
     head.ids.push_back(tokenizer_.eos_id());
     tail.ids.insert(tail.ids.begin(), tokenizer_.bos_id());
     for (const int32_t id : tail.ids) tail.bytes += tokenizer_.token_bytes(id).size();
@@ -142,7 +152,9 @@ class Builder {
   std::optional<Encoded> spare_;
 };
 
-nlohmann::json split_json(const SplitInfo& s) { return {{"documents", s.documents}, {"tokens", s.tokens}, {"bytes", s.bytes}}; }
+nlohmann::json split_json(const SplitInfo& s) {
+  return {{"documents", s.documents}, {"tokens", s.tokens}, {"bytes", s.bytes}};
+}
 
 void write_info(const fs::path& path, const DatasetInfo& info, const DatasetOptions& options) {
   const nlohmann::ordered_json json = {
@@ -161,7 +173,8 @@ void write_info(const fs::path& path, const DatasetInfo& info, const DatasetOpti
 }
 
 void check_options(const std::vector<TextFile>& files, const fs::path& out, const DatasetOptions& options) {
-  if (!(options.valid >= 0 && options.valid < 1)) fail("share of validation {}: expected 0 or more and below 1", options.valid);
+  if (!(options.valid >= 0 && options.valid < 1))
+    fail("share of validation {}: expected 0 or more and below 1", options.valid);
   if (fs::exists(out / "dataset.json") && !options.overwrite) {
     fail("{}: holds a data set already; choose another folder, or replace it with --overwrite", out.string());
   }
@@ -174,7 +187,8 @@ void check_options(const std::vector<TextFile>& files, const fs::path& out, cons
   for (const auto& f : files) {
     const std::string name = fs::path(f.name).filename().string();
     if (!name.starts_with("valid") && !name.starts_with("test")) continue;
-    log::warn("{}: by its name held-out text, used for training too; keep it apart with --valid-files or --exclude", f.name);
+    log::warn("{}: by its name held-out text, used for training too; keep it apart with --valid-files or --exclude",
+              f.name);
   }
 }
 
@@ -186,6 +200,7 @@ DatasetInfo build_dataset(const std::vector<TextFile>& files, const Tokenizer& t
   make_folders(out);
   Builder builder(files, tokenizer, out, options);
   builder.read_all();
+  builder.settle();
   DatasetInfo& info = builder.info;
   info.vocab_size = tokenizer.vocab_size();
   info.fingerprint = tokenizer.fingerprint();
@@ -193,7 +208,7 @@ DatasetInfo build_dataset(const std::vector<TextFile>& files, const Tokenizer& t
   // From here on the old data set is no more: without dataset.json the folder is none, until everything new is there.
   std::error_code ignored;
   fs::remove(out / "dataset.json", ignored);
-  builder.finish(out);
+  builder.finish();
   tokenizer.save(out / info.tokenizer_file);
   write_info(out / "dataset.json", info, options);
   return info;

@@ -60,9 +60,10 @@ void from_json(const nlohmann::json& json, LoaderPosition& p) {
 TrainLoader::TrainLoader(std::shared_ptr<const TokenFile> file, const LoaderOptions& options)
     : file_(std::move(file)), options_(options), order_(std::max<uint64_t>(file_->documents(), 1), options.seed, 0) {
   if (file_->tokens() < 2) fail("{}: holds {} tokens; there is nothing to train on", file_->path(), file_->tokens());
-  TORCH_CHECK(options.batch_size > 0 && options.seq_len > 0, "TrainLoader: batch ", options.batch_size, " x ", options.seq_len);
-  TORCH_CHECK(options.world > 0 && options.rank >= 0 && options.rank < options.world, "TrainLoader: rank ", options.rank,
-              " of ", options.world);
+  TORCH_CHECK(options.batch_size > 0 && options.seq_len > 0, "TrainLoader: batch ", options.batch_size, " x ",
+              options.seq_len);
+  TORCH_CHECK(options.world > 0 && options.rank >= 0 && options.rank < options.world, "TrainLoader: rank ",
+              options.rank, " of ", options.world);
   position_.data = file_->identity();
   position_.seed = options.seed;
 }
@@ -90,8 +91,8 @@ void TrainLoader::next_row(BatchBuilder* builder) {
   }
 }
 
-// A document whose last token alone is left would give a sequence without a target; the row takes it all the same, so that
-// a position in tokens is a position in targets.
+// A document whose last token alone is left would give a sequence without a target; the row takes it all the same, so
+// that a position in tokens is a position in targets.
 uint64_t TrainLoader::advance(uint64_t tokens) {
   position_.offset += tokens;
   if (position_.offset < file_->document_size(order_(position_.document))) return tokens;

@@ -1,8 +1,8 @@
 // Training batches from a token file, in an order that depends on nothing but (seed, epoch), and evaluation windows.
 //
-// Training: the documents of an epoch in shuffled order, end to end, cut into rows of seq_len tokens. A document that a row's
-// end cuts goes on in the next row as a fresh sequence; the cut costs no target: each token but a document's first is predicted
-// exactly once an epoch. Epochs follow one another without a gap.
+// Training: the documents of an epoch in shuffled order, end to end, cut into rows of seq_len tokens. A document that a
+// row's end cuts goes on in the next row as a fresh sequence; the cut costs no target: each token but a document's
+// first is predicted exactly once an epoch. Epochs follow one another without a gap.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,8 @@
 
 namespace oryx {
 
-// A permutation of [0, n) without a table: a Feistel network over Philox, walked until it falls inside [0, n) (Black and
-// Rogaway 2002, "Ciphers with arbitrary finite domains").
+// A permutation of [0, n) without a table: a Feistel network over Philox, walked until it falls inside [0, n) (Black
+// and Rogaway 2002, "Ciphers with arbitrary finite domains").
 class Permutation {
  public:
   Permutation(uint64_t n, uint64_t seed, uint64_t epoch);
@@ -77,7 +77,7 @@ class TrainLoader {
 struct EvalWindow {
   uint64_t document = 0, begin = 0;  // the window's first input: token `begin` of the document
 };
-struct EvalBatch : Batch {  // one row: input_ids [1, T]
+struct EvalBatch : Batch {          // one row: input_ids [1, T]
   std::vector<EvalWindow> windows;  // sequence i is bounds[i] .. bounds[i + 1]
 };
 
@@ -87,8 +87,8 @@ struct EvalOptions {
   uint64_t max_tokens = 0;       // stops after the document that reaches it; 0: reads all
 };
 
-// The documents in order, each cut into windows of at most seq_len inputs: every token but a document's first is a target
-// exactly once, seen from the window's beginning on.
+// The documents in order, each cut into windows of at most seq_len inputs: every token but a document's first is a
+// target exactly once, seen from the window's beginning on.
 class EvalReader {
  public:
   EvalReader(std::shared_ptr<const TokenFile> file, const EvalOptions& options);

@@ -14,9 +14,9 @@
 namespace oryx {
 namespace {
 
-using ::testing::HasSubstr;
 using test::error_of;
 using test::TemporaryFolder;
+using ::testing::HasSubstr;
 
 // Token values tell where they come from: documents of consecutive numbers, none of which occurs twice.
 class LoaderTest : public ::testing::Test {
@@ -121,7 +121,9 @@ TEST_F(LoaderTest, CutsCostNoTarget) {
   EXPECT_EQ(seen[kIgnoreTarget], 13 * 10);
   EXPECT_EQ(seen.size(), static_cast<size_t>(n - 10 + 1));
   for (const auto& [token, times] : seen) {
-    if (token >= 0) EXPECT_EQ(times, 13) << token;
+    if (token >= 0) {
+      EXPECT_EQ(times, 13) << token;
+    }
   }
 }
 
@@ -165,11 +167,13 @@ TEST_F(LoaderTest, PositionsOfOtherDataAreRefused) {
     return error_of([&] { loader.seek(p); });
   };
   EXPECT_EQ(refused([](auto&) {}), "");
-  EXPECT_THAT(refused([&](auto& p) { p.data = other->identity(); }), HasSubstr("not the data that this training began"));
+  EXPECT_THAT(refused([&](auto& p) { p.data = other->identity(); }),
+              HasSubstr("not the data that this training began"));
   EXPECT_THAT(refused([](auto& p) { p.seed = 2; }), HasSubstr("seed 2"));
   EXPECT_THAT(refused([](auto& p) { p.document = 5; }), HasSubstr("document 5"));
   EXPECT_THAT(refused([](auto& p) { p.offset = 1000; }), HasSubstr("offset 1000"));
-  for (const char* bad : {"{}", "[]", R"({"epoch": -1})", R"({"epoch":0,"document":0,"offset":0,"data":"x","seed":0})"}) {
+  for (const char* bad :
+       {"{}", "[]", R"({"epoch": -1})", R"({"epoch":0,"document":0,"offset":0,"data":"x","seed":0})"}) {
     EXPECT_NE(error_of([&] { nlohmann::json::parse(bad).get<LoaderPosition>(); }), "") << bad;
   }
 }

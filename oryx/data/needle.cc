@@ -9,18 +9,19 @@ namespace oryx {
 
 namespace {
 
-constexpr const char* kNoise[] = {"The hills were quiet in the morning.",  "A cart went slowly along the road.",
-                                  "Rain had fallen during the night.",     "The baker opened his shop at six.",
+constexpr const char* kNoise[] = {"The hills were quiet in the morning.", "A cart went slowly along the road.",
+                                  "Rain had fallen during the night.", "The baker opened his shop at six.",
                                   "Two birds sat on the roof of the barn."};
-constexpr const char* kAdjectives[] = {"amber",  "silver", "crimson", "hollow", "gentle", "northern", "rusty",  "velvet",
-                                       "bright", "distant", "frozen", "golden", "humble", "ivory",    "jagged", "lonely"};
+constexpr const char* kAdjectives[] = {"amber",  "silver", "crimson", "hollow",  "gentle", "northern",
+                                       "rusty",  "velvet", "bright",  "distant", "frozen", "golden",
+                                       "humble", "ivory",  "jagged",  "lonely"};
 constexpr const char* kNouns[] = {"lantern", "harbour", "orchard", "bridge", "compass", "anchor", "meadow", "chimney",
                                   "violin",  "saddle",  "tunnel",  "ledger", "kettle",  "timber", "paddle", "statue"};
-constexpr size_t kLongestSentence = 400;  // bytes; hay without full stops is cut at a space
+constexpr size_t kLongestSentence = 400;              // bytes; hay without full stops is cut at a space
 constexpr uint64_t kLargestHay = uint64_t{16} << 20;  // bytes kept of the documents
 
-// Pieces that end behind a full stop, question or exclamation mark, or behind newlines; together they are `text`. A space stays with
-// the sentence after it: that is how words are tokenised.
+// Pieces that end behind a full stop, question or exclamation mark, or behind newlines; together they are `text`. A
+// space stays with the sentence after it: that is how words are tokenised.
 std::vector<std::string> split_sentences(std::string_view text) {
   std::vector<std::string> out;
   while (!text.empty()) {
@@ -41,7 +42,9 @@ std::vector<std::string> split_sentences(std::string_view text) {
   return out;
 }
 
-void append(std::vector<int32_t>& to, const std::vector<int32_t>& from) { to.insert(to.end(), from.begin(), from.end()); }
+void append(std::vector<int32_t>& to, const std::vector<int32_t>& from) {
+  to.insert(to.end(), from.begin(), from.end());
+}
 
 }  // namespace
 
@@ -55,9 +58,12 @@ NeedleKind parse_needle_kind(const std::string& name) {
 
 std::string to_string(NeedleKind kind) {
   switch (kind) {
-    case NeedleKind::noise: return "noise";
-    case NeedleKind::essay_number: return "essay_number";
-    case NeedleKind::essay_word: return "essay_word";
+    case NeedleKind::noise:
+      return "noise";
+    case NeedleKind::essay_number:
+      return "essay_number";
+    case NeedleKind::essay_word:
+      return "essay_word";
   }
   throw std::logic_error("NeedleKind");
 }
@@ -83,12 +89,14 @@ NeedleExample NeedleTask::example(int64_t length, double depth, uint64_t seed, u
   if (!(depth >= 0 && depth <= 1)) fail("needle: depth {}, expected 0 to 1", depth);
   CounterRng rng(seed, index);
   NeedleExample e;
-  const std::string name = fmt::format("{} {}", kAdjectives[rng.below(std::size(kAdjectives))], kNouns[rng.below(std::size(kNouns))]);
+  const std::string name =
+      fmt::format("{} {}", kAdjectives[rng.below(std::size(kAdjectives))], kNouns[rng.below(std::size(kNouns))]);
   const bool word = kind_ == NeedleKind::essay_word;
   e.answer = word ? fmt::format("{:08x}", rng.next32()) : std::to_string(1000000 + rng.below(9000000));
   const char* what = word ? "word" : "number";
   e.needle = fmt::format("The secret {} of the {} is {}.", what, name, e.answer);
-  e.question = fmt::format("Question: What is the secret {0} of the {1}?\nAnswer: The secret {0} of the {1} is", what, name);
+  e.question =
+      fmt::format("Question: What is the secret {0} of the {1}?\nAnswer: The secret {0} of the {1} is", what, name);
 
   const auto needle = tokenizer_.encode(" " + e.needle), question = tokenizer_.encode("\n\n" + e.question);
   e.answer_ids = tokenizer_.encode(" " + e.answer);

@@ -28,7 +28,8 @@ class BatchBuilder {
 
   int64_t free_in_row() const { return columns_ - filled_ % columns_; }
   bool full() const { return filled_ == rows_ * columns_; }
-  // `tokens`: the inputs, and with `continues` one more: the last input's target. At most free_in_row() inputs, at least one.
+  // `tokens`: the inputs, and with `continues` one more: the last input's target. At most free_in_row() inputs, at
+  // least one.
   void add(std::span<const int64_t> tokens, bool continues);
   // The batch; a single row may be cut to what it holds.
   Batch finish();

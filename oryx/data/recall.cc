@@ -31,14 +31,19 @@ std::vector<int64_t> gaps(CounterRng& rng, int64_t pairs, int64_t filler) {
 }  // namespace
 
 void check(const RecallOptions& o) {
-  if (o.pairs < 1 || o.queries < 1) fail("recall: {} pairs and {} queries, expected at least one of each", o.pairs, o.queries);
-  if (o.value_symbols < 2) fail("recall: {} value symbols leave nothing to recall, expected at least 2", o.value_symbols);
-  if (o.pairs > o.key_symbols) fail("recall: {} pairs need as many keys, but there are {} key symbols", o.pairs, o.key_symbols);
+  if (o.pairs < 1 || o.queries < 1)
+    fail("recall: {} pairs and {} queries, expected at least one of each", o.pairs, o.queries);
+  if (o.value_symbols < 2)
+    fail("recall: {} value symbols leave nothing to recall, expected at least 2", o.value_symbols);
+  if (o.pairs > o.key_symbols)
+    fail("recall: {} pairs need as many keys, but there are {} key symbols", o.pairs, o.key_symbols);
   const int64_t least = 2 * (o.pairs + o.queries);
   if (o.length != 0 && o.length < least) {
-    fail("recall: length {} is too short for {} pairs and {} queries, expected at least {}", o.length, o.pairs, o.queries, least);
+    fail("recall: length {} is too short for {} pairs and {} queries, expected at least {}", o.length, o.pairs,
+         o.queries, least);
   }
-  if (o.tokens() > least && o.filler_symbols < 1) fail("recall: length {} needs filler symbols, there are none", o.length);
+  if (o.tokens() > least && o.filler_symbols < 1)
+    fail("recall: length {} needs filler symbols, there are none", o.length);
 }
 
 RecallExample recall_example(const RecallOptions& o, uint64_t seed, uint64_t index) {

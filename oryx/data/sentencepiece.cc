@@ -55,7 +55,9 @@ class SentencePieceTokenizer : public Tokenizer {
   }
 
  private:
-  static std::string first_line(const std::string& text) { return text.substr(0, std::min(text.find('\n'), size_t{200})); }
+  static std::string first_line(const std::string& text) {
+    return text.substr(0, std::min(text.find('\n'), size_t{200}));
+  }
 
   // Newline is a piece of its own in the models trained here, so a cut before one changes no id.
   size_t piece_size(std::string_view text) const {

@@ -1,7 +1,8 @@
 // Training of SentencePiece models (https://github.com/google/sentencepiece; BPE, Sennrich et al. 2016).
 //
-// What is trained here loses nothing: identity normalisation, spaces and newlines kept as they are, digits split, bytes for
-// every character outside the vocabulary. Ids: unk 0, bos 1, eos 2, then newline and tab, the 256 bytes, merges, characters.
+// What is trained here loses nothing: identity normalisation, spaces and newlines kept as they are, digits split, bytes
+// for every character outside the vocabulary. Ids: unk 0, bos 1, eos 2, then newline and tab, the 256 bytes, merges,
+// characters.
 #pragma once
 
 #include <memory>
@@ -13,7 +14,8 @@ namespace oryx {
 
 struct SentencePieceTraining {
   int64_t vocab_size = 32000;
-  // Bytes of text learnt from: a sample, uniform over the whole source, in pieces of a few lines. Memory is about eight times that.
+  // Bytes of text learnt from: a sample, uniform over the whole source, in pieces of a few lines. Memory is about eight
+  // times that.
   uint64_t sample_bytes = uint64_t{32} << 20;
   uint64_t seed = 1;
   bool progress = true;

@@ -13,12 +13,12 @@ namespace oryx {
 
 namespace {
 
-constexpr size_t kPiece = 16 << 10;   // bytes of consecutive lines that are sampled together
-constexpr size_t kSentence = 4 << 10;  // bytes: SentencePiece passes over what is longer than max_sentence_length
+constexpr size_t kPiece = 16 << 10;      // bytes of consecutive lines that are sampled together
+constexpr size_t kSentence = 4 << 10;    // bytes: SentencePiece passes over what is longer than max_sentence_length
 constexpr int64_t kSmallest = 261 + 64;  // unk, bos, eos, newline, tab, 256 bytes, and some characters
 
-// A uniform sample of bounded size from a stream of unknown length: every piece draws a priority from its number, and the
-// smallest are kept. Unlike a reservoir it depends on nothing but (seed, number).
+// A uniform sample of bounded size from a stream of unknown length: every piece draws a priority from its number, and
+// the smallest are kept. Unlike a reservoir it depends on nothing but (seed, number).
 class Sample {
  public:
   Sample(uint64_t limit, uint64_t seed) : limit_(limit), seed_(seed) {}
@@ -103,7 +103,8 @@ class Sentences : public sentencepiece::SentenceIterator {
 std::vector<std::string> read_sample(TextSource& source, const SentencePieceTraining& options) {
   Sample sample(options.sample_bytes, options.seed);
   std::unique_ptr<ProgressBar> bar;
-  if (options.progress) bar = std::make_unique<ProgressBar>("sampling", static_cast<int64_t>(source.total_bytes()), "B");
+  if (options.progress)
+    bar = std::make_unique<ProgressBar>("sampling", static_cast<int64_t>(source.total_bytes()), "B");
   for (Document d; source.next(d);) {
     sample.add(d.text);
     check_interrupt();
@@ -116,7 +117,8 @@ std::vector<std::string> read_sample(TextSource& source, const SentencePieceTrai
 
 std::unique_ptr<Tokenizer> train_sentencepiece(TextSource& source, const SentencePieceTraining& options) {
   if (options.vocab_size < kSmallest || options.vocab_size > 1 << 20) {
-    fail("vocabulary size {}: expected {} (the bytes and some characters) to {}", options.vocab_size, kSmallest, 1 << 20);
+    fail("vocabulary size {}: expected {} (the bytes and some characters) to {}", options.vocab_size, kSmallest,
+         1 << 20);
   }
   std::vector<std::string> list = sentences(read_sample(source, options));
   if (list.empty()) fail("no text to learn a tokeniser from: the documents are empty");
@@ -128,26 +130,26 @@ std::unique_ptr<Tokenizer> train_sentencepiece(TextSource& source, const Sentenc
   }
   Sentences iterator(std::move(list));
   std::string model;
-  const auto status = sentencepiece::SentencePieceTrainer::Train(
-      {{"model_type", "bpe"},
-       {"vocab_size", std::to_string(options.vocab_size)},
-       {"hard_vocab_limit", "false"},
-       {"byte_fallback", "true"},
-       {"split_digits", "true"},
-       {"character_coverage", "0.9995"},
-       {"normalization_rule_name", "identity"},
-       {"add_dummy_prefix", "false"},
-       {"remove_extra_whitespaces", "false"},
-       {"allow_whitespace_only_pieces", "true"},
-       {"user_defined_symbols", "\n,\t"},
-       {"unk_id", "0"},
-       {"bos_id", "1"},
-       {"eos_id", "2"},
-       {"pad_id", "-1"},
-       {"max_sentence_length", std::to_string(2 * kSentence)},
-       {"num_threads", "1"},
-       {"minloglevel", "2"}},
-      &iterator, &model);
+  const auto status =
+      sentencepiece::SentencePieceTrainer::Train({{"model_type", "bpe"},
+                                                  {"vocab_size", std::to_string(options.vocab_size)},
+                                                  {"hard_vocab_limit", "false"},
+                                                  {"byte_fallback", "true"},
+                                                  {"split_digits", "true"},
+                                                  {"character_coverage", "0.9995"},
+                                                  {"normalization_rule_name", "identity"},
+                                                  {"add_dummy_prefix", "false"},
+                                                  {"remove_extra_whitespaces", "false"},
+                                                  {"allow_whitespace_only_pieces", "true"},
+                                                  {"user_defined_symbols", "\n,\t"},
+                                                  {"unk_id", "0"},
+                                                  {"bos_id", "1"},
+                                                  {"eos_id", "2"},
+                                                  {"pad_id", "-1"},
+                                                  {"max_sentence_length", std::to_string(2 * kSentence)},
+                                                  {"num_threads", "1"},
+                                                  {"minloglevel", "2"}},
+                                                 &iterator, &model);
   if (!status.ok()) {
     std::string reason = status.ToString();
     std::replace(reason.begin(), reason.end(), '\n', ' ');
@@ -156,7 +158,8 @@ std::unique_ptr<Tokenizer> train_sentencepiece(TextSource& source, const Sentenc
   }
   auto tokenizer = load_sentencepiece("the trained model", std::move(model));
   if (tokenizer->vocab_size() != options.vocab_size) {
-    log::warn("the text gives {} pieces only, fewer than the {} asked for", tokenizer->vocab_size(), options.vocab_size);
+    log::warn("the text gives {} pieces only, fewer than the {} asked for", tokenizer->vocab_size(),
+              options.vocab_size);
   }
   return tokenizer;
 }

@@ -13,12 +13,12 @@
 namespace oryx {
 namespace {
 
-using ::testing::HasSubstr;
 using test::error_of;
+using ::testing::HasSubstr;
 
 TEST(Recall, LayoutAndTargets) {
-  for (const auto& o : {RecallOptions{}, RecallOptions{.pairs = 64, .queries = 10}, RecallOptions{.pairs = 3, .queries = 8},
-                        RecallOptions{.pairs = 5, .queries = 2, .length = 100},
+  for (const auto& o : {RecallOptions{}, RecallOptions{.pairs = 64, .queries = 10},
+                        RecallOptions{.pairs = 3, .queries = 8}, RecallOptions{.pairs = 5, .queries = 2, .length = 100},
                         RecallOptions{.pairs = 1, .queries = 1, .filler_symbols = 0}}) {
     for (uint64_t index = 0; index < 20; ++index) {
       const RecallExample e = recall_example(o, 3, index);

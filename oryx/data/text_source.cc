@@ -85,7 +85,10 @@ std::vector<TextFile> list_text_files(const fs::path& path, const TextSourceOpti
 class TextSource::Reader {
  public:
   Reader(const TextFile& file, size_t piece)
-      : path_(file.path.string()), json_(ending(file.path) == ".jsonl"), piece_(piece), stream_(open_stream(file.path)) {}
+      : path_(file.path.string()),
+        json_(ending(file.path) == ".jsonl"),
+        piece_(piece),
+        stream_(open_stream(file.path)) {}
 
   // False at the file's end. `text` may be empty.
   bool next(std::string& text, uint64_t& line) { return json_ ? next_json(text, line) : next_piece(text, line); }
@@ -161,7 +164,8 @@ class TextSource::Reader {
       // "[json.exception.parse_error.101] parse error at line 1, column 7: ...": the tail tells where.
       const std::string what = e.what();
       const size_t colon = what.find("column ");
-      fail("{}: not JSON ({}); expected one object a line", where(), what.substr(colon == std::string::npos ? 0 : colon));
+      fail("{}: not JSON ({}); expected one object a line", where(),
+           what.substr(colon == std::string::npos ? 0 : colon));
     }
     if (!object.is_object()) fail("{}: found a JSON {}, expected an object", where(), object.type_name());
     const auto field = object.find("text");

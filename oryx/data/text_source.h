@@ -5,7 +5,8 @@
 //   FILE.*.zst    either of them, zstd-compressed
 //   FOLDER        all of those below it, in the order of their paths; names that begin with a dot are passed over
 //
-// Everything must be UTF-8. Errors (oryx::Error) name the file and the byte or line; offsets in a .zst count decompressed bytes.
+// Everything must be UTF-8. Errors (oryx::Error) name the file and the byte or line; offsets in a .zst count
+// decompressed bytes.
 #pragma once
 
 #include <cstdint>

@@ -86,10 +86,12 @@ void TokenFile::check_tables() {
   for (uint64_t i = 0; i < block_count_; ++i) {
     if (blocks_[i] >= blocks_[i + 1]) fail("{}: block {} ends before it begins", path_, i);
   }
-  if (blocks_[0] != 0 || blocks_[block_count_] != h.payload_bytes) fail("{}: the blocks do not cover the payload", path_);
+  if (blocks_[0] != 0 || blocks_[block_count_] != h.payload_bytes)
+    fail("{}: the blocks do not cover the payload", path_);
 }
 
-// A frame is decompressed into a buffer of the size that the header implies; what the frame says itself is only compared.
+// A frame is decompressed into a buffer of the size that the header implies; what the frame says itself is only
+// compared.
 std::shared_ptr<const std::string> TokenFile::block(uint64_t index) const {
   std::lock_guard lock(cache_->mutex);
   auto& cached = cache_->blocks;

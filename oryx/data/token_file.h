@@ -1,12 +1,14 @@
-// Token files (".tok"): the tokens of many documents, one after the other, memory-mapped or in zstd blocks. Little endian.
+// Token files (".tok"): the tokens of many documents, one after the other, memory-mapped or in zstd blocks. Little
+// endian.
 //
 //   bytes 0..127   header (TokenHeader below)
-//   payload        raw: tokens * token_bytes bytes; zstd: one frame for each block of block_tokens tokens (the last shorter)
-//   padding        zeros to a multiple of 8
-//   documents      (documents + 1) uint64: where each document begins, in tokens; the last is the number of tokens
-//   blocks         zstd only: (blocks + 1) uint64: where each frame begins, in payload bytes; the last is payload_bytes
+//   payload        raw: tokens * token_bytes bytes; zstd: one frame for each block of block_tokens tokens (the last
+//   shorter) padding        zeros to a multiple of 8 documents      (documents + 1) uint64: where each document begins,
+//   in tokens; the last is the number of tokens blocks         zstd only: (blocks + 1) uint64: where each frame begins,
+//   in payload bytes; the last is payload_bytes
 //
-// The file ends there. Every length follows from the header, so there are no offsets to forge. A document has at least one token.
+// The file ends there. Every length follows from the header, so there are no offsets to forge. A document has at least
+// one token.
 #pragma once
 
 #include <cstdint>
@@ -25,14 +27,14 @@ namespace oryx {
 enum class TokenEncoding : uint32_t { raw = 0, zstd = 1 };
 
 struct TokenHeader {
-  char magic[8];              // "oryx.tok"
-  uint32_t version;           // 1
-  uint32_t token_bytes;       // 2 (uint16) for vocabularies up to 65,536, else 4 (uint32)
-  uint32_t encoding;          // TokenEncoding
-  uint32_t block_tokens;      // 0 when raw
+  char magic[8];          // "oryx.tok"
+  uint32_t version;       // 1
+  uint32_t token_bytes;   // 2 (uint16) for vocabularies up to 65,536, else 4 (uint32)
+  uint32_t encoding;      // TokenEncoding
+  uint32_t block_tokens;  // 0 when raw
   uint64_t tokens, documents;
   uint64_t vocab_size;
-  uint64_t fingerprint;       // of the tokeniser, Tokenizer::fingerprint()
+  uint64_t fingerprint;  // of the tokeniser, Tokenizer::fingerprint()
   uint64_t payload_bytes;
   uint64_t payload_checksum;  // FNV-1a of the payload as stored
   uint64_t tables_checksum;   // FNV-1a of documents and blocks
@@ -77,8 +79,8 @@ class TokenFileWriter {
 // Safe to read from several threads.
 class TokenFile {
  public:
-  // Maps the file and checks header, sizes and tables; the payload is checked as it is read (ids inside the vocabulary, the
-  // frames' checksums) and as a whole by verify(). Throws Error on anything foreign, truncated or hostile.
+  // Maps the file and checks header, sizes and tables; the payload is checked as it is read (ids inside the vocabulary,
+  // the frames' checksums) and as a whole by verify(). Throws Error on anything foreign, truncated or hostile.
   explicit TokenFile(const std::filesystem::path& path);
   ~TokenFile();
 

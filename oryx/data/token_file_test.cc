@@ -14,9 +14,9 @@
 namespace oryx {
 namespace {
 
-using ::testing::HasSubstr;
 using test::error_of;
 using test::TemporaryFolder;
+using ::testing::HasSubstr;
 
 std::vector<std::vector<int32_t>> make_documents(uint64_t seed, int count, int64_t vocab, uint64_t longest) {
   std::vector<std::vector<int32_t>> docs;
@@ -57,8 +57,12 @@ TEST_P(TokenFileTest, RoundTrip) {
         EXPECT_EQ(std::vector<int32_t>(out.begin(), out.end()), docs[i]);
       }
       file.verify();
-      EXPECT_THROW({ std::vector<int64_t> out(2); file.read(file.tokens() - (file.tokens() > 0), out); },
-                   std::out_of_range);
+      EXPECT_THROW(
+          {
+            std::vector<int64_t> out(2);
+            file.read(file.tokens() - (file.tokens() > 0), out);
+          },
+          std::out_of_range);
     }
   }
 }
@@ -112,7 +116,8 @@ void reseal(std::string& bytes) {
   TokenHeader h;
   std::memcpy(&h, bytes.data(), sizeof h);
   const size_t tables = sizeof h + (h.payload_bytes + 7) / 8 * 8;
-  if (tables < bytes.size()) set(bytes, offsetof(TokenHeader, tables_checksum), fnv1a(std::string_view(bytes).substr(tables)));
+  if (tables < bytes.size())
+    set(bytes, offsetof(TokenHeader, tables_checksum), fnv1a(std::string_view(bytes).substr(tables)));
   set(bytes, offsetof(TokenHeader, header_checksum), fnv1a(bytes.data(), 120));
 }
 
@@ -152,7 +157,8 @@ TEST_P(BadTokenFile, EveryDamageHasItsMessage) {
       {"flipped payload bit", "damaged", [](auto& b) { b[129] ^= 1; }, false},
       {"encoding", "unknown encoding 9", [](auto& b) { set<uint32_t>(b, offsetof(TokenHeader, encoding), 9); }, true},
       {"width", "tokens of 3 bytes", [](auto& b) { set<uint32_t>(b, offsetof(TokenHeader, token_bytes), 3); }, true},
-      {"no vocabulary", "vocabulary of 0", [](auto& b) { set<uint64_t>(b, offsetof(TokenHeader, vocab_size), 0); }, true},
+      {"no vocabulary", "vocabulary of 0", [](auto& b) { set<uint64_t>(b, offsetof(TokenHeader, vocab_size), 0); },
+       true},
       {"wide vocabulary", "vocabulary of 65537",
        [](auto& b) { set<uint64_t>(b, offsetof(TokenHeader, vocab_size), 65537); }, true},
       {"tokens", "impossible counts", [&](auto& b) { set(b, offsetof(TokenHeader, tokens), huge); }, true},
@@ -175,8 +181,8 @@ TEST_P(BadTokenFile, EveryDamageHasItsMessage) {
                      [](auto& b) { set<uint32_t>(b, offsetof(TokenHeader, block_tokens), 11); }, true});
     table.push_back({"shorter block", "damaged block 0",
                      [](auto& b) { set<uint32_t>(b, offsetof(TokenHeader, block_tokens), 6); }, true});
-    table.push_back({"blocks", "block 0 ends before it begins",
-                     [&](auto& b) { set<uint64_t>(b, tables + 32 + 8, 0); }, true});
+    table.push_back(
+        {"blocks", "block 0 ends before it begins", [&](auto& b) { set<uint64_t>(b, tables + 32 + 8, 0); }, true});
     table.push_back({"blocks past the end", "block 1 ends before it begins",
                      [&](auto& b) { set(b, tables + 32 + 8, huge); }, true});
   } else {

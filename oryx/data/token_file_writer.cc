@@ -21,7 +21,8 @@ struct TokenFileWriter::Compressor {
 TokenFileWriter::TokenFileWriter(const std::filesystem::path& path, int64_t vocab_size, uint64_t fingerprint,
                                  const TokenFileOptions& options)
     : file_(path) {
-  if (vocab_size < 1 || vocab_size > std::numeric_limits<int32_t>::max()) fail("{}: vocabulary of {}", path.string(), vocab_size);
+  if (vocab_size < 1 || vocab_size > std::numeric_limits<int32_t>::max())
+    fail("{}: vocabulary of {}", path.string(), vocab_size);
   std::memcpy(header_.magic, "oryx.tok", 8);
   header_.version = 1;
   header_.token_bytes = vocab_size <= 1 << 16 ? 2 : 4;

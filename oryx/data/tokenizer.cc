@@ -34,9 +34,8 @@ fs::path find_in_folder(const fs::path& folder) {
 
 TokenizerRegistration::TokenizerRegistration(TokenizerKind kind) {
   auto& list = kinds();
-  const auto at = std::upper_bound(list.begin(), list.end(), kind, [](const TokenizerKind& a, const TokenizerKind& b) {
-    return a.order < b.order;
-  });
+  const auto at = std::upper_bound(list.begin(), list.end(), kind,
+                                   [](const TokenizerKind& a, const TokenizerKind& b) { return a.order < b.order; });
   list.insert(at, std::move(kind));
 }
 

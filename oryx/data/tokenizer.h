@@ -1,7 +1,8 @@
-// Tokenisers behind one interface. A second kind is added as a file that registers itself (ORYX_TOKENIZER), not by editing these.
+// Tokenisers behind one interface. A second kind is added as a file that registers itself (ORYX_TOKENIZER), not by
+// editing these.
 //
-// Every document in a token file, and every prompt, is framed the same way: [bos] ids [eos]. eos separates documents; where a
-// tokeniser has no bos of its own, bos_id() is its eos.
+// Every document in a token file, and every prompt, is framed the same way: [bos] ids [eos]. eos separates documents;
+// where a tokeniser has no bos of its own, bos_id() is its eos.
 #pragma once
 
 #include <cstdint>
@@ -47,11 +48,11 @@ class Tokenizer {
   uint64_t fingerprint() const;
 };
 
-// Decodes as tokens come, giving out whole characters only: the concatenation of add() and finish() is decode() of all ids.
+// Decodes as tokens come, giving out whole characters only: the concatenation of add() and finish() is decode() of all
+// ids.
 class StreamDecoder {
  public:
-  explicit StreamDecoder(const Tokenizer& tokenizer)
-      : tokenizer_(tokenizer), drop_space_(tokenizer.leading_space()) {}
+  explicit StreamDecoder(const Tokenizer& tokenizer) : tokenizer_(tokenizer), drop_space_(tokenizer.leading_space()) {}
   std::string add(int32_t id);
   std::string finish();  // what is left of an incomplete character, as U+FFFD; the decoder starts anew
 
@@ -61,8 +62,8 @@ class StreamDecoder {
   bool drop_space_;
 };
 
-// A file, a folder that holds one ("tokenizer.model"), or the word "byte" for the built-in ByteTokenizer. Throws Error on
-// what no registered kind reads.
+// A file, a folder that holds one ("tokenizer.model"), or the word "byte" for the built-in ByteTokenizer. Throws Error
+// on what no registered kind reads.
 std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& path);
 
 // 256 bytes, then eos (256), which is bos too. For tests and tiny demos.
@@ -72,8 +73,8 @@ std::unique_ptr<Tokenizer> make_byte_tokenizer();
 std::string fingerprint_text(uint64_t fingerprint);
 uint64_t parse_fingerprint(const std::string& text);
 
-// A kind of tokeniser file. `load` is called with the whole file when `recognises` (which may see foreign or hostile bytes)
-// says yes; the first kind by `order` wins, so the pickiest have the lowest.
+// A kind of tokeniser file. `load` is called with the whole file when `recognises` (which may see foreign or hostile
+// bytes) says yes; the first kind by `order` wins, so the pickiest have the lowest.
 struct TokenizerKind {
   std::string name, file_name;
   int order;
@@ -83,7 +84,9 @@ struct TokenizerKind {
 struct TokenizerRegistration {
   explicit TokenizerRegistration(TokenizerKind kind);
 };
-#define ORYX_TOKENIZER(id, ...) \
-  static const ::oryx::TokenizerRegistration oryx_tokenizer_##id { ::oryx::TokenizerKind { __VA_ARGS__ } }
+#define ORYX_TOKENIZER(id, ...)                                    \
+  static const ::oryx::TokenizerRegistration oryx_tokenizer_##id { \
+    ::oryx::TokenizerKind { __VA_ARGS__ }                          \
+  }
 
 }  // namespace oryx

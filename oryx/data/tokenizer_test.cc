@@ -15,14 +15,14 @@
 namespace oryx {
 namespace {
 
-using ::testing::HasSubstr;
 using test::error_of;
 using test::TemporaryFolder;
+using ::testing::HasSubstr;
 
 // Words from a small alphabet, so that there is something to merge.
 std::string prose(uint64_t seed, int words) {
-  constexpr const char* kWords[] = {"the", "state", "of", "token", "mixer", "linear", "attention", "reads", "writes", "a",
-                                    "length", "recall", "naïve", "größe", "12", "345"};
+  constexpr const char* kWords[] = {"the",    "state", "of",     "token",  "mixer", "linear", "attention", "reads",
+                                    "writes", "a",     "length", "recall", "naïve", "größe",  "12",        "345"};
   CounterRng r(seed);
   std::string text;
   for (int i = 0; i < words; ++i) {
@@ -38,8 +38,8 @@ class SentencePieceTest : public ::testing::Test {
     TemporaryFolder folder;
     for (int i = 0; i < 4; ++i) write_file(folder / fmt::format("{}.txt", i), prose(i, 4000));
     TextSource source(list_text_files(folder.path()));
-    return train_sentencepiece(
-        source, {.vocab_size = vocab_size, .sample_bytes = sample_bytes, .seed = 1, .progress = false});
+    return train_sentencepiece(source,
+                               {.vocab_size = vocab_size, .sample_bytes = sample_bytes, .seed = 1, .progress = false});
   }
   static void SetUpTestSuite() { shared_ = train(400).release(); }
   static void TearDownTestSuite() { delete shared_; }
@@ -151,7 +151,10 @@ TEST_F(SentencePieceTest, StreamingNeverSplitsACharacter) {
 TEST(StreamDecoder, BrokenBytesBecomeReplacementCharacters) {
   const auto t = make_byte_tokenizer();
   EXPECT_EQ(t->decode(std::vector<int32_t>{0xE2, 0x96}), "\xEF\xBF\xBD\xEF\xBF\xBD");
-  EXPECT_EQ(t->decode(std::vector<int32_t>{0xFF, 'a', 0xC3, 'b'}), "\xEF\xBF\xBD" "a\xEF\xBF\xBD" "b");
+  EXPECT_EQ(t->decode(std::vector<int32_t>{0xFF, 'a', 0xC3, 'b'}),
+            "\xEF\xBF\xBD"
+            "a\xEF\xBF\xBD"
+            "b");
   EXPECT_EQ(t->decode(std::vector<int32_t>{0xC3, 0xA9, 256}), "é");
   EXPECT_THAT(error_of([&] { t->decode(std::vector<int32_t>{257}); }), HasSubstr("257"));
   EXPECT_THAT(error_of([&] { t->decode(std::vector<int32_t>{-1}); }), HasSubstr("-1"));

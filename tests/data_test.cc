@@ -1,0 +1,94 @@
+// oryx tokenizer and oryx data, as a user runs them.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "oryx/common/file.h"
+#include "oryx/data/test_support.h"
+#include "tests/support/program.h"
+
+namespace oryx::test {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+class DataCommands : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    make_folders(folder_ / "text");
+    std::string lines;
+    for (int i = 0; i < 60; ++i) {
+      lines += nlohmann::json{{"text", fmt::format("Document {} says that the state of the mixer is {}.\n\n    größe",
+                                                   i, i * i)}}
+                   .dump() +
+               "\n";
+    }
+    write_file(folder_ / "text/a.jsonl", lines);
+  }
+  std::string path(const char* name) const { return (folder_ / name).string(); }
+  void expect_error(const std::vector<std::string>& args, const std::string& message) {
+    const auto r = run(args);
+    EXPECT_EQ(r.exit_code, 1) << args[1];
+    EXPECT_EQ(r.out, "");
+    EXPECT_THAT(r.err, HasSubstr(message));
+    EXPECT_THAT(r.err, StartsWith("oryx: error: "));
+    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+  }
+  TemporaryFolder folder_;
+};
+
+TEST_F(DataCommands, FromTextToADataSet) {
+  const auto trained = run({"tokenizer", "train", path("text"), "--vocab-size", "350", "--out", path("made/t.model")});
+  ASSERT_EQ(trained.exit_code, 0) << trained.err;
+  EXPECT_THAT(trained.out, HasSubstr("350 pieces"));
+
+  const std::string text = "  größe\n\t12 \xE2\x96\x81 日本";
+  const auto encoded = run({"tokenizer", "encode", path("made/t.model")}, {.input = text});
+  ASSERT_EQ(encoded.exit_code, 0) << encoded.err;
+  const auto decoded = run({"tokenizer", "decode", path("made/t.model")}, {.input = encoded.out});
+  EXPECT_EQ(decoded.out, text);
+
+  for (const char* compress : {"", "--compress"}) {
+    std::vector<std::string> args = {"data",  "build",     path("text"), "--tokenizer", path("made/t.model"),
+                                     "--out", path("set"), "--valid",    "0.1",         "--overwrite"};
+    if (*compress) args.push_back(compress);
+    const auto built = run(args);
+    ASSERT_EQ(built.exit_code, 0) << built.err;
+    const auto inspected = run({"data", "inspect", path("set/train.tok"), "--json", "--verify"});
+    ASSERT_EQ(inspected.exit_code, 0) << inspected.err;
+    const auto json = nlohmann::json::parse(inspected.out);
+    EXPECT_EQ(json.at("vocab_size"), 350);
+    EXPECT_EQ(json.at("encoding"), *compress ? "zstd" : "raw");
+    EXPECT_THAT(built.out, HasSubstr(json.at("tokens").dump()));
+    EXPECT_EQ(run({"data", "inspect", path("set")}).exit_code, 0);
+  }
+  expect_error({"data", "build", path("text"), "--tokenizer", "byte", "--out", path("set")},
+               "holds a data set already");
+}
+
+TEST_F(DataCommands, BadInput) {
+  expect_error({"data", "build", path("none"), "--tokenizer", "byte", "--out", path("o")},
+               "none: no such file or folder");
+  expect_error({"data", "build", path("text"), "--tokenizer", path("none.model"), "--out", path("o")}, "none.model");
+  expect_error({"data", "build", path("text"), "--tokenizer", "byte", "--out", path("o"), "--valid", "2"},
+               "share of validation 2");
+  expect_error({"data", "build", path("text"), "--tokenizer", "byte"}, "--out");
+  expect_error({"data", "inspect", path("text/a.jsonl")}, "a.jsonl: not a token file");
+  expect_error({"data", "inspect", path("text")}, "not a data set");
+  expect_error({"tokenizer", "train", path("text"), "--vocab-size", "5", "--out", path("t.model")},
+               "vocabulary size 5");
+  expect_error({"tokenizer", "train", path("text"), "--vocab-sise", "5", "--out", path("t.model")}, "--vocab-size");
+  expect_error({"tokenizer", "decode", "byte", "999"}, "999");
+  expect_error({"tokenizer", "decode", "byte", "x"}, "'x' is not a token id");
+  expect_error({"tokenizer", "encode", "byte", "\xFF"}, "not UTF-8");
+  write_file(folder_ / "text/b.txt", "\xFF");
+  expect_error({"data", "build", path("text"), "--tokenizer", "byte", "--out", path("o")},
+               "b.txt: byte 0 (0xff) is not UTF-8");
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "o/dataset.json"));
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "t.model"));
+}
+
+}  // namespace
+}  // namespace oryx::test
