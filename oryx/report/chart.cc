@@ -128,6 +128,22 @@ class Drawing {
   double to_y(double v) const { return bottom_ - y_axis_.place(v) * (bottom_ - top_); }
 
   std::string axes() const {
+    std::string out = empty_ ? "" : ticks();
+    out += fmt::format("<path class=\"axis\" d=\"M{:.1f} {:.1f}V{:.1f}H{:.1f}\"/>\n", left_, top_, bottom_, right_);
+    if (!chart_.x_label.empty()) {
+      out += fmt::format("<text class=\"label\" text-anchor=\"middle\" x=\"{:.1f}\" y=\"{:.1f}\">{}</text>\n",
+                         (left_ + right_) / 2, bottom_ + 38, escape_markup(chart_.x_label));
+    }
+    if (!chart_.y_label.empty()) {
+      const double y = (top_ + bottom_) / 2;
+      out += fmt::format(
+          "<text class=\"label\" text-anchor=\"middle\" transform=\"translate(14 {:.1f}) rotate(-90)\">{}</text>\n", y,
+          escape_markup(chart_.y_label));
+    }
+    return out;
+  }
+
+  std::string ticks() const {
     std::string out;
     for (const Tick& t : y_axis_.ticks()) {
       out += fmt::format("<path class=\"grid\" d=\"M{:.1f} {:.1f}H{:.1f}\"/>", left_, to_y(t.value), right_);
@@ -142,17 +158,6 @@ class Drawing {
       last_end = to_x(t.value) + half;
       out += fmt::format("<text class=\"tick\" text-anchor=\"middle\" x=\"{:.1f}\" y=\"{:.1f}\">{}</text>\n",
                          to_x(t.value), bottom_ + 18, t.label);
-    }
-    out += fmt::format("<path class=\"axis\" d=\"M{:.1f} {:.1f}V{:.1f}H{:.1f}\"/>\n", left_, top_, bottom_, right_);
-    if (!chart_.x_label.empty()) {
-      out += fmt::format("<text class=\"label\" text-anchor=\"middle\" x=\"{:.1f}\" y=\"{:.1f}\">{}</text>\n",
-                         (left_ + right_) / 2, bottom_ + 38, escape_markup(chart_.x_label));
-    }
-    if (!chart_.y_label.empty()) {
-      const double y = (top_ + bottom_) / 2;
-      out += fmt::format(
-          "<text class=\"label\" text-anchor=\"middle\" transform=\"translate(14 {:.1f}) rotate(-90)\">{}</text>\n", y,
-          escape_markup(chart_.y_label));
     }
     return out;
   }
