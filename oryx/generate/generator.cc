@@ -18,10 +18,11 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-void check(std::span<const int32_t> prompt, const GenerateOptions& o) {
+void check(const ModelConfig& config, std::span<const int32_t> prompt, const GenerateOptions& o) {
   if (prompt.empty()) fail("the prompt is empty; there is nothing to go on from");
   if (o.max_new_tokens < 1) fail("max_new_tokens is {}, expected an integer of at least 1", o.max_new_tokens);
   if (o.prefill_piece < 1) fail("prefill_piece is {}, expected an integer of at least 1", o.prefill_piece);
+  if (o.vocab_size < 0 || o.vocab_size > config.vocab_size) fail("vocab_size is {}, expected 0 to {}", o.vocab_size, config.vocab_size);
   // Positions are int32.
   const int64_t room = std::numeric_limits<int32_t>::max() - static_cast<int64_t>(prompt.size());
   if (o.max_new_tokens > room) fail("max_new_tokens is {}, expected at most {} after this prompt", o.max_new_tokens, room);
@@ -39,7 +40,7 @@ class Decoder {
   void prefill(std::span<const int32_t> prompt) {
     at::NoGradGuard no_grad;
     const auto start = std::chrono::steady_clock::now();
-    logits_ = model_.logits(session_.extend(prompt)).squeeze(0);
+    advance(prompt);
     out_.stats.prefill_seconds = seconds_since(start);
   }
 
@@ -70,9 +71,14 @@ class Decoder {
     return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed)};
   }
 
+  void advance(std::span<const int32_t> ids) {
+    logits_ = model_.logits(session_.extend(ids)).squeeze(0);
+    if (options_.vocab_size > 0) logits_ = logits_.narrow(0, 0, options_.vocab_size);
+  }
+
   void step(int32_t id) {
     const auto start = std::chrono::steady_clock::now();
-    logits_ = model_.logits(session_.extend({&id, 1})).squeeze(0);
+    advance({&id, 1});
     out_.stats.decode_seconds += seconds_since(start);
     ++out_.stats.decode_steps;
   }
@@ -98,7 +104,7 @@ std::string to_string(StopReason reason) {
 
 Generated generate(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options,
                    const std::function<bool(int32_t id)>& on_token) {
-  check(prompt, options);
+  check(model.config(), prompt, options);
   Decoder decoder(model, schedule, prompt, options);
   try {
     decoder.prefill(prompt);
