@@ -1,4 +1,4 @@
-// For the tests of this room only.
+// For tests.
 #pragma once
 
 #include <unistd.h>

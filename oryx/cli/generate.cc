@@ -1,0 +1,126 @@
+// oryx generate: text from a model, as it comes.
+#include <unistd.h>
+
+#include <iostream>
+#include <iterator>
+
+#include "oryx/cli/command.h"
+#include "oryx/cli/model_folder.h"
+#include "oryx/common/error.h"
+#include "oryx/common/file.h"
+#include "oryx/common/interrupt.h"
+#include "oryx/common/json.h"
+#include "oryx/common/progress.h"
+#include "oryx/generate/generator.h"
+
+namespace oryx::cli {
+
+namespace {
+
+struct Options {
+  ModelArguments model;
+  std::string prompt, prompt_file, schedule;
+  bool has_prompt = false, json = false, stats = false;
+  GenerateOptions generate;
+};
+
+// From files, the newline that ends the last line is not part of the prompt.
+std::string without_last_newline(std::string text) {
+  if (text.ends_with('\n')) text.pop_back();
+  if (text.ends_with('\r')) text.pop_back();
+  return text;
+}
+
+std::string read_prompt(const Options& o) {
+  if (o.has_prompt) return o.prompt;
+  if (!o.prompt_file.empty()) return without_last_newline(read_file(o.prompt_file));
+  if (isatty(STDIN_FILENO)) fail("no prompt; give --prompt TEXT or --prompt-file FILE, or write it to standard input");
+  return without_last_newline({std::istreambuf_iterator<char>(std::cin), {}});
+}
+
+Json bytes_json(const StateBytes& b) {
+  return {{"recurrent", b.recurrent}, {"tails", b.tails}, {"tokens", b.tokens}, {"total", b.total()}};
+}
+
+Json stats_json(const GenerateStats& s) {
+  return {{"prompt_tokens", s.prompt_tokens},
+          {"new_tokens", s.new_tokens},
+          {"prefill_tokens_per_second", s.prefill_tokens_per_second()},
+          {"decode_ms_per_token", s.decode_ms_per_token()},
+          {"attention_share", s.attention_share},
+          {"state_bytes", bytes_json(s.state)},
+          {"predicted_state_bytes", bytes_json(s.predicted_state)},
+          {"reserved_bytes", s.predicted.total()}};
+}
+
+void print_stats(const GenerateStats& s) {
+  const auto bytes = [](int64_t n) { return human_bytes(static_cast<double>(n)); };
+  fmt::print(stderr, "prompt     {} tokens, {} tokens/s\n", s.prompt_tokens, human_count(s.prefill_tokens_per_second()));
+  fmt::print(stderr, "generated  {} tokens, {:.2f} ms a token\n", s.new_tokens, s.decode_ms_per_token());
+  fmt::print(stderr, "attention  {:.1f}% of tokens\n", 100 * s.attention_share);
+  fmt::print(stderr, "state      {}: recurrent {}, convolution tails {}, keys and values {} (predicted {})\n", bytes(s.state.total()),
+             bytes(s.state.recurrent), bytes(s.state.tails), bytes(s.state.tokens), bytes(s.predicted_state.total()));
+  fmt::print(stderr, "memory     {} planned for prompt and {} (state {}, one pass {})\n", bytes(s.predicted.total()), "new tokens",
+             bytes(s.predicted.state.total()), bytes(s.predicted.activations));
+}
+
+void run(Options o) {
+  const LoadedModel loaded = load(o.model);
+  if (!loaded.tokenizer) fail("{}: has no tokeniser; give one with --tokenizer", loaded.name);
+  const ModelSchedule schedule(loaded.model->config(), o.schedule);
+  const std::string prompt = read_prompt(o);
+  o.generate.eos_id = loaded.tokenizer->eos_id();
+  o.generate.vocab_size = loaded.tokenizer->vocab_size();
+
+  catch_interrupts();
+  StreamDecoder decoder(*loaded.tokenizer);
+  std::string text;
+  const auto show = [&](const std::string& piece) {
+    text += piece;
+    if (o.json || piece.empty()) return;
+    write(piece);
+    flush();
+  };
+  // The prompt's text goes through the decoder too: what follows it begins in the middle of a text.
+  const std::vector<int32_t> ids = loaded.tokenizer->encode_prompt(prompt);
+  for (const int32_t id : ids) decoder.add(id);
+  const Generated out = generate(*loaded.model, schedule, ids, o.generate, [&](int32_t id) {
+    show(decoder.add(id));
+    return true;
+  });
+  show(decoder.finish());
+  if (o.json) {
+    const Json json = {{"prompt", prompt}, {"text", text},       {"ids", out.ids}, {"stop", to_string(out.stop)},
+                       {"schedule", schedule.text()}, {"stats", stats_json(out.stats)}};
+    write(json.dump(2) + "\n");
+  } else if (!text.ends_with('\n')) {
+    write("\n");
+  }
+  flush();
+  if (o.stats) print_stats(out.stats);
+  if (out.stop == StopReason::kInterrupted) throw Interrupted(fmt::format("interrupted after {} tokens", out.ids.size()));
+}
+
+ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
+  auto o = std::make_shared<Options>();
+  o->model.add_to(app);
+  auto* prompt = app.add_option("--prompt", o->prompt, "the text to go on with (default: standard input)")->type_name("TEXT");
+  app.add_option("--prompt-file", o->prompt_file, "a file that holds it")->type_name("FILE")->excludes(prompt);
+  app.add_option("--schedule", o->schedule, "which mixer processes which token (docs/modes.md; default: linear)");
+  app.add_option("--max-new-tokens", o->generate.max_new_tokens, "stop after so many")->type_name("N")->capture_default_str();
+  app.add_option("--temperature", o->generate.sampling.temperature, "0: always the likeliest token")->capture_default_str();
+  app.add_option("--top-k", o->generate.sampling.top_k, "draw from so many likeliest tokens (0: all)")->type_name("N")->capture_default_str();
+  app.add_option("--top-p", o->generate.sampling.top_p, "draw from the fewest likeliest tokens with this probability together")->capture_default_str();
+  app.add_option("--min-p", o->generate.sampling.min_p, "leave out tokens less likely than this times the likeliest")->capture_default_str();
+  app.add_option("--seed", o->generate.sampling.seed, "of the draws, and of a random schedule")->type_name("N")->capture_default_str();
+  app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory")->type_name("N")->capture_default_str();
+  app.add_flag("--json", o->json, "print one JSON object at the end instead of the text");
+  app.add_flag("--stats", o->stats, "print speed, share of attention and state bytes to standard error");
+  app.callback([o, prompt] {
+    o->has_prompt = prompt->count() > 0;
+    run(*o);
+  });
+});
+
+}  // namespace
+}  // namespace oryx::cli

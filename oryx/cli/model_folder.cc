@@ -1,0 +1,51 @@
+#include "oryx/cli/model_folder.h"
+
+#include "oryx/common/error.h"
+#include "oryx/model/checkpoint.h"
+
+namespace oryx::cli {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+fs::path model_folder(const fs::path& path) {
+  std::error_code ignored;
+  if (!fs::exists(path / "model.safetensors", ignored) && fs::is_directory(path / "model", ignored)) return path / "model";
+  return path;
+}
+
+// A folder that holds a tokeniser, of whatever kind, or "".
+fs::path tokenizer_folder(const fs::path& model, const fs::path& given) {
+  for (const auto& folder : {model, given}) {
+    std::error_code ignored;
+    for (const auto& entry : fs::directory_iterator(folder, ignored)) {
+      if (entry.path().stem() == "tokenizer") return folder;
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+void ModelArguments::add_to(CLI::App& app) {
+  app.add_option("MODEL", folder, "folder of a model, or of a training run")->required();
+  app.add_option("--tokenizer", tokenizer, "tokeniser file or folder, or 'byte' (default: the model's own)")->type_name("PATH");
+  app.add_option("--precision", precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+}
+
+LoadedModel load(const ModelArguments& a) {
+  LoadedModel out;
+  const fs::path folder = model_folder(a.folder);
+  out.name = folder.string();
+  const fs::path tokenizer = a.tokenizer.empty() ? tokenizer_folder(folder, a.folder) : fs::path(a.tokenizer);
+  if (!tokenizer.empty()) out.tokenizer = load_tokenizer(tokenizer);
+  out.model = load_model(folder, a.precision == "bfloat16" ? at::kBFloat16 : at::kFloat);
+  if (out.tokenizer && out.tokenizer->vocab_size() > out.model->config().vocab_size) {
+    fail("{}: the tokeniser has {} tokens, the model {}; do they belong together?", out.name, out.tokenizer->vocab_size(),
+         out.model->config().vocab_size);
+  }
+  return out;
+}
+
+}  // namespace oryx::cli

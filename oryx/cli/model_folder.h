@@ -1,0 +1,32 @@
+// What the commands that use a trained model take from its folder.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <string>
+
+#include "oryx/cli/command.h"
+#include "oryx/data/tokenizer.h"
+#include "oryx/model/language_model.h"
+
+namespace oryx::cli {
+
+struct ModelArguments {
+  std::string folder;                 // of a model, or of a training run, whose newest model is in RUN/model
+  std::string tokenizer;              // "": the folder's own
+  std::string precision = "float32";  // of activations: float32 or bfloat16
+
+  // Adds MODEL, --tokenizer and --precision.
+  void add_to(CLI::App& app);
+};
+
+struct LoadedModel {
+  std::unique_ptr<LanguageModel> model;
+  std::unique_ptr<Tokenizer> tokenizer;  // null when the folder holds none
+  std::string name;                      // the model's folder
+};
+
+// Throws Error for a damaged folder, and when tokeniser and model do not fit together.
+LoadedModel load(const ModelArguments& arguments);
+
+}  // namespace oryx::cli

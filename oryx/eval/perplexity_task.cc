@@ -1,0 +1,165 @@
+// `oryx eval perplexity`: text perplexity by mode schedule.
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "oryx/common/progress.h"
+#include "oryx/data/dataset.h"
+#include "oryx/eval/perplexity.h"
+#include "oryx/eval/task.h"
+
+namespace oryx {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+struct EvalText {
+  std::shared_ptr<const TokenFile> tokens;
+  std::shared_ptr<const Tokenizer> owned;  // a data set's
+  const Tokenizer* tokenizer = nullptr;
+};
+
+void check_tokenizer(const EvalSubject& subject, const TokenFile& file) {
+  if (subject.tokenizer != nullptr && file.header().fingerprint != subject.tokenizer->fingerprint()) {
+    fail("{}: was written with another tokeniser than that of {} ({}, expected {})", file.path(), subject.name,
+         fingerprint_text(file.header().fingerprint), fingerprint_text(subject.tokenizer->fingerprint()));
+  }
+  if (static_cast<int64_t>(file.header().vocab_size) > subject.model.config().vocab_size) {
+    fail("{}: its vocabulary of {} is larger than the model's {}", file.path(), file.header().vocab_size, subject.model.config().vocab_size);
+  }
+}
+
+// Removed at once with all it holds; a mapped file in it stays readable.
+class ScratchFolder {
+ public:
+  ScratchFolder() {
+    std::string name = (fs::temp_directory_path() / "oryx_eval_XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) fail_errno(name, "create");
+    path_ = name;
+  }
+  ~ScratchFolder() {
+    std::error_code ignored;
+    fs::remove_all(path_, ignored);
+  }
+  ScratchFolder(const ScratchFolder&) = delete;
+  ScratchFolder& operator=(const ScratchFolder&) = delete;
+  const fs::path& path() const { return path_; }
+
+ private:
+  fs::path path_;
+};
+
+// Text is tokenised into a scratch file, so that memory stays bounded.
+std::shared_ptr<const TokenFile> tokenize(const fs::path& path, const Tokenizer& tokenizer, int64_t max_tokens) {
+  TextSource source(list_text_files(path));
+  ScratchFolder folder;
+  const fs::path file = folder.path() / "text.tok";
+  TokenFileWriter writer(file, tokenizer.vocab_size(), tokenizer.fingerprint());
+  ProgressBar bar("tokenising", static_cast<int64_t>(source.total_bytes()), "B");
+  for (Document d; source.next(d);) {
+    writer.add(tokenizer.encode_document(d.text));
+    bar.update(static_cast<int64_t>(source.consumed_bytes()));
+    if (max_tokens > 0 && static_cast<int64_t>(writer.tokens()) >= max_tokens + static_cast<int64_t>(writer.documents())) break;
+  }
+  bar.finish();
+  if (writer.documents() == 0) fail("{}: holds no text", path.string());
+  writer.finish();
+  return std::make_shared<TokenFile>(file);
+}
+
+EvalText open_text(const EvalSubject& subject, const fs::path& path, int64_t max_tokens) {
+  EvalText text;
+  text.tokenizer = subject.tokenizer;
+  if (path.extension() == ".tok") {
+    text.tokens = std::make_shared<TokenFile>(path);
+  } else if (fs::exists(path / "dataset.json")) {
+    const Dataset data = open_dataset(path);
+    text.tokens = data.valid;
+    text.owned = data.tokenizer;
+    if (text.tokenizer == nullptr) text.tokenizer = text.owned.get();
+  } else {
+    if (subject.tokenizer == nullptr) fail("{}: has no tokeniser to read text with; give a data set or a .tok file", subject.name);
+    text.tokens = tokenize(path, *subject.tokenizer, max_tokens);
+  }
+  check_tokenizer(subject, *text.tokens);
+  return text;
+}
+
+class PerplexityTask : public EvalTask {
+ public:
+  void describe(Fields& f) override {
+    f.add("data", data_, "a data set (its held-out part is scored), a .tok file, or text: a .txt or .jsonl, or a folder of them");
+    f.add("seq_len", seq_len_, "tokens of a window at most; documents are cut into windows", at_least(1));
+    f.add("batch_tokens", batch_tokens_, "tokens scored at once at most; 0: one window", at_least(0));
+    f.add("max_tokens", max_tokens_, "stop after the document that reaches so many; 0: score all", at_least(0));
+    f.add("chunk", chunk_, "chunk of the default list's random schedules", at_least(1));
+    f.add("seed", seed_, "of random schedules", at_least(0));
+  }
+
+  EvalTable run(const EvalSubject& subject, const std::vector<std::string>& schedules) override {
+    if (data_.empty()) fail("perplexity: --data is missing; give a data set, a .tok file or a folder of text");
+    const auto& config = subject.model.config();
+    std::vector<ModelSchedule> parsed;  // all of them before any work
+    for (const auto& s : schedules.empty() ? default_schedules(config) : schedules) parsed.emplace_back(config, s);
+    const EvalText text = open_text(subject, data_, max_tokens_);
+    EvalReader reader(text.tokens, {.seq_len = seq_len_, .tokens_per_batch = batch_tokens_, .max_tokens = static_cast<uint64_t>(max_tokens_)});
+    EvalTable table{columns(), {}};
+    for (const auto& s : parsed) table.rows.push_back(evaluate(subject, text, s, reader));
+    return table;
+  }
+
+ private:
+  std::vector<std::string> default_schedules(const ModelConfig& config) const {
+    auto list = single_modes(config);
+    if (!has_attention_choice(config)) return list;
+    for (const char* share : {"0.05", "0.1", "0.25", "0.5"}) list.push_back(fmt::format("random(attention={};chunk={})", share, chunk_));
+    list.push_back("linear,attention@90%:");
+    return list;
+  }
+
+  Json evaluate(const EvalSubject& subject, const EvalText& text, const ModelSchedule& schedule, EvalReader& reader) const {
+    auto total = static_cast<int64_t>(text.tokens->tokens() - text.tokens->documents());
+    if (max_tokens_ > 0) total = std::min(total, max_tokens_);
+    ProgressBar bar(schedule.text(), total, "tokens");
+    PerplexityOptions options;
+    options.seed = static_cast<uint64_t>(seed_);
+    options.tokenizer = text.tokenizer;
+    options.progress = [&](int64_t targets, double nats) { bar.update(targets, fmt::format("nats {:.4f}", nats)); };
+    const auto r = evaluate_perplexity(subject.model, schedule, reader, options);
+    const auto bits = r.bits_per_byte();
+    return {{"schedule", r.schedule},
+            {"attention_share", r.attention_share},
+            {"nats", r.nats()},
+            {"perplexity", r.perplexity()},
+            {"bits_per_byte", bits ? Json(*bits) : Json(nullptr)},
+            {"flops_per_token", r.flops_per_token},
+            {"state_bytes", r.state_bytes},
+            {"targets", r.targets},
+            {"text_bytes", r.text_bytes},
+            {"windows", r.windows},
+            {"longest_window", r.longest},
+            {"seconds", r.seconds}};
+  }
+
+  static std::vector<EvalColumn> columns() {
+    return {{"schedule", "schedule", cell_text()},
+            {"attention_share", "attention", cell_percent()},
+            {"nats", "nats", cell_fixed(4)},
+            {"perplexity", "perplexity", cell_fixed(3)},
+            {"bits_per_byte", "bits/byte", cell_fixed(4)},
+            {"flops_per_token", "FLOPs/token", cell_count()},
+            {"state_bytes", "state", cell_bytes()},
+            {"targets", "tokens", cell_text()},
+            {"seconds", "seconds", cell_fixed(1)}};
+  }
+
+  std::string data_;
+  int64_t seq_len_ = 1024, batch_tokens_ = 0, max_tokens_ = 0, chunk_ = 64, seed_ = 0;
+};
+
+ORYX_EVAL_TASK(perplexity, "perplexity of text by mode schedule", PerplexityTask);
+
+}  // namespace
+}  // namespace oryx

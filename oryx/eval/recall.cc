@@ -1,0 +1,138 @@
+#include "oryx/eval/recall.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <optional>
+#include <utility>
+
+#include "oryx/common/error.h"
+#include "oryx/common/interrupt.h"
+#include "oryx/model/inspect.h"
+#include "oryx/model/routed_cost.h"
+#include "oryx/model/scheduling.h"
+
+namespace oryx {
+
+namespace {
+
+constexpr const char* kQueries = "queries";
+
+int32_t index_of(const std::vector<std::string>& names, const std::string& name) {
+  return static_cast<int32_t>(std::find(names.begin(), names.end(), name) - names.begin());
+}
+
+// Attention at the query positions, mixer 0 elsewhere.
+std::shared_ptr<const Routing> route_queries(const std::vector<std::string>& mixers, const RecallBatch& batch) {
+  const int64_t B = batch.input_ids.size(0), T = batch.input_ids.size(1);
+  const int32_t attention = index_of(mixers, "attention");
+  const at::Tensor positions = batch.query_positions.contiguous();  // [B, Q] rising
+  std::vector<RoutedSpan> spans;
+  for (int64_t b = 0; b < B; ++b) {
+    const auto row = static_cast<int32_t>(b);
+    int32_t at = 0;
+    for (int64_t i = 0; i < positions.size(1); ++i) {
+      const int32_t p = positions.const_data_ptr<int32_t>()[b * positions.size(1) + i];
+      if (p > at) spans.push_back({row, at, p, 0});
+      spans.push_back({row, p, p + 1, attention});
+      at = p + 1;
+    }
+    if (at < T) spans.push_back({row, at, static_cast<int32_t>(T), 0});
+  }
+  return std::make_shared<Routing>(B, T, mixers, std::move(spans));
+}
+
+void check(const LanguageModel& model, const RecallOptions& task, const RecallEvaluation& e) {
+  oryx::check(task);
+  if (task.vocab_size() > model.config().vocab_size) {
+    fail("recall: {} key, {} value and {} filler symbols need a vocabulary of {}, the model's is {}", task.key_symbols, task.value_symbols,
+         task.filler_symbols, task.vocab_size(), model.config().vocab_size);
+  }
+  if (e.examples < 1 || e.batch_size < 1) fail("recall: {} examples, {} at a time, expected at least one of each", e.examples, e.batch_size);
+}
+
+// Adds a batch's answers to `r`.
+void score(const LanguageModel& model, const RecallBatch& batch, const Routings& routing, RecallResult& r) {
+  ModelInput input;
+  input.input_ids = batch.input_ids;
+  input.routing = routing;
+  const at::Tensor at_queries = batch.query_positions.to(at::kLong);                                       // [B, Q]
+  const at::Tensor hidden = model.hidden(input);                                                           // [B, T, D]
+  const at::Tensor wanted = hidden.gather(1, at_queries.unsqueeze(-1).expand({-1, -1, hidden.size(-1)}));  // [B, Q, D]
+  const at::Tensor targets = batch.targets.gather(1, at_queries);                                          // [B, Q]
+  const at::Tensor log_p = model.logits(wanted).to(at::kFloat).log_softmax(-1);                            // [B, Q, V]
+  const at::Tensor nll = -log_p.gather(-1, targets.unsqueeze(-1));
+  const double sum = nll.sum(at::kDouble).item<double>();
+  // A NaN among the logits spreads to the whole row's log-softmax.
+  if (!std::isfinite(sum)) fail("recall: schedule '{}' gives logits that are not finite; the model's weights are damaged", r.schedule);
+  r.nll_sum += sum;
+  r.correct += log_p.argmax(-1).eq(targets).sum().item<int64_t>();
+  r.queries += targets.numel();
+}
+
+}  // namespace
+
+struct RecallRouting::Parts {
+  std::string text;
+  std::vector<std::string> mixers;
+  std::optional<ModelSchedule> schedule;  // absent: queries
+};
+
+RecallRouting::RecallRouting(const ModelConfig& config, const std::string& schedule) : parts_(std::make_unique<Parts>()) {
+  parts_->text = schedule;
+  parts_->mixers = config.mixers();
+  if (schedule != kQueries) {
+    parts_->schedule.emplace(config, schedule);
+    parts_->text = parts_->schedule->text();
+  } else if (index_of(parts_->mixers, "attention") == static_cast<int32_t>(parts_->mixers.size())) {
+    fail("schedule 'queries' puts the queries into attention, but the model's mixers are {}", fmt::join(parts_->mixers, ", "));
+  }
+}
+
+RecallRouting::~RecallRouting() = default;
+RecallRouting::RecallRouting(RecallRouting&&) noexcept = default;
+
+const std::string& RecallRouting::text() const { return parts_->text; }
+
+std::vector<std::shared_ptr<const Routing>> RecallRouting::route(const RecallBatch& batch, uint64_t seed, uint64_t step, uint64_t first_sequence) const {
+  if (!parts_->schedule) return {route_queries(parts_->mixers, batch)};
+  const int64_t B = batch.input_ids.size(0), T = batch.input_ids.size(1);
+  ModeContext context;
+  context.prompt_length = T;
+  context.seed = seed;
+  context.step = step;
+  context.sequence = first_sequence;
+  return parts_->schedule->route(row_pieces(B, T, context), B, T);
+}
+
+RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& task, const RecallEvaluation& e) {
+  check(model, task, e);
+  at::NoGradGuard no_grad;
+  const auto start = std::chrono::steady_clock::now();
+  const RecallRouting modes(model.config(), e.schedule);
+  RecallResult r;
+  r.schedule = modes.text();
+  double attention = 0, flops = 0;
+  for (int64_t done = 0; done < e.examples;) {
+    check_interrupt();
+    const int64_t B = std::min(e.batch_size, e.examples - done);
+    const uint64_t first = e.first_index + static_cast<uint64_t>(done);
+    const RecallBatch batch = recall_batch(task, e.seed, first, B);
+    const Routings routing = modes.route(batch, e.seed, 0, first);
+    score(model, batch, routing, r);
+    attention += oryx::attention_share(model.config(), routing) * static_cast<double>(B);
+    flops += routed_flops(model.config(), routing);
+    done += B;
+    if (e.progress) e.progress(done, r.accuracy());
+  }
+  r.attention_share = attention / static_cast<double>(e.examples);
+  r.flops_per_token = flops / static_cast<double>(e.examples * task.tokens());
+  r.state_bytes = state_bytes(model.config(), task.tokens(), model.compute_dtype()).total();
+  r.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return r;
+}
+
+}  // namespace oryx

@@ -1,0 +1,117 @@
+#include "oryx/generate/generator.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <chrono>
+#include <limits>
+
+#include "oryx/common/error.h"
+#include "oryx/common/interrupt.h"
+#include "oryx/model/inspect.h"
+
+namespace oryx {
+
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void check(const ModelConfig& config, std::span<const int32_t> prompt, const GenerateOptions& o) {
+  if (prompt.empty()) fail("the prompt is empty; there is nothing to go on from");
+  if (o.max_new_tokens < 1) fail("max_new_tokens is {}, expected an integer of at least 1", o.max_new_tokens);
+  if (o.prefill_piece < 1) fail("prefill_piece is {}, expected an integer of at least 1", o.prefill_piece);
+  if (o.vocab_size < 0 || o.vocab_size > config.vocab_size) fail("vocab_size is {}, expected 0 to {}", o.vocab_size, config.vocab_size);
+  // Positions are int32.
+  const int64_t room = std::numeric_limits<int32_t>::max() - static_cast<int64_t>(prompt.size());
+  if (o.max_new_tokens > room) fail("max_new_tokens is {}, expected at most {} after this prompt", o.max_new_tokens, room);
+  o.sampling.validate();
+}
+
+class Decoder {
+ public:
+  Decoder(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options)
+      : model_(model), options_(options), session_(model, schedule, session_options(prompt, options)) {
+    out_.stats.prompt_tokens = static_cast<int64_t>(prompt.size());
+    out_.stats.predicted = session_.plan();
+  }
+
+  void prefill(std::span<const int32_t> prompt) {
+    at::NoGradGuard no_grad;
+    const auto start = std::chrono::steady_clock::now();
+    advance(prompt);
+    out_.stats.prefill_seconds = seconds_since(start);
+  }
+
+  StopReason decode(const std::function<bool(int32_t)>& on_token) {
+    at::NoGradGuard no_grad;
+    while (true) {
+      const auto next = static_cast<int32_t>(sample_token(logits_, options_.sampling, static_cast<uint64_t>(session_.length())));
+      ++out_.stats.new_tokens;
+      if (next == options_.eos_id) return StopReason::kEos;
+      out_.ids.push_back(next);
+      if (on_token && !on_token(next)) return StopReason::kCallback;
+      if (out_.stats.new_tokens == options_.max_new_tokens) return StopReason::kLength;
+      step(next);
+    }
+  }
+
+  Generated finish(StopReason stop) {
+    out_.stop = stop;
+    out_.stats.attention_share = session_.attention_share();
+    out_.stats.state = session_.state().bytes();
+    out_.stats.predicted_state = state_bytes(model_.config(), session_.length(), model_.compute_dtype());
+    return std::move(out_);
+  }
+
+ private:
+  static SessionOptions session_options(std::span<const int32_t> prompt, const GenerateOptions& o) {
+    const auto length = static_cast<int64_t>(prompt.size());
+    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed)};
+  }
+
+  void advance(std::span<const int32_t> ids) {
+    logits_ = model_.logits(session_.extend(ids)).squeeze(0);
+    if (options_.vocab_size > 0) logits_ = logits_.narrow(0, 0, options_.vocab_size);
+  }
+
+  void step(int32_t id) {
+    const auto start = std::chrono::steady_clock::now();
+    advance({&id, 1});
+    out_.stats.decode_seconds += seconds_since(start);
+    ++out_.stats.decode_steps;
+  }
+
+  const LanguageModel& model_;
+  const GenerateOptions& options_;
+  Session session_;
+  at::Tensor logits_;  // [V]: after the last token
+  Generated out_;
+};
+
+}  // namespace
+
+std::string to_string(StopReason reason) {
+  switch (reason) {
+    case StopReason::kEos: return "eos";
+    case StopReason::kLength: return "length";
+    case StopReason::kCallback: return "callback";
+    case StopReason::kInterrupted: return "interrupted";
+  }
+  TORCH_CHECK(false, "StopReason");
+}
+
+Generated generate(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options,
+                   const std::function<bool(int32_t id)>& on_token) {
+  check(model.config(), prompt, options);
+  Decoder decoder(model, schedule, prompt, options);
+  try {
+    decoder.prefill(prompt);
+    return decoder.finish(decoder.decode(on_token));
+  } catch (const Interrupted&) {
+    return decoder.finish(StopReason::kInterrupted);
+  }
+}
+
+}  // namespace oryx

@@ -1,0 +1,91 @@
+#include "oryx/generate/session.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "oryx/common/error.h"
+#include "oryx/common/file.h"
+#include "oryx/common/interrupt.h"
+#include "oryx/common/progress.h"
+#include "oryx/model/inspect.h"
+#include "oryx/model/routed_cost.h"
+
+namespace oryx {
+
+namespace {
+
+MemoryPlan checked_plan(const LanguageModel& model, const SessionOptions& o) {
+  TORCH_CHECK(o.tokens > 0 && o.piece > 0 && o.prompt_length >= 0, "session: ", o.tokens, " tokens in pieces of ", o.piece);
+  const MemoryPlan plan = plan_memory(model.config(), o.tokens, std::min(o.piece, o.tokens), model.compute_dtype());
+  const auto free = static_cast<double>(available_memory());
+  if (static_cast<double>(plan.total()) > free) {
+    fail("{} tokens need about {} ({} of state, {} for a pass over {} tokens), but only {} of memory are free; use fewer tokens{}", o.tokens,
+         human_bytes(static_cast<double>(plan.total())), human_bytes(static_cast<double>(plan.state.total())),
+         human_bytes(static_cast<double>(plan.activations)), std::min(o.piece, o.tokens), human_bytes(free),
+         plan.activations > plan.state.total() ? " or smaller pieces" : "");
+  }
+  return plan;
+}
+
+}  // namespace
+
+MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece, at::ScalarType compute) {
+  MemoryPlan plan;
+  plan.state = state_bytes(config, tokens, compute);
+  const LayerConfig& c = config.layer;
+  size_t mixers = 1;
+  for (int64_t i = 0; i < config.num_layers; ++i) mixers = std::max(mixers, config.mixers_of(i).size());
+  // Values a token that stand at once in a layer: the residual stream and its norms; keys, values and gate around the convolution; a
+  // query and an output for each mixer; the recurrences' float32 working copies; the feed-forward's three.
+  const int64_t stream = 6 * c.hidden_size + 3 * (c.key_width() + c.value_width()) + c.output_width();
+  const int64_t mixing = static_cast<int64_t>(mixers) * 2 * (c.query_width() + c.output_width());
+  const int64_t recurrence = 8 * c.num_heads * std::max(c.head_dim, c.value_dim());
+  const int64_t values = std::max(stream + mixing + recurrence, stream + 3 * c.intermediate_size);
+  // float32 even where activations are shorter: norms, softmax and recurrences work in it.
+  plan.activations = 4 * (piece * values + 2 * config.vocab_size);
+  // Attention rotates a copy of one layer's cached keys.
+  if (plan.state.tokens > 0) plan.activations += static_cast<int64_t>(at::elementSize(compute)) * tokens * c.key_width();
+  return plan;
+}
+
+Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options)
+    : model_(model), schedule_(schedule), options_(options), plan_(checked_plan(model, options)), state_(model.make_state(1)) {
+  state_.reserve(options_.tokens);
+}
+
+at::Tensor Session::run(std::span<const int32_t> ids) {
+  const auto count = static_cast<int64_t>(ids.size());
+  ModelInput input;
+  input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, count});
+  ModePiece piece{.row = 0, .column = 0, .length = count, .start = length_, .context = {}};
+  piece.context.prompt_length = options_.prompt_length;
+  piece.context.seed = options_.seed;
+  input.routing = schedule_.route({piece}, 1, count);
+  input.state = &state_;
+  const at::Tensor hidden = model_.hidden(input).squeeze(0);  // [count, D]
+  length_ += count;
+  attention_tokens_ += oryx::attention_share(model_.config(), input.routing) * static_cast<double>(count);
+  return hidden;
+}
+
+at::Tensor Session::extend(std::span<const int32_t> ids, int64_t keep) {
+  const auto count = static_cast<int64_t>(ids.size());
+  TORCH_CHECK(count > 0 && keep > 0 && keep <= count, "session: ", keep, " of ", count, " hidden states");
+  TORCH_CHECK(length_ + count <= options_.tokens, "session: ", length_ + count, " tokens, reserved for ", options_.tokens);
+  at::NoGradGuard no_grad;
+  std::vector<at::Tensor> kept;
+  for (int64_t begin = 0; begin < count; begin += options_.piece) {
+    check_interrupt();
+    const int64_t n = std::min(options_.piece, count - begin);
+    const at::Tensor hidden = run(ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(n)));
+    const int64_t wanted = std::min(n, begin + n - (count - keep));  // of this piece
+    // A copy: a view would hold the whole piece.
+    if (wanted > 0) kept.push_back(hidden.narrow(0, n - wanted, wanted).clone());
+  }
+  return kept.size() == 1 ? kept.front() : at::cat(kept);
+}
+
+}  // namespace oryx

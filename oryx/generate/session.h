@@ -1,0 +1,56 @@
+// One sequence under a mode schedule: its tokens go in, in any split, and hidden states come out.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <span>
+
+#include "oryx/model/language_model.h"
+#include "oryx/model/scheduling.h"
+
+namespace oryx {
+
+// What a sequence will take, before anything is allocated.
+struct MemoryPlan {
+  StateBytes state;            // of a sequence of all its tokens: exact
+  int64_t activations = 0;     // of a pass over one piece: an estimate, on the high side
+  int64_t total() const { return state.total() + activations; }
+};
+MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece, at::ScalarType compute);
+
+struct SessionOptions {
+  int64_t prompt_length = 0;  // tokens: what the schedule's ranges refer to
+  int64_t tokens = 0;         // that the session will hold at most; at least 1
+  int64_t piece = 1024;       // tokens of one pass at most: bounds the memory of a long prompt
+  uint64_t seed = 0;          // of a random schedule
+};
+
+class Session {
+ public:
+  // Model and schedule must outlive the session. Throws Error when the plan exceeds the free memory, before allocating.
+  Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options);
+
+  // Runs `ids` (at least one) behind the tokens held, piece by piece -> hidden states [keep, D] of the last `keep` of them (1 <= keep <=
+  // ids). Throws Interrupted between pieces after Ctrl-C, Error for ids outside of the vocabulary.
+  at::Tensor extend(std::span<const int32_t> ids, int64_t keep = 1);
+
+  int64_t length() const { return length_; }
+  const State& state() const { return state_; }
+  const MemoryPlan& plan() const { return plan_; }
+  // Of all (token, layer) pairs so far, those that ran in the mixer `attention`.
+  double attention_share() const { return length_ > 0 ? attention_tokens_ / static_cast<double>(length_) : 0; }
+
+ private:
+  at::Tensor run(std::span<const int32_t> ids);
+
+  const LanguageModel& model_;
+  const ModelSchedule& schedule_;
+  SessionOptions options_;
+  MemoryPlan plan_;
+  State state_;
+  int64_t length_ = 0;
+  double attention_tokens_ = 0;
+};
+
+}  // namespace oryx
