@@ -1,0 +1,72 @@
+// oryx train: a run from a config file and overrides; the same command again resumes it.
+#include <memory>
+
+#include "oryx/cli/command.h"
+#include "oryx/common/error.h"
+#include "oryx/common/interrupt.h"
+#include "oryx/common/progress.h"
+#include "oryx/data/dataset.h"
+#include "oryx/train/trainer.h"
+
+namespace oryx {
+
+namespace {
+
+struct Arguments {
+  std::string config, resume;
+  std::vector<std::string> overrides;
+  bool keys = false;
+};
+
+TrainOptions resolve(const Arguments& a) {
+  if (!a.resume.empty()) {
+    if (!a.config.empty()) fail("--resume takes the run's own config: leave --config out");
+    return load_train_options(std::filesystem::path(a.resume) / "config.json", a.overrides);
+  }
+  // The data set is needed for its vocabulary, so its key is looked up first.
+  TrainOptions first = load_train_options(a.config, a.overrides);
+  if (first.data.empty()) fail("data is not set, expected a data set folder: data=DIR (made by `oryx data build`)");
+  if (first.out.empty()) fail("out is not set, expected a folder for the run: out=DIR");
+  return load_train_options(a.config, a.overrides, open_dataset(first.data).info.vocab_size);
+}
+
+void refuse_another_run(const TrainOptions& options, bool resume) {
+  const RunFolder run(options.out);
+  if (resume || !run.exists()) return;
+  TrainOptions there = load_train_options(run.path() / "config.json", {});
+  if (dump_options(there) == dump_options(options)) return;
+  fail("{}: holds a run with other options; continue that one with `oryx train --resume {}`, or choose another out=DIR", options.out, options.out);
+}
+
+void run(const Arguments& a) {
+  if (a.keys) {
+    cli::print("{}", options_table<TrainOptions>());
+    return;
+  }
+  catch_interrupts();
+  const TrainOptions options = resolve(a);
+  refuse_another_run(options, !a.resume.empty());
+  TrainTask task = text_task(options);
+  const TrainSummary s = train(options, task);
+  if (s.interrupted) {
+    throw Interrupted(fmt::format("interrupted at step {} of {}, saved; go on with: oryx train --resume {}", s.step, options.steps, options.out));
+  }
+  cli::print("{} steps, {} tokens in {}, last loss {:.4f}\n", s.step, human_count(static_cast<double>(s.tokens)), human_seconds(s.seconds), s.last_loss);
+  for (const auto& row : s.validation) {
+    cli::print("held-out perplexity {:8.2f}  {}\n", row["perplexity"].get<double>(), row["schedule"].get<std::string>());
+  }
+  cli::print("model: {0}/model   report: {0}/report.html\n", options.out);
+}
+
+}  // namespace
+
+ORYX_COMMAND(train, "train a model on a data set", [](CLI::App& app) {
+  auto a = std::make_shared<Arguments>();
+  app.add_option("overrides", a->overrides, "key=value: any key of the config file, e.g. data=DIR out=DIR preset=tiny steps=2000");
+  app.add_option("--config", a->config, "JSON file with the options");
+  app.add_option("--resume", a->resume, "RUN folder to go on with, under its own config");
+  app.add_flag("--keys", a->keys, "print all options as a table");
+  app.callback([a] { run(*a); });
+});
+
+}  // namespace oryx

@@ -1,0 +1,110 @@
+#include "oryx/train/run_folder.h"
+
+#include <algorithm>
+#include <charconv>
+#include <fstream>
+
+#include "oryx/common/error.h"
+#include "oryx/common/file.h"
+#include "oryx/common/options.h"
+#include "oryx/model/checkpoint.h"
+
+namespace oryx {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr std::string_view kPrefix = "step-", kPartial = ".partial";
+
+std::optional<int64_t> step_of(const fs::path& folder) {
+  const std::string name = folder.filename().string();
+  if (name.rfind(kPrefix, 0) != 0) return {};
+  int64_t step = 0;
+  const auto [end, error] = std::from_chars(name.data() + kPrefix.size(), name.data() + name.size(), step);
+  return error == std::errc() && end == name.data() + name.size() ? std::optional(step) : std::nullopt;
+}
+
+// A link that appears at once or not at all, also where one stood before.
+void point_to(const fs::path& link, const fs::path& target) {
+  const fs::path temporary = link.string() + ".new";
+  std::error_code error;
+  fs::remove(temporary, error);
+  fs::create_symlink(target, temporary, error);
+  if (!error) fs::rename(temporary, link, error);
+  if (error) fail("{}: cannot point it to {}: {}", link.string(), target.string(), error.message());
+}
+
+}  // namespace
+
+std::vector<int64_t> RunFolder::checkpoints() const {
+  std::vector<int64_t> steps;
+  if (!fs::is_directory(folder_ / "checkpoints")) return steps;
+  for (const auto& entry : fs::directory_iterator(folder_ / "checkpoints")) {
+    if (const auto step = step_of(entry.path())) steps.push_back(*step);
+  }
+  std::sort(steps.begin(), steps.end());
+  return steps;
+}
+
+fs::path RunFolder::checkpoint(int64_t step) const { return folder_ / "checkpoints" / fmt::format("{}{:09}", kPrefix, step); }
+
+void RunFolder::save(int64_t step, const LanguageModel& model, const Optimizer& optimizer, const Json& trainer, const Tokenizer* tokenizer,
+                     int64_t keep) const {
+  const fs::path final_name = checkpoint(step), partial = final_name.string() + std::string(kPartial);
+  make_folders(final_name.parent_path());
+  for (const auto& entry : fs::directory_iterator(final_name.parent_path())) {
+    if (entry.path().extension() == kPartial) fs::remove_all(entry.path());
+  }
+  save_model(model, partial);
+  write_safetensors(partial / "optimizer.safetensors", optimizer.state(), {{"format", "oryx-adamw"}});
+  if (tokenizer != nullptr) tokenizer->save(partial / tokenizer->file_name());
+  write_file(partial / "trainer.json", trainer.dump(2) + "\n");
+  std::error_code error;
+  fs::remove_all(final_name, error);  // the same step saved again after a resume
+  fs::rename(partial, final_name, error);
+  if (error) fail("{}: cannot rename the checkpoint into place: {}", final_name.string(), error.message());
+  sync_folder(final_name.parent_path());
+  point_to(folder_ / "model", fs::path("checkpoints") / final_name.filename());
+  const auto steps = checkpoints();
+  for (size_t i = 0; i + static_cast<size_t>(keep) < steps.size(); ++i) fs::remove_all(checkpoint(steps[i]), error);
+}
+
+Json RunFolder::load(int64_t step, LanguageModel& model, Optimizer& optimizer) const {
+  const fs::path folder = checkpoint(step);
+  const ModelConfig config = load_options<ModelConfig>(folder / "config.json");
+  if (dump_options(config) != dump_options(model.config())) {
+    fail("{}: its config.json is not the model of this run; was the run folder's config changed?", folder.string());
+  }
+  const Json trainer = read_json_file(folder / "trainer.json");
+  for (const char* key : {"step", "optimizer_steps", "data"}) {
+    if (!trainer.contains(key)) fail("{}: lacks '{}'; is this a checkpoint of the trainer?", (folder / "trainer.json").string(), key);
+  }
+  load_parameters(model, SafetensorsReader(folder / "model.safetensors"));
+  optimizer.load(SafetensorsReader(folder / "optimizer.safetensors"), trainer["optimizer_steps"].get<int64_t>());
+  return trainer;
+}
+
+void RunFolder::log(const Json& line) const {
+  std::ofstream out(metrics(), std::ios::app);
+  out << line.dump() << '\n';
+  out.flush();
+  if (!out) fail_errno(metrics().string(), "write");
+}
+
+std::vector<Json> RunFolder::rewind_metrics(int64_t step) const {
+  std::vector<Json> kept;
+  if (!fs::exists(metrics())) return kept;
+  std::ifstream in(metrics());
+  std::string text;
+  for (std::string line; std::getline(in, line);) {
+    const Json json = Json::parse(line, nullptr, false);
+    if (json.is_discarded() || json.value("step", int64_t{0}) > step) continue;
+    kept.push_back(json);
+    text += line + '\n';
+  }
+  write_file(metrics(), text);
+  return kept;
+}
+
+}  // namespace oryx

@@ -1,0 +1,50 @@
+// A training run on disk.
+//
+//   RUN/config.json             every option, resolved
+//   RUN/metrics.jsonl           one JSON object a line: "kind" train, validation or skipped, with "step"
+//   RUN/report.html             curves
+//   RUN/checkpoints/step-N/     model, tokenizer, optimizer.safetensors, trainer.json: whole or absent
+//   RUN/model                   a link to the newest checkpoint: `oryx eval RUN`, `oryx generate RUN`
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "oryx/common/json.h"
+#include "oryx/data/tokenizer.h"
+#include "oryx/model/language_model.h"
+#include "oryx/train/optimizer.h"
+
+namespace oryx {
+
+class RunFolder {
+ public:
+  explicit RunFolder(std::filesystem::path folder) : folder_(std::move(folder)) {}
+
+  const std::filesystem::path& path() const { return folder_; }
+  std::filesystem::path metrics() const { return folder_ / "metrics.jsonl"; }
+  bool exists() const { return std::filesystem::exists(folder_ / "config.json"); }
+
+  // Step numbers of the whole checkpoints, rising.
+  std::vector<int64_t> checkpoints() const;
+  std::filesystem::path checkpoint(int64_t step) const;
+
+  // Writes a checkpoint under another name and renames the folder; points RUN/model to it; removes all but the newest `keep`. What an
+  // interrupted save left is removed first. `trainer` is what a resume needs beside parameters and moments.
+  void save(int64_t step, const LanguageModel& model, const Optimizer& optimizer, const Json& trainer, const Tokenizer* tokenizer, int64_t keep) const;
+  // Loads a checkpoint into model and optimiser and returns its trainer.json. Throws Error.
+  Json load(int64_t step, LanguageModel& model, Optimizer& optimizer) const;
+
+  // Appends one line to metrics.jsonl.
+  void log(const Json& line) const;
+  // All lines up to `step`; later ones, and a half-written last one, are dropped from the file: they will be made again.
+  std::vector<Json> rewind_metrics(int64_t step) const;
+
+ private:
+  std::filesystem::path folder_;
+};
+
+}  // namespace oryx

@@ -1,0 +1,180 @@
+#include "oryx/train/trainer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "oryx/common/error.h"
+#include "oryx/common/file.h"
+#include "oryx/common/interrupt.h"
+#include "oryx/common/log.h"
+#include "oryx/common/progress.h"
+#include "oryx/data/dataset.h"
+#include "oryx/eval/perplexity.h"
+#include "oryx/train/lr_schedule.h"
+#include "oryx/train/train_step.h"
+
+namespace oryx {
+
+namespace {
+
+constexpr int64_t kMaxSkipped = 10;
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Parameters, gradients and two moments, in float32.
+void check_memory(const ModelConfig& config) {
+  const double bytes = 16.0 * static_cast<double>(count_parameters(config)), free = static_cast<double>(available_memory());
+  if (bytes > free) {
+    fail("training {} parameters takes {} for parameters, gradients and moments alone, but only {} of memory are free",
+         human_count(static_cast<double>(count_parameters(config))), human_bytes(bytes), human_bytes(free));
+  }
+}
+
+class Run {
+ public:
+  Run(const TrainOptions& options, TrainTask& task)
+      : options_(options),
+        task_(task),
+        folder_(options.out),
+        model_((check_memory(options.model), options.model), options.precision == Precision::kBfloat16 ? at::kBFloat16 : at::kFloat),
+        optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}),
+        schedule_(options.model, options.training_schedule()) {
+    model_.initialize(static_cast<uint64_t>(options.seed));
+    model_.requires_grad(true);
+    resume();
+  }
+
+  TrainSummary loop() {
+    ProgressBar bar("train", options_.steps, "steps", step_);
+    const double start = now();
+    while (step_ < options_.steps && !summary_.interrupted) {
+      one_step(bar);
+      const bool last = step_ == options_.steps;
+      summary_.interrupted = interrupted() && !last;
+      if (last || (options_.validate_every > 0 && step_ % options_.validate_every == 0)) validate();
+      if (last || summary_.interrupted || step_ % options_.save_every == 0) save();
+    }
+    bar.finish();
+    summary_.step = step_;
+    summary_.seconds = now() - start;
+    return summary_;
+  }
+
+ private:
+  void resume() {
+    const auto steps = folder_.checkpoints();
+    if (!steps.empty()) {
+      const Json trainer = folder_.load(steps.back(), model_, optimizer_);
+      step_ = trainer["step"].get<int64_t>();
+      if (step_ > options_.steps) fail("{}: the run is at step {}, beyond steps {}", folder_.path().string(), step_, options_.steps);
+      task_.source->seek(trainer["data"]);
+      log::info("resuming {} at step {}", folder_.path().string(), step_);
+    }
+    make_folders(folder_.path());
+    write_file(folder_.path() / "config.json", dump_options(options_));
+    metrics_ = folder_.rewind_metrics(step_);
+  }
+
+  void one_step(ProgressBar& bar) {
+    const double lr = cosine_with_warmup(step_ + 1, options_.lr, options_.warmup_steps, options_.steps, options_.min_lr_ratio);
+    const double begin = now();
+    const StepResult r = train_step(model_, optimizer_, *task_.source, schedule_, lr, static_cast<uint64_t>(options_.seed), step_,
+                                    {options_.accumulate, options_.clip, options_.z_loss, options_.checkpoint_layers});
+    ++step_;
+    seconds_ += now() - begin;
+    tokens_ += r.tokens;
+    summary_.tokens += r.tokens;
+    if (r.skipped) {
+      skip(r);
+      return;
+    }
+    skipped_in_a_row_ = 0;
+    summary_.last_loss = r.loss;
+    const double rate = static_cast<double>(tokens_) / seconds_;
+    bar.update(step_, fmt::format("loss {:.4f} | {} tokens/s", r.loss, human_count(rate)));
+    if (step_ % options_.log_every != 0 && step_ != options_.steps) return;
+    log({{"kind", "train"}, {"step", step_}, {"loss", r.loss}, {"lr", lr}, {"gradient_norm", r.gradient_norm}, {"attention_share", r.attention_share},
+         {"tokens", step_ * options_.accumulate * options_.batch_size * options_.seq_len}, {"tokens_per_second", rate}});
+    seconds_ = 0;
+    tokens_ = 0;
+  }
+
+  void skip(const StepResult& r) {
+    // Written as text: JSON has no word for NaN.
+    log({{"kind", "skipped"}, {"step", step_}, {"loss", fmt::format("{}", r.loss)}, {"gradient_norm", fmt::format("{}", r.gradient_norm)}});
+    log::warn("step {} skipped: loss {}, gradient norm {}", step_, r.loss, r.gradient_norm);
+    if (++skipped_in_a_row_ >= kMaxSkipped) {
+      fail("{}: loss or gradient was not finite at {} steps in a row; lower lr, or look at the data", folder_.path().string(), kMaxSkipped);
+    }
+  }
+
+  void validate() {
+    if (!task_.validate) return;
+    summary_.validation = task_.validate(model_, options_.validation_schedules());
+    for (Json row : summary_.validation) {
+      row["kind"] = "validation";
+      row["step"] = step_;
+      log(row);
+    }
+  }
+
+  void save() {
+    folder_.save(step_, model_, optimizer_, {{"step", step_}, {"optimizer_steps", optimizer_.steps()}, {"data", task_.source->position()}},
+                 task_.tokenizer.get(), options_.keep_checkpoints);
+    write_report(folder_, options_, metrics_);
+  }
+
+  void log(Json line) {
+    folder_.log(line);
+    metrics_.push_back(std::move(line));
+  }
+
+  const TrainOptions& options_;
+  TrainTask& task_;
+  RunFolder folder_;
+  LanguageModel model_;
+  Optimizer optimizer_;
+  ModelSchedule schedule_;
+  int64_t step_ = 0, skipped_in_a_row_ = 0, tokens_ = 0;
+  double seconds_ = 0;
+  std::vector<Json> metrics_;
+  TrainSummary summary_;
+};
+
+}  // namespace
+
+TrainTask text_task(const TrainOptions& options) {
+  const Dataset data = open_dataset(options.data);
+  TrainTask task;
+  LoaderOptions loader;
+  loader.batch_size = options.batch_size;
+  loader.seq_len = options.seq_len;
+  loader.seed = static_cast<uint64_t>(options.seed);
+  task.source = std::make_unique<TextSource>(data.train, loader);
+  task.tokenizer = data.tokenizer;
+  EvalOptions eval;
+  eval.seq_len = options.seq_len;
+  eval.tokens_per_batch = options.batch_size * options.seq_len;
+  eval.max_tokens = static_cast<uint64_t>(options.validate_tokens);
+  task.validate = [data, eval](const LanguageModel& model, const std::vector<std::string>& schedules) {
+    std::vector<Json> rows;
+    for (const auto& text : schedules) {
+      EvalReader reader(data.valid, eval);
+      PerplexityOptions o;
+      o.count_flops = false;
+      const PerplexityResult r = evaluate_perplexity(model, ModelSchedule(model.config(), text), reader, o);
+      rows.push_back({{"schedule", text}, {"loss", r.nats()}, {"perplexity", r.perplexity()}, {"attention_share", r.attention_share}});
+      if (interrupted()) break;
+    }
+    return rows;
+  };
+  return task;
+}
+
+TrainSummary train(const TrainOptions& options, TrainTask& task) {
+  options.validate();
+  return Run(options, task).loop();
+}
+
+}  // namespace oryx
