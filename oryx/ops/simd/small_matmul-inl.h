@@ -29,6 +29,7 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <utility>
 
@@ -222,6 +223,14 @@ HWY_INLINE void StoreRow(float a, const float* HWY_RESTRICT from, size_t n, floa
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) hn::StoreU(hn::Mul(va, hn::LoadU(d, from + i)), d, to + i);
   for (; i < n; ++i) to[i] = a * from[i];
+}
+
+// to = from * rsqrt(sum from^2 + eps); returns the factor.
+HWY_INLINE float LoadUnitRow(const float* HWY_RESTRICT from, size_t n, float eps, float* HWY_RESTRICT to) {
+  LoadRow(1, from, n, to);
+  const float r = 1 / std::sqrt(Dot(to, to, n) + eps);
+  ScaleTo(r, to, PadLength(n), to);
+  return r;
 }
 
 }  // namespace HWY_NAMESPACE
