@@ -20,8 +20,8 @@ struct DatasetOptions {
   double valid = 0.01;
   uint64_t seed = 0;
   // Shell patterns of the files that are the validation set; then `valid` is not used.
-  std::vector<std::string> valid_files;
-  TokenFileOptions tokens;
+  std::vector<std::string> valid_files = {};
+  TokenFileOptions tokens = {};
   bool overwrite = false;  // replaces a data set that is there already
   bool progress = true;
 };

@@ -102,22 +102,20 @@ class Builder {
   void place(Encoded e) {
     if (!options_.valid_files.empty()) return put(e, held_files_[e.file]);
     if (options_.valid <= 0) return put(e, false);
-    if (e.draw < options_.valid) return put(e, true);
-    // While nothing is held out yet, the document with the smallest draw stays in hand as the one that would be.
-    if (info.valid.documents > 0) return put(e, false);
+    // The document with the smallest draw stays in hand to the end: it is held out even where the share is too small
+    // for any.
     if (!spare_) {
       spare_ = std::move(e);
-    } else {
-      if (e.draw < spare_->draw) std::swap(*spare_, e);
-      put(e, false);
+      return;
     }
+    if (e.draw < spare_->draw) std::swap(*spare_, e);
+    put(e, e.draw < options_.valid);
   }
 
   void settle_spare() {
     if (!spare_) return;
-    if (info.valid.documents > 0) return put(*spare_, false);
-    if (info.train.documents > 0) return put(*spare_, true);
-    split_only_document();
+    if (info.train.documents + info.valid.documents == 0) return split_only_document();
+    put(*spare_, info.train.documents > 0);
   }
 
   // Both parts are documents again, with bos and eos. The bytes are those of the parts' text.

@@ -25,7 +25,7 @@ struct TextSourceOptions {
   // Endings of the files taken from a folder, a trailing ".zst" apart. Anything but ".jsonl" is read as plain text.
   std::vector<std::string> extensions = {".txt", ".jsonl"};
   // Shell patterns on the path below the folder, or on the file name; an empty `include` takes all.
-  std::vector<std::string> include, exclude;
+  std::vector<std::string> include = {}, exclude = {};
 };
 
 struct TextFile {
