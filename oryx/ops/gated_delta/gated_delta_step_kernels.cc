@@ -3,11 +3,6 @@
 
 #include "oryx/ops/gated_delta/gated_delta_kernels.h"
 
-// Tiles are arrays of vectors, which instruction sets of unknown vector length do not allow; a machine without AVX2
-// takes the portable form.
-#undef HWY_DISABLED_TARGETS
-#define HWY_DISABLED_TARGETS \
-  (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "oryx/ops/gated_delta/gated_delta_step_kernels.cc"
 #include <hwy/foreach_target.h>

@@ -4,7 +4,6 @@
 #include <limits>
 
 // Scalable vectors cannot stand in arrays of accumulators; Arm machines take the NEON target.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "oryx/ops/span_attention/span_attention_kernels.cc"
 #include <hwy/foreach_target.h>
