@@ -15,7 +15,7 @@ using torch::autograd::variable_list;
 struct Checkpointed : torch::autograd::Function<Checkpointed> {
   static variable_list forward(AutogradContext* ctx, const at::Tensor& a, const at::Tensor& b, const PairFunction& f) {
     ctx->save_for_backward({a, b});
-    ctx->saved_data["f"] = c10::IValue(c10::make_intrusive<Holder>(f));
+    ctx->saved_data["f"] = c10::IValue::make_capsule(c10::make_intrusive<Holder>(f));
     at::NoGradGuard no_grad;
     const auto [x, y] = f(a, b);
     // An output that is an input would not be a new node of the graph.

@@ -21,6 +21,8 @@ struct Case {
   ModelConfig config;
 };
 
+void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+
 ModelConfig small(std::vector<std::vector<std::string>> mixers) {
   ModelConfig c;
   c.vocab_size = 61;

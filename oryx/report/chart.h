@@ -14,7 +14,7 @@ namespace oryx {
 
 struct Series {
   std::string name;
-  std::vector<std::pair<double, double>> points;  // (x, y), in the order in which the line visits them
+  std::vector<std::pair<double, double>> points = {};  // (x, y), in the order in which the line visits them
   bool line = true;                               // false: a scatter of points
 };
 

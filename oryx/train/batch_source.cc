@@ -2,11 +2,13 @@
 
 #include <ATen/ATen.h>
 
+#include <nlohmann/json.hpp>
+
 #include "oryx/common/error.h"
 
 namespace oryx {
 
-TrainBatch TextSource::next() {
+TrainBatch TextBatches::next() {
   const Batch b = loader_.next();
   TrainBatch out;
   out.input_ids = b.input_ids.view({1, -1});
@@ -16,11 +18,11 @@ TrainBatch TextSource::next() {
   return out;
 }
 
-Json TextSource::position() const { return loader_.position(); }
+Json TextBatches::position() const { return Json(nlohmann::json(loader_.position())); }
 
-void TextSource::seek(const Json& position) { loader_.seek(position.get<LoaderPosition>()); }
+void TextBatches::seek(const Json& position) { loader_.seek(nlohmann::json(position).get<LoaderPosition>()); }
 
-TrainBatch RecallSource::next() {
+TrainBatch RecallBatches::next() {
   const RecallBatch b = recall_batch(options_, seed_, index_, batch_size_);
   index_ += static_cast<uint64_t>(batch_size_);
   ModeContext context;
@@ -28,7 +30,7 @@ TrainBatch RecallSource::next() {
   return {b.input_ids, b.targets, {}, row_pieces(b.input_ids.size(0), b.input_ids.size(1), context)};
 }
 
-void RecallSource::seek(const Json& position) {
+void RecallBatches::seek(const Json& position) {
   if (!position.contains("index") || !position["index"].is_number_unsigned()) fail("the data position {} is not one of associative recall", position.dump());
   index_ = position["index"].get<uint64_t>();
 }

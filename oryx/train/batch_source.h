@@ -31,9 +31,9 @@ class BatchSource {
 };
 
 // Packed rows of a token file, in the loader's shuffled order.
-class TextSource : public BatchSource {
+class TextBatches : public BatchSource {
  public:
-  TextSource(std::shared_ptr<const TokenFile> file, const LoaderOptions& options) : loader_(std::move(file), options) {}
+  TextBatches(std::shared_ptr<const TokenFile> file, const LoaderOptions& options) : loader_(std::move(file), options) {}
   TrainBatch next() override;
   Json position() const override;
   void seek(const Json& position) override;
@@ -43,9 +43,9 @@ class TextSource : public BatchSource {
 };
 
 // Associative recall, an endless stream of fresh examples.
-class RecallSource : public BatchSource {
+class RecallBatches : public BatchSource {
  public:
-  RecallSource(const RecallOptions& options, int64_t batch_size, uint64_t seed) : options_(options), batch_size_(batch_size), seed_(seed) {
+  RecallBatches(const RecallOptions& options, int64_t batch_size, uint64_t seed) : options_(options), batch_size_(batch_size), seed_(seed) {
     check(options_);
   }
   // Changes the task's size from the next batch on (a curriculum).

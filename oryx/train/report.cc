@@ -10,7 +10,7 @@ namespace oryx {
 namespace {
 
 Series curve(const std::vector<Json>& metrics, const std::string& name, const std::string& key) {
-  Series s{name};
+  Series s{.name = name};
   for (const auto& m : metrics) {
     if (m["kind"] == "train" && m.contains(key)) s.points.emplace_back(m["step"].get<double>(), m[key].get<double>());
   }

@@ -151,7 +151,7 @@ TrainTask text_task(const TrainOptions& options) {
   loader.batch_size = options.batch_size;
   loader.seq_len = options.seq_len;
   loader.seed = static_cast<uint64_t>(options.seed);
-  task.source = std::make_unique<TextSource>(data.train, loader);
+  task.source = std::make_unique<TextBatches>(data.train, loader);
   task.tokenizer = data.tokenizer;
   EvalOptions eval;
   eval.seq_len = options.seq_len;
