@@ -16,10 +16,10 @@ namespace oryx {
 
 struct RecallDemoOptions {
   int64_t seed = 1;
-  int64_t steps = 1000, tokens_per_step = 2048, warmup_steps = 50;
+  int64_t steps = 1600, tokens_per_step = 2048, warmup_steps = 50;
   double lr = 6e-3, weight_decay = 0.01;
   // The task: a linear state of head_dim x value_head_dim numbers is truly too small for so many pairs.
-  int64_t pairs = 56, queries = 12, symbols = 64;
+  int64_t pairs = 60, queries = 12, symbols = 64;
   int64_t first_pairs = 4;        // pairs in the beginning
   double curriculum = 0.5;        // share of the steps over which they grow
   int64_t hidden_size = 64, heads = 1, head_dim = 16, value_head_dim = 64, layers = 2;
