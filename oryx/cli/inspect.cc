@@ -17,8 +17,8 @@ namespace {
 struct Options {
   std::vector<std::string> arguments;  // the subject, then key=value
   std::vector<int64_t> contexts = {1024, 8192, 32768, 131072};
-  std::string family, keys, precision = "float32";
-  bool list = false, json = false;
+  std::string family, precision = "float32";
+  bool list = false, keys = false, json = false;
 
   at::ScalarType compute() const { return precision == "bfloat16" ? at::kBFloat16 : at::kFloat; }
 };
@@ -103,16 +103,13 @@ void inspect_subject(const Options& o, const std::string& subject, const std::ve
   show(o, model_report(subject, config, o.contexts, o.compute()), model_text);
 }
 
-// The table of docs/training.md: the model's keys have a page of their own.
-std::string keys_table(const std::string& which) { return which == "model" ? options_table<ModelConfig>() : train_options_table(); }
-
 void inspect(Options o) {
   const std::string subject = take_subject(o.arguments);
-  const int wanted = !subject.empty() + !o.family.empty() + !o.keys.empty() + o.list;
+  const int wanted = int{!subject.empty()} + int{!o.family.empty()} + o.keys + o.list;
   if (wanted != 1) {
     fail("expected one of: a preset, a config.json, a .safetensors file, a model's folder, --family SIZE, --keys, --list; see oryx inspect --help");
   }
-  if (!o.keys.empty()) return write(keys_table(o.keys));
+  if (o.keys) return write(options_table<ModelConfig>());
   if (o.list) return show(o, list_report(), list_text);
   if (!o.family.empty()) return show(o, family_report(o.family, o.arguments), family_text);
   inspect_subject(o, subject, o.arguments);
@@ -132,7 +129,7 @@ ORYX_COMMAND(inspect, "parameters, FLOPs and state bytes of a model, by part and
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
   app.add_option("--family", o->family, "the variants of a size, matched in parameters by intermediate_size")->type_name("SIZE");
-  app.add_option("--keys", o->keys, "the keys of a config file, as a Markdown table: model or train")->check(CLI::IsMember({"model", "train"}));
+  app.add_flag("--keys", o->keys, "the keys of a model's config.json, as a Markdown table");
   app.add_flag("--list", o->list, "the presets: sizes and variants");
   app.add_flag("--json", o->json, "print JSON with exact numbers");
   app.callback([o] { inspect(*o); });
