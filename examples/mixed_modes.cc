@@ -1,5 +1,5 @@
-// One set of weights, three ways through it. Builds a tiny model with random weights, reads a prompt in linear mode with its last tokens
-// in attention, goes on token by token with a State, and prints what each way costs.
+// One set of weights, three ways through it. Builds a tiny model with random weights, reads a prompt in linear mode
+// with its last tokens in attention, goes on token by token with a State, and prints what each way costs.
 //
 //     build/cpu/examples/mixed_modes
 #include <ATen/ATen.h>
@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kPrompt = 256, kNew = 16;
 
 // Tokens [start, start + count) of one sequence whose prompt is kPrompt tokens long.
-oryx::ModelInput piece_of(const oryx::ModelSchedule& schedule, const at::Tensor& ids, int64_t start, oryx::State& state) {
+oryx::ModelInput piece_of(const oryx::ModelSchedule& schedule, const at::Tensor& ids, int64_t start,
+                          oryx::State& state) {
   const int64_t count = ids.size(1);
   oryx::ModePiece piece{.row = 0, .column = 0, .length = count, .start = start, .context = {}};
   piece.context.prompt_length = kPrompt;
@@ -49,8 +50,8 @@ void run(const oryx::LanguageModel& model, const std::string& text) {
   const oryx::StateBytes held = state.bytes();
   fmt::print("{}\n", text);
   fmt::print("  prompt: {:.1f}% of the tokens in attention, {}FLOPs\n", 100 * share, oryx::human_count(flops));
-  fmt::print("  state after {} tokens: recurrent {}, convolution tails {}, keys and values {}\n", state.lengths()[0], bytes(held.recurrent),
-             bytes(held.tails), bytes(held.tokens));
+  fmt::print("  state after {} tokens: recurrent {}, convolution tails {}, keys and values {}\n", state.lengths()[0],
+             bytes(held.recurrent), bytes(held.tails), bytes(held.tokens));
   fmt::print("  continuation: {}\n", fmt::join(ids, " "));
 }
 

@@ -69,7 +69,9 @@ ModelConfig config_of_preset(const std::string& name, const std::vector<std::str
   return c;
 }
 
-void show(const Options& o, const Json& report, std::string (*text)(const Json&)) { write(o.json ? report.dump(2) + "\n" : text(report)); }
+void show(const Options& o, const Json& report, std::string (*text)(const Json&)) {
+  write(o.json ? report.dump(2) + "\n" : text(report));
+}
 
 void inspect_folder(const Options& o, const std::string& path) {
   const fs::path folder = model_folder(path);
@@ -81,19 +83,23 @@ void inspect_folder(const Options& o, const std::string& path) {
   check_parameters(LanguageModel::parameter_specs(config), file);
   Json report = model_report(folder.string(), config, o.contexts, o.compute());
   const Json tensors = tensors_report(file);
-  report["checkpoint"] = {{"file", file.path()}, {"tensors", tensors["count"]}, {"bytes", tensors["bytes"]}, {"matches_config", true}};
+  report["checkpoint"] = {
+      {"file", file.path()}, {"tensors", tensors["count"]}, {"bytes", tensors["bytes"]}, {"matches_config", true}};
   show(o, report, [](const Json& r) {
-    return model_text(r) + fmt::format("\nmodel.safetensors holds the config's {} tensors, each with its shape\n", r["checkpoint"]["tensors"].get<int64_t>());
+    return model_text(r) + fmt::format("\nmodel.safetensors holds the config's {} tensors, each with its shape\n",
+                                       r["checkpoint"]["tensors"].get<int64_t>());
   });
 }
 
 void inspect_subject(const Options& o, const std::string& subject, const std::vector<std::string>& overrides) {
-  if (is_preset(subject)) return show(o, model_report(subject, config_of_preset(subject, overrides), o.contexts, o.compute()), model_text);
+  if (is_preset(subject))
+    return show(o, model_report(subject, config_of_preset(subject, overrides), o.contexts, o.compute()), model_text);
   if (is_folder(subject)) {
     refuse_overrides(subject, overrides, "name its config.json to try other values");
     return inspect_folder(o, subject);
   }
-  const bool tensors = subject.ends_with(".safetensors"), path = subject.find('/') != std::string::npos || subject.ends_with(".json");
+  const bool tensors = subject.ends_with(".safetensors"),
+             path = subject.find('/') != std::string::npos || subject.ends_with(".json");
   if (tensors) {
     refuse_overrides(subject, overrides, "name a preset or a config to try values");
     return show(o, tensors_report(SafetensorsReader(subject)), tensors_text);
@@ -107,7 +113,9 @@ void inspect(Options o) {
   const std::string subject = take_subject(o.arguments);
   const int wanted = int{!subject.empty()} + int{!o.family.empty()} + o.keys + o.list;
   if (wanted != 1) {
-    fail("expected one of: a preset, a config.json, a .safetensors file, a model's folder, --family SIZE, --keys, --list; see oryx inspect --help");
+    fail(
+        "expected one of: a preset, a config.json, a .safetensors file, a model's folder, --family SIZE, --keys, "
+        "--list; see oryx inspect --help");
   }
   if (o.keys) return write(options_table<ModelConfig>());
   if (o.list) return show(o, list_report(), list_text);
@@ -117,8 +125,10 @@ void inspect(Options o) {
 
 ORYX_COMMAND(inspect, "parameters, FLOPs and state bytes of a model, by part and by mode", [](CLI::App& app) {
   auto o = std::make_shared<Options>();
-  app.add_option("subject", o->arguments, "a preset (see --list), a model's or a training run's config.json, a .safetensors file, or a folder of a "
-                                          "model or run; then key=value to try other values")
+  app.add_option(
+         "subject", o->arguments,
+         "a preset (see --list), a model's or a training run's config.json, a .safetensors file, or a folder of a "
+         "model or run; then key=value to try other values")
       ->type_name("SUBJECT [KEY=VALUE ...]");
   app.add_option("--context", o->contexts, "context lengths in tokens, separated by commas")
       ->delimiter(',')
@@ -128,7 +138,8 @@ ORYX_COMMAND(inspect, "parameters, FLOPs and state bytes of a model, by part and
   app.add_option("--precision", o->precision, "of activations: the type of tails, keys and values")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
-  app.add_option("--family", o->family, "the variants of a size, matched in parameters by intermediate_size")->type_name("SIZE");
+  app.add_option("--family", o->family, "the variants of a size, matched in parameters by intermediate_size")
+      ->type_name("SIZE");
   app.add_flag("--keys", o->keys, "the keys of a model's config.json, as a Markdown table");
   app.add_flag("--list", o->list, "the presets: sizes and variants");
   app.add_flag("--json", o->json, "print JSON with exact numbers");

@@ -42,7 +42,8 @@ CellFormat cell_printable() {
 
 std::string mixers_text(const Json& layer_mixers) {
   std::vector<std::string> layers;
-  for (const auto& l : layer_mixers) layers.push_back(fmt::format("[{}]", fmt::join(l.get<std::vector<std::string>>(), ", ")));
+  for (const auto& l : layer_mixers)
+    layers.push_back(fmt::format("[{}]", fmt::join(l.get<std::vector<std::string>>(), ", ")));
   return fmt::format("{}", fmt::join(layers, " "));
 }
 
@@ -65,7 +66,8 @@ Json parameters_json(const ModelConfig& config) {
   const ParameterReport r = report_parameters(config);
   Json parts = Json::array();
   for (const auto& [part, n] : r.parts) {
-    parts.push_back({{"part", part}, {"parameters", n}, {"share", static_cast<double>(n) / static_cast<double>(r.total)}});
+    parts.push_back(
+        {{"part", part}, {"parameters", n}, {"share", static_cast<double>(n) / static_cast<double>(r.total)}});
   }
   return {{"total", r.total}, {"parts", parts}, {"modes", modes_json(config, r)}};
 }
@@ -76,7 +78,8 @@ Json state_json(const ModelConfig& config, int64_t context, at::ScalarType compu
     fail("the state of {} tokens would pass {:.1e} bytes; ask for a shorter --context", context, kMost);
   }
   const StateBytes b = state_bytes(config, context, compute);
-  return {{"context", context}, {"recurrent", b.recurrent}, {"tails", b.tails}, {"tokens", b.tokens}, {"total", b.total()}};
+  return {
+      {"context", context}, {"recurrent", b.recurrent}, {"tails", b.tails}, {"tokens", b.tokens}, {"total", b.total()}};
 }
 
 std::string flops_text(const Json& report) {
@@ -86,7 +89,8 @@ std::string flops_text(const Json& report) {
     auto at = std::find_if(table.rows.begin(), table.rows.end(), [&](const Json& r) { return r["mode"] == mode; });
     if (at == table.rows.end()) at = table.rows.insert(at, Json{{"mode", mode}});
     const std::string context = grouped(row["context"].get<int64_t>());
-    const auto known = std::any_of(table.columns.begin(), table.columns.end(), [&](const EvalColumn& c) { return c.key == context; });
+    const auto known =
+        std::any_of(table.columns.begin(), table.columns.end(), [&](const EvalColumn& c) { return c.key == context; });
     if (!known) table.columns.push_back({context, context, cell_count()});
     (*at)[context] = row["flops"];
   }
@@ -97,10 +101,11 @@ std::string shape_text(const Json& c) {
   const auto number = [&](const char* key) { return c[key].get<int64_t>(); };
   const int64_t kv = number("num_kv_heads") > 0 ? number("num_kv_heads") : number("num_heads");
   const int64_t V = number("value_head_dim") > 0 ? number("value_head_dim") : number("head_dim");
-  return fmt::format("{} layers of {}{}\nD {}, {} heads ({} of keys and values), K {}, V {}, F {}, vocabulary {} ({})\n", number("num_layers"),
-                     mixers_text(c["layer_mixers"]), c["combine"] == "mean" ? ", averaged" : "", number("hidden_size"), number("num_heads"), kv,
-                     number("head_dim"), V, grouped(number("intermediate_size")), grouped(number("vocab_size")),
-                     c["tie_word_embeddings"].get<bool>() ? "tied" : "a head of its own");
+  return fmt::format(
+      "{} layers of {}{}\nD {}, {} heads ({} of keys and values), K {}, V {}, F {}, vocabulary {} ({})\n",
+      number("num_layers"), mixers_text(c["layer_mixers"]), c["combine"] == "mean" ? ", averaged" : "",
+      number("hidden_size"), number("num_heads"), kv, number("head_dim"), V, grouped(number("intermediate_size")),
+      grouped(number("vocab_size")), c["tie_word_embeddings"].get<bool>() ? "tied" : "a head of its own");
 }
 
 ModelConfig variant_of(const std::string& size, const std::string& variant, const std::vector<std::string>& overrides) {
@@ -111,7 +116,8 @@ ModelConfig variant_of(const std::string& size, const std::string& variant, cons
 
 }  // namespace
 
-Json model_report(const std::string& name, ModelConfig config, const std::vector<int64_t>& contexts, at::ScalarType compute) {
+Json model_report(const std::string& name, ModelConfig config, const std::vector<int64_t>& contexts,
+                  at::ScalarType compute) {
   Json flops = Json::array(), state = Json::array();
   for (const auto& mode : single_modes(config)) {
     for (const int64_t context : contexts) {
@@ -129,16 +135,20 @@ Json model_report(const std::string& name, ModelConfig config, const std::vector
 
 std::string model_text(const Json& report) {
   const Json& p = report["parameters"];
-  std::string out = printable(report["name"].get<std::string>()) + ": " + grouped(p["total"].get<int64_t>()) + " parameters\n";
+  std::string out =
+      printable(report["name"].get<std::string>()) + ": " + grouped(p["total"].get<int64_t>()) + " parameters\n";
   out += shape_text(report["config"]) + "\n";
-  out += format_table({{{"part", "part", cell_text()}, {"parameters", "parameters", cell_grouped()}, {"share", "share", cell_percent()}},
+  out += format_table({{{"part", "part", cell_text()},
+                        {"parameters", "parameters", cell_grouped()},
+                        {"share", "share", cell_percent()}},
                        p["parts"].get<std::vector<Json>>()});
   out += "\n" + format_table({{{"mode", "mode", cell_text()},
                                {"parameters", "uses", cell_grouped()},
                                {"shared", "shared by all modes", cell_grouped()},
                                {"shared_share", "share", cell_percent()}},
                               p["modes"].get<std::vector<Json>>()});
-  out += "\nforward FLOPs of a token that sees so many tokens (training: three times as much)\n" + flops_text(report["flops_per_token"]);
+  out += "\nforward FLOPs of a token that sees so many tokens (training: three times as much)\n" +
+         flops_text(report["flops_per_token"]);
   out += fmt::format("\nstate of one sequence of so many tokens ({} tails, keys and values; recurrent float32)\n",
                      report["state_dtype"].get<std::string>());
   return out + format_table({{{"context", "tokens", cell_grouped()},
@@ -186,8 +196,8 @@ std::string family_text(const Json& report) {
       row = Json{{"variant", ""}};
     }
   }
-  return fmt::format("{}: variants matched to the {} parameters of oryx-gdn by intermediate_size (F)\n", report["size"].get<std::string>(),
-                     grouped(report["reference"].get<int64_t>())) +
+  return fmt::format("{}: variants matched to the {} parameters of oryx-gdn by intermediate_size (F)\n",
+                     report["size"].get<std::string>(), grouped(report["reference"].get<int64_t>())) +
          format_table(table);
 }
 
@@ -231,7 +241,8 @@ std::string list_text(const Json& report) {
 
 Json tensors_report(const SafetensorsReader& file) {
   std::vector<std::pair<std::string, TensorInfo>> tensors(file.tensors().begin(), file.tensors().end());
-  std::stable_sort(tensors.begin(), tensors.end(), [](const auto& a, const auto& b) { return a.second.begin < b.second.begin; });
+  std::stable_sort(tensors.begin(), tensors.end(),
+                   [](const auto& a, const auto& b) { return a.second.begin < b.second.begin; });
   Json list = Json::array();
   uint64_t elements = 0, bytes = 0;
   for (const auto& [name, info] : tensors) {
@@ -240,19 +251,25 @@ Json tensors_report(const SafetensorsReader& file) {
     bytes += size;
     list.push_back({{"name", name}, {"dtype", safetensors_dtype(info.dtype)}, {"shape", info.shape}, {"bytes", size}});
   }
-  return {{"file", file.path()}, {"count", tensors.size()}, {"elements", elements}, {"bytes", bytes}, {"metadata", file.metadata()},
-          {"tensors", list}};
+  return {{"file", file.path()}, {"count", tensors.size()},     {"elements", elements},
+          {"bytes", bytes},      {"metadata", file.metadata()}, {"tensors", list}};
 }
 
 std::string tensors_text(const Json& report) {
-  const CellFormat shape = [](const Json& j) { return fmt::format("[{}]", fmt::join(j.get<std::vector<int64_t>>(), ", ")); };
-  std::string out = fmt::format("{}: {} tensors, {} elements, {}\n", printable(report["file"].get<std::string>()), report["count"].get<int64_t>(),
-                                grouped(report["elements"].get<int64_t>()), human_bytes(report["bytes"].get<double>()));
+  const CellFormat shape = [](const Json& j) {
+    return fmt::format("[{}]", fmt::join(j.get<std::vector<int64_t>>(), ", "));
+  };
+  std::string out = fmt::format("{}: {} tensors, {} elements, {}\n", printable(report["file"].get<std::string>()),
+                                report["count"].get<int64_t>(), grouped(report["elements"].get<int64_t>()),
+                                human_bytes(report["bytes"].get<double>()));
   for (const auto& [key, value] : report["metadata"].items()) {
     out += fmt::format("metadata {} = {}\n", printable(key), printable(value.get<std::string>()));
   }
   return out + "\n" +
-         format_table({{{"name", "tensor", cell_printable()}, {"dtype", "dtype", cell_text()}, {"shape", "shape", shape}, {"bytes", "size", cell_bytes()}},
+         format_table({{{"name", "tensor", cell_printable()},
+                        {"dtype", "dtype", cell_text()},
+                        {"shape", "shape", shape},
+                        {"bytes", "size", cell_bytes()}},
                        report["tensors"].get<std::vector<Json>>()});
 }
 

@@ -1,4 +1,5 @@
-// What `oryx inspect` says: each report is JSON with exact numbers, and the text is made from the JSON, so that the two cannot differ.
+// What `oryx inspect` says: each report is JSON with exact numbers, and the text is made from the JSON, so that the two
+// cannot differ.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,13 +14,15 @@
 
 namespace oryx::cli {
 
-// Parameters by part and by mode, forward FLOPs of a token by mode and context, bytes of state by context. `contexts` are lengths in
-// tokens; `compute` is the type of activations, in which tails, keys and values are kept. Throws Error when the bytes pass 2^62.
-Json model_report(const std::string& name, ModelConfig config, const std::vector<int64_t>& contexts, at::ScalarType compute);
+// Parameters by part and by mode, forward FLOPs of a token by mode and context, bytes of state by context. `contexts`
+// are lengths in tokens; `compute` is the type of activations, in which tails, keys and values are kept. Throws Error
+// when the bytes pass 2^62.
+Json model_report(const std::string& name, ModelConfig config, const std::vector<int64_t>& contexts,
+                  at::ScalarType compute);
 std::string model_text(const Json& report);
 
-// The variants of one size, each with the intermediate_size that matches the parameters of the Oryx (Gated DeltaNet) of that size.
-// `overrides` (key=value) hold for every variant. Throws Error for an unknown size.
+// The variants of one size, each with the intermediate_size that matches the parameters of the Oryx (Gated DeltaNet) of
+// that size. `overrides` (key=value) hold for every variant. Throws Error for an unknown size.
 Json family_report(const std::string& size, const std::vector<std::string>& overrides);
 std::string family_text(const Json& report);
 
