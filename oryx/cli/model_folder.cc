@@ -7,13 +7,13 @@ namespace oryx::cli {
 
 namespace fs = std::filesystem;
 
-namespace {
-
 fs::path model_folder(const fs::path& path) {
   std::error_code ignored;
   if (!fs::exists(path / "model.safetensors", ignored) && fs::is_directory(path / "model", ignored)) return path / "model";
   return path;
 }
+
+namespace {
 
 // A folder that holds a tokeniser, of whatever kind, or "".
 fs::path tokenizer_folder(const fs::path& model, const fs::path& given) {

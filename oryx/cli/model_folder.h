@@ -26,6 +26,9 @@ struct LoadedModel {
   std::string name;                      // the model's folder
 };
 
+// The folder of the model itself: RUN/model for a training run, else `path`.
+std::filesystem::path model_folder(const std::filesystem::path& path);
+
 // Throws Error for a damaged folder, and when tokeniser and model do not fit together.
 LoadedModel load(const ModelArguments& arguments);
 

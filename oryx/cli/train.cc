@@ -40,7 +40,7 @@ void refuse_another_run(const TrainOptions& options, bool resume) {
 
 void run(const Arguments& a) {
   if (a.keys) {
-    cli::print("{}", options_table<TrainOptions>());
+    cli::write(train_options_table());
     return;
   }
   catch_interrupts();

@@ -1,37 +1,14 @@
 // For tests.
 #pragma once
 
-#include <unistd.h>
-
 #include <cstdint>
-#include <filesystem>
 #include <string>
 
 #include "oryx/common/error.h"
 #include "oryx/common/utf8.h"
+#include "tests/support/folder.h"
 
 namespace oryx::test {
-
-// A fresh folder, removed with all it holds.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "oryx_data_XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) fail_errno(name, "create");
-    path_ = name;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-  std::filesystem::path operator/(const std::filesystem::path& name) const { return path_ / name; }
-
- private:
-  std::filesystem::path path_;
-};
 
 // The message of the oryx::Error that `f` throws, or "".
 template <typename F>

@@ -23,11 +23,9 @@ void save_model(const LanguageModel& model, const fs::path& folder) {
   write_file(folder / "config.json", dump_options(model.config()));
 }
 
-void load_parameters(LanguageModel& model, const SafetensorsReader& file) {
-  at::NoGradGuard no_grad;
+void check_parameters(const std::vector<ParameterSpec>& specs, const SafetensorsReader& file) {
   std::set<std::string> expected;
-  for (size_t i = 0; i < model.specs().size(); ++i) {
-    const auto& spec = model.specs()[i];
+  for (const auto& spec : specs) {
     expected.insert(spec.name);
     const auto it = file.tensors().find(spec.name);
     if (it == file.tensors().end()) fail("{}: tensor '{}' is missing; is this the checkpoint of another config?", file.path(), spec.name);
@@ -37,18 +35,26 @@ void load_parameters(LanguageModel& model, const SafetensorsReader& file) {
     if (!at::isFloatingType(it->second.dtype)) {
       fail("{}: tensor '{}' is {}, expected F32, BF16 or F16", file.path(), spec.name, safetensors_dtype(it->second.dtype));
     }
-    at::Tensor parameter = model.parameters()[i];
-    parameter.copy_(file.load(spec.name));
   }
   for (const auto& [name, info] : file.tensors()) {
     if (expected.count(name) == 0) fail("{}: tensor '{}' is not part of the model; is this the checkpoint of another config?", file.path(), name);
   }
 }
 
+void load_parameters(LanguageModel& model, const SafetensorsReader& file) {
+  at::NoGradGuard no_grad;
+  check_parameters(model.specs(), file);
+  for (size_t i = 0; i < model.specs().size(); ++i) {
+    at::Tensor parameter = model.parameters()[i];
+    parameter.copy_(file.load(model.specs()[i].name));
+  }
+}
+
 std::unique_ptr<LanguageModel> load_model(const fs::path& folder, at::ScalarType compute) {
   if (!fs::is_directory(folder)) fail("{}: is no folder, expected one with config.json and model.safetensors", folder.string());
   const ModelConfig config = load_options<ModelConfig>(folder / "config.json");
-  const SafetensorsReader file(folder / "model.safetensors");  // refused before the model's memory is taken
+  const SafetensorsReader file(folder / "model.safetensors");
+  check_parameters(LanguageModel::parameter_specs(config), file);  // refused before the model's memory is taken
   auto model = std::make_unique<LanguageModel>(config, compute);
   load_parameters(*model, file);
   return model;

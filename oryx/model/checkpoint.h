@@ -15,7 +15,10 @@ void save_model(const LanguageModel& model, const std::filesystem::path& folder)
 // Reads a folder written by save_model. Throws Error naming file, key or tensor for anything missing, extra, of another shape or dtype.
 std::unique_ptr<LanguageModel> load_model(const std::filesystem::path& folder, at::ScalarType compute = at::kFloat);
 
-// Copies the file's tensors into the parameters; every parameter must be there with its shape in F32, BF16 or F16, and nothing else.
+// Throws Error unless the file holds every parameter, with its shape, in F32, BF16 or F16 (F64 for checks), and nothing else.
+void check_parameters(const std::vector<ParameterSpec>& specs, const SafetensorsReader& file);
+
+// Copies the file's tensors into the parameters; throws as check_parameters does.
 void load_parameters(LanguageModel& model, const SafetensorsReader& file);
 
 // A list of named parameters, in order.

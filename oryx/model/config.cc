@@ -48,6 +48,10 @@ void ModelConfig::validate() const {
   }
   if (l.query_conv && !l.conv) fail("query_conv is on but conv is off; switch conv on, or query_conv off");
   if (l.combine == "mean" && !l.head_norm) fail("combine 'mean' averages head-normalised outputs; switch head_norm on");
+  double parameters = 0;
+  for (const auto& spec : LanguageModel::parameter_specs(*this)) parameters += static_cast<double>(spec.numel());
+  // Beyond, counts of FLOPs and bytes would leave 64 bits.
+  if (parameters > 1e15) fail("the model would have {:.2g} parameters, expected at most 1e15; check the sizes", parameters);
 }
 
 namespace {

@@ -106,4 +106,9 @@ TrainOptions load_train_options(const std::filesystem::path& file, const std::ve
   return o;
 }
 
+std::string train_options_table() {
+  const std::string all = options_table<TrainOptions>();
+  return all.substr(0, all.find("| `model."));  // the group stands last
+}
+
 }  // namespace oryx

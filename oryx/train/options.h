@@ -44,4 +44,7 @@ struct TrainOptions {
 // the data set's, rounded up to a multiple of 64, unless model.vocab_size is given. Throws Error.
 TrainOptions load_train_options(const std::filesystem::path& file, const std::vector<std::string>& overrides, int64_t data_vocab_size = 0);
 
+// The keys as a Markdown table, but for model.*, which docs/model.md lists.
+std::string train_options_table();
+
 }  // namespace oryx
