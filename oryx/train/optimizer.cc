@@ -24,23 +24,28 @@ double Optimizer::gradient_norm() const {
 void Optimizer::step(double lr, double grad_scale) {
   at::NoGradGuard no_grad;
   ++steps_;
-  for (size_t i = 0; i < parameters_.size(); ++i) {
-    ops::AdamwOptions o = options_;
-    o.lr = lr;
-    if (!specs_[i].weight_decay) o.weight_decay = 0;
-    const at::Tensor g = parameters_[i].grad();
-    ops::adamw_step(parameters_[i], g.defined() ? g : at::zeros_like(parameters_[i]), m_[i], v_[i], steps_, o, grad_scale);
-  }
+  ops::AdamwOptions o = options_;
+  o.lr = lr;
+  step_group(true, o, grad_scale);
+  o.weight_decay = 0;
+  step_group(false, o, grad_scale);
 }
 
-void Optimizer::zero_gradients() {
-  for (auto& p : parameters_) {
-    if (p.grad().defined()) {
-      p.mutable_grad().zero_();
-    } else {
-      p.mutable_grad() = at::zeros_like(p);
-    }
+void Optimizer::step_group(bool decays, const ops::AdamwOptions& options, double grad_scale) {
+  std::vector<at::Tensor> parameters, gradients, m, v;
+  for (size_t i = 0; i < parameters_.size(); ++i) {
+    if (specs_[i].weight_decay != decays) continue;
+    const at::Tensor& g = parameters_[i].grad();
+    parameters.push_back(parameters_[i]);
+    gradients.push_back(g.defined() ? g : at::zeros_like(parameters_[i]));
+    m.push_back(m_[i]);
+    v.push_back(v_[i]);
   }
+  ops::adamw_step_all(parameters, gradients, m, v, steps_, options, grad_scale);
+}
+
+void Optimizer::clear_gradients() {
+  for (auto& p : parameters_) p.mutable_grad().reset();
 }
 
 NamedTensors Optimizer::state() const {

@@ -21,8 +21,9 @@ class Optimizer {
   double gradient_norm() const;
   // One step from .grad times `grad_scale`; a parameter without a gradient counts as one with a zero gradient.
   void step(double lr, double grad_scale);
-  // Sets every .grad to zero (made where it is missing), so that later backward passes accumulate.
-  void zero_gradients();
+  // Drops every .grad: the next backward pass's gradients become .grad as they are, later ones accumulate. Filling with zeros
+  // instead would cost two passes over as much memory as the parameters take.
+  void clear_gradients();
 
   int64_t steps() const { return steps_; }
   NamedTensors state() const;  // "m.<parameter>", "v.<parameter>"
@@ -30,6 +31,8 @@ class Optimizer {
   void load(const SafetensorsReader& file, int64_t steps);
 
  private:
+  void step_group(bool decays, const ops::AdamwOptions& options, double grad_scale);
+
   std::vector<ParameterSpec> specs_;
   std::vector<at::Tensor> parameters_, m_, v_;
   ops::AdamwOptions options_;

@@ -10,7 +10,7 @@ namespace oryx {
 StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchSource& source, const ModelSchedule& schedule, double lr, uint64_t seed,
                       int64_t step, const StepOptions& options) {
   StepResult result;
-  optimizer.zero_gradients();
+  optimizer.clear_gradients();
   uint64_t sequence = 0;  // counts through the batches of the step, so that no two sequences share their draws
   for (int64_t i = 0; i < options.accumulate; ++i) {
     TrainBatch batch = source.next();

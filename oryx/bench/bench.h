@@ -1,0 +1,66 @@
+// The benchmarks of `oryx bench`: how fast and how large a model is on the machine at hand. Random weights and random tokens: neither
+// changes the time.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "oryx/common/json.h"
+#include "oryx/eval/task.h"
+#include "oryx/model/config.h"
+
+namespace oryx {
+
+struct BenchResult {
+  EvalTable table;
+  Json options;
+};
+
+struct BenchModel {
+  std::string preset;
+  std::string precision = "float32";  // of activations: float32 or bfloat16; parameters are float32
+  ModelConfig config() const { return oryx::preset(preset); }
+  at::ScalarType compute() const { return precision == "bfloat16" ? at::kBFloat16 : at::kFloat; }
+};
+
+struct StepBenchOptions {
+  BenchModel model;
+  std::string schedule = "linear";
+  int64_t batch_size = 2, seq_len = 512;
+  int64_t warmup = 2, repeat = 5;
+};
+// A full training step: forward, loss, backward, clipping, AdamW. One row: step_ms (median), min_ms, tokens_per_second, gflops (three
+// times the forward's, over the median), peak_bytes, all_ms.
+BenchResult bench_step(const StepBenchOptions& options);
+
+struct ForwardBenchOptions {
+  BenchModel model;
+  std::string schedule = "linear";
+  std::vector<int64_t> lengths = {1024, 4096, 16384, 65536};
+  int64_t piece = 0;  // tokens of one pass, with a state, as generation reads a prompt; 0: one pass over all, without a state
+  int64_t repeat = 1;
+};
+// A forward without gradients at each length. Rows: tokens, ms (median), memory_bytes (peak above what the process held before),
+// state_bytes, and both per token relative to the first length (1 is proportional).
+BenchResult bench_forward(const ForwardBenchOptions& options);
+
+struct DecodeBenchOptions {
+  BenchModel model;
+  std::string schedule = "linear";
+  std::vector<int64_t> contexts = {512, 2048, 8192};
+  int64_t tokens = 16;  // decoded at each context
+};
+// Token by token behind each of the contexts. Rows: context, ms_per_token (median), relative to the first, predicted_bytes and
+// measured_bytes of state (see StateBytes).
+BenchResult bench_decode(const DecodeBenchOptions& options);
+
+struct AttentionBenchOptions {
+  int64_t length = 8192, heads = 12, head_dim = 64;
+  int64_t repeat = 3;
+};
+// The span attention operator alone, float32, no gradients. Rows: case (full causal, last 10% of the queries, a quarter of the 256-token
+// chunks), ms (median), relative to full causal, and the attended area relative to full causal.
+BenchResult bench_attention(const AttentionBenchOptions& options);
+
+}  // namespace oryx

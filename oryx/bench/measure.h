@@ -1,0 +1,33 @@
+// What every benchmark of the program measures with: clocks, memory, and what the machine is.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "oryx/common/json.h"
+
+namespace oryx {
+
+struct Times {
+  std::vector<double> seconds;  // one a repetition, in the order taken
+  double median() const;
+  double min() const;
+};
+
+// Seconds of one call.
+double time_once(const std::function<void()>& f);
+// `warmup` calls that are not counted, then `repeat` that are. Throws Interrupted between calls after Ctrl-C.
+Times time_repeated(int64_t warmup, int64_t repeat, const std::function<void()>& f);
+
+// Bytes of this process in memory now, and the most since reset_peak_memory() (or since it began).
+int64_t resident_memory();
+int64_t peak_memory();
+// Hands freed memory back and starts the peak anew. False where the system cannot (it wants Linux's /proc/self/clear_refs): the peak
+// then stays that of the whole run.
+bool reset_peak_memory();
+
+// Processor, cores, threads in use, memory, load average, versions: what a figure is worth nothing without.
+Json describe_machine();
+
+}  // namespace oryx

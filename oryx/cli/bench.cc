@@ -1,0 +1,95 @@
+// oryx bench step|forward|decode|attention: how fast and how large models are on this machine.
+#include "oryx/bench/bench.h"
+
+#include "oryx/bench/measure.h"
+#include "oryx/cli/command.h"
+#include "oryx/common/error.h"
+#include "oryx/common/file.h"
+#include "oryx/common/interrupt.h"
+#include "oryx/common/progress.h"
+
+namespace oryx::cli {
+
+namespace {
+
+void report(const std::string& name, const BenchResult& result, const Json& machine, const std::string& json) {
+  check_finite(result.table);
+  print("{}, {} threads of {} cores, load {:.1f} at the start, libtorch {}\n", machine["processor"].get<std::string>(), machine["threads"].dump(),
+        machine["cores"].dump(), machine["load_average"].is_null() ? 0.0 : machine["load_average"].get<double>(),
+        machine["libtorch"].get<std::string>());
+  write(format_table(result.table));
+  flush();
+  if (json.empty()) return;
+  const Json all = {{"benchmark", name}, {"machine", machine}, {"options", result.options}, {"rows", result.table.rows}};
+  write_file(json, all.dump(2) + "\n");
+}
+
+// Adds --json and what runs the benchmark.
+template <class Options>
+void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(const Options&)) {
+  auto json = std::make_shared<std::string>();
+  app.add_option("--json", *json, "write the results there too")->type_name("FILE");
+  app.callback([o, json, bench, name = app.get_name()] {
+    // Found out before the work, not after it.
+    if (!json->empty() && !std::filesystem::is_directory(std::filesystem::absolute(*json).parent_path())) {
+      fail("{}: cannot write, there is no such folder", *json);
+    }
+    catch_interrupts();
+    const Json machine = describe_machine();
+    report(name, bench(*o), machine, *json);
+  });
+}
+
+void add_model(CLI::App& app, BenchModel& model, std::string& schedule) {
+  app.add_option("PRESET", model.preset, "SIZE or SIZE-VARIANT: 130m, 130m-transformer")->required();
+  app.add_option("--dtype", model.precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+  app.add_option("--schedule", schedule, "which mixer processes which token (docs/modes.md)")->capture_default_str();
+}
+
+CLI::Option* add_count(CLI::App& app, const char* name, int64_t& value, const char* help, int64_t least = 1) {
+  return app.add_option(name, value, help)->check(CLI::Range(least, int64_t{1} << 30))->capture_default_str()->type_name("N");
+}
+
+// A list in ascending order, written 1024,4096.
+void add_list(CLI::App& app, const char* name, std::vector<int64_t>& values, const char* help) {
+  app.add_option(name, values, help)->delimiter(',')->check(CLI::Range(int64_t{1}, int64_t{1} << 30))->capture_default_str()->type_name("N,N,...");
+}
+
+ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app) {
+  app.require_subcommand(1);
+
+  CLI::App& step = *app.add_subcommand("step", "time of a training step");
+  auto s = std::make_shared<StepBenchOptions>();
+  add_model(step, s->model, s->schedule);
+  add_count(step, "--batch", s->batch_size, "rows");
+  add_count(step, "--seq-len", s->seq_len, "tokens of a row");
+  add_count(step, "--repeat", s->repeat, "steps that are timed");
+  add_count(step, "--warmup", s->warmup, "steps before them", 0);
+  finish(step, s, bench_step);
+
+  CLI::App& forward = *app.add_subcommand("forward", "time and memory of a forward pass against length");
+  auto f = std::make_shared<ForwardBenchOptions>();
+  add_model(forward, f->model, f->schedule);
+  add_list(forward, "--lengths", f->lengths, "tokens");
+  add_count(forward, "--piece", f->piece, "tokens of one pass, with a state, as generation reads a prompt; 0: one pass, no state", 0);
+  add_count(forward, "--repeat", f->repeat, "passes at each length");
+  finish(forward, f, bench_forward);
+
+  CLI::App& decode = *app.add_subcommand("decode", "time of one token and bytes of state against context");
+  auto d = std::make_shared<DecodeBenchOptions>();
+  add_model(decode, d->model, d->schedule);
+  add_list(decode, "--contexts", d->contexts, "tokens before, ascending");
+  add_count(decode, "--tokens", d->tokens, "decoded at each context");
+  finish(decode, d, bench_decode);
+
+  CLI::App& attention = *app.add_subcommand("attention", "time of span attention against the attended area");
+  auto a = std::make_shared<AttentionBenchOptions>();
+  add_count(attention, "--length", a->length, "tokens", 2);
+  add_count(attention, "--heads", a->heads, "heads");
+  add_count(attention, "--head-dim", a->head_dim, "their width");
+  add_count(attention, "--repeat", a->repeat, "runs of each case");
+  finish(attention, a, bench_attention);
+});
+
+}  // namespace
+}  // namespace oryx::cli
