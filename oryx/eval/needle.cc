@@ -109,6 +109,7 @@ class NeedleEvalTask : public EvalTask {
     }
     for (const auto& s : list) check_schedule(config, s);
     const NeedleTask task(*subject.tokenizer, kind_, kind_ == NeedleKind::noise ? std::vector<std::string>{} : read_hay(hay_));
+    for (const int64_t length : lengths_) task.example(length, 0, static_cast<uint64_t>(seed_), 0);  // refused before the work begins
     EvalTable table{columns(), {}};
     for (const auto& s : list) {
       for (const int64_t length : lengths_) {

@@ -45,15 +45,6 @@ std::shared_ptr<const Routing> route_queries(const std::vector<std::string>& mix
   return std::make_shared<Routing>(B, T, mixers, std::move(spans));
 }
 
-void check(const LanguageModel& model, const RecallOptions& task, const RecallEvaluation& e) {
-  oryx::check(task);
-  if (task.vocab_size() > model.config().vocab_size) {
-    fail("recall: {} key, {} value and {} filler symbols need a vocabulary of {}, the model's is {}", task.key_symbols, task.value_symbols,
-         task.filler_symbols, task.vocab_size(), model.config().vocab_size);
-  }
-  if (e.examples < 1 || e.batch_size < 1) fail("recall: {} examples, {} at a time, expected at least one of each", e.examples, e.batch_size);
-}
-
 // Adds a batch's answers to `r`.
 void score(const LanguageModel& model, const RecallBatch& batch, const Routings& routing, RecallResult& r) {
   ModelInput input;
@@ -108,8 +99,17 @@ std::vector<std::shared_ptr<const Routing>> RecallRouting::route(const RecallBat
   return parts_->schedule->route(row_pieces(B, T, context), B, T);
 }
 
+void check_recall(const ModelConfig& config, const RecallOptions& task) {
+  check(task);
+  if (task.vocab_size() > config.vocab_size) {
+    fail("recall: {} key, {} value and {} filler symbols need a vocabulary of {}, the model's is {}", task.key_symbols, task.value_symbols,
+         task.filler_symbols, task.vocab_size(), config.vocab_size);
+  }
+}
+
 RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& task, const RecallEvaluation& e) {
-  check(model, task, e);
+  check_recall(model.config(), task);
+  if (e.examples < 1 || e.batch_size < 1) fail("recall: {} examples, {} at a time, expected at least one of each", e.examples, e.batch_size);
   at::NoGradGuard no_grad;
   const auto start = std::chrono::steady_clock::now();
   const RecallRouting modes(model.config(), e.schedule);

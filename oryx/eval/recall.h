@@ -52,6 +52,9 @@ struct RecallResult {
   double nats() const { return nll_sum / static_cast<double>(queries); }
 };
 
+// Throws Error when the task's numbers do not fit together, or its symbols the model's vocabulary.
+void check_recall(const ModelConfig& config, const RecallOptions& task);
+
 // A query is right when the likeliest token (of the whole vocabulary) after its key is its value. Throws Error when the task does not
 // fit the model's vocabulary or a logit is not finite, and Interrupted after Ctrl-C.
 RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& task, const RecallEvaluation& evaluation = {});

@@ -26,7 +26,7 @@ class RecallTask : public EvalTask {
     const auto list = schedules.empty() ? default_schedules(config) : schedules;
     for (const auto& s : list) RecallRouting(config, s);
     for (const int64_t pairs : pairs_) {
-      for (const int64_t length : lengths_) check(kind(pairs, length));
+      for (const int64_t length : lengths_) check_recall(config, kind(pairs, length));
     }
     EvalTable table{columns(), {}};
     for (const auto& s : list) {

@@ -105,7 +105,7 @@ TEST(Session, PiecesGiveTheWhole) {
   for (const auto& text : kSchedules) {
     const ModelSchedule schedule(m->config(), text);
     const at::Tensor expected = whole(*m, schedule, ids, 70, 3);
-    for (const int64_t piece : {1, 3, 16, 64, 200}) {
+    for (const int64_t piece : {3, 16, 200}) {
       Session session(*m, schedule, {.prompt_length = 70, .tokens = 83, .piece = piece, .seed = 3});
       const at::Tensor first = session.extend(std::span(ids).first(50), 20);
       const at::Tensor second = session.extend(std::span(ids).subspan(50), 33);

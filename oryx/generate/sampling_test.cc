@@ -18,7 +18,8 @@ at::Tensor logits_of(const std::vector<double>& probabilities) { return at::tens
 
 std::vector<double> frequencies(const at::Tensor& logits, const SamplingOptions& options, int64_t draws) {
   std::vector<double> f(static_cast<size_t>(logits.numel()), 0);
-  for (int64_t i = 0; i < draws; ++i) f[static_cast<size_t>(sample_token(logits, options, static_cast<uint64_t>(i)))] += 1.0 / static_cast<double>(draws);
+  for (int64_t i = 0; i < draws; ++i) f[static_cast<size_t>(sample_token(logits, options, static_cast<uint64_t>(i)))] += 1;
+  for (double& x : f) x /= static_cast<double>(draws);
   return f;
 }
 
