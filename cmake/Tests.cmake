@@ -9,7 +9,7 @@ include(GoogleTest)
 add_library(oryx_test_support STATIC tests/support/main.cc)
 file(GLOB _support CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/support/*.cc")
 target_sources(oryx_test_support PRIVATE ${_support})
-target_link_libraries(oryx_test_support PUBLIC oryx oryx_options GTest::gtest GTest::gmock)
+target_link_libraries(oryx_test_support PUBLIC oryx oryx_options GTest::gtest GTest::gmock PkgConfig::ZSTD)
 target_include_directories(oryx_test_support PUBLIC "${CMAKE_SOURCE_DIR}")
 target_compile_definitions(oryx_test_support PUBLIC
   ORYX_SOURCE_DIR="${CMAKE_SOURCE_DIR}" ORYX_PROGRAM="${CMAKE_BINARY_DIR}/oryx")
