@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "oryx/common/file.h"
+#include "oryx/common/options.h"
 #include "oryx/model/checkpoint.h"
 #include "tests/support/folder.h"
 #include "tests/support/program.h"
