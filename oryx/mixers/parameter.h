@@ -26,7 +26,7 @@ struct ParameterSpec {
   Init init = Init::kNormal;
   bool weight_decay = true;
   std::string part;        // what `oryx inspect` counts it under: "embedding", "key/value", "query", "norm" ...
-  std::string mixer = {};  // the one mixer that uses it, or "" when all do
+  std::vector<std::string> mixers = {};  // that use it; empty: all do
 
   int64_t numel() const {
     int64_t n = 1;

@@ -16,7 +16,8 @@ const std::string& effective(const std::vector<std::string>& layer_mixers, const
 }
 
 bool used_in(const ParameterSpec& spec, const ModelConfig& c, const std::vector<std::string>& layer_mixers, const std::string& mixer) {
-  return spec.mixer.empty() || c.layer.combine == "mean" || spec.mixer == effective(layer_mixers, mixer);
+  if (spec.mixers.empty() || c.layer.combine == "mean") return true;
+  return std::find(spec.mixers.begin(), spec.mixers.end(), effective(layer_mixers, mixer)) != spec.mixers.end();
 }
 
 // Layers of one kind are counted once.
@@ -31,12 +32,11 @@ double weight_flops(const ModelConfig& c, const MultiMixerLayer& layer, const st
   double flops = 0;
   for (const auto& spec : layer.parameters()) {
     bool used = used_in(spec, c, layer.mixer_names(), mixer);
-    if (!used) {
-      // A linear mixer's decay works at every token; so does its query where a convolution runs over it.
-      const auto& names = layer.mixer_names();
-      const auto m = static_cast<size_t>(std::find(names.begin(), names.end(), spec.mixer) - names.begin());
-      const bool linear = m < names.size() && layer.mixer(m).advances_everywhere();
-      used = linear && (spec.part != "query" || c.layer.query_conv);
+    // A linear mixer's decay works at every token; so does its query where a convolution runs over it.
+    const auto& names = layer.mixer_names();
+    for (size_t m = 0; m < names.size() && !used; ++m) {
+      const bool its_own = std::find(spec.mixers.begin(), spec.mixers.end(), names[m]) != spec.mixers.end();
+      used = its_own && layer.mixer(m).advances_everywhere() && (spec.part != "query" || c.layer.query_conv);
     }
     if (used) flops += 2.0 * static_cast<double>(spec.numel());
   }

@@ -55,7 +55,7 @@ std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
   p.push_back({prefix_ + "norm1.weight", {c.hidden_size}, Init::kOnes, false, "norm"});
   for (size_t i = 0; i < groups_.size(); ++i) {
     const auto& g = groups_[i];
-    const std::string owner = config_.share_kv ? "" : names_[i];
+    const auto owner = config_.share_kv ? std::vector<std::string>{} : std::vector<std::string>{names_[i]};
     p.push_back({m + g.prefix + "k_proj.weight", {c.key_width(), c.hidden_size}, Init::kNormal, true, "key and value", owner});
     p.push_back({m + g.prefix + "v_proj.weight", {c.value_width(), c.hidden_size}, Init::kNormal, true, "key and value", owner});
     if (!c.conv) continue;
@@ -65,14 +65,17 @@ std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
   if (c.gate) p.push_back({m + "g_proj.weight", {c.output_width(), c.hidden_size}, Init::kNormal, true, "gate"});
   for (size_t i = 0; i < names_.size(); ++i) {
     const bool first = std::none_of(queries_.begin(), queries_.begin() + static_cast<int64_t>(i), [&](const Query& q) { return q.name == queries_[i].name; });
-    const bool shared = config_.share_query;
-    if (first) p.push_back({m + queries_[i].name, {c.query_width(), c.hidden_size}, Init::kNormal, true, "query", shared ? "" : names_[i]});
+    std::vector<std::string> readers;
+    for (size_t j = 0; j < names_.size() && !config_.share_query; ++j) {
+      if (queries_[j].name == queries_[i].name) readers.push_back(names_[j]);
+    }
+    if (first) p.push_back({m + queries_[i].name, {c.query_width(), c.hidden_size}, Init::kNormal, true, "query", readers});
     if (c.query_conv && mixers_[i]->advances_everywhere()) {
-      p.push_back({m + names_[i] + ".q_conv.weight", {c.query_width(), c.conv_kernel}, Init::kConv, false, "convolution", names_[i]});
+      p.push_back({m + names_[i] + ".q_conv.weight", {c.query_width(), c.conv_kernel}, Init::kConv, false, "convolution", {names_[i]}});
     }
     for (ParameterSpec own : mixers_[i]->parameters()) {
       own.name = m + names_[i] + "." + own.name;
-      own.mixer = names_[i];
+      own.mixers = {names_[i]};
       p.push_back(own);
     }
   }
