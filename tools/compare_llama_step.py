@@ -5,7 +5,8 @@
 
 Same shape (hidden 768, 12 layers, 12 heads, feed-forward 2048, vocabulary 32000, tied), same libtorch version, same threads. A step is
 forward, loss, backward, clip_grad_norm_(1.0) and AdamW; of torch's forms of AdamW and attention the fastest is taken. The two programs
-take turns (never at once), so that what else the machine does falls on both; the ratio is that of the medians.
+take turns (never at once), so that what else the machine does falls on both; ratios are those of the medians, of elapsed time and of
+the processor's time in all threads (which moves less on a busy machine).
 """
 import argparse, json, os, statistics, subprocess, sys, tempfile, time
 
@@ -15,6 +16,7 @@ parser.add_argument("--threads", type=int, default=os.cpu_count())
 parser.add_argument("--batch", type=int, default=2)
 parser.add_argument("--seq-len", type=int, default=512)
 parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
+parser.add_argument("--tries", type=int, default=2, help="timed steps of each form of AdamW and attention")
 parser.add_argument("--repeat", type=int, default=3, help="timed steps of a turn")
 parser.add_argument("--schedule", default="random(attention=0.25;chunk=64)", help="of the Oryx model that is timed as well")
 parser.add_argument("--json", help="write the results there too")
@@ -46,14 +48,14 @@ class Peer:
 
     def step(self):
         ids = torch.randint(0, SHAPE["vocab_size"], (args.batch, args.seq_len))
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         loss.item()
-        return 1e3 * (time.perf_counter() - begin)
+        return 1e3 * (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu_begin)
 
     def times(self, count, warmup=1):
         for _ in range(warmup):
@@ -78,7 +80,7 @@ def main():
     forms = {}
     for adamw, attention in [("fused", "sdpa"), ("foreach", "sdpa"), ("loop", "sdpa"), ("fused", "eager")]:
         peer.use(adamw, attention)
-        forms[adamw, attention] = min(peer.times(2))
+        forms[adamw, attention] = min(peer.times(args.tries))[0]
     best = min(forms, key=forms.get)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {args.threads} threads, load {os.getloadavg()[0]:.1f}")
     print("transformers, ms: " + ", ".join(f"{a} AdamW with {m} {t:.0f}" for (a, m), t in forms.items()) + f"; taken: {best[0]} with {best[1]}")
@@ -91,20 +93,24 @@ def main():
             row, machine = oryx_times(preset, schedule, args.repeat)
             if preset == "130m-transformer" and row["parameters"] != count:
                 sys.exit(f"the models differ: {row['parameters']} parameters in 130m-transformer, {count} in transformers")
-            times[name] += row["all_ms"]
-        print(f"turn {turn + 1}: " + ", ".join(f"{n} {statistics.median(t[-args.repeat:]):.0f} ms" for n, t in times.items()), flush=True)
+            times[name] += zip(row["all_ms"], row["all_cpu_ms"])
+        turn_medians = {n: statistics.median(x[0] for x in t[-args.repeat:]) for n, t in times.items()}
+        print(f"turn {turn + 1}: " + ", ".join(f"{n} {t:.0f} ms" for n, t in turn_medians.items()), flush=True)
 
-    medians = {n: statistics.median(t) for n, t in times.items()}
-    for name, t in times.items():
-        print(f"{name:18} median {medians[name]:8.1f} ms   min {min(t):8.1f} ms")
-    ratio = medians["oryx transformer"] / medians["transformers"]
-    mixed = medians["oryx 1:3"] / medians["oryx transformer"]
-    print(f"{count} parameters in both; oryx transformer / transformers {ratio:.3f}; oryx 1:3 / oryx transformer {mixed:.3f}")
+    ratios = {}
+    for i, kind in enumerate(["time", "processor time"]):
+        medians = {n: statistics.median(x[i] for x in t) for n, t in times.items()}
+        for name, t in times.items():
+            print(f"{name:18} {kind}: median {medians[name]:8.1f} ms, least {min(x[i] for x in t):8.1f} ms")
+        ratios[kind] = {"oryx transformer / transformers": medians["oryx transformer"] / medians["transformers"],
+                        "oryx 1:3 / oryx transformer": medians["oryx 1:3"] / medians["oryx transformer"]}
+        print(f"{kind}: " + ", ".join(f"{n} {r:.3f}" for n, r in ratios[kind].items()))
+    print(f"{count} parameters in both transformers; load {os.getloadavg()[0]:.1f}")
     if args.json:
         with open(args.json, "w") as f:
             json.dump({"machine": machine, "torch": torch.__version__, "transformers": transformers.__version__, "load": os.getloadavg(),
                        "parameters": count, "forms_ms": {f"{a} {m}": t for (a, m), t in forms.items()}, "taken": best, "times_ms": times,
-                       "median_ms": medians, "ratio_transformer": ratio, "ratio_mixed": mixed}, f, indent=2)
+                       "ratios": ratios}, f, indent=2)
 
 
 if __name__ == "__main__":

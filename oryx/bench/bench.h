@@ -30,8 +30,8 @@ struct StepBenchOptions {
   int64_t batch_size = 2, seq_len = 512;
   int64_t warmup = 2, repeat = 5;
 };
-// A full training step: forward, loss, backward, clipping, AdamW. One row: step_ms (median), min_ms, tokens_per_second, gflops (three
-// times the forward's, over the median), peak_bytes, all_ms.
+// A full training step: forward, loss, backward, clipping, AdamW. One row: step_ms (median), min_ms, cpu_ms (of the processor, all threads), tokens_per_second, gflops (three
+// times the forward's, over the median), peak_bytes, and every step's times in all_ms and all_cpu_ms.
 BenchResult bench_step(const StepBenchOptions& options);
 
 struct ForwardBenchOptions {

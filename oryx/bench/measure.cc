@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
+#include <ctime>
 #include <fstream>
 #include <string>
 #include <thread>
@@ -38,33 +39,34 @@ int64_t status_bytes(const std::string& key) {
   return std::strtoll(value.c_str(), nullptr, 10) * 1024;
 }
 
+double median_of(std::vector<double> x) {
+  TORCH_CHECK(!x.empty(), "no times");
+  std::sort(x.begin(), x.end());
+  const size_t n = x.size();
+  return n % 2 == 1 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
+}
+
 }  // namespace
 
-double Times::median() const {
-  TORCH_CHECK(!seconds.empty(), "no times");
-  std::vector<double> sorted = seconds;
-  std::sort(sorted.begin(), sorted.end());
-  const size_t n = sorted.size();
-  return n % 2 == 1 ? sorted[n / 2] : (sorted[n / 2 - 1] + sorted[n / 2]) / 2;
-}
+double Times::median() const { return median_of(seconds); }
+
+double Times::cpu_median() const { return median_of(cpu_seconds); }
 
 double Times::min() const {
   TORCH_CHECK(!seconds.empty(), "no times");
   return *std::min_element(seconds.begin(), seconds.end());
 }
 
-double time_once(const std::function<void()>& f) {
-  const auto start = std::chrono::steady_clock::now();
-  f();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 Times time_repeated(int64_t warmup, int64_t repeat, const std::function<void()>& f) {
   Times times;
   for (int64_t i = 0; i < warmup + repeat; ++i) {
     check_interrupt();
-    const double seconds = time_once(f);
-    if (i >= warmup) times.seconds.push_back(seconds);
+    const auto start = std::chrono::steady_clock::now();
+    const std::clock_t cpu_start = std::clock();
+    f();
+    if (i < warmup) continue;
+    times.cpu_seconds.push_back(static_cast<double>(std::clock() - cpu_start) / CLOCKS_PER_SEC);
+    times.seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return times;
 }

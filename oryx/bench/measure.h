@@ -10,13 +10,13 @@
 namespace oryx {
 
 struct Times {
-  std::vector<double> seconds;  // one a repetition, in the order taken
+  std::vector<double> seconds;      // one a repetition, in the order taken
+  std::vector<double> cpu_seconds;  // of the processor, all threads together: moves less than `seconds` where others work too
   double median() const;
   double min() const;
+  double cpu_median() const;
 };
 
-// Seconds of one call.
-double time_once(const std::function<void()>& f);
 // `warmup` calls that are not counted, then `repeat` that are. Throws Interrupted between calls after Ctrl-C.
 Times time_repeated(int64_t warmup, int64_t repeat, const std::function<void()>& f);
 

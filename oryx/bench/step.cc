@@ -59,12 +59,14 @@ BenchResult bench_step(const StepBenchOptions& o) {
   const Times times = time_repeated(o.warmup, o.repeat, [&] {
     if (train_step(model, optimizer, source, schedule, 1e-4, 0, ++step, {}).skipped) fail("the gradient of step {} is not finite", step);
   });
-  std::vector<double> all;
+  std::vector<double> all, all_cpu;
   for (const double s : times.seconds) all.push_back(1e3 * s);
+  for (const double s : times.cpu_seconds) all_cpu.push_back(1e3 * s);
   const auto tokens = static_cast<double>(o.batch_size * o.seq_len);
   BenchResult result;
   result.table.columns = {{"preset", "preset", cell_text()},           {"schedule", "schedule", cell_text()},
                           {"step_ms", "step ms", cell_fixed(1)},       {"min_ms", "min ms", cell_fixed(1)},
+                          {"cpu_ms", "processor ms", cell_fixed(1)},
                           {"tokens_per_second", "tokens/s", cell_fixed(1)}, {"gflops", "GFLOP/s", cell_fixed(1)},
                           {"peak_bytes", "peak memory", cell_bytes()}};
   result.table.rows.push_back({{"preset", o.model.preset},
@@ -72,10 +74,12 @@ BenchResult bench_step(const StepBenchOptions& o) {
                                {"parameters", count_parameters(config)},
                                {"step_ms", 1e3 * times.median()},
                                {"min_ms", 1e3 * times.min()},
+                               {"cpu_ms", 1e3 * times.cpu_median()},
                                {"tokens_per_second", tokens / times.median()},
                                {"gflops", 1e-9 * flops / times.median()},
                                {"peak_bytes", peak_memory()},
-                               {"all_ms", all}});
+                               {"all_ms", all},
+                               {"all_cpu_ms", all_cpu}});
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedule", o.schedule}, {"batch", o.batch_size},
                     {"seq_len", o.seq_len},     {"warmup", o.warmup},         {"repeat", o.repeat}};
   return result;
