@@ -18,6 +18,7 @@ parser.add_argument("--seq-len", type=int, default=512)
 parser.add_argument("--rounds", type=int, default=5, help="turns of each program")
 parser.add_argument("--tries", type=int, default=2, help="timed steps of each form of AdamW and attention")
 parser.add_argument("--repeat", type=int, default=3, help="timed steps of a turn")
+parser.add_argument("--forms", default="fused+sdpa,foreach+sdpa,loop+sdpa,fused+eager", help="of AdamW and attention to choose from")
 parser.add_argument("--schedule", default="random(attention=0.25;chunk=64)", help="of the Oryx model that is timed as well")
 parser.add_argument("--json", help="write the results there too")
 args = parser.parse_args()
@@ -78,7 +79,7 @@ def main():
     peer = Peer()
     count = sum(p.numel() for p in {id(p): p for p in peer.parameters}.values())
     forms = {}
-    for adamw, attention in [("fused", "sdpa"), ("foreach", "sdpa"), ("loop", "sdpa"), ("fused", "eager")]:
+    for adamw, attention in (form.split("+") for form in args.forms.split(",")):
         peer.use(adamw, attention)
         forms[adamw, attention] = min(peer.times(args.tries))[0]
     best = min(forms, key=forms.get)
