@@ -22,6 +22,7 @@ function(oryx_add_tests room)
   add_executable(test_${room} ${ARGN})
   target_link_libraries(test_${room} PRIVATE oryx_test_support)
   target_precompile_headers(test_${room} REUSE_FROM oryx)
+  add_dependencies(test_${room} oryx_plugins)
   set_target_properties(test_${room} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
   gtest_discover_tests(test_${room} DISCOVERY_MODE PRE_TEST WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}" PROPERTIES TIMEOUT 300
     # Two tests at once on two cores: threads that spin while they wait would steal from each other.

@@ -59,7 +59,7 @@ TEST(Program, UnknownCommand) {
 
 TEST(Program, ThreadsMustBeAPositiveNumber) {
   for (const char* bad : {"0", "-1", "two", "1.5", "99999999999"}) {
-    const auto r = run({"--threads", bad});
+    const auto r = run({"--threads", bad, "inspect", "--list"});
     expect_one_line_error(r);
     EXPECT_THAT(r.err, HasSubstr("--threads")) << bad;
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <exception>
 
 namespace oryx {
 
@@ -26,10 +27,18 @@ ProgressBar::ProgressBar(std::string label, int64_t total, std::string unit, int
       start_done_(done),
       done_(done),
       terminal_(isatty(STDERR_FILENO) != 0),
+      exceptions_(std::uncaught_exceptions()),
       start_(std::chrono::steady_clock::now()),
       next_draw_(start_ + (terminal_ ? std::chrono::milliseconds(0) : std::chrono::milliseconds(kPlainPeriod))) {}
 
-ProgressBar::~ProgressBar() { finish(); }
+ProgressBar::~ProgressBar() {
+  // Work that ends in an error leaves the line to its message.
+  if (std::uncaught_exceptions() > exceptions_) {
+    wipe_line();
+  } else {
+    finish();
+  }
+}
 
 double ProgressBar::seconds() const {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();

@@ -20,7 +20,7 @@ class ProgressBar {
   // `done` so far, with a short text behind it ("loss 2.31"). Cheap: draws at most ten times a second
   // (on a terminal), or once in ten seconds (elsewhere).
   void update(int64_t done, std::string_view note = {});
-  // Draws the last state and ends the line. Called by the destructor too.
+  // Draws the last state and ends the line. Called by the destructor too, unless an exception is on its way.
   void finish();
 
   double seconds() const;
@@ -34,6 +34,7 @@ class ProgressBar {
   std::string label_, unit_, note_;
   int64_t total_, start_done_, done_;
   bool terminal_, finished_ = false;
+  int exceptions_;  // under way when the bar was made
   std::chrono::steady_clock::time_point start_, next_draw_;
 };
 

@@ -7,7 +7,7 @@
 #include "oryx/common/log.h"
 #include "oryx/common/progress.h"
 #include "oryx/common/random.h"
-#include "oryx/data/sentencepiece.h"
+#include "oryx/data/sentencepiece_plugin/plugin.h"
 
 namespace oryx {
 
@@ -115,7 +115,7 @@ std::vector<std::string> read_sample(TextSource& source, const SentencePieceTrai
 
 }  // namespace
 
-std::unique_ptr<Tokenizer> train_sentencepiece(TextSource& source, const SentencePieceTraining& options) {
+std::unique_ptr<Tokenizer> sentencepiece_plugin::train(TextSource& source, const SentencePieceTraining& options) {
   if (options.vocab_size < kSmallest || options.vocab_size > 1 << 20) {
     fail("vocabulary size {}: expected {} (the bytes and some characters) to {}", options.vocab_size, kSmallest,
          1 << 20);
@@ -156,7 +156,7 @@ std::unique_ptr<Tokenizer> train_sentencepiece(TextSource& source, const Sentenc
     fail("SentencePiece could not learn {} pieces from {} of text: {}", options.vocab_size,
          human_bytes(static_cast<double>(bytes)), reason);
   }
-  auto tokenizer = load_sentencepiece("the trained model", std::move(model));
+  auto tokenizer = load("the trained model", std::move(model));
   if (tokenizer->vocab_size() != options.vocab_size) {
     log::warn("the text gives {} pieces only, fewer than the {} asked for", tokenizer->vocab_size(),
               options.vocab_size);
