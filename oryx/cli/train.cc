@@ -21,7 +21,9 @@ struct Arguments {
 TrainOptions resolve(const Arguments& a) {
   if (!a.resume.empty()) {
     if (!a.config.empty()) fail("--resume takes the run's own config: leave --config out");
-    return load_train_options(std::filesystem::path(a.resume) / "config.json", a.overrides);
+    TrainOptions o = load_train_options(std::filesystem::path(a.resume) / "config.json", a.overrides);
+    o.out = a.resume;  // the folder may have been moved since
+    return o;
   }
   // The data set is needed for its vocabulary, so its key is looked up first.
   TrainOptions first = load_train_options(a.config, a.overrides);

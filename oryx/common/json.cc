@@ -19,7 +19,7 @@ Json parse_json(std::string_view text, std::string_view source) {
   };
   try {
     return Json::parse(text, watch);
-  } catch (const Json::parse_error& e) {
+  } catch (const Json::exception& e) {
     const std::string_view what = e.what();  // "[json.exception.parse_error.101] parse error at line 1, column 5: ..."
     const size_t end = what.find("] ");
     fail("{}: not valid JSON: {}", source, end == std::string_view::npos ? what : what.substr(end + 2));

@@ -13,7 +13,7 @@ void LayerConfig::describe(Fields& f) {
   f.add("value_head_dim", value_head_dim, "V, width of a value head; 0: head_dim", between(0, 1024));
   f.add("intermediate_size", intermediate_size, "F, feed-forward width; 0: no feed-forward", between(0, kWide));
   f.add("conv", conv, "short convolution over keys and values");
-  f.add("conv_kernel", conv_kernel, "w, width of the short convolution", between(2, 64));
+  f.add("conv_kernel", conv_kernel, "w, width of the short convolution", between(2, 32));
   f.add("conv_activation", conv_activation, "behind the convolution; auto: none where mamba2 shares a layer with attention, else silu",
         one_of({"auto", "silu", "none"}));
   f.add("query_conv", query_conv, "the linear query passes through a convolution of its own");

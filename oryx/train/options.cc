@@ -41,6 +41,8 @@ void TrainOptions::describe(Fields& f) {
 
 void TrainOptions::validate() const {
   model.validate();
+  if (beta1 >= 1 || beta2 >= 1) fail("beta1 is {} and beta2 is {}, expected both below 1", beta1, beta2);
+  if (batch_size > INT32_MAX / seq_len) fail("batch_size {} x seq_len {} is more tokens than a batch can hold (2^31)", batch_size, seq_len);
   if (warmup_steps >= steps) fail("warmup_steps is {}, expected less than steps {}", warmup_steps, steps);
   (void)ModelSchedule(model, training_schedule());
   for (const auto& s : validation_schedules()) (void)ModelSchedule(model, s);

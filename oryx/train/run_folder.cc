@@ -66,6 +66,7 @@ void RunFolder::save(int64_t step, const LanguageModel& model, const Optimizer& 
   if (error) fail("{}: cannot rename the checkpoint into place: {}", final_name.string(), error.message());
   sync_folder(final_name.parent_path());
   point_to(folder_ / "model", fs::path("checkpoints") / final_name.filename());
+  sync_folder(folder_);  // the link is on disk before what it pointed to is removed
   const auto steps = checkpoints();
   for (size_t i = 0; i + static_cast<size_t>(keep) < steps.size(); ++i) fs::remove_all(checkpoint(steps[i]), error);
 }
@@ -77,9 +78,9 @@ Json RunFolder::load(int64_t step, LanguageModel& model, Optimizer& optimizer) c
     fail("{}: its config.json is not the model of this run; was the run folder's config changed?", folder.string());
   }
   const Json trainer = read_json_file(folder / "trainer.json");
-  for (const char* key : {"step", "optimizer_steps", "data"}) {
-    if (!trainer.contains(key)) fail("{}: lacks '{}'; is this a checkpoint of the trainer?", (folder / "trainer.json").string(), key);
-  }
+  const bool whole = trainer.is_object() && trainer.contains("data") && trainer.value("step", Json()).is_number_unsigned() &&
+                     trainer.value("optimizer_steps", Json()).is_number_unsigned();
+  if (!whole) fail("{}: lacks step, optimizer_steps or data; is this a checkpoint of the trainer?", (folder / "trainer.json").string());
   load_parameters(model, SafetensorsReader(folder / "model.safetensors"));
   optimizer.load(SafetensorsReader(folder / "optimizer.safetensors"), trainer["optimizer_steps"].get<int64_t>());
   return trainer;

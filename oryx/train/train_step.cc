@@ -5,6 +5,8 @@
 
 #include <cmath>
 
+#include "oryx/model/routed_cost.h"
+
 namespace oryx {
 
 StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchSource& source, const ModelSchedule& schedule, double lr, uint64_t seed,
@@ -30,7 +32,7 @@ StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchSource& s
     torch::autograd::backward({loss}, {at::full({}, weight, loss.options())});
     result.loss += weight * loss.item<double>();
     result.tokens += batch.input_ids.numel();
-    result.attention_share += weight * in.routing.front()->share("attention");
+    result.attention_share += weight * attention_share(model.config(), in.routing);
   }
   result.gradient_norm = optimizer.gradient_norm();
   result.skipped = !std::isfinite(result.loss) || !std::isfinite(result.gradient_norm);

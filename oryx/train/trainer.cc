@@ -52,7 +52,8 @@ class Run {
       one_step(bar);
       const bool last = step_ == options_.steps;
       summary_.interrupted = interrupted() && !last;
-      if (last || (options_.validate_every > 0 && step_ % options_.validate_every == 0)) validate();
+      const bool due = last || (options_.validate_every > 0 && step_ % options_.validate_every == 0);
+      if (due && !summary_.interrupted) validate_safely(last);
       if (last || summary_.interrupted || step_ % options_.save_every == 0) save();
     }
     bar.finish();
@@ -109,6 +110,18 @@ class Run {
     }
   }
 
+  // What was trained is kept whatever becomes of the validation.
+  void validate_safely(bool last) {
+    try {
+      validate();
+    } catch (const Interrupted&) {
+      summary_.interrupted = !last;
+    } catch (const Error&) {
+      save();
+      throw;
+    }
+  }
+
   void validate() {
     if (!task_.validate) return;
     summary_.validation = task_.validate(model_, options_.validation_schedules());
@@ -153,6 +166,10 @@ TrainTask text_task(const TrainOptions& options) {
   loader.seed = static_cast<uint64_t>(options.seed);
   task.source = std::make_unique<TextBatches>(data.train, loader);
   task.tokenizer = data.tokenizer;
+  if (data.info.valid.tokens < 2) {
+    log::warn("{}: holds no held-out text (--valid 0), so nothing is validated", options.data);
+    return task;
+  }
   EvalOptions eval;
   eval.seq_len = options.seq_len;
   eval.tokens_per_batch = options.batch_size * options.seq_len;
@@ -165,7 +182,6 @@ TrainTask text_task(const TrainOptions& options) {
       o.count_flops = false;
       const PerplexityResult r = evaluate_perplexity(model, ModelSchedule(model.config(), text), reader, o);
       rows.push_back({{"schedule", text}, {"loss", r.nats()}, {"perplexity", r.perplexity()}, {"attention_share", r.attention_share}});
-      if (interrupted()) break;
     }
     return rows;
   };
