@@ -1,0 +1,160 @@
+// What every memory-bound kernel shares: 16-byte packets of float32 or bfloat16, arithmetic in float32, reductions.
+// Launchers are plain C functions (pointers, sizes, dtypes, a stream) that return a cudaError_t, so that a .cu file
+// includes no torch header and any program can call them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace oryx::ops::cuda {
+
+// The dtypes that launchers take as an int.
+constexpr int kFloat32 = 0, kBfloat16 = 1;
+
+template <typename T>
+constexpr int kLanes = 16 / static_cast<int>(sizeof(T));  // elements of a packet
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// V elements as they lie in memory: V = kLanes<T>, one 16-byte access, or V = 1.
+template <typename T, int V>
+struct Packet {
+  static_assert(V == 1 || V == kLanes<T>);
+  uint4 raw;
+  __device__ __forceinline__ void load(const T* p) { raw = __ldg(reinterpret_cast<const uint4*>(p)); }
+  __device__ __forceinline__ void zero() { raw = make_uint4(0, 0, 0, 0); }
+  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = raw; }
+  __device__ __forceinline__ void unpack(float (&out)[V]) const {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[i] = __uint_as_float(words[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      }
+    }
+  }
+  __device__ __forceinline__ void pack(const float (&in)[V]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        words[i] = __float_as_uint(in[i]);
+      } else {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+        words[i] = *reinterpret_cast<const uint32_t*>(&two);
+      }
+    }
+    raw = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+};
+template <typename T>
+struct Packet<T, 1> {
+  T raw;
+  __device__ __forceinline__ void load(const T* p) { raw = __ldg(p); }
+  __device__ __forceinline__ void zero() { raw = from_float<T>(0.0f); }
+  __device__ __forceinline__ void store(T* p) const { *p = raw; }
+  __device__ __forceinline__ void unpack(float (&out)[1]) const { out[0] = to_float(raw); }
+  __device__ __forceinline__ void pack(const float (&in)[1]) { raw = from_float<T>(in[0]); }
+};
+
+// Element i of an array whose dtype is known at run time only (small arrays: weights, states).
+__device__ __forceinline__ float load_any(const void* p, int dtype, int64_t i) {
+  return dtype == kBfloat16 ? to_float(__ldg(static_cast<const __nv_bfloat16*>(p) + i))
+                            : __ldg(static_cast<const float*>(p) + i);
+}
+__device__ __forceinline__ void store_any(void* p, int dtype, int64_t i, float x) {
+  if (dtype == kBfloat16) {
+    static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(x);
+  } else {
+    static_cast<float*>(p)[i] = x;
+  }
+}
+
+// V consecutive elements from i, in 16-byte accesses where the address allows (V = 4 or 8).
+template <int V>
+__device__ __forceinline__ void load_any(const void* p, int dtype, int64_t i, float (&out)[V]) {
+  if constexpr (V == 8 || V == 4) {
+    if (dtype == kFloat32) {
+      const float* from = static_cast<const float*>(p) + i;
+      if ((reinterpret_cast<uintptr_t>(from) & 15) == 0) {
+#pragma unroll
+        for (int k = 0; k < V / 4; ++k) {
+          const float4 four = __ldg(reinterpret_cast<const float4*>(from) + k);
+          out[4 * k] = four.x, out[4 * k + 1] = four.y, out[4 * k + 2] = four.z, out[4 * k + 3] = four.w;
+        }
+        return;
+      }
+    } else if constexpr (V == 8) {
+      const __nv_bfloat16* from = static_cast<const __nv_bfloat16*>(p) + i;
+      if ((reinterpret_cast<uintptr_t>(from) & 15) == 0) {
+        Packet<__nv_bfloat16, 8> packet;
+        packet.load(from);
+        packet.unpack(out);
+        return;
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < V; ++k) out[k] = load_any(p, dtype, i + k);
+}
+
+// 1 / (1 + e^-x), about 2 units in the last place of float32: exact enough for float32 outputs at 1e-6.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+// d silu(x) / dx, given s = sigmoid(x)
+__device__ __forceinline__ float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
+
+template <int kThreads>
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = kThreads / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  return x;
+}
+
+// The column sums of partial [count, width] in a fixed order: 16 columns x 32 slices of rows a block.
+constexpr int kReduceColumns = 16, kReduceSlices = 32;
+__device__ __forceinline__ float reduce_column(const float* partial, int64_t count, int64_t width, int64_t column) {
+  __shared__ float sums[kReduceSlices][kReduceColumns + 1];
+  float sum = 0.0f;
+  if (column < width) {
+#pragma unroll 4
+    for (int64_t row = threadIdx.y; row < count; row += kReduceSlices) sum += partial[row * width + column];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  float total = 0.0f;
+  if (threadIdx.y == 0) {
+#pragma unroll
+    for (int i = 0; i < kReduceSlices; ++i) total += sums[i][threadIdx.x];
+  }
+  return total;
+}
+
+inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+
+// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  return count;
+}
+
+}  // namespace oryx::ops::cuda

@@ -1,0 +1,506 @@
+// RMSNorm, RMSNorm of a sum, and the gated forms. Bound by memory: a row is read once, held in registers and written once.
+//
+// kTeam threads share a row, each holding kPackets 16-byte packets of it (kTeam apart), and take kRows rows at a time so
+// that many loads are in flight. Rows that are too long, not a multiple of a packet, or misaligned take the plain kernels
+// below: one block a row, element by element.
+#include "oryx/ops/cuda/packet.cuh"
+#include "oryx/ops/norm/cuda/norm_launch.h"
+
+namespace oryx::ops::cuda {
+namespace {
+
+constexpr int kPlain = 0, kAdd = 1, kGateAfter = 2, kGateFirst = 3;
+constexpr int kThreads = 256;
+
+struct Forward {
+  const void *x, *residual, *gate, *weight;
+  void *y, *sum;
+  float* rstd;
+  int64_t rows, dim, groups;
+  float eps, weight_offset;
+  int weight_dtype;
+};
+
+struct Backward {
+  const void *d_y, *x, *gate, *weight;
+  const float* rstd;
+  const void* d_sum;
+  void *d_x, *d_gate;
+  float* partial;  // [gridDim.x, groups * dim]
+  int64_t rows, dim, groups;
+  float weight_offset;
+  int weight_dtype;
+};
+
+// Sums x[u] over the kTeam threads of a team. Teams wider than a warp meet in shared memory: `parity` alternates between
+// calls, so that one barrier a call is enough. Every thread of the block must call it.
+template <int kTeam, int kRows>
+__device__ __forceinline__ void team_sum(float (&x)[kRows], int parity) {
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) x[u] = warp_sum<(kTeam < 32 ? kTeam : 32)>(x[u]);
+  if constexpr (kTeam > 32) {
+    constexpr int kWarps = kTeam / 32;
+    __shared__ float sums[2][kThreads / 32][kRows];
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) sums[parity][warp][u] = x[u];
+    }
+    __syncthreads();
+    const int first = warp / kWarps * kWarps;
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      x[u] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) x[u] += sums[parity][first + i][u];
+    }
+  }
+}
+
+template <typename T, int kForm, int kTeam, int kPackets, int kRows>
+__global__ __launch_bounds__(kThreads) void norm_forward(const Forward a) {
+  constexpr int V = kLanes<T>, kTeams = kThreads / kTeam;
+  constexpr bool kSecond = kForm != kPlain;  // a residual or a gate
+  const int lane = threadIdx.x % kTeam, packets = static_cast<int>(a.dim / V);
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / kTeam) * kRows;
+  const T* second = static_cast<const T*>(kForm == kAdd ? a.residual : a.gate);
+  Packet<T, V> x[kRows][kPackets], other[kSecond ? kRows : 1][kSecond ? kPackets : 1];
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) {
+#pragma unroll
+    for (int p = 0; p < kPackets; ++p) {
+      const int i = lane + p * kTeam;
+      x[u][p].zero();
+      if constexpr (kSecond) other[u][p].zero();
+      if (first + u < a.rows && i < packets) {
+        const int64_t at = (first + u) * a.dim + i * V;
+        x[u][p].load(static_cast<const T*>(a.x) + at);
+        if constexpr (kSecond) other[u][p].load(second + at);
+      }
+    }
+  }
+  // The value that is normalised: x, x + residual, or x silu(gate).
+  const auto value = [&](int u, int p, float(&v)[V]) {
+    x[u][p].unpack(v);
+    if constexpr (kForm == kAdd || kForm == kGateFirst) {
+      float o[V];
+      other[u][p].unpack(o);
+#pragma unroll
+      for (int e = 0; e < V; ++e) v[e] = kForm == kAdd ? v[e] + o[e] : v[e] * silu(o[e]);
+    }
+  };
+  float squares[kRows];
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) {
+    squares[u] = 0.0f;
+#pragma unroll
+    for (int p = 0; p < kPackets; ++p) {
+      float v[V];
+      value(u, p, v);
+#pragma unroll
+      for (int e = 0; e < V; ++e) squares[u] += v[e] * v[e];
+    }
+  }
+  team_sum<kTeam, kRows>(squares, 0);
+#pragma unroll
+  for (int u = 0; u < kRows; ++u) {
+    const int64_t row = first + u;
+    if (row >= a.rows) break;
+    const float rstd = rsqrtf(squares[u] / static_cast<float>(a.dim) + a.eps);
+    if (lane == 0) a.rstd[row] = rstd;
+    const int64_t weights = a.groups == 1 ? 0 : row % a.groups * a.dim;
+#pragma unroll
+    for (int p = 0; p < kPackets; ++p) {
+      const int i = lane + p * kTeam;
+      if (i >= packets) break;
+      float v[V], w[V];
+      value(u, p, v);
+      load_any(a.weight, a.weight_dtype, weights + i * V, w);
+      Packet<T, V> out;
+      if constexpr (kForm == kAdd) {
+        out.pack(v);
+        out.store(static_cast<T*>(a.sum) + row * a.dim + i * V);
+      }
+#pragma unroll
+      for (int e = 0; e < V; ++e) v[e] *= rstd * (w[e] + a.weight_offset);
+      if constexpr (kForm == kGateAfter) {
+        float g[V];
+        other[u][p].unpack(g);
+#pragma unroll
+        for (int e = 0; e < V; ++e) v[e] *= silu(g[e]);
+      }
+      out.pack(v);
+      out.store(static_cast<T*>(a.y) + row * a.dim + i * V);
+    }
+  }
+}
+
+// What one element gives to the gradients. With n = u rstd the normalised value and h the gradient at n w:
+//   du = rstd (h w - n mean(h w n)),  dw = h n
+struct Element {
+  float n, h;      // normalised value; gradient of n times weight
+  float s, g;      // sigmoid of the gate, gate
+  float x, d_y;
+};
+template <int kForm>
+__device__ __forceinline__ Element element(float d_y, float x, float gate, float rstd) {
+  Element e{x * rstd, d_y, 0.0f, gate, x, d_y};
+  if constexpr (kForm == kGateAfter || kForm == kGateFirst) {
+    e.s = sigmoid(gate);
+    if constexpr (kForm == kGateAfter) e.h = d_y * gate * e.s;
+    if constexpr (kForm == kGateFirst) e.n *= gate * e.s;
+  }
+  return e;
+}
+// d_x and d_gate of it, given its weight and mean(h w n).
+template <int kForm>
+__device__ __forceinline__ void finish(const Element& e, float w, float rstd, float mean, float& d_x, float& d_gate) {
+  const float d_u = rstd * (e.h * w - e.n * mean);
+  d_x = d_u;
+  if constexpr (kForm == kGateAfter) d_gate = e.d_y * e.n * w * silu_slope(e.g, e.s);
+  if constexpr (kForm == kGateFirst) {
+    d_x = d_u * e.g * e.s;
+    d_gate = d_u * e.x * silu_slope(e.g, e.s);
+  }
+}
+
+// blockIdx.y is the weight group. Block b of gridDim.x takes tiles b, b + gridDim.x, ...: the rows behind a partial sum
+// depend on shape and device only.
+template <typename T, int kForm, int kTeam, int kPackets, int kRows>
+__global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
+  constexpr int V = kLanes<T>, kTeams = kThreads / kTeam;
+  constexpr bool kGated = kForm != kPlain;
+  const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam, packets = static_cast<int>(a.dim / V);
+  const int64_t per_group = a.rows / a.groups, weights = blockIdx.y * a.dim;
+  const int64_t tiles = (per_group + kTeams * kRows - 1) / (kTeams * kRows);
+  float d_weight[kPackets][V];
+#pragma unroll
+  for (int p = 0; p < kPackets; ++p) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) d_weight[p][e] = 0.0f;
+  }
+  int parity = 0;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
+    const int64_t first = (tile * kTeams + team) * kRows;
+    Packet<T, V> d_y[kRows][kPackets], x[kRows][kPackets], gate[kGated ? kRows : 1][kGated ? kPackets : 1];
+    float rstd[kRows];
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {
+      const int64_t row = (first + u) * a.groups + blockIdx.y;
+      rstd[u] = first + u < per_group ? __ldg(a.rstd + row) : 0.0f;
+#pragma unroll
+      for (int p = 0; p < kPackets; ++p) {
+        const int i = lane + p * kTeam;
+        d_y[u][p].zero(), x[u][p].zero();
+        if constexpr (kGated) gate[u][p].zero();
+        if (first + u < per_group && i < packets) {
+          const int64_t at = row * a.dim + i * V;
+          d_y[u][p].load(static_cast<const T*>(a.d_y) + at);
+          x[u][p].load(static_cast<const T*>(a.x) + at);
+          if constexpr (kGated) gate[u][p].load(static_cast<const T*>(a.gate) + at);
+        }
+      }
+    }
+    const auto elements = [&](int u, int p, Element(&out)[V]) {
+      float d[V], v[V], g[V] = {};
+      d_y[u][p].unpack(d), x[u][p].unpack(v);
+      if constexpr (kGated) gate[u][p].unpack(g);
+#pragma unroll
+      for (int e = 0; e < V; ++e) out[e] = element<kForm>(d[e], v[e], g[e], rstd[u]);
+    };
+    const auto load_weights = [&](int p, float(&w)[V]) {
+      const int i = lane + p * kTeam;
+#pragma unroll
+      for (int e = 0; e < V; ++e) w[e] = 0.0f;
+      if (i < packets) load_any(a.weight, a.weight_dtype, weights + i * V, w);
+#pragma unroll
+      for (int e = 0; e < V; ++e) w[e] += a.weight_offset;
+    };
+    float dots[kRows] = {};
+#pragma unroll
+    for (int p = 0; p < kPackets; ++p) {
+      float w[V];
+      load_weights(p, w);
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        Element all[V];
+        elements(u, p, all);
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const float share = all[e].h * all[e].n;
+          d_weight[p][e] += share;
+          dots[u] += share * w[e];
+        }
+      }
+    }
+    team_sum<kTeam, kRows>(dots, parity);
+#pragma unroll
+    for (int p = 0; p < kPackets; ++p) {
+      const int i = lane + p * kTeam;
+      float w[V];
+      load_weights(p, w);
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        if (first + u >= per_group || i >= packets) break;
+        const int64_t at = ((first + u) * a.groups + blockIdx.y) * a.dim + i * V;
+        const float mean = dots[u] / static_cast<float>(a.dim);
+        Element all[V];
+        elements(u, p, all);
+        float d_x[V], d_gate[V] = {};
+#pragma unroll
+        for (int e = 0; e < V; ++e) finish<kForm>(all[e], w[e], rstd[u], mean, d_x[e], d_gate[e]);
+        Packet<T, V> out;
+        if (kForm == kPlain && a.d_sum != nullptr) {
+          float s[V];
+          out.load(static_cast<const T*>(a.d_sum) + at);
+          out.unpack(s);
+#pragma unroll
+          for (int e = 0; e < V; ++e) d_x[e] += s[e];
+        }
+        out.pack(d_x);
+        out.store(static_cast<T*>(a.d_x) + at);
+        if constexpr (kGated) {
+          out.pack(d_gate);
+          out.store(static_cast<T*>(a.d_gate) + at);
+        }
+      }
+    }
+  }
+  // The teams of the block, one after the other.
+  __shared__ float total[kTeam * kPackets * V];
+  for (int turn = 0; turn < kTeams; ++turn) {
+    if (team == turn) {
+#pragma unroll
+      for (int p = 0; p < kPackets; ++p) {
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          float& sum = total[(p * kTeam + lane) * V + e];
+          sum = turn == 0 ? d_weight[p][e] : sum + d_weight[p][e];
+        }
+      }
+    }
+    __syncthreads();
+  }
+  float* to = a.partial + (static_cast<int64_t>(blockIdx.x) * a.groups + blockIdx.y) * a.dim;
+  for (int c = threadIdx.x; c < a.dim; c += kThreads) to[c] = total[c];
+}
+
+__global__ void reduce_weight(const float* partial, int64_t count, int64_t width, void* d_weight, int dtype) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kReduceColumns + threadIdx.x;
+  const float total = reduce_column(partial, count, width, column);
+  if (threadIdx.y == 0 && column < width) store_any(d_weight, dtype, column, total);
+}
+
+// ---- rows of any length and alignment: one block a row, element by element
+
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ float sums[kThreads / 32];
+  x = warp_sum<32>(x);
+  __syncthreads();  // the sums of the call before are read
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kThreads / 32; ++i) total += sums[i];
+  return total;
+}
+
+template <typename T, int kForm>
+__global__ __launch_bounds__(kThreads) void norm_forward_any(const Forward a) {
+  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+    const T* x = static_cast<const T*>(a.x) + row * a.dim;
+    const T* other = static_cast<const T*>(kForm == kAdd ? a.residual : a.gate);
+    if (kForm != kPlain) other += row * a.dim;
+    const auto value = [&](int64_t c) {
+      const float v = to_float(x[c]);
+      if (kForm == kAdd) return v + to_float(other[c]);
+      if (kForm == kGateFirst) return v * silu(to_float(other[c]));
+      return v;
+    };
+    float squares = 0.0f;
+    for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) squares += value(c) * value(c);
+    const float rstd = rsqrtf(block_sum(squares) / static_cast<float>(a.dim) + a.eps);
+    if (threadIdx.x == 0) a.rstd[row] = rstd;
+    for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) {
+      const float v = value(c);
+      float y = v * rstd * (load_any(a.weight, a.weight_dtype, row % a.groups * a.dim + c) + a.weight_offset);
+      if (kForm == kGateAfter) y *= silu(to_float(other[c]));
+      if (kForm == kAdd) static_cast<T*>(a.sum)[row * a.dim + c] = from_float<T>(v);
+      static_cast<T*>(a.y)[row * a.dim + c] = from_float<T>(y);
+    }
+  }
+}
+
+template <typename T, int kForm>
+__global__ __launch_bounds__(kThreads) void norm_backward_any(const Backward a) {
+  float* partial = a.partial + (static_cast<int64_t>(blockIdx.x) * a.groups + blockIdx.y) * a.dim;
+  for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) partial[c] = 0.0f;
+  for (int64_t i = blockIdx.x; i < a.rows / a.groups; i += gridDim.x) {
+    const int64_t row = i * a.groups + blockIdx.y, at = row * a.dim;
+    const float rstd = a.rstd[row];
+    const auto get = [&](int64_t c) {
+      return element<kForm>(to_float(static_cast<const T*>(a.d_y)[at + c]), to_float(static_cast<const T*>(a.x)[at + c]),
+                            kForm == kPlain ? 0.0f : to_float(static_cast<const T*>(a.gate)[at + c]), rstd);
+    };
+    const auto weight = [&](int64_t c) {
+      return load_any(a.weight, a.weight_dtype, blockIdx.y * a.dim + c) + a.weight_offset;
+    };
+    float dot = 0.0f;
+    for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) {
+      const Element e = get(c);
+      partial[c] += e.h * e.n;  // this thread's own column
+      dot += e.h * e.n * weight(c);
+    }
+    const float mean = block_sum(dot) / static_cast<float>(a.dim);
+    for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) {
+      float d_x, d_gate = 0.0f;
+      finish<kForm>(get(c), weight(c), rstd, mean, d_x, d_gate);
+      if (a.d_sum != nullptr) d_x += to_float(static_cast<const T*>(a.d_sum)[at + c]);
+      static_cast<T*>(a.d_x)[at + c] = from_float<T>(d_x);
+      if (kForm != kPlain) static_cast<T*>(a.d_gate)[at + c] = from_float<T>(d_gate);
+    }
+  }
+}
+
+// ---- the choice of a kernel
+
+template <typename T, int kForm, int kTeam, int kPackets, int kRows>
+void launch(const Forward& a, cudaStream_t stream) {
+  constexpr int kBlock = kThreads / kTeam * kRows;
+  norm_forward<T, kForm, kTeam, kPackets, kRows>
+      <<<static_cast<unsigned>((a.rows + kBlock - 1) / kBlock), kThreads, 0, stream>>>(a);
+}
+
+template <typename T, int kForm>
+int forward(const Forward& a, cudaStream_t stream) {
+  const bool wide = a.dim % kLanes<T> == 0 && aligned16(a.x) && aligned16(a.y) &&
+                    (kForm != kAdd || (aligned16(a.residual) && aligned16(a.sum))) &&
+                    (kForm < kGateAfter || aligned16(a.gate));
+  const int64_t packets = a.dim / kLanes<T>;
+  if (!wide || packets > 1024) {
+    const int64_t blocks = a.rows < multiprocessors() * 8 ? a.rows : multiprocessors() * 8;
+    norm_forward_any<T, kForm><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+  } else if (packets <= 16) {
+    launch<T, kForm, 16, 1, 4>(a, stream);
+  } else if (packets <= 64) {
+    launch<T, kForm, 32, 2, 2>(a, stream);
+  } else if (packets <= 256) {
+    if constexpr (kForm == kPlain) {
+      launch<T, kForm, 32, 8, 1>(a, stream);
+    } else {
+      launch<T, kForm, 128, 2, 1>(a, stream);
+    }
+  } else if (packets <= 512) {
+    launch<T, kForm, 128, 4, 1>(a, stream);
+  } else {
+    launch<T, kForm, 256, 4, 1>(a, stream);
+  }
+  return cudaGetLastError();
+}
+
+// Blocks a weight group: at most what is resident at once, so that partial sums are few.
+int64_t backward_blocks(int64_t rows, int64_t groups, int64_t block_rows) {
+  const int64_t tiles = (rows / groups + block_rows - 1) / block_rows, most = (multiprocessors() * 2 + groups - 1) / groups;
+  return tiles < 1 ? 1 : tiles < most ? tiles : most;
+}
+
+// Rows of a block and its kernel for a shape; 0 packets: the kernel for any shape.
+struct Plan {
+  int team, packets, rows;
+};
+Plan backward_plan(int lanes, int64_t dim, bool gated, bool wide) {
+  const int64_t packets = dim / lanes;
+  if (!wide || dim % lanes != 0 || packets > 1024) return {kThreads, 0, 1};
+  const int rows = gated ? 1 : 2;  // a gate takes registers
+  if (packets <= 16) return {16, 1, 2 * rows};
+  if (packets <= 64) return {32, 2, rows};
+  if (packets <= 256) return {128, 2, rows};
+  return {256, 4, 1};
+}
+
+template <typename T, int kForm>
+int backward(const Backward& a, void* d_weight, cudaStream_t stream) {
+  const bool wide = aligned16(a.d_y) && aligned16(a.x) && aligned16(a.d_x) && aligned16(a.d_sum) &&
+                    (kForm == kPlain || (aligned16(a.gate) && aligned16(a.d_gate)));
+  const Plan plan = backward_plan(kLanes<T>, a.dim, kForm != kPlain, wide);
+  const int64_t blocks = backward_blocks(a.rows, a.groups, kThreads / plan.team * plan.rows);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.groups));
+  constexpr int kRows = kForm == kPlain ? 2 : 1;
+  if (plan.packets == 0) {
+    norm_backward_any<T, kForm><<<grid, kThreads, 0, stream>>>(a);
+  } else if (plan.team == 16) {
+    norm_backward<T, kForm, 16, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
+  } else if (plan.team == 32) {
+    norm_backward<T, kForm, 32, 2, kRows><<<grid, kThreads, 0, stream>>>(a);
+  } else if (plan.team == 128) {
+    norm_backward<T, kForm, 128, 2, kRows><<<grid, kThreads, 0, stream>>>(a);
+  } else {
+    norm_backward<T, kForm, 256, 4, 1><<<grid, kThreads, 0, stream>>>(a);
+  }
+  const int64_t width = a.dim * a.groups;
+  reduce_weight<<<static_cast<unsigned>((width + kReduceColumns - 1) / kReduceColumns), dim3(kReduceColumns, kReduceSlices),
+                  0, stream>>>(a.partial, blocks, width, d_weight, a.weight_dtype);
+  return cudaGetLastError();
+}
+
+template <typename T>
+int forward_of(int form, const Forward& a, cudaStream_t stream) {
+  switch (form) {
+    case kPlain:
+      return forward<T, kPlain>(a, stream);
+    case kAdd:
+      return forward<T, kAdd>(a, stream);
+    case kGateAfter:
+      return forward<T, kGateAfter>(a, stream);
+    case kGateFirst:
+      return forward<T, kGateFirst>(a, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename T>
+int backward_of(int form, const Backward& a, void* d_weight, cudaStream_t stream) {
+  switch (form) {
+    case kPlain:
+      return backward<T, kPlain>(a, d_weight, stream);
+    case kGateAfter:
+      return backward<T, kGateAfter>(a, d_weight, stream);
+    case kGateFirst:
+      return backward<T, kGateFirst>(a, d_weight, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace oryx::ops::cuda
+
+using namespace oryx::ops::cuda;
+
+int oryx_norm_forward(int form, int dtype, int weight_dtype, const void* x, const void* residual, const void* gate,
+                      const void* weight, void* y, void* sum, float* rstd, int64_t rows, int64_t dim, int64_t groups,
+                      float eps, float weight_offset, cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  const Forward a{x, residual, gate, weight, y, sum, rstd, rows, dim, groups, eps, weight_offset, weight_dtype};
+  return dtype == kBfloat16 ? forward_of<__nv_bfloat16>(form, a, stream) : forward_of<float>(form, a, stream);
+}
+
+int64_t oryx_norm_backward_workspace(int form, int dtype, int64_t rows, int64_t dim, int64_t groups) {
+  const int lanes = dtype == kBfloat16 ? kLanes<__nv_bfloat16> : kLanes<float>;
+  int64_t most = 0;
+  for (const bool wide : {false, true}) {  // alignment is not known here
+    const Plan plan = backward_plan(lanes, dim, form != kPlain, wide);
+    const int64_t blocks = backward_blocks(rows, groups, kThreads / plan.team * plan.rows);
+    most = blocks > most ? blocks : most;
+  }
+  return most * dim * groups;
+}
+
+int oryx_norm_backward(int form, int dtype, int weight_dtype, const void* d_y, const void* x, const void* gate,
+                       const void* weight, const float* rstd, const void* d_sum, void* d_x, void* d_gate, void* d_weight,
+                       float* workspace, int64_t rows, int64_t dim, int64_t groups, float weight_offset,
+                       cudaStream_t stream) {
+  const Backward a{d_y,       x,    gate, weight, rstd,          d_sum,       d_x, d_gate,
+                   workspace, rows, dim,  groups, weight_offset, weight_dtype};
+  return dtype == kBfloat16 ? backward_of<__nv_bfloat16>(form, a, d_weight, stream)
+                            : backward_of<float>(form, a, d_weight, stream);
+}
