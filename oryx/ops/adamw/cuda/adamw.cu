@@ -1,0 +1,181 @@
+// AdamW over many tensors, and the sum of squares for clipping. Bound by memory: p, m, v read and written, g read, the
+// bfloat16 weight written. The list of tensors travels as a kernel parameter: no copy to the device, and a captured graph keeps it.
+#include "oryx/ops/adamw/cuda/adamw_launch.h"
+#include "oryx/ops/cuda/packet.cuh"
+
+namespace oryx::ops::cuda {
+namespace {
+
+constexpr int kThreads = 256, kPerThread = 8, kChunk = 4 * kThreads * kPerThread, kMaxTensors = 400;
+
+struct List {
+  OryxAdamwTensor tensor[kMaxTensors];
+  int first_chunk[kMaxTensors + 1];  // of each tensor; the last entry is the number of chunks
+  int count;
+};
+static_assert(sizeof(List) + sizeof(OryxAdamwConstants) < 32000, "kernel parameters end at 32,764 bytes");
+
+__device__ __forceinline__ int find_tensor(const List& list, int chunk) {
+  int low = 0, high = list.count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (list.first_chunk[middle] <= chunk) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+struct Values {
+  float p[kPerThread], m[kPerThread], v[kPerThread], g[kPerThread];
+};
+
+__device__ __forceinline__ void update(const OryxAdamwConstants& c, float& p, float& m, float& v, float g) {
+  g *= c.grad_scale;
+  m = c.beta1 * m + c.one_less_beta1 * g;
+  v = c.beta2 * v + c.one_less_beta2 * g * g;
+  p = p * c.keep - c.step_size * (m / (sqrtf(v) * c.inverse_root + c.eps));
+}
+
+__device__ __forceinline__ void load8(const float* from, float (&out)[8]) {
+  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
+  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+}
+__device__ __forceinline__ void store8(const float (&x)[8], float* to) {
+  reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
+  reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+__device__ __forceinline__ bool aligned(const OryxAdamwTensor& t) {
+  const auto bits = reinterpret_cast<uintptr_t>(t.p) | reinterpret_cast<uintptr_t>(t.m) | reinterpret_cast<uintptr_t>(t.v) |
+                    reinterpret_cast<uintptr_t>(t.g) | reinterpret_cast<uintptr_t>(t.weight);
+  return (bits & 15) == 0;
+}
+
+__global__ __launch_bounds__(kThreads) void adamw(const __grid_constant__ List list,
+                                                  const __grid_constant__ OryxAdamwConstants c) {
+  const int index = find_tensor(list, blockIdx.x);
+  const OryxAdamwTensor& t = list.tensor[index];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x - list.first_chunk[index]) * kChunk;
+  const int64_t end = begin + kChunk < t.n ? begin + kChunk : t.n;
+  const int dtype = static_cast<int>(t.g_dtype);
+  int64_t done = begin;  // up to here in packets
+  if (aligned(t)) {
+    done = begin + (end - begin) / kPerThread * kPerThread;
+    for (int64_t i = begin + threadIdx.x * kPerThread; i < done; i += kThreads * kPerThread) {
+      Values x;
+      load8(t.p + i, x.p), load8(t.m + i, x.m), load8(t.v + i, x.v);
+      load_any(t.g, dtype, i, x.g);
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) update(c, x.p[k], x.m[k], x.v[k], x.g[k]);
+      store8(x.p, t.p + i), store8(x.m, t.m + i), store8(x.v, t.v + i);
+      if (t.weight != nullptr) {
+        Packet<__nv_bfloat16, 8> packet;
+        packet.pack(x.p);
+        packet.store(static_cast<__nv_bfloat16*>(t.weight) + i);
+      }
+    }
+  }
+  for (int64_t i = done + threadIdx.x; i < end; i += kThreads) {
+    float p = t.p[i], m = t.m[i], v = t.v[i];
+    update(c, p, m, v, load_any(t.g, dtype, i));
+    t.p[i] = p, t.m[i] = m, t.v[i] = v;
+    if (t.weight != nullptr) static_cast<__nv_bfloat16*>(t.weight)[i] = __float2bfloat16_rn(p);
+  }
+}
+
+// The sum over the block's threads, valid in thread 0.
+__device__ __forceinline__ double block_sum(double x) {
+  __shared__ double sums[kThreads / 32];
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  double total = 0;
+  for (int i = 0; i < kThreads / 32; ++i) total += sums[i];
+  return total;
+}
+
+__global__ __launch_bounds__(kThreads) void sum_of_squares(const __grid_constant__ List list, double* partial) {
+  const int index = find_tensor(list, blockIdx.x);
+  const OryxAdamwTensor& t = list.tensor[index];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x - list.first_chunk[index]) * kChunk;
+  const int64_t end = begin + kChunk < t.n ? begin + kChunk : t.n;
+  double sum = 0;
+  for (int64_t i = begin + threadIdx.x * kPerThread; i < end; i += kThreads * kPerThread) {
+    if (i + kPerThread <= end) {
+      float g[kPerThread];
+      load_any(t.g, static_cast<int>(t.g_dtype), i, g);
+#pragma unroll
+      for (int k = 0; k < kPerThread; ++k) sum += static_cast<double>(g[k]) * g[k];
+    } else {
+      for (int64_t k = i; k < end; ++k) {
+        const double g = load_any(t.g, static_cast<int>(t.g_dtype), k);
+        sum += g * g;
+      }
+    }
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+__global__ __launch_bounds__(kThreads) void add_partial(const double* partial, int64_t count, double* total) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *total = sum;
+}
+
+int64_t chunks_of(const OryxAdamwTensor& t) { return (t.n + kChunk - 1) / kChunk; }
+
+// Calls launch(list, chunks) for each group of tensors that fits into one launch.
+template <typename F>
+void for_lists(const OryxAdamwTensor* tensors, int64_t count, F&& launch) {
+  List list;
+  list.count = 0;
+  int64_t chunks = 0;
+  const auto flush = [&] {
+    list.first_chunk[list.count] = static_cast<int>(chunks);
+    if (chunks > 0) launch(list, static_cast<unsigned>(chunks));
+    list.count = 0, chunks = 0;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (tensors[i].n == 0) continue;
+    if (list.count == kMaxTensors || chunks + chunks_of(tensors[i]) > 0x7fffffff) flush();
+    list.tensor[list.count] = tensors[i];
+    list.first_chunk[list.count++] = static_cast<int>(chunks);
+    chunks += chunks_of(tensors[i]);
+  }
+  flush();
+}
+
+}  // namespace
+}  // namespace oryx::ops::cuda
+
+using namespace oryx::ops::cuda;
+
+int oryx_adamw(const OryxAdamwTensor* tensors, int64_t count, const OryxAdamwConstants* constants, cudaStream_t stream) {
+  for_lists(tensors, count, [&](const List& list, unsigned chunks) {
+    adamw<<<chunks, kThreads, 0, stream>>>(list, *constants);
+  });
+  return cudaGetLastError();
+}
+
+int64_t oryx_sum_of_squares_workspace(const OryxAdamwTensor* tensors, int64_t count) {
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < count; ++i) chunks += chunks_of(tensors[i]);
+  return chunks;
+}
+
+int oryx_sum_of_squares(const OryxAdamwTensor* tensors, int64_t count, double* workspace, double* total,
+                        cudaStream_t stream) {
+  int64_t done = 0;
+  for_lists(tensors, count, [&](const List& list, unsigned chunks) {
+    sum_of_squares<<<chunks, kThreads, 0, stream>>>(list, workspace + done);
+    done += chunks;
+  });
+  add_partial<<<1, kThreads, 0, stream>>>(workspace, done, total);
+  return cudaGetLastError();
+}
