@@ -53,6 +53,10 @@ void run(const Arguments& a) {
   if (s.interrupted) {
     throw Interrupted(fmt::format("interrupted at step {} of {}, saved; go on with: oryx train --resume {}", s.step, options.steps, options.out));
   }
+  if (s.tokens == 0) {
+    cli::print("{}: all {} steps are done already; more with: oryx train --resume {} steps=N\nmodel: {}/model\n", options.out, s.step, options.out, options.out);
+    return;
+  }
   cli::print("{} steps, {} tokens in {}, last loss {:.4f}\n", s.step, human_count(static_cast<double>(s.tokens)), human_seconds(s.seconds), s.last_loss);
   for (const auto& row : s.validation) {
     cli::print("held-out perplexity {:8.2f}  {}\n", row["perplexity"].get<double>(), row["schedule"].get<std::string>());

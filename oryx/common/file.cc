@@ -149,10 +149,15 @@ uint64_t available_memory() {
     unsigned long long kib = 0;
     if (std::sscanf(line.c_str(), "MemAvailable: %llu kB", &kib) == 1) available = kib * 1024;
   }
-  std::ifstream limit_file("/sys/fs/cgroup/memory.max"), used_file("/sys/fs/cgroup/memory.current");
-  uint64_t limit = 0, used = 0;
-  if (limit_file >> limit && used_file >> used) available = std::min(available, limit > used ? limit - used : 0);
-  return available;
+  std::ifstream limit_file("/sys/fs/cgroup/memory.max"), used_file("/sys/fs/cgroup/memory.current"), parts("/sys/fs/cgroup/memory.stat");
+  uint64_t limit = 0, used = 0, cached = 0, bytes = 0;
+  if (!(limit_file >> limit && used_file >> used)) return available;
+  // Cached file pages are counted as used but given up when memory is asked for.
+  for (std::string part; parts >> part >> bytes;) {
+    if (part == "inactive_file" || part == "active_file") cached += bytes;
+  }
+  used -= std::min(used, cached);
+  return std::min(available, limit > used ? limit - used : 0);
 }
 
 }  // namespace oryx

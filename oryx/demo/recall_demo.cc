@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
 #include "oryx/common/progress.h"
 #include "oryx/train/lr_schedule.h"
@@ -87,6 +88,7 @@ void train(const RecallDemoOptions& o, LanguageModel& model, RecallDemoResult& r
     index += static_cast<uint64_t>(batch);
     const double lr = cosine_with_warmup(step + 1, o.lr, o.warmup_steps, o.steps, 0.02);
     const StepResult r = train_step(model, optimizer, source, schedule, lr, seed, step, {});
+    if (r.skipped) fail("recall demo: loss or gradient was not finite at step {} (loss {}); lower lr (now {})", step + 1, r.loss, o.lr);
     result.losses.emplace_back(static_cast<double>(step + 1), r.loss);
     result.train_tokens += r.tokens;
     bar.update(step + 1, fmt::format("{} pairs | loss {:.3f}", task.pairs, r.loss));

@@ -60,7 +60,17 @@ int64_t steps_that_fit(const TrainOptions& t, double seconds) {
     train_step(model, optimizer, *task.source, schedule, 0, 0, i, {});
     best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
-  return std::clamp<int64_t>(static_cast<int64_t>(seconds / best), 20, 5000);
+  return static_cast<int64_t>(std::clamp(seconds / best, 20.0, 5000.0));
+}
+
+// The demo makes its folder anew each time, so it must be the demo's: made by it, or empty.
+void claim(const fs::path& folder) {
+  const fs::path mark = folder / ".oryx-demo";
+  if (fs::exists(folder) && !fs::exists(mark) && !(fs::is_directory(folder) && fs::is_empty(folder))) {
+    fail("{}: exists and was not made by the demo, which would overwrite it; name another folder with --out", folder.string());
+  }
+  make_folders(folder);
+  write_file(mark, "made by oryx demo, which overwrites this folder\n");
 }
 
 std::string first_words(const Dataset& data, size_t tokens) {
@@ -75,7 +85,7 @@ std::string first_words(const Dataset& data, size_t tokens) {
 TextDemoResult run_text_demo(const TextDemoOptions& o) {
   TextDemoResult result;
   const auto files = find_text(o.text);
-  make_folders(o.out);
+  claim(o.out);
   std::shared_ptr<Tokenizer> tokenizer;
   {
     TextSource source(files);

@@ -46,8 +46,8 @@ MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece,
   const int64_t values = std::max(stream + mixing + recurrence, stream + 3 * c.intermediate_size);
   // float32 even where activations are shorter: norms, softmax and recurrences work in it.
   plan.activations = 4 * (piece * values + 2 * config.vocab_size);
-  // Attention rotates a copy of one layer's cached keys.
-  if (plan.state.tokens > 0) plan.activations += static_cast<int64_t>(at::elementSize(compute)) * tokens * c.key_width();
+  // Attention rotates a copy of one layer's cached keys, in float32 on the way.
+  if (plan.state.tokens > 0) plan.activations += (4 + static_cast<int64_t>(at::elementSize(compute))) * tokens * c.key_width();
   return plan;
 }
 

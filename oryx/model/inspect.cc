@@ -32,11 +32,13 @@ double weight_flops(const ModelConfig& c, const MultiMixerLayer& layer, const st
   double flops = 0;
   for (const auto& spec : layer.parameters()) {
     bool used = used_in(spec, c, layer.mixer_names(), mixer);
-    // A linear mixer's decay works at every token; so does its query where a convolution runs over it.
+    // A linear mixer's decay works at every token; so does its query where a convolution runs over it. Keys and values of a mixer's
+    // own (share_kv off) are made at every token too: the cache and the recurrences want them whatever the token's mode.
     const auto& names = layer.mixer_names();
     for (size_t m = 0; m < names.size() && !used; ++m) {
       const bool its_own = std::find(spec.mixers.begin(), spec.mixers.end(), names[m]) != spec.mixers.end();
-      used = its_own && layer.mixer(m).advances_everywhere() && (spec.part != "query" || c.layer.query_conv);
+      const bool kept = spec.part != "norm" && (spec.name.find(".k_") != std::string::npos || spec.name.find(".v_") != std::string::npos);
+      used = its_own && (kept || (layer.mixer(m).advances_everywhere() && (spec.part != "query" || c.layer.query_conv)));
     }
     if (used) flops += 2.0 * static_cast<double>(spec.numel());
   }

@@ -91,7 +91,11 @@ void LanguageModel::requires_grad(bool on) {
   for (auto& p : parameters_) p.requires_grad_(on);
 }
 
-State LanguageModel::make_state(int64_t sequences) const { return State(slots(), sequences); }
+State LanguageModel::make_state(int64_t sequences) const {
+  TORCH_CHECK(compute_ == at::kFloat || compute_ == at::kBFloat16, "model: a state holds float32 recurrences, so a model that computes in ",
+              compute_, " has none; expected float32 or bfloat16");
+  return State(slots(), sequences);
+}
 
 std::vector<std::vector<SlotSpec>> LanguageModel::slots() const {
   std::vector<std::vector<SlotSpec>> s;
@@ -109,7 +113,11 @@ const Routing& LanguageModel::routing_of(const ModelInput& input, size_t layer) 
 
 at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   const int64_t B = input.input_ids.size(0), T = input.input_ids.size(1);
-  if (input.input_ids.numel() > 0) {
+  TORCH_CHECK(B > 0 && T > 0, "model: a batch of ", B, " x ", T, " tokens, expected at least one");
+  // A state is updated in place, which a backward pass through it would not survive.
+  TORCH_CHECK(input.state == nullptr || !at::GradMode::is_enabled() || !embed_.requires_grad(),
+              "model: a forward pass with a state has no gradients; run it under NoGradGuard");
+  {
     const auto [low, high] = input.input_ids.aminmax();
     const int64_t lo = low.item<int64_t>(), hi = high.item<int64_t>();
     if (lo < 0 || hi >= config_.vocab_size) {

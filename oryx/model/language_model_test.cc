@@ -9,6 +9,7 @@
 #include "oryx/common/error.h"
 #include "oryx/common/random.h"
 #include "oryx/model/inspect.h"
+#include "oryx/model/scheduling.h"
 #include "tests/support/fixtures.h"
 
 namespace oryx {
@@ -224,6 +225,64 @@ TEST(LanguageModel, TransformerPresetIsALlama) {
   // Embedding + layers x (4 D^2 + 3 D F + 2 D) + D.
   const int64_t D = 768, F = 2048;
   EXPECT_EQ(count_parameters(preset("130m-transformer")), 32000 * D + 12 * (4 * D * D + 3 * D * F + 2 * D) + D);
+}
+
+// `linear` and what a schedule leaves open is each layer's own first mixer.
+TEST(LanguageModel, LinearIsEachLayersFirstMixer) {
+  const ModelConfig c = small({{"gated_delta_net", "mamba2"}, {"mamba2", "gated_delta_net"}, {"mamba2", "attention"}});
+  const ModePiece piece{.row = 0, .column = 0, .length = 8, .start = 0, .context = {.prompt_length = 8}};
+  auto first_mixer_tokens = [&](const std::string& text) {
+    const auto routings = ModelSchedule(c, text).route({piece}, 1, 8);
+    std::vector<int64_t> counts;
+    for (int64_t i = 0; i < 3; ++i) counts.push_back(routings[routings.size() == 1 ? 0 : static_cast<size_t>(i)]->tokens(c.mixers_of(i), 0).count);
+    return counts;
+  };
+  EXPECT_EQ(first_mixer_tokens("linear"), (std::vector<int64_t>{8, 8, 8}));
+  EXPECT_EQ(first_mixer_tokens(""), (std::vector<int64_t>{8, 8, 8}));
+  EXPECT_EQ(first_mixer_tokens("linear,attention@6:"), (std::vector<int64_t>{8, 8, 6}));
+  EXPECT_EQ(first_mixer_tokens("gated_delta_net@:3"), (std::vector<int64_t>{8, 5, 8}));
+  EXPECT_THROW(ModelSchedule(c, "sliding_window"), Error);
+}
+
+TEST(LanguageModel, KeysAndValuesOfAMixersOwnAreMadeAtEveryToken) {
+  ModelConfig c = small({{"gated_delta_net", "attention"}});
+  c.layer.query_conv = true;
+  const double shared = token_flops(c, "gated_delta_net", 1);
+  c.layer.share_kv = false;
+  const LayerConfig& l = c.layer;
+  const auto widths = static_cast<double>(l.key_width() + l.value_width());
+  EXPECT_EQ(token_flops(c, "gated_delta_net", 1) - shared, 3 * 2 * widths * static_cast<double>(l.hidden_size + l.conv_kernel));
+}
+
+TEST(LanguageModel, RefusesEmptyBatchesAndGradientsThroughAState) {
+  LanguageModel model(small({{"gated_delta_net", "attention"}}));
+  ModelInput input;
+  input.routing = {std::make_shared<Routing>(1, 1, "attention")};
+  input.input_ids = at::zeros({1, 0}, at::kLong);
+  EXPECT_THROW(model.hidden(input), c10::Error);
+  input.input_ids = at::zeros({1, 1}, at::kLong);
+  State state = model.make_state(1);
+  input.state = &state;
+  model.requires_grad(true);
+  EXPECT_THROW(model.hidden(input), c10::Error);
+  const at::NoGradGuard no_grad;
+  EXPECT_EQ(model.hidden(input).size(1), 1);
+  EXPECT_THROW(LanguageModel(small({{"mamba2"}}), at::kDouble, at::kDouble).make_state(1), c10::Error);
+}
+
+// Without gradients the feed-forward takes a long row in blocks.
+TEST(LanguageModel, LongRowsWithoutGradientsAreTheSame) {
+  ModelConfig c = small({{"gated_delta_net"}});
+  c.num_layers = 1;
+  LanguageModel model(c);
+  model.initialize(3);
+  ModelInput input;
+  input.input_ids = at::arange(2 * 2500, at::kLong).remainder(c.vocab_size).view({2, 2500});
+  input.routing = {std::make_shared<Routing>(2, 2500, "gated_delta_net")};
+  const at::Tensor whole = model.hidden(input);
+  const at::NoGradGuard no_grad;
+  const at::Tensor blocks = model.hidden(input);
+  EXPECT_LT((blocks - whole).abs().max().item<double>(), 1e-5 * whole.abs().max().item<double>());
 }
 
 TEST(LanguageModel, RefusesForeignTokens) {

@@ -1,6 +1,7 @@
 #include "oryx/model/layer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 
@@ -12,6 +13,8 @@
 namespace oryx {
 
 namespace {
+
+constexpr int64_t kFeedForwardTokens = 2048;
 
 bool has(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
@@ -230,7 +233,18 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
 }
 
 at::Tensor MultiMixerLayer::feed_forward(const at::Tensor& h) const {
-  return project(ops::swiglu(project(h, gate_proj_), project(h, up_proj_)), down_proj_);
+  const auto whole = [this](const at::Tensor& x) { return project(ops::swiglu(project(x, gate_proj_), project(x, up_proj_)), down_proj_); };
+  const int64_t tokens = h.size(0) * h.size(1);
+  if (at::GradMode::is_enabled() || tokens <= kFeedForwardTokens) return whole(h);
+  // Nothing is kept for a backward pass, so the widest activations of the model need not stand for all tokens at once: less memory, and
+  // what stands stays near the processor.
+  at::Tensor out = at::empty_like(h);
+  const at::Tensor x = h.view({tokens, h.size(2)}), y = out.view({tokens, h.size(2)});
+  for (int64_t begin = 0; begin < tokens; begin += kFeedForwardTokens) {
+    const int64_t n = std::min(kFeedForwardTokens, tokens - begin);
+    y.narrow(0, begin, n).copy_(whole(x.narrow(0, begin, n)));
+  }
+  return out;
 }
 
 std::pair<at::Tensor, at::Tensor> MultiMixerLayer::forward(const at::Tensor& x, const at::Tensor& delta, const Routing& routing,

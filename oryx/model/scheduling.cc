@@ -21,23 +21,41 @@ std::shared_ptr<const Routing> route_layer(const Schedule& schedule, const std::
 }  // namespace
 
 ModelSchedule::ModelSchedule(const ModelConfig& config, const std::string& text) : text_(text.empty() ? "linear" : text) {
-  if (text_.find('{') == std::string::npos) {
-    layers_.push_back(Schedule::parse(text_, config.mixers()));
-    return;
-  }
   std::vector<std::vector<std::string>> mixers;
   for (int64_t i = 0; i < config.num_layers; ++i) mixers.push_back(config.mixers_of(i));
-  layers_ = parse_layer_schedules(Json(text_), mixers);
+  if (text_.find('{') != std::string::npos) {
+    schedules_ = parse_layer_schedules(Json(text_), mixers);
+    for (size_t i = 0; i < schedules_.size(); ++i) layers_.push_back(i);
+    return;
+  }
+  const bool one_first = std::all_of(mixers.begin(), mixers.end(), [&](const auto& m) { return m.front() == mixers.front().front(); });
+  if (one_first) {
+    schedules_.push_back(Schedule::parse(text_, config.mixers()));
+    return;
+  }
+  // Layers of one kind share a schedule, and with it the routing's token sets.
+  std::vector<std::vector<std::string>> kinds;
+  for (const auto& m : mixers) {
+    const auto at = static_cast<size_t>(std::find(kinds.begin(), kinds.end(), m) - kinds.begin());
+    if (at == kinds.size()) {
+      kinds.push_back(m);
+      schedules_.push_back(Schedule::parse(text_, m, config.mixers()));
+    }
+    layers_.push_back(at);
+  }
 }
 
 std::vector<std::shared_ptr<const Routing>> ModelSchedule::route(const std::vector<ModePiece>& pieces, int64_t rows, int64_t tokens) const {
+  std::vector<std::shared_ptr<const Routing>> routings;
+  for (const auto& schedule : schedules_) routings.push_back(route_layer(schedule, pieces, rows, tokens));
+  if (layers_.empty()) return routings;
   std::vector<std::shared_ptr<const Routing>> out;
-  for (const auto& schedule : layers_) out.push_back(route_layer(schedule, pieces, rows, tokens));
+  for (const size_t i : layers_) out.push_back(routings[i]);
   return out;
 }
 
 bool ModelSchedule::is_random() const {
-  return std::any_of(layers_.begin(), layers_.end(), [](const auto& s) { return s.is_random(); });
+  return std::any_of(schedules_.begin(), schedules_.end(), [](const auto& s) { return s.is_random(); });
 }
 
 }  // namespace oryx

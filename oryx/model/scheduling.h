@@ -18,7 +18,8 @@ namespace oryx {
 // A parsed schedule of a model: one for all layers, or one a layer.
 class ModelSchedule {
  public:
-  // `text` as in docs/modes.md, or the JSON form with one schedule a layer. "" is the model's default mixer. Throws Error.
+  // `text` as in docs/modes.md, or the JSON form with one schedule a layer. "" is `linear`. Throws Error. `linear`, and what a
+  // schedule leaves open, is each layer's own first mixer; so is a mixer that some other layer has and this one lacks.
   ModelSchedule(const ModelConfig& config, const std::string& text);
 
   const std::string& text() const { return text_; }
@@ -30,7 +31,8 @@ class ModelSchedule {
 
  private:
   std::string text_;
-  std::vector<Schedule> layers_;  // one, or one a layer
+  std::vector<Schedule> schedules_;  // distinct ones
+  std::vector<size_t> layers_;       // layer -> its schedule; empty: all take the only one
 };
 
 }  // namespace oryx

@@ -48,25 +48,39 @@ void TrainOptions::validate() const {
   for (const auto& s : validation_schedules()) (void)ModelSchedule(model, s);
 }
 
+namespace {
+
+// Whether tokens choose among mixers anywhere.
+bool selects_modes(const ModelConfig& model) {
+  return model.layer.combine == "select" &&
+         std::any_of(model.layer_mixers.begin(), model.layer_mixers.end(), [](const auto& l) { return l.size() > 1; });
+}
+
+}  // namespace
+
 std::string TrainOptions::training_schedule() const {
   if (!schedule.empty()) return schedule;
   const auto mixers = model.mixers();
-  const bool attention = std::find(mixers.begin(), mixers.end(), "attention") != mixers.end();
-  const bool selects = std::any_of(model.layer_mixers.begin(), model.layer_mixers.end(), [](const auto& l) { return l.size() > 1; });
-  if (!attention || !selects || model.layer.combine != "select") return "linear";
-  // Further mixers share what attention leaves in equal parts with the first.
-  std::string text = fmt::format("random(attention={}", attention_share);
-  for (size_t i = 1; i < mixers.size(); ++i) {
-    if (mixers[i] != "attention") text += fmt::format(";{}={}", mixers[i], (1 - attention_share) / static_cast<double>(mixers.size() - 1));
+  if (!selects_modes(model)) return "linear";
+  // Where no layer has attention its windowed form takes attention's share. Further mixers divide the rest evenly with the first; where
+  // nothing looks back all of them divide the whole. None is left untrained.
+  std::string looks_back;
+  for (const char* name : {"sliding_window", "attention"}) {
+    if (std::find(mixers.begin(), mixers.end(), name) != mixers.end()) looks_back = name;
   }
-  return text + fmt::format(";chunk={})", chunk);
+  const double rest = looks_back.empty() ? 1.0 : 1.0 - attention_share;
+  const double each = rest / static_cast<double>(mixers.size() - (looks_back.empty() ? 0 : 1));
+  std::string text = "random(";
+  for (size_t i = 0; i < mixers.size(); ++i) {
+    const bool first = i == 0 && mixers[i] != looks_back;  // takes what is left
+    if (!first) text += fmt::format("{}={};", mixers[i], mixers[i] == looks_back ? attention_share : each);
+  }
+  return text + fmt::format("chunk={})", chunk);
 }
 
 std::vector<std::string> TrainOptions::validation_schedules() const {
   if (!validate_schedules.empty()) return validate_schedules;
-  const bool selects = model.layer.combine == "select" &&
-                       std::any_of(model.layer_mixers.begin(), model.layer_mixers.end(), [](const auto& l) { return l.size() > 1; });
-  if (!selects) return {"linear"};
+  if (!selects_modes(model)) return {"linear"};
   std::vector<std::string> all = model.mixers();
   all.push_back(training_schedule());
   return all;

@@ -1,6 +1,11 @@
 #include "oryx/train/run_folder.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <fstream>
 
@@ -25,6 +30,15 @@ std::optional<int64_t> step_of(const fs::path& folder) {
   return error == std::errc() && end == name.data() + name.size() ? std::optional(step) : std::nullopt;
 }
 
+// A line of ours; anything else in the file (half a line, another tool's) is dropped.
+bool is_metrics_line(const Json& json) {
+  if (!json.is_object() || !json.value("kind", Json()).is_string() || !json.value("step", Json()).is_number_integer()) return false;
+  const auto number = [&](const char* key) { return json.value(key, Json()).is_number(); };
+  if (json["kind"] == "train") return number("loss") && number("lr") && number("gradient_norm") && number("tokens_per_second");
+  if (json["kind"] == "validation") return json.value("schedule", Json()).is_string() && number("loss");
+  return json["kind"] == "skipped";
+}
+
 // A link that appears at once or not at all, also where one stood before.
 void point_to(const fs::path& link, const fs::path& target) {
   const fs::path temporary = link.string() + ".new";
@@ -36,6 +50,20 @@ void point_to(const fs::path& link, const fs::path& target) {
 }
 
 }  // namespace
+
+RunFolder::~RunFolder() {
+  if (lock_ >= 0) ::close(lock_);
+}
+
+void RunFolder::lock() {
+  make_folders(folder_);
+  const std::string name = (folder_ / "lock").string();
+  lock_ = ::open(name.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (lock_ < 0) fail_errno(name, "open");
+  if (::flock(lock_, LOCK_EX | LOCK_NB) == 0) return;
+  if (errno != EWOULDBLOCK) fail_errno(name, "lock");
+  fail("{}: another process is training in this folder; wait for it, or choose another out=DIR", folder_.string());
+}
 
 std::vector<int64_t> RunFolder::checkpoints() const {
   std::vector<int64_t> steps;
@@ -100,7 +128,7 @@ std::vector<Json> RunFolder::rewind_metrics(int64_t step) const {
   std::string text;
   for (std::string line; std::getline(in, line);) {
     const Json json = Json::parse(line, nullptr, false);
-    if (json.is_discarded() || json.value("step", int64_t{0}) > step) continue;
+    if (!is_metrics_line(json) || json["step"].get<int64_t>() > step) continue;
     kept.push_back(json);
     text += line + '\n';
   }

@@ -4,6 +4,7 @@
 //   RUN/metrics.jsonl           one JSON object a line: "kind" train, validation or skipped, with "step"
 //   RUN/report.html             curves
 //   RUN/checkpoints/step-N/     model, tokenizer, optimizer.safetensors, trainer.json: whole or absent
+//   RUN/lock                    held by the process that trains here
 //   RUN/model                   a link to the newest checkpoint: `oryx eval RUN`, `oryx generate RUN`
 #pragma once
 
@@ -23,6 +24,9 @@ namespace oryx {
 class RunFolder {
  public:
   explicit RunFolder(std::filesystem::path folder) : folder_(std::move(folder)) {}
+  ~RunFolder();
+  RunFolder(const RunFolder&) = delete;
+  RunFolder& operator=(const RunFolder&) = delete;
 
   const std::filesystem::path& path() const { return folder_; }
   std::filesystem::path metrics() const { return folder_ / "metrics.jsonl"; }
@@ -38,6 +42,10 @@ class RunFolder {
   // Loads a checkpoint into model and optimiser and returns its trainer.json. Throws Error.
   Json load(int64_t step, LanguageModel& model, Optimizer& optimizer) const;
 
+  // Holds RUN/lock until this object goes: a second process that trains in the folder is refused. Throws Error. The lock falls with
+  // its process, however that ends.
+  void lock();
+
   // Appends one line to metrics.jsonl.
   void log(const Json& line) const;
   // All lines up to `step`; later ones, and a half-written last one, are dropped from the file: they will be made again.
@@ -45,6 +53,7 @@ class RunFolder {
 
  private:
   std::filesystem::path folder_;
+  int lock_ = -1;
 };
 
 }  // namespace oryx

@@ -22,13 +22,24 @@ constexpr int64_t kMaxSkipped = 10;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Parameters, gradients and two moments, in float32.
-void check_memory(const ModelConfig& config) {
-  const double bytes = 16.0 * static_cast<double>(count_parameters(config)), free = static_cast<double>(available_memory());
-  if (bytes > free) {
-    fail("training {} parameters takes {} for parameters, gradients and moments alone, but only {} of memory are free",
-         human_count(static_cast<double>(count_parameters(config))), human_bytes(bytes), human_bytes(free));
-  }
+// Parameters, gradients and two moments in float32, and at least what each layer must keep for its backward pass: a bound from below, so that
+// nothing that fits is refused.
+void check_memory(const TrainOptions& o) {
+  const ModelConfig& model = o.model;
+  const LayerConfig& c = model.layer;
+  const double parameters = 16.0 * static_cast<double>(count_parameters(model));
+  // The residual stream twice, keys and values before and after their convolution, gate and output, the feed-forward's two.
+  const int64_t kept = o.checkpoint_layers ? 2 * c.hidden_size
+                                           : 2 * c.hidden_size + (c.conv ? 2 : 1) * (c.key_width() + c.value_width()) +
+                                                 (c.gate ? 2 : 1) * c.output_width() + 2 * c.intermediate_size;
+  const double bytes = o.precision == Precision::kBfloat16 ? 2 : 4;
+  const double activations = bytes * static_cast<double>(o.batch_size * o.seq_len) * static_cast<double>(kept * model.num_layers);
+  const auto free = static_cast<double>(available_memory());
+  if (parameters + activations <= free) return;
+  fail("training {} parameters takes {} for parameters, gradients and moments and at least {} for the activations of {} x {} tokens, but only {} of "
+       "memory are free; use a smaller batch_size or seq_len with accumulate, checkpoint_layers=true, or a smaller model",
+       human_count(static_cast<double>(count_parameters(model))), human_bytes(parameters), human_bytes(activations), o.batch_size, o.seq_len,
+       human_bytes(free));
 }
 
 class Run {
@@ -37,7 +48,7 @@ class Run {
       : options_(options),
         task_(task),
         folder_(options.out),
-        model_((check_memory(options.model), options.model), options.precision == Precision::kBfloat16 ? at::kBFloat16 : at::kFloat),
+        model_((folder_.lock(), check_memory(options), options.model), options.precision == Precision::kBfloat16 ? at::kBFloat16 : at::kFloat),
         optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}),
         schedule_(options.model, options.training_schedule()) {
     model_.initialize(static_cast<uint64_t>(options.seed));
@@ -68,6 +79,8 @@ class Run {
     if (!steps.empty()) {
       const Json trainer = folder_.load(steps.back(), model_, optimizer_);
       step_ = trainer["step"].get<int64_t>();
+      // Before this key was kept, every step had the options' size.
+      all_tokens_ = trainer.value("tokens", step_ * options_.accumulate * options_.batch_size * options_.seq_len);
       if (step_ > options_.steps) fail("{}: the run is at step {}, beyond steps {}", folder_.path().string(), step_, options_.steps);
       task_.source->seek(trainer["data"]);
       log::info("resuming {} at step {}", folder_.path().string(), step_);
@@ -85,6 +98,7 @@ class Run {
     ++step_;
     seconds_ += now() - begin;
     tokens_ += r.tokens;
+    all_tokens_ += options_.accumulate * options_.batch_size * options_.seq_len;
     summary_.tokens += r.tokens;
     if (r.skipped) {
       skip(r);
@@ -96,7 +110,7 @@ class Run {
     bar.update(step_, fmt::format("loss {:.4f} | {} tokens/s", r.loss, human_count(rate)));
     if (step_ % options_.log_every != 0 && step_ != options_.steps) return;
     log({{"kind", "train"}, {"step", step_}, {"loss", r.loss}, {"lr", lr}, {"gradient_norm", r.gradient_norm}, {"attention_share", r.attention_share},
-         {"tokens", step_ * options_.accumulate * options_.batch_size * options_.seq_len}, {"tokens_per_second", rate}});
+         {"tokens", all_tokens_}, {"tokens_per_second", rate}});
     seconds_ = 0;
     tokens_ = 0;
   }
@@ -133,7 +147,7 @@ class Run {
   }
 
   void save() {
-    folder_.save(step_, model_, optimizer_, {{"step", step_}, {"optimizer_steps", optimizer_.steps()}, {"data", task_.source->position()}},
+    folder_.save(step_, model_, optimizer_, {{"step", step_}, {"tokens", all_tokens_}, {"optimizer_steps", optimizer_.steps()}, {"data", task_.source->position()}},
                  task_.tokenizer.get(), options_.keep_checkpoints);
     write_report(folder_, options_, metrics_);
   }
@@ -149,7 +163,7 @@ class Run {
   LanguageModel model_;
   Optimizer optimizer_;
   ModelSchedule schedule_;
-  int64_t step_ = 0, skipped_in_a_row_ = 0, tokens_ = 0;
+  int64_t step_ = 0, skipped_in_a_row_ = 0, tokens_ = 0, all_tokens_ = 0;
   double seconds_ = 0;
   std::vector<Json> metrics_;
   TrainSummary summary_;

@@ -104,6 +104,41 @@ TEST_F(Training, AccumulationAndRecomputationAreTheSameStep) {
   expect_same(tensors(plain), tensors(checkpointed));
 }
 
+TEST_F(Training, OneProcessAFolder) {
+  const TrainOptions o = options("locked", 3);
+  RunFolder holder(o.out);
+  holder.lock();
+  try {
+    run(o);
+    FAIL() << "trained in a locked folder";
+  } catch (const Error& e) {
+    EXPECT_THAT(e.what(), ::testing::HasSubstr("another process is training in this folder"));
+  }
+  EXPECT_FALSE(fs::exists(fs::path(o.out) / "config.json"));
+}
+
+TEST_F(Training, ForeignMetricsLinesAreDropped) {
+  TrainOptions o = options("foreign", 3);
+  run(o);
+  const fs::path metrics = fs::path(o.out) / "metrics.jsonl";
+  write_file(metrics, read_file(metrics) + "3\n{\"step\": \"two\"}\n{\"kind\": \"train\", \"step\": 2}\n{\"kind\": \"train\", \"st");
+  o.steps = 4;
+  EXPECT_EQ(run(o).step, 4);
+  EXPECT_EQ(RunFolder(o.out).rewind_metrics(100).size(), 4u);
+}
+
+TEST_F(Training, TokensAreCountedAcrossAChangeOfBatch) {
+  TrainOptions o = options("tokens", 3);
+  o.batch_size = 2;
+  o.seq_len = 10;
+  run(o);
+  o.batch_size = 4;
+  o.steps = 4;
+  run(o);
+  EXPECT_EQ(RunFolder(o.out).rewind_metrics(100).back()["tokens"].get<int64_t>(), 3 * 20 + 40);
+  EXPECT_EQ(run(o).tokens, 0);  // all steps are done
+}
+
 TEST_F(Training, BfloatLearns) {
   TrainOptions o = options("bf16", 4);
   o.precision = Precision::kBfloat16;
@@ -177,6 +212,13 @@ TEST_F(Training, OptionsNameWhatIsWrong) {
   EXPECT_THAT(message({"model.num_heads=3", "model.num_kv_heads=2"}), ::testing::HasSubstr("num_kv_heads"));
   EXPECT_EQ(load_train_options("", {"preset=tiny-transformer"}).training_schedule(), "linear");
   EXPECT_EQ(load_train_options("", {"preset=tiny", "chunk=64"}).training_schedule(), "random(attention=0.25;chunk=64)");
+  // No mixer is left untrained where layers have no attention.
+  const std::string mixers = "model.layer_mixers=";
+  EXPECT_EQ(load_train_options("", {mixers + R"([["gated_delta_net","sliding_window"]])", "chunk=64"}).training_schedule(),
+            "random(sliding_window=0.25;chunk=64)");
+  EXPECT_EQ(load_train_options("", {mixers + R"([["gated_delta_net","mamba2"]])", "chunk=64"}).training_schedule(), "random(mamba2=0.5;chunk=64)");
+  EXPECT_EQ(load_train_options("", {mixers + R"([["attention","mamba2"]])", "chunk=64"}).training_schedule(),
+            "random(attention=0.25;mamba2=0.75;chunk=64)");
   EXPECT_EQ(load_train_options("", {"preset=tiny"}, 1000).model.vocab_size, 1024);
 }
 
