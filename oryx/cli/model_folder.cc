@@ -2,6 +2,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/model/checkpoint.h"
+#include "oryx/model/device.h"
 
 namespace oryx::cli {
 
@@ -32,15 +33,18 @@ void ModelArguments::add_to(CLI::App& app) {
   app.add_option("MODEL", folder, "folder of a model, or of a training run")->required();
   app.add_option("--tokenizer", tokenizer, "tokeniser file or folder, or 'byte' (default: the model's own)")->type_name("PATH");
   app.add_option("--precision", precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+  app.add_option("--device", device, "where the model runs: cpu, cuda or cuda:N")->capture_default_str();
 }
 
 LoadedModel load(const ModelArguments& a) {
   LoadedModel out;
+  const at::Device device = parse_device(a.device);
   const fs::path folder = model_folder(a.folder);
   out.name = folder.string();
   const fs::path tokenizer = a.tokenizer.empty() ? tokenizer_folder(folder, a.folder) : fs::path(a.tokenizer);
   if (!tokenizer.empty()) out.tokenizer = load_tokenizer(tokenizer);
   out.model = load_model(folder, a.precision == "bfloat16" ? at::kBFloat16 : at::kFloat);
+  out.model->to(device);
   if (out.tokenizer && out.tokenizer->vocab_size() > out.model->config().vocab_size) {
     fail("{}: the tokeniser has {} tokens, the model {}; do they belong together?", out.name, out.tokenizer->vocab_size(),
          out.model->config().vocab_size);

@@ -15,8 +15,9 @@ struct ModelArguments {
   std::string folder;                 // of a model, or of a training run, whose newest model is in RUN/model
   std::string tokenizer;              // "": the folder's own
   std::string precision = "float32";  // of activations: float32 or bfloat16
+  std::string device = "cpu";         // cpu, cuda or cuda:N
 
-  // Adds MODEL, --tokenizer and --precision.
+  // Adds MODEL, --tokenizer, --precision and --device.
   void add_to(CLI::App& app);
 };
 

@@ -71,6 +71,8 @@ ORYX_COMMAND(train, "train a model on a data set", [](CLI::App& app) {
   app.add_option("overrides", a->overrides, "key=value: any key of the config file, e.g. data=DIR out=DIR preset=tiny steps=2000");
   app.add_option("--config", a->config, "JSON file with the options");
   app.add_option("--resume", a->resume, "RUN folder to go on with, under its own config");
+  app.add_option_function<std::string>(
+      "--device", [a](const std::string& v) { a->overrides.push_back("device=" + v); }, "the same as device=NAME: cpu, cuda or cuda:N");
   app.add_flag("--keys", a->keys, "print all options as a table");
   app.callback([a] { run(*a); });
 });

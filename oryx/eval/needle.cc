@@ -47,7 +47,7 @@ void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleE
   Session session(model, schedule, {static_cast<int64_t>(e.ids.size()), tokens, o.prefill_piece, o.seed});
   const at::Tensor hidden = session.extend(ids, answer);                                                    // [A, D]
   const at::Tensor log_p = model.logits(hidden).to(at::kFloat).log_softmax(-1);                             // [A, V]
-  const at::Tensor wanted = at::tensor(std::vector<int64_t>(e.answer_ids.begin(), e.answer_ids.end()), at::kLong);  // [A]
+  const at::Tensor wanted = at::tensor(std::vector<int64_t>(e.answer_ids.begin(), e.answer_ids.end()), at::kLong).to(log_p.device());  // [A]
   const double sum = -log_p.gather(1, wanted.unsqueeze(1)).sum(at::kDouble).item<double>();
   if (!std::isfinite(sum)) fail("needle: schedule '{}' gives logits that are not finite; the model's weights are damaged", o.schedule);
   r.nll_sum += sum;

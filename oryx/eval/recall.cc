@@ -50,10 +50,10 @@ void score(const LanguageModel& model, const RecallBatch& batch, const Routings&
   ModelInput input;
   input.input_ids = batch.input_ids;
   input.routing = routing;
-  const at::Tensor at_queries = batch.query_positions.to(at::kLong);                                       // [B, Q]
+  const at::Tensor at_queries = batch.query_positions.to(model.device(), at::kLong);                                       // [B, Q]
   const at::Tensor hidden = model.hidden(input);                                                           // [B, T, D]
   const at::Tensor wanted = hidden.gather(1, at_queries.unsqueeze(-1).expand({-1, -1, hidden.size(-1)}));  // [B, Q, D]
-  const at::Tensor targets = batch.targets.gather(1, at_queries);                                          // [B, Q]
+  const at::Tensor targets = batch.targets.to(model.device()).gather(1, at_queries);                                          // [B, Q]
   const at::Tensor log_p = model.logits(wanted).to(at::kFloat).log_softmax(-1);                            // [B, Q, V]
   const at::Tensor nll = -log_p.gather(-1, targets.unsqueeze(-1));
   const double sum = nll.sum(at::kDouble).item<double>();

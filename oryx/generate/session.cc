@@ -20,6 +20,7 @@ namespace {
 MemoryPlan checked_plan(const LanguageModel& model, const SessionOptions& o) {
   TORCH_CHECK(o.tokens > 0 && o.piece > 0 && o.prompt_length >= 0, "session: ", o.tokens, " tokens in pieces of ", o.piece);
   const MemoryPlan plan = plan_memory(model.config(), o.tokens, std::min(o.piece, o.tokens), model.compute_dtype());
+  if (!model.device().is_cpu()) return plan;  // a GPU's memory is its own
   const auto free = static_cast<double>(available_memory());
   if (static_cast<double>(plan.total()) > free) {
     fail("{} tokens need about {} ({} of state, {} for a pass over {} tokens), but only {} of memory are free; use fewer tokens{}", o.tokens,

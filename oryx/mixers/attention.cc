@@ -60,7 +60,7 @@ class Attention : public Mixer {
     const int64_t longest = cache.lengths.max().item<int64_t>();
     const at::Tensor keys = cache.keys.narrow(1, 0, longest);      // [N, longest, Hk, K]
     const at::Tensor values = cache.values.narrow(1, 0, longest);  // [N, longest, Hk, V]
-    const at::Tensor positions = at::arange(longest, cache.lengths.options()).expand({N, longest});
+    const at::Tensor positions = at::arange(longest, cache.lengths.options()).to(q.device()).expand({N, longest});
     const at::Tensor k = rotate(keys, k_norm_, positions);
     if (!in.sequences.cu_seqlens) {
       return ops::span_attention(q, k, values, in.spans, {}, {}, cache.lengths, window());
@@ -74,7 +74,7 @@ class Attention : public Mixer {
       vs.push_back(values[n].narrow(0, 0, length));
       bounds.push_back(bounds.back() + static_cast<int32_t>(length));
     }
-    const at::Tensor cu_k = at::tensor(bounds, at::kInt);
+    const at::Tensor cu_k = at::tensor(bounds, at::kInt).to(q.device());
     return ops::span_attention(q, at::cat(ks).unsqueeze(0), at::cat(vs).unsqueeze(0), in.spans, in.sequences.cu_seqlens, cu_k, {},
                                window());
   }

@@ -26,7 +26,7 @@ struct Sequences {
 // Keys and values of all tokens so far, for mixers that look back.
 struct KeyValueCache {
   at::Tensor keys, values;  // [N, capacity, Hk, K or V]; keys before RoPE
-  at::Tensor lengths;       // [N] int32: tokens held, those of this call included
+  at::Tensor lengths;       // [N] int32 on the CPU: tokens held, those of this call included
 };
 
 struct MixerInput {

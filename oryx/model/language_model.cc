@@ -87,6 +87,13 @@ void LanguageModel::initialize(uint64_t seed) {
   for (size_t i = 0; i < specs_.size(); ++i) draw(parameters_[i], specs_[i], seed, config_.num_layers);
 }
 
+void LanguageModel::to(at::Device device) {
+  at::NoGradGuard no_grad;
+  for (auto& p : parameters_) p.set_data(p.to(device));
+}
+
+at::Device LanguageModel::device() const { return embed_.device(); }
+
 void LanguageModel::requires_grad(bool on) {
   for (auto& p : parameters_) p.requires_grad_(on);
 }
@@ -94,7 +101,7 @@ void LanguageModel::requires_grad(bool on) {
 State LanguageModel::make_state(int64_t sequences) const {
   TORCH_CHECK(compute_ == at::kFloat || compute_ == at::kBFloat16, "model: a state holds float32 recurrences, so a model that computes in ",
               compute_, " has none; expected float32 or bfloat16");
-  return State(slots(), sequences);
+  return State(slots(), sequences, device());
 }
 
 std::vector<std::vector<SlotSpec>> LanguageModel::slots() const {
@@ -127,15 +134,16 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   ForwardPass pass;
   pass.state = input.state;
   pass.tap = input.tap;
-  pass.sequences.cu_seqlens = input.cu_seqlens;
+  if (input.cu_seqlens) pass.sequences.cu_seqlens = input.cu_seqlens->to(device());
   std::optional<at::Tensor> past;
   if (input.state != nullptr) past = input.state->lengths_tensor();
-  pass.sequences.positions = ops::sequence_positions(B, T, input.cu_seqlens, past);
+  pass.sequences.positions = ops::sequence_positions(B, T, input.cu_seqlens ? std::optional(input.cu_seqlens->cpu()) : std::nullopt, past)
+                                  .to(device());
   if (input.cu_seqlens) {
     const at::Tensor cu = input.cu_seqlens->to(at::kLong).cpu();
     pass.cu_seqlens.assign(cu.data_ptr<int64_t>(), cu.data_ptr<int64_t>() + cu.numel());
   }
-  at::Tensor x = at::embedding(embed_, input.input_ids).to(compute_), delta;  // [B, T, D]
+  at::Tensor x = at::embedding(embed_, input.input_ids.to(device())).to(compute_), delta;  // [B, T, D]
   for (size_t i = 0; i < layers_.size(); ++i) {
     const MultiMixerLayer& layer = *layers_[i];
     const Routing& routing = routing_of(input, i);
@@ -153,7 +161,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
 ops::CrossEntropyResult LanguageModel::loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef) const {
   const at::Tensor h = hidden.reshape({-1, hidden.size(-1)});
   const at::Tensor w = head().scalar_type() == h.scalar_type() ? head() : head().to(h.scalar_type());
-  return ops::linear_cross_entropy(h, w, targets.reshape({-1}), -100, z_coef);
+  return ops::linear_cross_entropy(h, w, targets.to(h.device()).reshape({-1}), -100, z_coef);
 }
 
 }  // namespace oryx

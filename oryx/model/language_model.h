@@ -33,6 +33,10 @@ class LanguageModel {
   // Parameters are float32 (float64 for checks); `compute` is the type of activations and matrix products.
   explicit LanguageModel(const ModelConfig& config, at::ScalarType compute = at::kFloat, at::ScalarType parameters = at::kFloat);
 
+  // Moves the parameters; the same tensors, so that whoever holds them sees it. Inputs of any device are taken there.
+  void to(at::Device device);
+  at::Device device() const;
+
   // What a model of this config is made of, without making it.
   static std::vector<ParameterSpec> parameter_specs(const ModelConfig& config);
 

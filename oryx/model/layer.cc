@@ -166,7 +166,7 @@ MultiMixerLayer::KeyValues MultiMixerLayer::project_kv(const KeyValueGroup& grou
   pass.state->append(index_, group.prefix + "values", kv.v, cu);
   const auto& slots = pass.state->layer(index_);
   at::Tensor fresh = at::full({pass.state->sequences()}, T, at::kInt);
-  if (cu != nullptr) fresh = at::diff(*pass.sequences.cu_seqlens);
+  if (cu != nullptr) fresh = at::diff(*pass.sequences.cu_seqlens).cpu();
   kv.cache = {slots.tensor(group.prefix + "keys"), slots.tensor(group.prefix + "values"), pass.state->lengths_tensor() + fresh};
   kv.cached = true;
   return kv;
@@ -190,7 +190,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
   std::vector<at::Tensor> outputs;  // [B, T, H, V] each
   std::map<std::string, at::Tensor> projected;
   for (size_t m = 0; m < mixers_.size(); ++m) {
-    const TokenSet& tokens = combines_all() ? kEverything : routing.tokens(names_, m);
+    const TokenSet& tokens = combines_all() ? kEverything : routing.tokens(names_, m, u.device());
     const bool idle = !combines_all() && tokens.count == 0;
     // A state must see every token; a mixer with none to answer for and no state to keep costs nothing.
     if (idle && (state == nullptr || !mixers_[m]->advances_everywhere())) continue;

@@ -22,9 +22,18 @@ Routing::Routing(int64_t B, int64_t T, std::vector<std::string> mixers, std::vec
   TORCH_CHECK(at == B_ * T_, "routing: spans cover ", at, " of ", B_ * T_, " tokens");
 }
 
-const TokenSet& Routing::tokens(const std::vector<std::string>& layer_mixers, size_t m) const {
-  auto it = cache_.find(layer_mixers);
-  if (it == cache_.end()) it = cache_.emplace(layer_mixers, split(layer_mixers)).first;
+const TokenSet& Routing::tokens(const std::vector<std::string>& layer_mixers, size_t m, at::Device device) const {
+  const std::pair key(device.str(), layer_mixers);
+  auto it = cache_.find(key);
+  if (it == cache_.end()) {
+    std::vector<TokenSet> sets = split(layer_mixers);
+    for (TokenSet& set : sets) {
+      if (set.all) continue;
+      set.spans = set.spans->to(device);
+      set.index = set.index.to(device);
+    }
+    it = cache_.emplace(key, std::move(sets)).first;
+  }
   return it->second[m];
 }
 

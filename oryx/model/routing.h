@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace oryx {
@@ -33,7 +34,8 @@ class Routing {
   Routing(int64_t B, int64_t T, std::vector<std::string> mixers, std::vector<RoutedSpan> spans);
 
   // What mixer `m` of a layer with these mixers answers for. A token whose mixer the layer lacks goes to the layer's first.
-  const TokenSet& tokens(const std::vector<std::string>& layer_mixers, size_t m) const;
+  // Spans and index stand on `device`.
+  const TokenSet& tokens(const std::vector<std::string>& layer_mixers, size_t m, at::Device device = at::kCPU) const;
   // Share of the batch's tokens that the schedule puts in `mixer`.
   double share(const std::string& mixer) const;
   int64_t rows() const { return B_; }
@@ -48,7 +50,7 @@ class Routing {
   std::vector<std::string> mixers_;
   std::vector<RoutedSpan> spans_;
   // Layers of one kind share their token sets.
-  mutable std::map<std::vector<std::string>, std::vector<TokenSet>> cache_;
+  mutable std::map<std::pair<std::string, std::vector<std::string>>, std::vector<TokenSet>> cache_;
 };
 
 }  // namespace oryx

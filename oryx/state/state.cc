@@ -26,12 +26,13 @@ const at::Tensor& LayerState::tensor(const std::string& name) const {
   return it->second.data;
 }
 
-State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences) : layers_(layers.size()), lengths_(static_cast<size_t>(sequences), 0) {
+State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, at::Device device)
+    : layers_(layers.size()), lengths_(static_cast<size_t>(sequences), 0) {
   for (size_t i = 0; i < layers.size(); ++i) {
     for (const auto& spec : layers[i]) {
       const bool per_token = spec.kind == SlotKind::kPerToken;
       const auto shape = per_token ? with_front({sequences, 0}, spec.shape) : with_front({sequences}, spec.shape);
-      const bool fresh = layers_[i].slots_.emplace(spec.name, LayerState::Slot{spec, at::zeros(shape, spec.dtype)}).second;
+      const bool fresh = layers_[i].slots_.emplace(spec.name, LayerState::Slot{spec, at::zeros(shape, at::device(device).dtype(spec.dtype))}).second;
       TORCH_CHECK(fresh, "state: slot '", spec.name, "' is declared twice in layer ", i);
     }
   }
@@ -45,7 +46,7 @@ void State::reserve(int64_t tokens) {
   for (auto& layer : layers_) {
     for (auto& [name, slot] : layer.slots_) {
       if (slot.spec.kind != SlotKind::kPerToken) continue;
-      at::Tensor grown = at::empty(with_front({sequences(), tokens}, slot.spec.shape), slot.spec.dtype);
+      at::Tensor grown = at::empty(with_front({sequences(), tokens}, slot.spec.shape), slot.data.options());
       if (held > 0) grown.narrow(1, 0, held).copy_(slot.data.narrow(1, 0, held));
       slot.data = grown;
     }

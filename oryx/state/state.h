@@ -47,8 +47,8 @@ struct StateBytes {
 
 class State {
  public:
-  // Zeros for `sequences` sequences, no token seen.
-  State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences);
+  // Zeros for `sequences` sequences on `device`, no token seen. Lengths stay on the CPU.
+  State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, at::Device device = at::kCPU);
 
   int64_t sequences() const { return static_cast<int64_t>(lengths_.size()); }
   const std::vector<int64_t>& lengths() const { return lengths_; }  // tokens seen, by sequence

@@ -20,6 +20,7 @@ struct TrainOptions {
   int64_t steps = 1000, batch_size = 8, seq_len = 512, accumulate = 1;
   int64_t seed = 0;
   Precision precision = Precision::kFloat32;
+  std::string device = "cpu";
   bool checkpoint_layers = false;
 
   double lr = 6e-4, min_lr_ratio = 0.1;

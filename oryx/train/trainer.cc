@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "oryx/common/error.h"
+#include "oryx/model/device.h"
 #include "oryx/common/file.h"
 #include "oryx/common/interrupt.h"
 #include "oryx/common/log.h"
@@ -34,6 +35,7 @@ void check_memory(const TrainOptions& o) {
                                                  (c.gate ? 2 : 1) * c.output_width() + 2 * c.intermediate_size;
   const double bytes = o.precision == Precision::kBfloat16 ? 2 : 4;
   const double activations = bytes * static_cast<double>(o.batch_size * o.seq_len) * static_cast<double>(kept * model.num_layers);
+  if (o.device != "cpu") return;  // a GPU's memory is its own
   const auto free = static_cast<double>(available_memory());
   if (parameters + activations <= free) return;
   fail("training {} parameters takes {} for parameters, gradients and moments and at least {} for the activations of {} x {} tokens, but only {} of "
@@ -42,17 +44,23 @@ void check_memory(const TrainOptions& o) {
        human_bytes(free));
 }
 
+LanguageModel new_model(const TrainOptions& o) {
+  LanguageModel model(o.model, o.precision == Precision::kBfloat16 ? at::kBFloat16 : at::kFloat);
+  model.initialize(static_cast<uint64_t>(o.seed));
+  model.to(parse_device(o.device));
+  model.requires_grad(true);
+  return model;
+}
+
 class Run {
  public:
   Run(const TrainOptions& options, TrainTask& task)
       : options_(options),
         task_(task),
         folder_(options.out),
-        model_((folder_.lock(), check_memory(options), options.model), options.precision == Precision::kBfloat16 ? at::kBFloat16 : at::kFloat),
+        model_((folder_.lock(), check_memory(options), new_model(options))),
         optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}),
         schedule_(options.model, options.training_schedule()) {
-    model_.initialize(static_cast<uint64_t>(options.seed));
-    model_.requires_grad(true);
     resume();
   }
 

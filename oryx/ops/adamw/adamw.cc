@@ -7,9 +7,32 @@
 #include <algorithm>
 #include <cmath>
 
+#include "oryx/ops/adamw/adamw_internal.h"
 #include "oryx/ops/adamw/adamw_kernels.h"
 
 namespace oryx::ops {
+
+void check_adamw(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m, const at::Tensor& v) {
+  TORCH_CHECK(p.sizes() == g.sizes() && p.sizes() == m.sizes() && p.sizes() == v.sizes(), "adamw_step: p ", p.sizes(),
+              ", g ", g.sizes(), ", m ", m.sizes(), " and v ", v.sizes(), " differ in shape");
+  TORCH_CHECK(p.is_contiguous() && m.is_contiguous() && v.is_contiguous(), "adamw_step: p, m and v must be contiguous");
+  TORCH_CHECK(p.scalar_type() == at::kFloat || p.scalar_type() == at::kDouble, "adamw_step: p is ", p.scalar_type(),
+              ", expected float32 or float64");
+  TORCH_CHECK(m.scalar_type() == p.scalar_type() && v.scalar_type() == p.scalar_type(),
+              "adamw_step: p, m and v must have one dtype");
+}
+
+void adamw_step_in_double(at::Tensor p, const at::Tensor& grad, at::Tensor m, at::Tensor v, int64_t step,
+                    const AdamwOptions& o, double grad_scale) {
+  const double n = static_cast<double>(step);
+  const at::Tensor g = grad.to(at::kDouble) * grad_scale;
+  p.mul_(1 - o.lr * o.weight_decay);
+  m.mul_(o.beta1).add_(g, 1 - o.beta1);
+  v.mul_(o.beta2).addcmul_(g, g, 1 - o.beta2);
+  const at::Tensor root = v.sqrt().div_(std::sqrt(1 - std::pow(o.beta2, n))).add_(o.eps);
+  p.addcdiv_(m, root, -o.lr / (1 - std::pow(o.beta1, n)));
+}
+
 namespace {
 
 // One thread's piece of work: large enough to hide the loop's cost, small enough to share out evenly.
@@ -41,27 +64,6 @@ void for_pieces(const std::vector<Piece>& pieces, F&& f) {
   });
 }
 
-void check(const at::Tensor& p, const at::Tensor& g, const at::Tensor& m, const at::Tensor& v) {
-  TORCH_CHECK(p.sizes() == g.sizes() && p.sizes() == m.sizes() && p.sizes() == v.sizes(), "adamw_step: p ", p.sizes(),
-              ", g ", g.sizes(), ", m ", m.sizes(), " and v ", v.sizes(), " differ in shape");
-  TORCH_CHECK(p.is_contiguous() && m.is_contiguous() && v.is_contiguous(), "adamw_step: p, m and v must be contiguous");
-  TORCH_CHECK(p.scalar_type() == at::kFloat || p.scalar_type() == at::kDouble, "adamw_step: p is ", p.scalar_type(),
-              ", expected float32 or float64");
-  TORCH_CHECK(m.scalar_type() == p.scalar_type() && v.scalar_type() == p.scalar_type(),
-              "adamw_step: p, m and v must have one dtype");
-}
-
-void step_in_double(at::Tensor p, const at::Tensor& grad, at::Tensor m, at::Tensor v, int64_t step,
-                    const AdamwOptions& o, double grad_scale) {
-  const double n = static_cast<double>(step);
-  const at::Tensor g = grad.to(at::kDouble) * grad_scale;
-  p.mul_(1 - o.lr * o.weight_decay);
-  m.mul_(o.beta1).add_(g, 1 - o.beta1);
-  v.mul_(o.beta2).addcmul_(g, g, 1 - o.beta2);
-  const at::Tensor root = v.sqrt().div_(std::sqrt(1 - std::pow(o.beta2, n))).add_(o.eps);
-  p.addcdiv_(m, root, -o.lr / (1 - std::pow(o.beta1, n)));
-}
-
 kernels::AdamwConstants constants_of(int64_t step, const AdamwOptions& o, double grad_scale) {
   const double n = static_cast<double>(step);
   kernels::AdamwConstants c{};
@@ -83,9 +85,9 @@ void adamw_cpu(at::TensorList p, at::TensorList g, at::TensorList m, at::TensorL
   const AdamwOptions options{lr, beta1, beta2, eps, weight_decay};
   std::vector<at::Tensor> parameters, gradients, first, second;  // the float32 ones
   for (size_t i = 0; i < p.size(); ++i) {
-    check(p[i], g[i], m[i], v[i]);
+    check_adamw(p[i], g[i], m[i], v[i]);
     if (p[i].scalar_type() == at::kDouble) {
-      step_in_double(p[i], g[i], m[i], v[i], step, options, grad_scale);
+      adamw_step_in_double(p[i], g[i], m[i], v[i], step, options, grad_scale);
       continue;
     }
     parameters.push_back(p[i]);

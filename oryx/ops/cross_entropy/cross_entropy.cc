@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "oryx/common/error.h"
+#include "oryx/common/log.h"
 #include "oryx/ops/cross_entropy/cross_entropy_kernels.h"
 
 namespace oryx::ops {
@@ -273,8 +274,9 @@ Three as_three(CrossEntropyResult r) { return {std::move(r.loss), std::move(r.nl
 Three cross_entropy_composite(const at::Tensor& logits, const at::Tensor& targets, int64_t ignore_index,
                               double z_coef) {
   check_shapes("cross_entropy", logits, targets);
-  if (logits.scalar_type() == at::kDouble) {  // for checks of gradients, not for speed
-    count_kept("cross_entropy", targets.to(at::kLong).contiguous(), logits.size(1), ignore_index);
+  if (logits.is_cuda()) log::warn_once("cross_entropy: on CUDA with whole logits in float32, which takes memory");
+  if (logits.scalar_type() == at::kDouble || !logits.is_cpu()) {  // the first for checks of gradients
+    count_kept("cross_entropy", targets.to(at::kCPU, at::kLong).contiguous(), logits.size(1), ignore_index);
     return as_three(cross_entropy_naive(logits, targets, ignore_index, z_coef));
   }
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
@@ -301,7 +303,7 @@ Three linear_cross_entropy_composite(const at::Tensor& hidden, const at::Tensor&
   }
   TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "linear_cross_entropy: hidden is ", hidden.scalar_type(),
               ", weight is ", weight.scalar_type());
-  if (hidden.scalar_type() == at::kDouble) {
+  if (hidden.scalar_type() == at::kDouble || !hidden.is_cpu()) {
     return cross_entropy_composite(at::linear(hidden, weight), targets, ignore_index, z_coef);
   }
   if (at::GradMode::is_enabled() && (hidden.requires_grad() || weight.requires_grad())) {

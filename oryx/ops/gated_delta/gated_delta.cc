@@ -32,15 +32,20 @@ Inputs widen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, cons
           wide(g), wide(beta), state.has_value() && state->defined() ? wide(*state) : at::Tensor()};
 }
 
+// The vector kernels are float32 on the CPU; the rest takes the chunked form, which runs anywhere.
+bool by_kernels(const Inputs& x) {
+  if (x.g.is_cuda()) log::warn_once("gated_delta_rule: on CUDA by batched matrix products, slowly");
+  return x.g.is_cpu() && x.g.scalar_type() == at::kFloat;
+}
+
 Outputs forward(const Problem& p, const Inputs& x, bool save) {
-  return x.g.scalar_type() == at::kFloat ? gated_delta::kernel_forward(p, x, save)
-                                         : gated_delta::chunked_forward(p, x, save);
+  return by_kernels(x) ? gated_delta::kernel_forward(p, x, save) : gated_delta::chunked_forward(p, x, save);
 }
 
 Gradients backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
                    const at::Tensor& d_final) {
-  return x.g.scalar_type() == at::kFloat ? gated_delta::kernel_backward(p, x, saved, d_o, d_final)
-                                         : gated_delta::chunked_backward(p, x, saved, d_o, d_final);
+  return by_kernels(x) ? gated_delta::kernel_backward(p, x, saved, d_o, d_final)
+                       : gated_delta::chunked_backward(p, x, saved, d_o, d_final);
 }
 
 std::tuple<at::Tensor, at::Tensor> rule_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -109,7 +114,7 @@ at::Tensor step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
   const Problem p = gated_delta::check_step(q, k, v, g, beta, state, scale, l2_eps);
   Inputs x = widen(q, k, v, g, beta, {});
   for (at::Tensor* t : {&x.q, &x.k, &x.v, &x.g, &x.beta}) *t = t->contiguous();
-  if (state.scalar_type() == at::kDouble) return gated_delta::plain_step(p, x, state);
+  if (state.scalar_type() == at::kDouble || !state.is_cpu()) return gated_delta::plain_step(p, x, state).to(v.scalar_type());
   if (state.stride(3) == 1 && state.stride(2) == p.K) return gated_delta::kernel_step(p, x, state).to(v.scalar_type());
   log::warn_once(
       "gated_delta_step: the state's last two axes are not dense; stepping by plain tensor operations, slowly");
@@ -131,6 +136,12 @@ TORCH_LIBRARY_IMPL(oryx, CPU, m) {
   m.impl("gated_delta_step", step_cpu);
 }
 TORCH_LIBRARY_IMPL(oryx, AutogradCPU, m) { m.impl("gated_delta_rule", rule_autograd); }
+// The same functions: the forms behind them run on any device.
+TORCH_LIBRARY_IMPL(oryx, CUDA, m) {
+  m.impl("gated_delta_rule", rule_cpu);
+  m.impl("gated_delta_step", step_cpu);
+}
+TORCH_LIBRARY_IMPL(oryx, AutogradCUDA, m) { m.impl("gated_delta_rule", rule_autograd); }
 
 GatedDeltaResult gated_delta_rule(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                                   const at::Tensor& beta, const Optional& initial_state, const Optional& cu_seqlens,

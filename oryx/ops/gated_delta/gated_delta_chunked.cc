@@ -29,7 +29,7 @@ struct Layout {
   // Sequences advance side by side: step i works on chunks[i] (those that are i-th in their sequence), of sequences[i].
   std::vector<at::Tensor> chunks, sequences;
 
-  explicit Layout(const Problem& p) : M(static_cast<int64_t>(p.chunks.size())) {
+  Layout(const Problem& p, at::Device device) : M(static_cast<int64_t>(p.chunks.size())) {
     gather = at::full({M * kChunk}, p.B * p.T, at::kLong);
     scatter = at::empty({p.B * p.T}, at::kLong);
     for (int64_t m = 0; m < M; ++m) {
@@ -44,9 +44,10 @@ struct Layout {
         if (p.first_chunk[s] + i < p.first_chunk[s + 1]) c.push_back(p.first_chunk[s] + i), n.push_back(s);
       }
       if (c.empty()) break;
-      chunks.push_back(at::tensor(c, at::kLong));
-      sequences.push_back(at::tensor(n, at::kLong));
+      chunks.push_back(at::tensor(c, at::kLong).to(device));
+      sequences.push_back(at::tensor(n, at::kLong).to(device));
     }
+    gather = gather.to(device), scatter = scatter.to(device);
   }
 
   // [B, T, H, ...] -> [M, H, kChunk, ...]
@@ -137,7 +138,7 @@ struct Terms {
 // o and its gradient hold only wanted tokens.
 at::Tensor wanted_only(const Problem& p, const at::Tensor& o) {
   if (p.wanted.empty()) return o;
-  const at::Tensor mask = at::from_blob(const_cast<uint8_t*>(p.wanted.data()), {p.B, p.T, 1, 1}, at::kByte);
+  const at::Tensor mask = at::from_blob(const_cast<uint8_t*>(p.wanted.data()), {p.B, p.T, 1, 1}, at::kByte).to(o.device());
   return at::where(mask != 0, o, at::zeros({}, o.options()));
 }
 
@@ -150,7 +151,7 @@ at::Tensor start_state(const Problem& p, const Inputs& x) {
 Outputs chunked_forward(const Problem& p, const Inputs& x, bool save) {
   Outputs out;
   at::Tensor S = start_state(p, x);  // [N, Hs, V, K]
-  const Layout layout(p);
+  const Layout layout(p, x.g.device());
   if (layout.M == 0)
     return {at::zeros({p.B, p.T, p.Ho, p.V}, x.v.options()), S, at::empty({0, p.Hs, p.V, p.K}, S.options()), {}};
   const Terms t(p, x, layout);
@@ -185,7 +186,7 @@ Outputs chunked_forward(const Problem& p, const Inputs& x, bool save) {
 // for c and G_C; g_l meets every G_ij with j < l <= i, c_i with i >= l, G_C,j with j < l.
 Gradients chunked_backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
                            const at::Tensor& d_final) {
-  const Layout layout(p);
+  const Layout layout(p, x.g.device());
   at::Tensor dS = d_final.clone();
   Gradients d;
   if (layout.M == 0) {

@@ -9,13 +9,13 @@
 #include <cmath>
 
 #include "oryx/common/error.h"
+#include "oryx/ops/rope/rope_internal.h"
 #include "oryx/ops/rope/rope_kernels.h"
 #include "oryx/ops/rope/rope_table.h"
 
 namespace oryx::ops {
-namespace {
 
-void check(const at::Tensor& x, const at::Tensor& positions, double theta, int64_t rotary_dim) {
+void check_rope(const at::Tensor& x, const at::Tensor& positions, double theta, int64_t rotary_dim) {
   if (x.dim() != 4) fail("rope: x has {} dimensions, expected 4: [B, T, H, d]", x.dim());
   const auto dtype = x.scalar_type();
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kDouble) {
@@ -33,6 +33,8 @@ void check(const at::Tensor& x, const at::Tensor& positions, double theta, int64
   }
   if (!std::isfinite(theta) || theta <= 0) fail("rope: theta is {}, expected a positive number", theta);
 }
+
+namespace {
 
 // x [B, T, H, d] of float32, positions [B, T] contiguous.
 at::Tensor rotate_float(const at::Tensor& x_in, const at::Tensor& positions, double theta, int64_t rotary_dim,
@@ -67,7 +69,7 @@ at::Tensor rotate(const at::Tensor& x, const at::Tensor& positions_in, double th
 }
 
 at::Tensor rope_cpu_kernel(const at::Tensor& x, const at::Tensor& positions, double theta, int64_t rotary_dim) {
-  check(x, positions, theta, rotary_dim);
+  check_rope(x, positions, theta, rotary_dim);
   return rotate(x, positions, theta, rotary_dim, 1);
 }
 

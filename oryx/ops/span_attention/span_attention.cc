@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "oryx/common/log.h"
 #include "oryx/ops/span_attention/span_attention_blockwise.h"
 #include "oryx/ops/span_attention/span_attention_cpu.h"
 #include "oryx/ops/span_attention/span_attention_plan.h"
@@ -17,7 +18,22 @@ using OptionalTensor = std::optional<at::Tensor>;
 std::pair<at::Tensor, at::Tensor> forward_with_lse(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                    const AttentionPlan& plan, bool want_lse) {
   if (q.scalar_type() == at::kDouble) return span_attention_blockwise(q, k, v, plan);
+  if (!q.is_cpu()) {
+    log::warn_once("span_attention: on CUDA by blocks of batched matrix products, slowly");
+    const auto out = span_attention_blockwise(q.to(at::kFloat), k.to(at::kFloat), v.to(at::kFloat), plan);
+    return {out.first.to(q.scalar_type()), out.second};
+  }
   return span_attention_cpu(q, k, v, plan, want_lse);
+}
+
+std::array<at::Tensor, 3> backward_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& o,
+                                      const at::Tensor& lse, const at::Tensor& d_o, const AttentionPlan& plan) {
+  if (q.scalar_type() == at::kDouble) return span_attention_blockwise_backward(q, k, v, o, lse, d_o, plan);
+  if (q.is_cpu()) return span_attention_cpu_backward(q, k, v, o, lse, d_o, plan);
+  const auto wide = [](const at::Tensor& x) { return x.to(at::kFloat); };
+  auto d = span_attention_blockwise_backward(wide(q), wide(k), wide(v), wide(o), lse, wide(d_o), plan);
+  for (at::Tensor& x : d) x = x.to(q.scalar_type());
+  return d;
 }
 
 at::Tensor forward_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
@@ -54,8 +70,7 @@ struct SpanAttentionFunction : torch::autograd::Function<SpanAttentionFunction> 
     const AttentionPlan plan =
         make_attention_plan(q, k, v, optional(5), optional(6), optional(7), optional(8),
                             ctx->saved_data["window"].toInt(), ctx->saved_data["scale"].toDouble());
-    const auto d = q.scalar_type() == at::kDouble ? span_attention_blockwise_backward(q, k, v, o, lse, grads[0], plan)
-                                                  : span_attention_cpu_backward(q, k, v, o, lse, grads[0], plan);
+    const auto d = backward_of(q, k, v, o, lse, grads[0], plan);
     const at::Tensor none;
     return {d[0], d[1], d[2], none, none, none, none, none, none};
   }
@@ -91,3 +106,6 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
 }
 TORCH_LIBRARY_IMPL(oryx, CPU, m) { m.impl("span_attention", oryx::ops::forward_cpu); }
 TORCH_LIBRARY_IMPL(oryx, AutogradCPU, m) { m.impl("span_attention", oryx::ops::forward_autograd); }
+// The same functions: the blockwise form behind them runs on any device.
+TORCH_LIBRARY_IMPL(oryx, CUDA, m) { m.impl("span_attention", oryx::ops::forward_cpu); }
+TORCH_LIBRARY_IMPL(oryx, AutogradCUDA, m) { m.impl("span_attention", oryx::ops::forward_autograd); }

@@ -17,7 +17,7 @@ struct Block {
   at::Tensor hidden;          // [n, k_length] bool: true where the query does not see the key
 };
 
-Block make_block(const AttentionPlan& plan, const AttentionSequence& s, const int64_t* queries, int64_t n) {
+Block make_block(const AttentionPlan& plan, const AttentionSequence& s, const int64_t* queries, int64_t n, at::Device device) {
   const int64_t first = plan.visible(s, queries[0]).begin, last = plan.visible(s, queries[n - 1]).end;
   at::Tensor index = at::empty({n}, at::kLong), begin = at::empty({n, 1}, at::kLong),
              end = at::empty({n, 1}, at::kLong);
@@ -28,16 +28,17 @@ Block make_block(const AttentionPlan& plan, const AttentionSequence& s, const in
     end.mutable_data_ptr<int64_t>()[i] = keys.end;
   }
   const at::Tensor key = at::arange(first, last, at::kLong).unsqueeze(0);
-  return {&s, index, s.k_begin + first, last - first, (key < begin) | (key >= end)};
+  const at::Tensor hidden = (key < begin) | (key >= end);
+  return {&s, index.to(device), s.k_begin + first, last - first, hidden.to(device)};
 }
 
 template <typename Fn>
-void for_each_block(const AttentionPlan& plan, Fn fn) {
+void for_each_block(const AttentionPlan& plan, at::Device device, Fn fn) {
   for (const AttentionSequence& s : plan.sequences) {
     const std::vector<int64_t> queries = plan.computed_queries(s);
     const int64_t count = static_cast<int64_t>(queries.size());
     for (int64_t i = 0; i < count; i += kBlock)
-      fn(make_block(plan, s, queries.data() + i, std::min(kBlock, count - i)));
+      fn(make_block(plan, s, queries.data() + i, std::min(kBlock, count - i), device));
   }
 }
 
@@ -67,7 +68,7 @@ std::pair<at::Tensor, at::Tensor> span_attention_blockwise(const at::Tensor& q, 
   const int64_t Hk = k.size(2);
   at::Tensor o = at::zeros({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   at::Tensor lse = at::zeros({q.size(0), q.size(1), q.size(2)}, q.options());
-  for_each_block(plan, [&](const Block& b) {
+  for_each_block(plan, q.device(), [&](const Block& b) {
     const at::Tensor scores = block_scores(query_rows(q, b, Hk), key_rows(k, b), b, plan.scale);
     const at::Tensor log_sum = scores.logsumexp(-1, true);
     const at::Tensor p = (scores - log_sum).exp();
@@ -83,7 +84,7 @@ std::array<at::Tensor, 3> span_attention_blockwise_backward(const at::Tensor& q,
                                                             const AttentionPlan& plan) {
   const int64_t Hk = k.size(2);
   at::Tensor dq = at::zeros_like(q), dk = at::zeros_like(k), dv = at::zeros_like(v);
-  for_each_block(plan, [&](const Block& b) {
+  for_each_block(plan, q.device(), [&](const Block& b) {
     const int64_t row = b.sequence->row;
     const at::Tensor qb = query_rows(q, b, Hk), kb = key_rows(k, b), vb = key_rows(v, b), dob = query_rows(d_o, b, Hk);
     const at::Tensor p = (block_scores(qb, kb, b, plan.scale) - query_rows(lse.unsqueeze(-1), b, Hk)).exp();

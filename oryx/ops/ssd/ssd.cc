@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "oryx/common/log.h"
 #include "oryx/ops/ssd/ssd_internal.h"
 
 namespace oryx::ops {
@@ -15,6 +16,12 @@ using torch::autograd::variable_list;
 at::Tensor or_undefined(const OptionalTensor& t) { return t.value_or(at::Tensor()); }
 OptionalTensor or_absent(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); }
 
+// The vector kernels are float32 on the CPU; the rest takes the chunked form, which runs anywhere.
+bool by_vectors(const at::Tensor& v) {
+  if (v.is_cuda()) log::warn_once("ssd: on CUDA by batched matrix products, slowly");
+  return v.is_cpu() && v.scalar_type() != at::kDouble;
+}
+
 std::tuple<at::Tensor, at::Tensor> ssd_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                            const at::Tensor& dt_raw, const at::Tensor& dt_bias, const at::Tensor& A_log,
                                            const at::Tensor& D, const OptionalTensor& initial_state,
@@ -23,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor> ssd_cpu(const at::Tensor& q, const at::Tensor
       q, k, v, dt_raw, dt_bias, A_log, D, or_undefined(initial_state), or_undefined(cu_seqlens), or_undefined(spans)};
   const SsdSizes sizes = ssd_sizes("ssd", in);
   const at::ScalarType dtype = ssd_compute_dtype(in);
-  const SsdResult r = (dtype == at::kDouble ? ssd_chunked : ssd_vector)(ssd_convert(in, dtype), sizes);
+  const SsdResult r = (by_vectors(v) ? ssd_vector : ssd_chunked)(ssd_convert(in, dtype), sizes);
   return {r.o.to(v.scalar_type()), r.final_state};
 }
 
@@ -42,7 +49,7 @@ EightTensors ssd_backward_cpu(const at::Tensor& d_o, const OptionalTensor& d_fin
               d_o.sizes());
   const at::ScalarType dtype = ssd_compute_dtype(in);
   const at::Tensor d_state = d_final_state ? d_final_state->to(dtype) : at::Tensor();
-  const auto run = dtype == at::kDouble ? ssd_chunked_backward : ssd_vector_backward;
+  const auto run = by_vectors(v) ? ssd_vector_backward : ssd_chunked_backward;
   const SsdGradients g = run(ssd_convert(in, dtype), sizes, d_o.to(dtype), d_state);
   return {g.q.to(q.scalar_type()),
           g.k.to(k.scalar_type()),
@@ -62,13 +69,13 @@ at::Tensor ssd_step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tens
   const SsdInputs in{
       q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), dt_raw.unsqueeze(1), dt_bias, A_log, D, state, {}, {}};
   const SsdSizes sizes = ssd_sizes("ssd_step", in);
-  if (v.scalar_type() != at::kDouble) {
+  if (by_vectors(v)) {
     const at::Tensor work = state.to(at::kFloat).contiguous();  // the state itself where that is possible
     const at::Tensor o = ssd_vector_step(ssd_convert(in, at::kFloat), sizes, work);
     if (!work.is_same(state)) state.copy_(work);
     return o.squeeze(1).to(v.scalar_type());
   }
-  const SsdResult r = ssd_chunked(ssd_convert(in, at::kDouble), sizes);
+  const SsdResult r = ssd_chunked(ssd_convert(in, ssd_compute_dtype(in)), sizes);
   state.copy_(r.final_state);
   return r.o.squeeze(1).to(v.scalar_type());
 }
@@ -133,6 +140,12 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
       "-> Tensor");
 }
 TORCH_LIBRARY_IMPL(oryx, CPU, m) {
+  m.impl("ssd", ssd_cpu);
+  m.impl("ssd_backward", ssd_backward_cpu);
+  m.impl("ssd_step", ssd_step_cpu);
+}
+// The same functions: the chunked form behind them runs on any device.
+TORCH_LIBRARY_IMPL(oryx, CUDA, m) {
   m.impl("ssd", ssd_cpu);
   m.impl("ssd_backward", ssd_backward_cpu);
   m.impl("ssd_step", ssd_step_cpu);

@@ -89,9 +89,9 @@ bool chunk_wanted(const SsdSizes& s, const Batch& b, int64_t begin, int64_t end)
 // [B, T, 1, 1] of ones and zeros, or undefined when everything is wanted.
 at::Tensor wanted_mask(const SsdSizes& s, const at::TensorOptions& options) {
   if (s.wanted.empty()) return {};
-  at::Tensor mask = at::empty({s.B, s.T, 1, 1}, options.dtype(at::kByte));
+  at::Tensor mask = at::empty({s.B, s.T, 1, 1}, at::kByte);
   std::copy(s.wanted.begin(), s.wanted.end(), mask.mutable_data_ptr<uint8_t>());
-  return mask.to(options.dtype());
+  return mask.to(options.device(), c10::typeMetaToScalarType(options.dtype()));
 }
 
 at::Tensor states(const SsdInputs& in, const SsdSizes& s) {

@@ -170,7 +170,7 @@ __global__ __launch_bounds__(kThreads) void short_conv_forward(const Arguments a
 // A warp takes 32 packets of channels and one chunk of tokens, a block four chunks in a row. Each thread walks its chunk and
 // the w - 1 tokens behind it (for their g), and emits d_x w - 1 tokens late; the filter's gradient stays in registers.
 template <typename T, int V, int kTaps>
-__global__ __launch_bounds__(kThreads, 3) void short_conv_backward(const Arguments a, const T* d_y, const T* d_final, T* d_x,
+__global__ __launch_bounds__(kThreads, 2) void short_conv_backward(const Arguments a, const T* d_y, const T* d_final, T* d_x,
                                                                    float* partial, int64_t chunk) {
   constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -390,7 +390,7 @@ struct BackwardPlan {
   int64_t chunk, blocks_x, blocks_y;
 };
 BackwardPlan backward_plan(int64_t B, int64_t T, int64_t C, int lanes) {
-  const int64_t blocks_x = (C / lanes + 31) / 32, blocks = static_cast<int64_t>(multiprocessors()) * 3;
+  const int64_t blocks_x = (C / lanes + 31) / 32, blocks = static_cast<int64_t>(multiprocessors()) * 2;
   const int64_t warps = blocks / blocks_x > 0 ? blocks / blocks_x * 4 : 4;
   const int64_t rows = warps / B > 0 ? warps / B : 1;  // warps a row of the batch
   int64_t chunk = (T + rows - 1) / rows;
