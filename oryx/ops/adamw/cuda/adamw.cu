@@ -28,10 +28,6 @@ __device__ __forceinline__ int find_tensor(const List& list, int chunk) {
   return low;
 }
 
-struct Values {
-  float p[kPerThread], m[kPerThread], v[kPerThread], g[kPerThread];
-};
-
 __device__ __forceinline__ void update(const OryxAdamwConstants& c, float& p, float& m, float& v, float g) {
   g *= c.grad_scale;
   m = c.beta1 * m + c.one_less_beta1 * g;
@@ -39,13 +35,24 @@ __device__ __forceinline__ void update(const OryxAdamwConstants& c, float& p, fl
   p = p * c.keep - c.step_size * (m / (sqrtf(v) * c.inverse_root + c.eps));
 }
 
-__device__ __forceinline__ void load8(const float* from, float (&out)[8]) {
-  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
-  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w, out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+// Four consecutive elements of a thread: a warp's accesses are then contiguous.
+__device__ __forceinline__ void load4(const float* from, float (&out)[4]) {
+  const float4 x = *reinterpret_cast<const float4*>(from);
+  out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
 }
-__device__ __forceinline__ void store8(const float (&x)[8], float* to) {
-  reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
-  reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+__device__ __forceinline__ void store4(const float (&x)[4], float* to) {
+  *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+__device__ __forceinline__ void load_gradient(const void* g, int dtype, int64_t i, float (&out)[4]) {
+  if (dtype == kFloat32) return load4(static_cast<const float*>(g) + i, out);
+  const uint2 raw = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(g) + i);
+  out[0] = __uint_as_float(raw.x << 16), out[1] = __uint_as_float(raw.x & 0xffff0000u);
+  out[2] = __uint_as_float(raw.y << 16), out[3] = __uint_as_float(raw.y & 0xffff0000u);
+}
+__device__ __forceinline__ void store_weight(const float (&x)[4], void* weight, int64_t i) {
+  const __nv_bfloat162 low = __floats2bfloat162_rn(x[0], x[1]), high = __floats2bfloat162_rn(x[2], x[3]);
+  *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(weight) + i) =
+      make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
 }
 
 __device__ __forceinline__ bool aligned(const OryxAdamwTensor& t) {
@@ -57,24 +64,31 @@ __device__ __forceinline__ bool aligned(const OryxAdamwTensor& t) {
 __global__ __launch_bounds__(kThreads) void adamw(const __grid_constant__ List list,
                                                   const __grid_constant__ OryxAdamwConstants c) {
   const int index = find_tensor(list, blockIdx.x);
-  const OryxAdamwTensor& t = list.tensor[index];
+  const OryxAdamwTensor t = list.tensor[index];  // a copy: its pointers stay in registers
   const int64_t begin = static_cast<int64_t>(blockIdx.x - list.first_chunk[index]) * kChunk;
   const int64_t end = begin + kChunk < t.n ? begin + kChunk : t.n;
   const int dtype = static_cast<int>(t.g_dtype);
+  constexpr int kUnits = kPerThread / 4;
   int64_t done = begin;  // up to here in packets
   if (aligned(t)) {
-    done = begin + (end - begin) / kPerThread * kPerThread;
-    for (int64_t i = begin + threadIdx.x * kPerThread; i < done; i += kThreads * kPerThread) {
-      Values x;
-      load8(t.p + i, x.p), load8(t.m + i, x.m), load8(t.v + i, x.v);
-      load_any(t.g, dtype, i, x.g);
+    done = begin + (end - begin) / 4 * 4;
+    for (int64_t first = begin + threadIdx.x * 4; first < done; first += kThreads * kPerThread) {
+      float p[kUnits][4], m[kUnits][4], v[kUnits][4], g[kUnits][4];
 #pragma unroll
-      for (int k = 0; k < kPerThread; ++k) update(c, x.p[k], x.m[k], x.v[k], x.g[k]);
-      store8(x.p, t.p + i), store8(x.m, t.m + i), store8(x.v, t.v + i);
-      if (t.weight != nullptr) {
-        Packet<__nv_bfloat16, 8> packet;
-        packet.pack(x.p);
-        packet.store(static_cast<__nv_bfloat16*>(t.weight) + i);
+      for (int u = 0; u < kUnits; ++u) {
+        const int64_t i = first + u * kThreads * 4;
+        if (i >= done) break;
+        load4(t.p + i, p[u]), load4(t.m + i, m[u]), load4(t.v + i, v[u]);
+        load_gradient(t.g, dtype, i, g[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int64_t i = first + u * kThreads * 4;
+        if (i >= done) break;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) update(c, p[u][k], m[u][k], v[u][k], g[u][k]);
+        store4(p[u], t.p + i), store4(m[u], t.m + i), store4(v[u], t.v + i);
+        if (t.weight != nullptr) store_weight(p[u], t.weight, i);
       }
     }
   }

@@ -1,0 +1,169 @@
+// Every operator on a GPU against itself on the CPU in float64. Skipped, saying so, where this build or machine has no CUDA.
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "oryx/ops/adamw/adamw.h"
+#include "oryx/ops/cross_entropy/cross_entropy.h"
+#include "oryx/ops/gated_delta/gated_delta.h"
+#include "oryx/ops/norm/norm.h"
+#include "oryx/ops/rope/rope.h"
+#include "oryx/ops/short_conv/short_conv.h"
+#include "oryx/ops/span_attention/span_attention.h"
+#include "oryx/ops/ssd/ssd.h"
+#include "oryx/ops/swiglu/swiglu.h"
+
+namespace oryx::ops {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+using Function = std::function<Tensors(const Tensors&)>;
+
+class Cuda : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
+    at::manual_seed(1);
+  }
+};
+
+at::Tensor random(at::IntArrayRef shape) { return at::randn(shape, at::kDouble); }
+
+double relative_error(const at::Tensor& found, const at::Tensor& expected) {
+  const at::Tensor a = found.detach().to(at::kCPU, at::kDouble), b = expected.detach();
+  return ((a - b).norm() / b.norm().clamp_min(1e-30)).item<double>();  // NaN fails every comparison below
+}
+
+// Values and gradients of f on the GPU, from float32 copies of `inputs`, against float64 on the CPU.
+void expect_same(const Function& f, const Tensors& inputs, double value_limit = 2e-5, double gradient_limit = 5e-5) {
+  Tensors host, device;
+  for (const at::Tensor& x : inputs) {
+    const at::Tensor narrow = x.to(at::kFloat);
+    host.push_back(narrow.to(at::kDouble).requires_grad_(true));
+    device.push_back(narrow.to(at::kCUDA).requires_grad_(true));
+  }
+  const Tensors expected = f(host), found = f(device);
+  ASSERT_EQ(expected.size(), found.size());
+  Tensors up, up_device;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_TRUE(found[i].is_cuda());
+    EXPECT_LE(relative_error(found[i], expected[i]), value_limit) << "output " << i;
+    const at::Tensor d = at::randn_like(expected[i]).to(at::kFloat);
+    up.push_back(d.to(expected[i].scalar_type()));
+    up_device.push_back(d.to(at::kCUDA, found[i].scalar_type()));
+  }
+  torch::autograd::backward(expected, up);
+  torch::autograd::backward(found, up_device);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!host[i].grad().defined()) continue;
+    EXPECT_LE(relative_error(device[i].grad(), host[i].grad()), gradient_limit) << "gradient of input " << i;
+  }
+}
+
+at::Tensor ints(std::vector<int32_t> values, const at::Tensor& like) { return at::tensor(values, at::kInt).to(like.device()); }
+
+TEST_F(Cuda, Swiglu) {
+  for (const int64_t n : {1, 17, 768, 5440}) expect_same([](const Tensors& x) { return Tensors{swiglu(x[0], x[1])}; }, {random({5, n}), random({5, n})});
+}
+
+TEST_F(Cuda, Norms) {
+  for (const int64_t n : {17, 128, 2048, 8192, 9001}) {
+    const at::Tensor x = random({7, n}), r = random({7, n}), w = random({n});
+    expect_same([](const Tensors& t) { return Tensors{rms_norm(t[0], t[1], 1e-6)}; }, {x, w});
+    expect_same([](const Tensors& t) { return Tensors{rms_norm(t[0], t[1], 1e-6, true)}; }, {x, w});
+    expect_same(
+        [](const Tensors& t) {
+          const auto [y, sum] = add_rms_norm(t[0], t[1], t[2], 1e-6);
+          return Tensors{y, sum};
+        },
+        {x, r, w});
+    for (const bool first : {false, true}) {
+      expect_same([&](const Tensors& t) { return Tensors{gated_rms_norm(t[0], t[1], t[2], 1e-6, first)}; }, {x, r, w});
+    }
+  }
+}
+
+TEST_F(Cuda, ShortConv) {
+  for (const int64_t width : {1, 3, 4, 8}) {
+    expect_same(
+        [](const Tensors& t) {
+          const auto r = short_conv(t[0], t[1], t[2], t[3], {}, Activation::kSilu);
+          return Tensors{r.y, r.final_state};
+        },
+        {random({2, 100, 24}), random({24, width}), random({24}), random({2, 24, width - 1})});
+  }
+}
+
+TEST_F(Cuda, ShortConvPacked) {
+  expect_same(
+      [](const Tensors& t) {
+        const auto r = short_conv(t[0], t[1], {}, t[2], ints({0, 2, 2, 4, 100}, t[0]), Activation::kSilu);
+        return Tensors{r.y, r.final_state};
+      },
+      {random({1, 100, 24}), random({24, 4}), random({4, 24, 3})});
+}
+
+TEST_F(Cuda, Rope) {
+  const at::Tensor positions = at::randint(0, 200000, {2, 63}, at::kInt);
+  for (const int64_t rotated : {0, 6}) {
+    expect_same([&](const Tensors& t) { return Tensors{rope(t[0], positions.to(t[0].device()), 10000, rotated)}; }, {random({2, 63, 3, 64})});
+  }
+}
+
+TEST_F(Cuda, GatedDelta) {
+  expect_same(
+      [](const Tensors& t) {
+        const auto r = gated_delta_rule(t[0], t[1], t[2], t[3], t[4], {}, ints({0, 30, 100}, t[0]), ints({0, 20, 100}, t[0]).view({1, 3}));
+        return Tensors{r.o, r.final_state};
+      },
+      {random({1, 100, 4, 16}), random({1, 100, 2, 16}), random({1, 100, 2, 32}), -random({1, 100, 2}).abs(), at::rand({1, 100, 2}, at::kDouble)},
+      1e-4, 1e-3);
+}
+
+TEST_F(Cuda, Ssd) {
+  expect_same(
+      [](const Tensors& t) {
+        const auto r = ssd(t[0], t[1], t[2], t[3], t[4], t[5], t[6], {}, ints({0, 30, 100}, t[0]));
+        return Tensors{r.o, r.final_state};
+      },
+      {random({1, 100, 2, 16}), random({1, 100, 1, 16}), random({1, 100, 2, 32}), random({1, 100, 2}), random({2}), random({2}), random({2})}, 1e-4,
+      1e-3);
+}
+
+TEST_F(Cuda, SpanAttention) {
+  for (const int64_t window : {0, 7}) {
+    expect_same(
+        [&](const Tensors& t) {
+          return Tensors{span_attention(t[0], t[1], t[2], ints({0, 20, 200}, t[0]).view({1, 3}), ints({0, 30, 200}, t[0]), {}, {}, window)};
+        },
+        {random({1, 200, 4, 16}), random({1, 200, 2, 16}), random({1, 200, 2, 32})}, 1e-4, 1e-3);
+  }
+}
+
+TEST_F(Cuda, CrossEntropy) {
+  at::Tensor targets = at::randint(0, 101, {77}, at::kLong);
+  targets[5] = -100;
+  expect_same([&](const Tensors& t) { return Tensors{linear_cross_entropy(t[0], t[1], targets.to(t[0].device()), -100, 1e-3).loss}; },
+              {random({77, 32}), random({101, 32})});
+}
+
+TEST_F(Cuda, AdamwAndGlobalNorm) {
+  std::vector<Tensors> host(4), device(4);
+  for (int i = 0; i < 420; ++i) {  // more than one launch
+    for (int k = 0; k < 4; ++k) {
+      const at::Tensor x = at::randn({i == 0 ? 30001 : 33}).abs();
+      host[k].push_back(x.to(at::kDouble));
+      device[k].push_back(x.to(at::kCUDA));
+    }
+  }
+  EXPECT_NEAR(global_norm(device[1]) / global_norm(host[1]), 1, 1e-6);
+  adamw_step_all(host[0], host[1], host[2], host[3], 3, {});
+  adamw_step_all(device[0], device[1], device[2], device[3], 3, {});
+  for (const int k : {0, 2, 3}) {
+    for (size_t i = 0; i < host[k].size(); ++i) EXPECT_LE(relative_error(device[k][i], host[k][i]), 1e-6);
+  }
+}
+
+}  // namespace
+}  // namespace oryx::ops
