@@ -182,7 +182,9 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
   int parity = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
     const int64_t first = (tile * kTeams + team) * kRows;
-    Packet<T, V> d_y[kRows][kPackets], x[kRows][kPackets], gate[kGated ? kRows : 1][kGated ? kPackets : 1];
+    // The third is the gate or, without one, d_sum.
+    Packet<T, V> d_y[kRows][kPackets], x[kRows][kPackets], gate[kRows][kPackets];
+    const T* third = static_cast<const T*>(kGated ? a.gate : a.d_sum);
     float rstd[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
@@ -192,12 +194,12 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
       for (int p = 0; p < kPackets; ++p) {
         const int i = lane + p * kTeam;
         d_y[u][p].zero(), x[u][p].zero();
-        if constexpr (kGated) gate[u][p].zero();
+        gate[u][p].zero();
         if (first + u < per_group && i < packets) {
           const int64_t at = row * a.dim + i * V;
           d_y[u][p].load(static_cast<const T*>(a.d_y) + at);
           x[u][p].load(static_cast<const T*>(a.x) + at);
-          if constexpr (kGated) gate[u][p].load(static_cast<const T*>(a.gate) + at);
+          if (third != nullptr) gate[u][p].load(third + at);
         }
       }
     }
@@ -250,10 +252,9 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
 #pragma unroll
         for (int e = 0; e < V; ++e) finish<kForm>(all[e], w[e], rstd[u], mean, d_x[e], d_gate[e]);
         Packet<T, V> out;
-        if (kForm == kPlain && a.d_sum != nullptr) {
+        if constexpr (!kGated) {  // zeros where there is no d_sum
           float s[V];
-          out.load(static_cast<const T*>(a.d_sum) + at);
-          out.unpack(s);
+          gate[u][p].unpack(s);
 #pragma unroll
           for (int e = 0; e < V; ++e) d_x[e] += s[e];
         }
@@ -380,10 +381,14 @@ int forward(const Forward& a, cudaStream_t stream) {
   if (!wide || packets > 1024) {
     const int64_t blocks = a.rows < multiprocessors() * 8 ? a.rows : multiprocessors() * 8;
     norm_forward_any<T, kForm><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+  } else if (packets <= 8) {
+    launch<T, kForm, 8, 1, 4>(a, stream);
   } else if (packets <= 16) {
     launch<T, kForm, 16, 1, 4>(a, stream);
   } else if (packets <= 64) {
     launch<T, kForm, 32, 2, 2>(a, stream);
+  } else if (packets <= 128) {
+    launch<T, kForm, 32, 4, 1>(a, stream);
   } else if (packets <= 256) {
     if constexpr (kForm == kPlain) {
       launch<T, kForm, 32, 8, 1>(a, stream);
@@ -412,8 +417,10 @@ Plan backward_plan(int lanes, int64_t dim, bool gated, bool wide) {
   const int64_t packets = dim / lanes;
   if (!wide || dim % lanes != 0 || packets > 1024) return {kThreads, 0, 1};
   const int rows = gated ? 1 : 2;  // a gate takes registers
+  if (packets <= 8) return {8, 1, 2 * rows};
   if (packets <= 16) return {16, 1, 2 * rows};
   if (packets <= 64) return {32, 2, rows};
+  if (packets <= 128) return {64, 2, rows};
   if (packets <= 256) return {128, 2, rows};
   return {256, 4, 1};
 }
@@ -428,6 +435,10 @@ int backward(const Backward& a, void* d_weight, cudaStream_t stream) {
   constexpr int kRows = kForm == kPlain ? 2 : 1;
   if (plan.packets == 0) {
     norm_backward_any<T, kForm><<<grid, kThreads, 0, stream>>>(a);
+  } else if (plan.team == 8) {
+    norm_backward<T, kForm, 8, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
+  } else if (plan.team == 64) {
+    norm_backward<T, kForm, 64, 2, kRows><<<grid, kThreads, 0, stream>>>(a);
   } else if (plan.team == 16) {
     norm_backward<T, kForm, 16, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
   } else if (plan.team == 32) {

@@ -11,7 +11,7 @@
 namespace oryx::ops::cuda {
 namespace {
 
-constexpr int kThreads = 256, kTokens = 4, kMaxHalf = kOryxRopeMaxRotaryDim / 2;
+constexpr int kThreads = 256, kTokens = 8, kMaxHalf = kOryxRopeMaxRotaryDim / 2;
 
 struct Arguments {
   const void* x;
@@ -27,6 +27,7 @@ struct Arguments {
 template <typename T, int V>
 __global__ __launch_bounds__(kThreads) void rotate(const __grid_constant__ Arguments a) {
   __shared__ float2 table[kTokens][kMaxHalf];  // cosine, sine
+  __shared__ int64_t starts[kTokens];          // of the tokens in x: 64-bit divisions once a token
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
   for (int i = threadIdx.x; i < kTokens * a.half; i += kThreads) {
     const int token = i / a.half, m = i % a.half;
@@ -36,25 +37,29 @@ __global__ __launch_bounds__(kThreads) void rotate(const __grid_constant__ Argum
     sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sine, &cosine);
     table[token][m] = make_float2(cosine, a.sign * sine);
   }
+  if (threadIdx.x < kTokens) {
+    const int64_t index = first + threadIdx.x;
+    starts[threadIdx.x] = index / a.T * a.stride_b + index % a.T * a.stride_t;
+  }
   __syncthreads();
   // Pairs of packets that turn together, then the packets of a head that stay as they are.
-  const int pairs = a.half / V, rest = static_cast<int>(a.d - 2 * a.half) / V, units = pairs + rest;
-  const int per_token = units * static_cast<int>(a.H);
+  const unsigned pairs = a.half / V, rest = static_cast<unsigned>(a.d - 2 * a.half) / V, units = pairs + rest;
+  const unsigned per_token = units * static_cast<unsigned>(a.H);
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kTokens * per_token; i += kThreads) {
-    const int token = i / per_token, head = i % per_token / units, unit = i % units;
+  for (unsigned i = threadIdx.x; i < kTokens * per_token; i += kThreads) {
+    const unsigned token = i / per_token, of_token = i - token * per_token, head = of_token / units, unit = of_token - head * units;
     const int64_t index = first + token;
     if (index >= a.tokens) break;
-    const T* x = static_cast<const T*>(a.x) + index / a.T * a.stride_b + index % a.T * a.stride_t + head * a.stride_h;
+    const T* x = static_cast<const T*>(a.x) + starts[token] + head * a.stride_h;
     T* y = static_cast<T*>(a.y) + (index * a.H + head) * a.d;
     Packet<T, V> low, high;
     if (unit >= pairs) {
-      const int m = 2 * a.half + (unit - pairs) * V;
+      const unsigned m = 2 * a.half + (unit - pairs) * V;
       low.load(x + m);
       low.store(y + m);
       continue;
     }
-    const int m = unit * V;
+    const unsigned m = unit * V;
     low.load(x + m), high.load(x + m + a.half);
     float p[V], q[V];
     low.unpack(p), high.unpack(q);
