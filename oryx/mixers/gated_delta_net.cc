@@ -30,6 +30,11 @@ class GatedDeltaNet : public Mixer {
     return {{"gated_delta_net.S", SlotKind::kRecurrent, {config_.kv_heads(), config_.value_dim(), config_.head_dim}, at::kFloat}};
   }
 
+  std::vector<SlotSpec> row_slots() const override {
+    return {{"gated_delta_net.g", SlotKind::kPerToken, {config_.kv_heads()}, at::kFloat},
+            {"gated_delta_net.beta", SlotKind::kPerToken, {config_.kv_heads()}, at::kFloat}};
+  }
+
   void bind(const ParameterMap& p, const std::string& prefix) override {
     b_proj_ = p.at(prefix + "b_proj.weight");
     a_proj_ = p.at(prefix + "a_proj.weight");
@@ -41,12 +46,16 @@ class GatedDeltaNet : public Mixer {
     // Both projections are narrow (one column a head): one product, in float32, as the decay must be.
     const at::Tensor ab = at::linear(in.u.to(b_proj_.scalar_type()), at::cat({b_proj_, a_proj_}));  // [B, T, 2 Hk]
     const int64_t heads = config_.kv_heads();
-    const at::Tensor beta = ab.narrow(-1, 0, heads).sigmoid();
+    at::Tensor beta = ab.narrow(-1, 0, heads).sigmoid();
     // logaddexp: torch's softplus turns linear above 20.
     const at::Tensor step = at::logaddexp(ab.narrow(-1, heads, heads) + dt_bias_, at::zeros({}, dt_bias_.options()));
-    const at::Tensor g = -A_log_.exp() * step;  // [B, T, Hk]
+    at::Tensor g = -A_log_.exp() * step;  // [B, T, Hk]
     if (in.state == nullptr) {
       return ops::gated_delta_rule(in.q, in.k, in.v, g, beta, {}, in.sequences.cu_seqlens, in.spans).o;
+    }
+    if (in.keep) {
+      g = in.keep("gated_delta_net.g", g);
+      beta = in.keep("gated_delta_net.beta", beta);
     }
     at::Tensor S = in.state->tensor("gated_delta_net.S");  // [N, Hk, V, K]
     if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
@@ -55,6 +64,12 @@ class GatedDeltaNet : public Mixer {
     const auto r = ops::gated_delta_rule(in.q, in.k, in.v, g, beta, S, in.sequences.cu_seqlens, in.spans);
     S.copy_(r.final_state);
     return r.o;
+  }
+
+  void replay(const MixerRows& rows, LayerState& state) const override {
+    at::Tensor S = state.tensor("gated_delta_net.S");
+    const at::Tensor none = at::empty({0, 3}, at::kInt);  // no readout is wanted: any query will do
+    S.copy_(ops::gated_delta_rule(rows.k, rows.k, rows.v, rows.own("gated_delta_net.g"), rows.own("gated_delta_net.beta"), S, {}, none).final_state);
   }
 
   MixerFlops flops(int64_t) const override {

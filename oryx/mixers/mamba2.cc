@@ -30,6 +30,8 @@ class Mamba2 : public Mixer {
     return {{"mamba2.S", SlotKind::kRecurrent, {config_.kv_heads(), config_.value_dim(), config_.head_dim}, at::kFloat}};
   }
 
+  std::vector<SlotSpec> row_slots() const override { return {{"mamba2.dt", SlotKind::kPerToken, {config_.kv_heads()}, at::kFloat}}; }
+
   void bind(const ParameterMap& p, const std::string& prefix) override {
     dt_proj_ = p.at(prefix + "dt_proj.weight");
     A_log_ = p.at(prefix + "A_log");
@@ -38,10 +40,11 @@ class Mamba2 : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
-    const at::Tensor dt_raw = at::linear(in.u.to(dt_proj_.scalar_type()), dt_proj_);  // [B, T, Hk], float32
+    at::Tensor dt_raw = at::linear(in.u.to(dt_proj_.scalar_type()), dt_proj_);  // [B, T, Hk], float32
     if (in.state == nullptr) {
       return ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, {}, in.sequences.cu_seqlens, in.spans).o;
     }
+    if (in.keep) dt_raw = in.keep("mamba2.dt", dt_raw);
     at::Tensor S = in.state->tensor("mamba2.S");  // [N, Hk, V, K]
     if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
       return ops::ssd_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), dt_raw.squeeze(1), dt_bias_, A_log_, D_, S).unsqueeze(1);
@@ -49,6 +52,12 @@ class Mamba2 : public Mixer {
     const auto r = ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, S, in.sequences.cu_seqlens, in.spans);
     S.copy_(r.final_state);
     return r.o;
+  }
+
+  void replay(const MixerRows& rows, LayerState& state) const override {
+    at::Tensor S = state.tensor("mamba2.S");
+    const at::Tensor none = at::empty({0, 3}, at::kInt);  // no readout is wanted: any query will do
+    S.copy_(ops::ssd(rows.k, rows.k, rows.v, rows.own("mamba2.dt"), dt_bias_, A_log_, D_, S, {}, none).final_state);
   }
 
   MixerFlops flops(int64_t) const override {

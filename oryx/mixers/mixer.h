@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,6 +38,15 @@ struct MixerInput {
   const Sequences& sequences;
   LayerState* state = nullptr;         // slots of this layer, updated in place; null: nothing before, nothing kept
   const KeyValueCache* cache = nullptr;  // present with a state, for a mixer that keeps_tokens()
+  // Keeps a row a token of one of the mixer's row_slots(), [B, T, shape...], and returns the rows to go on with: where the state has those
+  // tokens' rows already (State::trim) it is these. Empty where no rows are kept.
+  std::function<at::Tensor(const std::string& slot, const at::Tensor& rows)> keep = {};
+};
+
+// Rows of one sequence that the state holds, for a mixer that replays them.
+struct MixerRows {
+  at::Tensor k, v;                                          // [1, T, Hk, K], [1, T, Hk, V]
+  std::function<at::Tensor(const std::string& slot)> own;  // of one of its row_slots(): [1, T, shape...]
 };
 
 // What a mixer adds to a token's cost, beyond the projections (2 FLOPs a weight). A multiply-add is 2 FLOPs.
@@ -55,6 +65,10 @@ class Mixer {
   virtual std::vector<ParameterSpec> parameters() const { return {}; }
   // State per sequence that it wants kept, beside keys and values.
   virtual std::vector<SlotSpec> slots() const { return {}; }
+  // What it wants kept of each token beside keys and values, so that they determine its state: scalars. In layers that keep rows.
+  virtual std::vector<SlotSpec> row_slots() const { return {}; }
+  // Brings its recurrent slots (one sequence) over the rows, as forward() did when it saw those tokens.
+  virtual void replay(const MixerRows& rows, LayerState& state) const { (void)rows, (void)state; }
   // True when it reads the keys and values of all earlier tokens (attention).
   virtual bool keeps_tokens() const { return false; }
   // True when its state must advance at every token, also at those in another mode (linear mixers).

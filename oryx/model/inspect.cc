@@ -119,14 +119,13 @@ double batch_flops(const ModelConfig& c, const Routing& routing) {
   return flops;
 }
 
-StateBytes state_bytes(const ModelConfig& c, int64_t tokens, at::ScalarType compute) {
+StateBytes state_bytes(const ModelConfig& c, int64_t tokens, at::ScalarType compute, const StateOptions& options) {
   StateBytes b;
-  for (const auto& [kind, layers] : layer_kinds(c)) {
-    const MultiMixerLayer layer(c.layer, kind, 0);
-    for (const auto& slot : layer.slots(compute)) {
-      if (slot.kind == SlotKind::kRecurrent) b.recurrent += layers * slot.bytes();
-      if (slot.kind == SlotKind::kTail) b.tails += layers * slot.bytes();
-      if (slot.kind == SlotKind::kPerToken) b.tokens += layers * slot.bytes() * tokens;
+  for (const auto& layer : LanguageModel::slots(c, compute, options)) {
+    for (const auto& slot : layer) {
+      if (slot.kind == SlotKind::kRecurrent) b.recurrent += slot.bytes();
+      if (slot.kind == SlotKind::kTail) b.tails += slot.bytes();
+      if (slot.kind == SlotKind::kPerToken) b.tokens += slot.bytes() * tokens;
     }
   }
   return b;

@@ -36,6 +36,6 @@ double token_flops(const ModelConfig& config, const std::string& mixer, int64_t 
 double batch_flops(const ModelConfig& config, const Routing& routing);
 
 // Bytes of state of one sequence of `tokens` tokens, by part.
-StateBytes state_bytes(const ModelConfig& config, int64_t tokens, at::ScalarType compute = at::kFloat);
+StateBytes state_bytes(const ModelConfig& config, int64_t tokens, at::ScalarType compute = at::kFloat, const StateOptions& options = {});
 
 }  // namespace oryx

@@ -91,16 +91,63 @@ void LanguageModel::requires_grad(bool on) {
   for (auto& p : parameters_) p.requires_grad_(on);
 }
 
-State LanguageModel::make_state(int64_t sequences) const {
+State LanguageModel::make_state(int64_t sequences, const StateOptions& options) const {
   TORCH_CHECK(compute_ == at::kFloat || compute_ == at::kBFloat16, "model: a state holds float32 recurrences, so a model that computes in ",
               compute_, " has none; expected float32 or bfloat16");
-  return State(slots(), sequences);
+  return State(slots(config_, compute_, options), sequences, options);
 }
 
-std::vector<std::vector<SlotSpec>> LanguageModel::slots() const {
-  std::vector<std::vector<SlotSpec>> s;
-  for (const auto& layer : layers_) s.push_back(layer->slots(compute_));
-  return s;
+std::vector<std::vector<SlotSpec>> LanguageModel::slots(const ModelConfig& config, at::ScalarType compute, const StateOptions& options) {
+  std::map<std::vector<std::string>, std::vector<SlotSpec>> kinds;  // layers of one kind have the same slots
+  std::vector<std::vector<SlotSpec>> all;
+  bool rows = false, tails = false;
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    auto it = kinds.find(config.mixers_of(i));
+    if (it == kinds.end()) it = kinds.emplace(config.mixers_of(i), MultiMixerLayer(config.layer, config.mixers_of(i), 0).slots(compute, options.keep_rows)).first;
+    all.push_back(it->second);
+    for (const SlotSpec& slot : it->second) {
+      rows |= slot.kind == SlotKind::kPerToken;
+      tails |= slot.kind == SlotKind::kTail;
+    }
+  }
+  all.emplace_back();
+  if (rows && tails) all.back().push_back({"ids", SlotKind::kPerToken, {}, at::kInt});
+  return all;
+}
+
+int64_t LanguageModel::refill_tokens() const {
+  if (!config_.layer.conv) return 0;
+  // A layer's keys and values are at hand, so that its tails want w - 1 tokens of the layer's input. With a query convolution the first w - 1
+  // outputs of a layer are not right, which costs every layer above as many more.
+  const int64_t width = config_.layer.conv_kernel - 1;
+  return config_.layer.query_conv ? width * config_.num_layers : width;
+}
+
+void LanguageModel::scan(State& one, int64_t begin, int64_t end) const {
+  const at::NoGradGuard no_grad;
+  constexpr int64_t kPiece = 1024;  // bounds the memory of the recurrences' working copies
+  for (int64_t at = begin; at < end; at += kPiece) {
+    for (const auto& layer : layers_) layer->replay(one, at, std::min(end, at + kPiece));
+  }
+}
+
+void LanguageModel::refill(State& one, int64_t end) const {
+  const at::NoGradGuard no_grad;
+  const int64_t begin = one.lengths()[0], count = end - begin;
+  ModelInput input;
+  input.input_ids = one.rows(config_.num_layers, "ids", end).narrow(1, begin, count).to(at::kLong);
+  for (const auto& layer : layers_) {
+    const at::Tensor places = layer->places(one, begin, end);
+    std::vector<RoutedSpan> spans;
+    for (int64_t t = 0; t < count; ++t) {
+      const auto at = static_cast<int32_t>(t);
+      spans.push_back({0, at, at + 1, places.defined() ? places[t].item<int32_t>() : 0});
+    }
+    input.routing.push_back(std::make_shared<Routing>(1, count, layer->mixer_names(), spans));
+  }
+  input.state = &one;
+  input.refill = true;
+  (void)hidden(input);
 }
 
 const Routing& LanguageModel::routing_of(const ModelInput& input, size_t layer) const {
@@ -126,6 +173,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   }
   ForwardPass pass;
   pass.state = input.state;
+  pass.refill = input.refill;
   pass.tap = input.tap;
   pass.sequences.cu_seqlens = input.cu_seqlens;
   std::optional<at::Tensor> past;
@@ -134,6 +182,9 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   if (input.cu_seqlens) {
     const at::Tensor cu = input.cu_seqlens->to(at::kLong).cpu();
     pass.cu_seqlens.assign(cu.data_ptr<int64_t>(), cu.data_ptr<int64_t>() + cu.numel());
+  }
+  if (input.state != nullptr && !input.refill && input.state->layer(config_.num_layers).has("ids")) {
+    input.state->append(config_.num_layers, "ids", input.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   }
   at::Tensor x = at::embedding(embed_, input.input_ids).to(compute_), delta;  // [B, T, D]
   for (size_t i = 0; i < layers_.size(); ++i) {

@@ -93,7 +93,7 @@ std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
   return p;
 }
 
-std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute) const {
+std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute, bool keep_rows) const {
   const LayerConfig& c = config_;
   std::vector<SlotSpec> s;
   for (const auto& g : groups_) {
@@ -101,7 +101,7 @@ std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute) const {
       s.push_back({g.prefix + "k_conv", SlotKind::kTail, {c.key_width(), c.conv_kernel - 1}, compute});
       s.push_back({g.prefix + "v_conv", SlotKind::kTail, {c.value_width(), c.conv_kernel - 1}, compute});
     }
-    if (g.keeps_tokens) {
+    if (g.keeps_tokens || keep_rows) {
       s.push_back({g.prefix + "keys", SlotKind::kPerToken, {c.kv_heads(), c.head_dim}, compute});
       s.push_back({g.prefix + "values", SlotKind::kPerToken, {c.kv_heads(), c.value_dim()}, compute});
     }
@@ -110,8 +110,16 @@ std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute) const {
     if (c.query_conv && mixers_[i]->advances_everywhere()) {
       s.push_back({names_[i] + ".q_conv", SlotKind::kTail, {c.query_width(), c.conv_kernel - 1}, compute});
     }
-    for (const auto& own : mixers_[i]->slots()) s.push_back(own);
+    const bool rows = group_of(i).keeps_tokens || keep_rows;
+    for (auto own : mixers_[i]->slots()) {
+      own.from_rows = rows;
+      s.push_back(own);
+    }
+    if (!rows) continue;
+    for (const auto& own : mixers_[i]->row_slots()) s.push_back(own);
   }
+  const auto any_rows = std::any_of(s.begin(), s.end(), [](const SlotSpec& slot) { return slot.kind == SlotKind::kPerToken; });
+  if (any_rows && names_.size() > 1 && !combines_all()) s.push_back({"mode", SlotKind::kPerToken, {}, at::kChar});
   return s;
 }
 
@@ -144,6 +152,7 @@ void MultiMixerLayer::bind(const ParameterMap& p) {
 at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weight, const std::string& slot, ForwardPass& pass) const {
   const auto act = silu_ ? ops::Activation::kSilu : ops::Activation::kNone;
   if (pass.state == nullptr) return ops::short_conv(x, weight, {}, {}, pass.sequences.cu_seqlens, act).y;
+  pass.state->record(index_, slot, x, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   at::Tensor tail = pass.state->layer(index_).tensor(slot);  // [N, C, w - 1]
   if (x.size(1) == 1 && !pass.sequences.cu_seqlens) return ops::short_conv_step(x.squeeze(1), weight, {}, tail, act).unsqueeze(1);
   const auto r = ops::short_conv(x, weight, {}, tail, pass.sequences.cu_seqlens, act);
@@ -160,16 +169,44 @@ MultiMixerLayer::KeyValues MultiMixerLayer::project_kv(const KeyValueGroup& grou
     v = convolve(v, group.v_conv, group.prefix + "v_conv", pass);
   }
   KeyValues kv{k.view({B, T, c.kv_heads(), c.head_dim}), v.view({B, T, c.kv_heads(), c.value_dim()}), {}, false};
-  if (pass.state == nullptr || !group.keeps_tokens) return kv;
+  if (pass.state == nullptr || !pass.state->layer(index_).has(group.prefix + "keys")) return kv;
   const auto* cu = pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens;
-  pass.state->append(index_, group.prefix + "keys", kv.k, cu);
-  pass.state->append(index_, group.prefix + "values", kv.v, cu);
-  const auto& slots = pass.state->layer(index_);
+  // A refill's convolutions run for their tails' sake: their first outputs lack the inputs before it, and the rows are there.
+  kv.k = keep(group.prefix + "keys", kv.k, pass);
+  kv.v = keep(group.prefix + "values", kv.v, pass);
+  if (!group.keeps_tokens) return kv;
+  int64_t longest = 0;
+  for (size_t n = 0; n < pass.state->lengths().size(); ++n) {
+    longest = std::max(longest, pass.state->lengths()[n] + (cu != nullptr ? (*cu)[n + 1] - (*cu)[n] : T));
+  }
   at::Tensor fresh = at::full({pass.state->sequences()}, T, at::kInt);
   if (cu != nullptr) fresh = at::diff(*pass.sequences.cu_seqlens);
-  kv.cache = {slots.tensor(group.prefix + "keys"), slots.tensor(group.prefix + "values"), pass.state->lengths_tensor() + fresh};
+  kv.cache = {pass.state->rows(index_, group.prefix + "keys", longest), pass.state->rows(index_, group.prefix + "values", longest), pass.state->lengths_tensor() + fresh};
   kv.cached = true;
   return kv;
+}
+
+at::Tensor MultiMixerLayer::keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const {
+  if (pass.refill) {
+    const int64_t begin = pass.state->lengths()[0], count = rows.size(1);
+    return pass.state->rows(index_, slot, begin + count).narrow(1, begin, count);
+  }
+  pass.state->append(index_, slot, rows, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
+  return rows;
+}
+
+void MultiMixerLayer::replay(State& one, int64_t begin, int64_t end) const {
+  const auto rows = [&](const std::string& slot) { return one.rows(index_, slot, end).narrow(1, begin, end - begin); };
+  for (size_t m = 0; m < mixers_.size(); ++m) {
+    if (mixers_[m]->slots().empty()) continue;
+    const std::string& prefix = group_of(m).prefix;
+    mixers_[m]->replay({rows(prefix + "keys"), rows(prefix + "values"), rows}, one.layer(index_));
+  }
+}
+
+at::Tensor MultiMixerLayer::places(const State& one, int64_t begin, int64_t end) const {
+  if (!one.layer(index_).has("mode")) return {};
+  return one.rows(index_, "mode", end)[0].narrow(0, begin, end - begin);
 }
 
 at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const {
@@ -187,6 +224,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
   static const TokenSet kEverything;
   std::vector<KeyValues> kvs;
   for (const auto& g : groups_) kvs.push_back(project_kv(g, u, pass));
+  if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_), pass);
   std::vector<at::Tensor> outputs;  // [B, T, H, V] each
   std::map<std::string, at::Tensor> projected;
   for (size_t m = 0; m < mixers_.size(); ++m) {
@@ -204,8 +242,11 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
     }
     if (query.conv.defined()) q = convolve(q, query.conv, names_[m] + ".q_conv", pass);
     const KeyValues& kv = kvs[config_.share_kv ? 0 : m];
-    const MixerInput input{u, q.view({B, T, c.num_heads, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
-                           kv.cached && mixers_[m]->keeps_tokens() ? &kv.cache : nullptr};
+    MixerInput input{u, q.view({B, T, c.num_heads, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
+                     kv.cached && mixers_[m]->keeps_tokens() ? &kv.cache : nullptr};
+    if (state != nullptr && state->has(group_of(m).prefix + "keys")) {
+      input.keep = [&](const std::string& slot, const at::Tensor& rows) { return keep(slot, rows, pass); };
+    }
     at::Tensor part = mixers_[m]->forward(input);
     if (idle) continue;
     // One-token steps read out every row; rows in another mode are dropped here.

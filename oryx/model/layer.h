@@ -21,6 +21,7 @@ struct ForwardPass {
   Sequences sequences;
   std::vector<int64_t> cu_seqlens;  // host copy, empty when not packed
   State* state = nullptr;
+  bool refill = false;  // the state holds these tokens' rows already
   // Called with ("mixer_out" or "hidden", layer, tensor [B, T, D]) when set: for tests and probes.
   std::function<void(std::string_view, int64_t, const at::Tensor&)> tap;
 };
@@ -30,13 +31,19 @@ class MultiMixerLayer {
   MultiMixerLayer(const LayerConfig& config, std::vector<std::string> mixers, int64_t index);
 
   std::vector<ParameterSpec> parameters() const;  // full names ("layers.3.mixer.k_proj.weight")
-  std::vector<SlotSpec> slots(at::ScalarType compute) const;
+  // keep_rows: keys and values of mixers that do not look back, too.
+  std::vector<SlotSpec> slots(at::ScalarType compute, bool keep_rows = false) const;
   void bind(const ParameterMap& p);
 
   // x [B, T, D] is the residual stream before `delta` (the last sublayer's output, [B, T, D] or undefined) is added: the sum and
   // the norm that follows are one pass. Returns the same pair for the next layer.
   std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& delta, const Routing& routing,
                                             ForwardPass& pass) const;
+
+  // Brings the recurrent slots of `one`, a single sequence, over its rows [begin, end).
+  void replay(State& one, int64_t begin, int64_t end) const;
+  // The mixer of each row [begin, end) of `one` by its place in mixer_names(): [end - begin] int8, undefined where there is no choice.
+  at::Tensor places(const State& one, int64_t begin, int64_t end) const;
 
   const std::vector<std::string>& mixer_names() const { return names_; }
   const Mixer& mixer(size_t m) const { return *mixers_[m]; }
@@ -61,6 +68,8 @@ class MultiMixerLayer {
   };
 
   bool combines_all() const { return config_.combine == "mean"; }
+  const KeyValueGroup& group_of(size_t mixer) const { return groups_[config_.share_kv ? 0 : mixer]; }
+  at::Tensor keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const;
   KeyValues project_kv(const KeyValueGroup& group, const at::Tensor& u, ForwardPass& pass) const;
   at::Tensor project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const;
   at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const std::string& slot, ForwardPass& pass) const;

@@ -26,12 +26,25 @@ const at::Tensor& LayerState::tensor(const std::string& name) const {
   return it->second.data;
 }
 
-State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences) : layers_(layers.size()), lengths_(static_cast<size_t>(sequences), 0) {
+State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options)
+    : options_(options),
+      layers_(layers.size()),
+      lengths_(static_cast<size_t>(sequences), 0),
+      marks_(static_cast<size_t>(sequences)) {
+  TORCH_CHECK(options.checkpoint_every >= 0 && options.ring >= 0, "state: checkpoints every ", options.checkpoint_every,
+              " tokens, a ring of ", options.ring);
   for (size_t i = 0; i < layers.size(); ++i) {
     for (const auto& spec : layers[i]) {
       const bool per_token = spec.kind == SlotKind::kPerToken;
       const auto shape = per_token ? with_front({sequences, 0}, spec.shape) : with_front({sequences}, spec.shape);
-      const bool fresh = layers_[i].slots_.emplace(spec.name, LayerState::Slot{spec, at::zeros(shape, spec.dtype)}).second;
+      LayerState::Slot slot{spec, at::zeros(shape, spec.dtype), {}};
+      if (spec.kind == SlotKind::kTail) {
+        TORCH_CHECK(tail_ == 0 || tail_ == spec.shape[1], "state: tails of ", tail_, " and ", spec.shape[1], " tokens");
+        tail_ = spec.shape[1];
+        recent_ = options.ring + tail_;
+        if (options.ring > 0) slot.recent = at::zeros({sequences, recent_, spec.shape[0]}, spec.dtype);
+      }
+      const bool fresh = layers_[i].slots_.emplace(spec.name, std::move(slot)).second;
       TORCH_CHECK(fresh, "state: slot '", spec.name, "' is declared twice in layer ", i);
     }
   }
@@ -67,21 +80,43 @@ void State::append(int64_t i, const std::string& name, const at::Tensor& rows, c
   }
 }
 
+at::Tensor State::rows(int64_t i, const std::string& name, int64_t length) const {
+  return layers_[static_cast<size_t>(i)].tensor(name).narrow(1, 0, length);
+}
+
 void State::advance(const std::vector<int64_t>& counts) {
-  TORCH_CHECK(counts.size() == lengths_.size(), "state: ", counts.size(), " counts for ", lengths_.size(), " sequences");
-  for (size_t n = 0; n < counts.size(); ++n) lengths_[n] += counts[n];
+  TORCH_CHECK(counts.size() == lengths_.size(), "state: ", counts.size(), " counts for ", lengths_.size(),
+              " sequences");
+  for (size_t n = 0; n < counts.size(); ++n) {
+    if (counts[n] == 0) continue;
+    lengths_[n] += counts[n];
+    take_marks(static_cast<int64_t>(n));
+  }
+}
+
+int64_t State::mark_bytes(SlotKind kind) const {
+  int64_t bytes = 0;
+  for (const auto& layer : layers_) {
+    for (const auto& [name, slot] : layer.slots_) bytes += slot.spec.kind == kind ? slot.spec.bytes() : 0;
+  }
+  return bytes;
 }
 
 StateBytes State::count(bool reserved) const {
   StateBytes b;
-  const int64_t tokens = reserved ? capacity_ * sequences() : std::accumulate(lengths_.begin(), lengths_.end(), int64_t{0});
+  const int64_t tokens =
+      reserved ? capacity_ * sequences() : std::accumulate(lengths_.begin(), lengths_.end(), int64_t{0});
+  b.recurrent = mark_bytes(SlotKind::kRecurrent) * sequences();
+  b.tails = mark_bytes(SlotKind::kTail) * sequences();
+  b.tokens = mark_bytes(SlotKind::kPerToken) * tokens;
+  const int64_t mark = mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail);
+  for (const auto& m : marks_) {
+    b.checkpoints += mark * static_cast<int64_t>(m.checkpoints.size());
+    b.ring += mark * static_cast<int64_t>(m.ring.size());
+  }
   for (const auto& layer : layers_) {
-    for (const auto& [name, slot] : layer.slots_) {
-      const int64_t each = slot.spec.bytes();
-      if (slot.spec.kind == SlotKind::kRecurrent) b.recurrent += each * sequences();
-      if (slot.spec.kind == SlotKind::kTail) b.tails += each * sequences();
-      if (slot.spec.kind == SlotKind::kPerToken) b.tokens += each * tokens;
-    }
+    for (const auto& [name, slot] : layer.slots_)
+      b.ring += slot.recent.defined() ? static_cast<int64_t>(slot.recent.nbytes()) : 0;
   }
   return b;
 }

@@ -1,0 +1,228 @@
+// Properties of the state under trim: going back and on is never having seen the rest, for random models, modes, splits
+// and packings.
+#include "oryx/state/state.h"
+
+#include <ATen/ATen.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "oryx/common/error.h"
+#include "oryx/model/inspect.h"
+#include "oryx/model/test_support.h"
+#include "tests/support/fixtures.h"
+
+namespace oryx {
+namespace {
+
+constexpr double kTolerance = 2e-5;  // float32, three small layers, different orders of summation
+
+using namespace test;
+
+// Counts what a trim asks of the model.
+struct Counted : Replay {
+  explicit Counted(const LanguageModel& m) : model(m) {}
+  int64_t refill_tokens() const override { return model.refill_tokens(); }
+  void scan(State& one, int64_t begin, int64_t end) const override {
+    scanned += end - begin;
+    model.scan(one, begin, end);
+  }
+  void refill(State& one, int64_t end) const override {
+    refilled += end - one.lengths()[0];
+    model.refill(one, end);
+  }
+  const LanguageModel& model;
+  mutable int64_t scanned = 0, refilled = 0;
+};
+
+// Recurrent slots and tails of sequence n, by layer and name.
+std::vector<std::pair<std::string, at::Tensor>> fixed_slots(const LanguageModel& m, const State& state, int64_t n) {
+  std::vector<std::pair<std::string, at::Tensor>> all;
+  const auto slots = LanguageModel::slots(m.config(), m.compute_dtype(), state.options());
+  for (size_t i = 0; i < slots.size(); ++i) {
+    for (const auto& slot : slots[i]) {
+      if (slot.kind == SlotKind::kPerToken) continue;
+      all.emplace_back("layer " + std::to_string(i) + " " + slot.name,
+                       state.layer(static_cast<int64_t>(i)).tensor(slot.name)[n].clone());
+    }
+  }
+  return all;
+}
+
+void expect_near(const LanguageModel& m, const State& a, int64_t n, const State& b, int64_t k) {
+  const auto x = fixed_slots(m, a, n), y = fixed_slots(m, b, k);
+  for (size_t i = 0; i < x.size(); ++i) EXPECT_LT(fixture_error(x[i].second, y[i].second), kTolerance) << x[i].first;
+}
+
+void expect_equal(const std::vector<std::pair<std::string, at::Tensor>>& x,
+                  const std::vector<std::pair<std::string, at::Tensor>>& y) {
+  ASSERT_EQ(x.size(), y.size());
+  for (size_t i = 0; i < x.size(); ++i) EXPECT_TRUE(at::equal(x[i].second, y[i].second)) << x[i].first;
+}
+
+// Tokens [begin, end) of every row, in pieces of random length.
+void feed(const LanguageModel& m, State& state, const at::Tensor& ids, const std::vector<std::vector<int32_t>>& modes,
+          int64_t end, CounterRng& rng) {
+  for (int64_t at = state.lengths()[0]; at < end;) {
+    const int64_t n = std::min<int64_t>(end - at, rng.below(2) == 0 ? 1 : 1 + static_cast<int64_t>(rng.below(40)));
+    run(m, ids.narrow(1, at, n), routing(m.config(), modes, at, at + n), &state);
+    at += n;
+  }
+}
+
+std::vector<std::vector<int32_t>> row_of(const std::vector<std::vector<int32_t>>& modes, int64_t n) {
+  return {modes[static_cast<size_t>(n)]};
+}
+
+class EveryState : public ::testing::TestWithParam<Case> {};
+
+TEST_P(EveryState, TrimThenContinueIsNeverHavingSeenTheRest) {
+  const ModelConfig& c = GetParam().config;
+  const auto m = make(c);
+  const int64_t B = 2, T = 90, more = 7;
+  for (const auto& options :
+       {StateOptions{0, 0, true}, StateOptions{16, 0, true}, StateOptions{0, 4, true}, StateOptions{9, 3, true}}) {
+    CounterRng rng(21 + options.checkpoint_every + options.ring);
+    const at::Tensor ids = random_ids(rng, B, T, c.vocab_size);
+    const auto modes = random_modes(rng, B, T, c.mixers().size());
+    State state = m->make_state(B, options);
+    feed(*m, state, ids, modes, T, rng);
+    ASSERT_TRUE(state.replayable());
+    // Down in several trims, each sequence to places of its own.
+    std::vector<int64_t> to = {T, T};
+    for (int round = 0; round < 3; ++round) {
+      std::vector<int32_t> cu{0};
+      std::vector<at::Tensor> parts;
+      std::vector<std::vector<int32_t>> packed(1);
+      for (int64_t n = 0; n < B; ++n) {
+        int64_t& length = to[static_cast<size_t>(n)];
+        length = round == 0 ? length - static_cast<int64_t>(rng.below(3))
+                            : static_cast<int64_t>(rng.below(static_cast<uint64_t>(length)));
+        state.trim(n, length, *m);
+        EXPECT_EQ(state.lengths()[static_cast<size_t>(n)], length);
+        State fresh = m->make_state(1, {0, 0, true});
+        if (length > 0)
+          run(*m, ids.narrow(0, n, 1).narrow(1, 0, length), routing(c, row_of(modes, n), 0, length), &fresh);
+        expect_near(*m, state, n, fresh, 0);
+        // Other tokens than those forgotten, in other modes.
+        parts.push_back(ids.narrow(0, 1 - n, 1).narrow(1, 3, more));
+        packed[0].insert(packed[0].end(), modes[static_cast<size_t>(1 - n)].begin() + 3,
+                         modes[static_cast<size_t>(1 - n)].begin() + 3 + more);
+        cu.push_back(cu.back() + static_cast<int32_t>(more));
+      }
+      const at::Tensor out =
+          run(*m, at::cat(parts, 1), routing(c, packed, 0, B * more), &state, at::tensor(cu, at::kInt));
+      for (int64_t n = 0; n < B; ++n) {
+        const int64_t length = to[static_cast<size_t>(n)];
+        State fresh = m->make_state(1, {0, 0, true});
+        if (length > 0)
+          run(*m, ids.narrow(0, n, 1).narrow(1, 0, length), routing(c, row_of(modes, n), 0, length), &fresh);
+        const at::Tensor alone =
+            run(*m, parts[static_cast<size_t>(n)], routing(c, packed, n * more, (n + 1) * more), &fresh);
+        EXPECT_LT(fixture_error(out.narrow(1, n * more, more), alone), kTolerance)
+            << "round " << round << " to " << length;
+        state.trim(n, length, *m);
+      }
+    }
+  }
+}
+
+// Where no layer need keep rows for it, a rejected draft costs a copy and is the old state bit for bit.
+TEST_P(EveryState, TheRingIsExact) {
+  const ModelConfig& c = GetParam().config;
+  const auto m = make(c);
+  CounterRng rng(22);
+  const int64_t R = 4, prompt = 20, T = 40;
+  const at::Tensor ids = random_ids(rng, 1, T, c.vocab_size);
+  const auto modes = random_modes(rng, 1, T, c.mixers().size());
+  State state = m->make_state(1, {0, R, false});
+  run(*m, ids.narrow(1, 0, prompt), routing(c, modes, 0, prompt), &state);
+  for (int64_t back = 1; back <= R; ++back) {
+    const auto before = fixed_slots(*m, state, 0);
+    const int64_t length = state.lengths()[0];
+    for (int64_t t = length; t < length + back; ++t) run(*m, ids.narrow(1, t, 1), routing(c, modes, t, t + 1), &state);
+    const Counted model(*m);
+    state.trim(0, length, model);
+    EXPECT_EQ(state.lengths()[0], length);
+    EXPECT_EQ(model.scanned + model.refilled, 0);
+    expect_equal(fixed_slots(*m, state, 0), before);
+    run(*m, ids.narrow(1, length, 1), routing(c, modes, length, length + 1), &state);
+  }
+}
+
+// A draft is verified in one call: the end of none of its tokens was kept, but their inputs were.
+TEST_P(EveryState, PartOfAVerifiedDraftIsKeptWithoutARerun) {
+  const ModelConfig& c = GetParam().config;
+  const auto m = make(c);
+  CounterRng rng(23);
+  const int64_t prompt = 33, draft = 6;
+  const at::Tensor ids = random_ids(rng, 1, prompt + draft, c.vocab_size);
+  const auto modes = random_modes(rng, 1, prompt + draft, c.mixers().size());
+  for (int64_t kept = 0; kept < draft; ++kept) {
+    State state = m->make_state(1, {0, draft, true}), fresh = m->make_state(1, {0, 0, true});
+    run(*m, ids.narrow(1, 0, prompt), routing(c, modes, 0, prompt), &state);
+    run(*m, ids.narrow(1, prompt, draft), routing(c, modes, prompt, prompt + draft), &state);
+    const Counted model(*m);
+    state.trim(0, prompt + kept, model);
+    EXPECT_EQ(model.scanned, kept);
+    EXPECT_EQ(model.refilled, 0);
+    run(*m, ids.narrow(1, 0, prompt + kept), routing(c, modes, 0, prompt + kept), &fresh);
+    expect_near(*m, state, 0, fresh, 0);
+  }
+}
+
+TEST_P(EveryState, CheckpointsShortenTheScan) {
+  const ModelConfig& c = GetParam().config;
+  const auto m = make(c);
+  CounterRng rng(24);
+  const at::Tensor ids = random_ids(rng, 1, 64, c.vocab_size);
+  const auto modes = random_modes(rng, 1, 64, c.mixers().size());
+  State state = m->make_state(1, {16, 0, true});
+  for (int64_t at = 0; at < 64; at += 8) run(*m, ids.narrow(1, at, 8), routing(c, modes, at, at + 8), &state);
+  const StateBytes bytes = state.bytes();
+  EXPECT_EQ(bytes.checkpoints, 4 * (bytes.recurrent + bytes.tails));
+  const Counted model(*m);
+  state.trim(0, 60, model);
+  EXPECT_LE(model.scanned, 12);
+  EXPECT_EQ(model.refilled, std::min<int64_t>(60, m->refill_tokens()));
+  state.trim(0, 48, model);
+  EXPECT_LE(model.scanned, 12) << "a checkpoint stands there";
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, EveryState, ::testing::ValuesIn(cases()),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(StateTrim, WithoutRowsOnlyMarksAreReached) {
+  const ModelConfig c = small({{"gated_delta_net"}});
+  const auto m = make(c);
+  CounterRng rng(25);
+  const at::Tensor ids = random_ids(rng, 1, 40, c.vocab_size);
+  const auto modes = random_modes(rng, 1, 40, 1);
+  State state = m->make_state(1, {16, 0, false});
+  for (int64_t at = 0; at < 40; at += 10) run(*m, ids.narrow(1, at, 10), routing(c, modes, at, at + 10), &state);
+  EXPECT_FALSE(state.replayable());
+  EXPECT_EQ(state.bytes().tokens, 0);
+  const auto before = fixed_slots(*m, state, 0);
+  try {
+    state.trim(0, 33, *m);
+    FAIL();
+  } catch (const Error& e) {
+    EXPECT_STREQ(e.what(),
+                 "cannot trim to 33 of 40 tokens: a layer keeps no rows to replay, so that only checkpoints can be "
+                 "reached, the nearest one below at 20; "
+                 "checkpoint more often, or keep rows (keep_rows)");
+  }
+  expect_equal(fixed_slots(*m, state, 0), before);
+  EXPECT_EQ(state.reachable(0, 33), 20);
+  EXPECT_EQ(state.reachable(0, 19), 0);
+  EXPECT_THROW(state.trim(0, 41, *m), Error);
+  EXPECT_THROW(state.trim(0, -1, *m), Error);
+  state.trim(0, 20, *m);
+  State fresh = m->make_state(1);
+  run(*m, ids.narrow(1, 0, 20), routing(c, modes, 0, 20), &fresh);
+  expect_near(*m, state, 0, fresh, 0);
+  state.trim(0, 0, *m);
+  for (const auto& [name, x] : fixed_slots(*m, state, 0)) EXPECT_EQ(x.abs().max().item<float>(), 0) << name;
+}
+
+}  // namespace
+}  // namespace oryx
