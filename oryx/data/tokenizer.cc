@@ -39,6 +39,11 @@ TokenizerRegistration::TokenizerRegistration(TokenizerKind kind) {
   list.insert(at, std::move(kind));
 }
 
+bool holds_tokenizer(const fs::path& folder) {
+  std::error_code ignored;
+  return std::any_of(kinds().begin(), kinds().end(), [&](const TokenizerKind& kind) { return fs::exists(folder / kind.file_name, ignored); });
+}
+
 std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   std::error_code error;
   if (path == "byte" && !fs::exists(path, error)) return make_byte_tokenizer();

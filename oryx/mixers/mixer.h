@@ -33,7 +33,7 @@ struct KeyValueCache {
 struct MixerInput {
   at::Tensor u;                        // [B, T, D]: the layer's normalised input
   at::Tensor q;                        // [B, T, H, K]: this mixer's query, meaningful within spans
-  at::Tensor k, v;                     // [B, T, Hk, K], [B, T, Hk, V]: after convolution and activation
+  at::Tensor k, v;                     // [B, T, Hk, K], [B, T, Hv, V]: after convolution and activation
   std::optional<at::Tensor> spans;     // [n, 3] int32 (row, begin, end): tokens whose output is wanted; absent: all
   const Sequences& sequences;
   LayerState* state = nullptr;         // slots of this layer, updated in place; null: nothing before, nothing kept
@@ -75,7 +75,7 @@ class Mixer {
   virtual bool advances_everywhere() const { return false; }
   // Hands over its parameters (names as declared, under `prefix`).
   virtual void bind(const ParameterMap&, const std::string& prefix) { (void)prefix; }
-  // -> o [B, T, H, V]; rows outside of spans are zero.
+  // -> o [B, T, output heads, V]; rows outside of spans are zero.
   virtual at::Tensor forward(const MixerInput& input) const = 0;
   virtual MixerFlops flops(int64_t context) const = 0;
 

@@ -46,7 +46,7 @@ void draw(at::Tensor t, const ParameterSpec& spec, uint64_t seed, int64_t layers
 
 std::vector<std::unique_ptr<MultiMixerLayer>> make_layers(const ModelConfig& c) {
   std::vector<std::unique_ptr<MultiMixerLayer>> layers;
-  for (int64_t i = 0; i < c.num_layers; ++i) layers.push_back(std::make_unique<MultiMixerLayer>(c.layer, c.mixers_of(i), i));
+  for (int64_t i = 0; i < c.num_layers; ++i) layers.push_back(std::make_unique<MultiMixerLayer>(c.layer_of(c.mixers_of(i)), c.mixers_of(i), i));
   return layers;
 }
 
@@ -58,7 +58,7 @@ std::vector<ParameterSpec> LanguageModel::parameter_specs(const ModelConfig& c) 
   for (const auto& layer : make_layers(c)) {
     for (auto& spec : layer->parameters()) specs.push_back(std::move(spec));
   }
-  specs.push_back({"final_norm.weight", {c.layer.hidden_size}, Init::kOnes, false, "norm"});
+  specs.push_back({"final_norm.weight", {c.layer.hidden_size}, c.layer.zero_centred_norm ? Init::kZeros : Init::kOnes, false, "norm"});
   if (!c.tie_word_embeddings) {
     specs.push_back({"lm_head.weight", {c.vocab_size, c.layer.hidden_size}, Init::kNormal, true, "output head"});
   }
@@ -103,7 +103,7 @@ std::vector<std::vector<SlotSpec>> LanguageModel::slots(const ModelConfig& confi
   bool rows = false, tails = false;
   for (int64_t i = 0; i < config.num_layers; ++i) {
     auto it = kinds.find(config.mixers_of(i));
-    if (it == kinds.end()) it = kinds.emplace(config.mixers_of(i), MultiMixerLayer(config.layer, config.mixers_of(i), 0).slots(compute, options.keep_rows)).first;
+    if (it == kinds.end()) it = kinds.emplace(config.mixers_of(i), MultiMixerLayer(config.layer_of(config.mixers_of(i)), config.mixers_of(i), 0).slots(compute, options.keep_rows)).first;
     all.push_back(it->second);
     for (const SlotSpec& slot : it->second) {
       rows |= slot.kind == SlotKind::kPerToken;
@@ -187,6 +187,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
     input.state->append(config_.num_layers, "ids", input.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   }
   at::Tensor x = at::embedding(embed_, input.input_ids).to(compute_), delta;  // [B, T, D]
+  if (config_.embedding_multiplier != 1) x = x * config_.embedding_multiplier;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const MultiMixerLayer& layer = *layers_[i];
     const Routing& routing = routing_of(input, i);
@@ -198,11 +199,11 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
     for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
     input.state->advance(counts);
   }
-  return std::get<0>(ops::add_rms_norm(delta, x, final_norm_, config_.layer.norm_eps));
+  return std::get<0>(ops::add_rms_norm(delta, x, norm_factor(config_.layer, final_norm_), config_.layer.norm_eps));
 }
 
 ops::CrossEntropyResult LanguageModel::loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef) const {
-  const at::Tensor h = hidden.reshape({-1, hidden.size(-1)});
+  const at::Tensor h = scaled(hidden).reshape({-1, hidden.size(-1)});
   const at::Tensor w = head().scalar_type() == h.scalar_type() ? head() : head().to(h.scalar_type());
   return ops::linear_cross_entropy(h, w, targets.reshape({-1}), -100, z_coef);
 }

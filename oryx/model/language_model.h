@@ -44,7 +44,7 @@ class LanguageModel : public Replay {
   // -> final hidden states [B, T, D], normalised. Throws Error for token ids outside the vocabulary.
   at::Tensor hidden(const ModelInput& input) const;
   // hidden [..., D] -> logits [..., vocabulary]
-  at::Tensor logits(const at::Tensor& hidden) const { return project(hidden, head()); }
+  at::Tensor logits(const at::Tensor& hidden) const { return project(scaled(hidden), head()); }
   // Mean cross-entropy of hidden [B, T, D] against targets [B, T] (-100: ignored); logits never stand whole.
   ops::CrossEntropyResult loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef = 0) const;
 
@@ -67,6 +67,8 @@ class LanguageModel : public Replay {
 
  private:
   const at::Tensor& head() const { return config_.tie_word_embeddings ? embed_ : lm_head_; }
+  // logits_scaling on the narrow side of the head: logits need not be passed over again, nor ever stand whole in the loss.
+  at::Tensor scaled(const at::Tensor& hidden) const { return config_.logits_scaling == 1 ? hidden : hidden.div(config_.logits_scaling); }
   const Routing& routing_of(const ModelInput& input, size_t layer) const;
 
   ModelConfig config_;

@@ -54,11 +54,11 @@ class MultiMixerLayer {
   struct KeyValueGroup {
     std::string prefix;  // "" or "attention."
     bool keeps_tokens = false;
-    at::Tensor k_proj, v_proj, k_conv, v_conv;
+    at::Tensor k_proj, v_proj, k_conv, v_conv, k_conv_bias, v_conv_bias;
   };
   struct Query {
     std::string name;  // the projection's name: several mixers may share one
-    at::Tensor proj, conv;
+    at::Tensor proj, conv, conv_bias;
     bool everywhere = false;  // needed at every token: a convolution runs over it, or several mixers read it
   };
   struct KeyValues {
@@ -72,9 +72,12 @@ class MultiMixerLayer {
   at::Tensor keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const;
   KeyValues project_kv(const KeyValueGroup& group, const at::Tensor& u, ForwardPass& pass) const;
   at::Tensor project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const;
-  at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const std::string& slot, ForwardPass& pass) const;
+  at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::string& slot, ForwardPass& pass) const;
   at::Tensor mix(const at::Tensor& u, const Routing& routing, ForwardPass& pass) const;
+  at::Tensor gated(const at::Tensor& o, const at::Tensor& u) const;
   at::Tensor feed_forward(const at::Tensor& h) const;
+  std::pair<at::Tensor, at::Tensor> norm_before(const at::Tensor& delta, const at::Tensor& stream, const at::Tensor& weight) const;
+  at::Tensor contribution(const at::Tensor& y, const at::Tensor& norm) const;
 
   LayerConfig config_;
   int64_t index_;
@@ -89,5 +92,8 @@ class MultiMixerLayer {
 
 // y = x W^T with the weight cast to x's dtype. x [..., in], weight [out, in].
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight);
+
+// What an RMSNorm with this parameter multiplies by: the weight, or 1 + weight (zero_centred_norm).
+at::Tensor norm_factor(const LayerConfig& config, const at::Tensor& weight);
 
 }  // namespace oryx

@@ -60,6 +60,30 @@ inline std::vector<Case> cases() {
     c.layer.qk_norm = true;
     c.tie_word_embeddings = false;
   });
+  add("published_gdn", {{"gated_delta_net"}, {"attention"}}, [](ModelConfig& c) {
+    LayerConfig& l = c.layer;
+    l.num_heads = l.num_kv_heads = 2;
+    l.num_value_heads = 4;
+    l.query_conv = l.conv_bias = l.zero_centred_norm = l.allow_neg_eigval = true;
+    l.head_norm_eps = 1e-5;
+    c.layer_overrides = Json::parse(R"({"attention": {"num_heads": 4, "num_value_heads": 0, "value_head_dim": 0, "conv": false, "conv_bias": false,
+      "query_conv": false, "head_norm": false, "gate_activation": "sigmoid", "qk_norm": true, "rotary_dim": 4, "norm_placement": "after"}})");
+  });
+  add("published_mamba2", {{"mamba2"}, {"attention"}}, [](ModelConfig& c) {
+    LayerConfig& l = c.layer;
+    l.num_heads = l.num_kv_heads = 2;
+    l.num_value_heads = 6;
+    l.query_conv = l.conv_bias = true;
+    l.gated_norm_order = "gate_first";
+    l.head_norm_groups = 2;
+    l.residual_multiplier = 0.7;
+    c.embedding_multiplier = 1.5;
+    c.logits_scaling = 0.5;
+    c.layer_overrides = Json::parse(R"({"attention": {"num_heads": 4, "num_value_heads": 0, "conv": false, "conv_bias": false, "query_conv": false,
+      "gate": false, "head_norm": false, "gated_norm_order": "norm_first", "head_norm_groups": 0, "qk_norm": true, "qk_norm_over": "all_heads",
+      "attention_scale": 0.3}})");
+  });
+  add("gate_first_by_head", {{"mamba2", "attention"}}, [](ModelConfig& c) { c.layer.gated_norm_order = "gate_first"; });
   add("no_feed_forward", {{"mamba2"}}, [](ModelConfig& c) { c.layer.intermediate_size = 0; });
   return all;
 }
@@ -72,6 +96,7 @@ inline std::unique_ptr<LanguageModel> make(const ModelConfig& c) {
   for (size_t i = 0; i < m->specs().size(); ++i) {
     at::Tensor p = m->parameters()[i];
     if (p.dim() == 2 && m->specs()[i].part != "convolution") p.mul_(6);
+    if (p.dim() == 1 && m->specs()[i].part == "convolution") p.add_(0.3);
   }
   return m;
 }
