@@ -38,7 +38,8 @@ TEST(ImportExport, AnImportedModelIsInspectedEvaluatedAndGenerates) {
   EXPECT_EQ(read_file(folder / "model/tokenizer.json"), "{}");
   EXPECT_EQ(run({"inspect", path("model")}).exit_code, 0);
 
-  const std::vector<std::string> generate{"--prompt", "It was", "--max-new-tokens", "8", "--temperature", "0", "--tokenizer", "byte", "--threads", "1"};
+  const std::vector<std::string> generate{"--prompt",    "It was", "--max-new-tokens", "8", "--temperature", "0",
+                                          "--tokenizer", "byte",   "--threads",        "1"};
   const auto generated = [&](const std::string& model) {
     std::vector<std::string> args{"generate", path(model)};
     args.insert(args.end(), generate.begin(), generate.end());

@@ -9,7 +9,8 @@ void LayerConfig::describe(Fields& f) {
   f.add("hidden_size", hidden_size, "D, model width", between(1, kWide));
   f.add("num_heads", num_heads, "H, query heads", between(1, 65536));
   f.add("num_kv_heads", num_kv_heads, "Hk, key/value heads, each with a linear state of its own; 0: num_heads", between(0, 65536));
-  f.add("num_value_heads", num_value_heads, "Hv, value heads, with a linear state each where there are more than keys; 0: num_kv_heads", between(0, 65536));
+  f.add("num_value_heads", num_value_heads,
+        "Hv, value heads, with a linear state each where there are more than keys; 0: num_kv_heads", between(0, 65536));
   f.add("head_dim", head_dim, "K, width of a query or key head", between(1, 1024));
   f.add("value_head_dim", value_head_dim, "V, width of a value head; 0: head_dim", between(0, 1024));
   f.add("intermediate_size", intermediate_size, "F, feed-forward width; 0: no feed-forward", between(0, kWide));

@@ -14,7 +14,7 @@ LayerConfig attention_layer(const LayerConfig& mamba, HfConfig& hf) {
   l.head_norm_groups = 0;
   const HfRope rope = read_rope(hf, 10000, 0.5);
   l.rope_theta = rope.theta;
-  l.rotary_dim = rotary_dim(l, rope);
+  l.rotary_dim = rotary_dim(hf, l, rope);
   hf.expect("attn_rotary_emb", l.rotary_dim > 0 ? l.rotary_dim : l.head_dim);
   return l;
 }
@@ -23,7 +23,7 @@ ModelConfig bamba_config(HfConfig& hf) {
   ModelConfig c;
   LayerConfig& l = c.layer;
   c.vocab_size = hf.integer("vocab_size");
-  c.num_layers = hf.integer("num_hidden_layers");
+  c.num_layers = layer_count(hf);
   c.layer_mixers.assign(static_cast<size_t>(c.num_layers), {"mamba2"});
   for (const int64_t i : hf.integers("attn_layer_indices")) {
     if (i < 0 || i >= c.num_layers) hf.refuse("attn_layer_indices", fmt::format("indices of the {} layers", c.num_layers));
@@ -31,7 +31,7 @@ ModelConfig bamba_config(HfConfig& hf) {
   }
   c.tie_word_embeddings = hf.flag("tie_word_embeddings", false);
   l.hidden_size = hf.integer("hidden_size");
-  l.intermediate_size = hf.integer("intermediate_size");
+  l.intermediate_size = feed_forward_width(hf, "intermediate_size");
   set_mamba2(l, read_mamba2_shape(hf));
   l.conv_kernel = hf.integer("mamba_d_conv", 4);
   l.conv_bias = hf.flag("mamba_conv_bias", true);

@@ -9,6 +9,7 @@
 
 #include "oryx/common/file.h"
 #include "oryx/common/options.h"
+#include "oryx/common/progress.h"
 #include "oryx/io/sharded_safetensors.h"
 #include "oryx/model/checkpoint.h"
 #include "oryx/model/hf/family.h"
@@ -21,9 +22,9 @@ namespace {
 
 constexpr const char* kOriginalConfig = "hf_config.json";
 // What belongs to a tokeniser or to generation: carried along, never read here.
-constexpr const char* kCompanions[] = {"tokenizer.json",     "tokenizer.model",         "tokenizer_config.json", "special_tokens_map.json",
-                                       "added_tokens.json",  "vocab.json",              "merges.txt",            "chat_template.jinja",
-                                       "chat_template.json", "generation_config.json"};
+constexpr const char* kCompanions[] = {
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json",     "merges.txt",      "chat_template.jinja",   "chat_template.json",      "generation_config.json"};
 
 using Shape = std::vector<int64_t>;
 using Shapes = std::map<std::string, Shape>;  // of our parameters
@@ -133,7 +134,8 @@ bool ignored_tensor(const std::string& name, const ModelConfig& c, const Sharded
   if (name.ends_with("rotary_emb.inv_freq")) return true;
   if (name != "lm_head.weight" || !c.tie_word_embeddings) return false;
   for (const auto& embedding : {"model.embed_tokens.weight", "backbone.embeddings.weight"}) {
-    if (files.has(embedding) && at::equal(files.load(name), files.load(embedding))) return true;
+    if (!files.has(embedding) || files.info(name).dtype != files.info(embedding).dtype) continue;
+    if (at::equal(files.load(name), files.load(embedding))) return true;
   }
   fail("{}: tensor 'lm_head.weight' differs from the embedding, but tie_word_embeddings is true; expected equal values or false",
        files.file_of(name).path());
@@ -156,8 +158,17 @@ void check_tensors(const std::string& family, const ModelConfig& c, const std::v
   }
   for (const auto& name : files.names()) {
     if (known.count(name) == 0 && !ignored_tensor(name, c, files)) {
-      fail("{}: tensor '{}' is not part of such a model of family {}; is the config.json another checkpoint's?", files.file_of(name).path(), name, family);
+      fail("{}: tensor '{}' is not part of such a model of family {}; is the config.json another checkpoint's?", files.file_of(name).path(), name,
+           family);
     }
+  }
+}
+
+// The checkpoint passes through memory once.
+void check_memory(const std::string& path, uint64_t bytes) {
+  if (const uint64_t free = available_memory(); bytes > free) {
+    fail("{}: the tensors take {}, but only {} of memory are free", path, human_bytes(static_cast<double>(bytes)),
+         human_bytes(static_cast<double>(free)));
   }
 }
 
@@ -250,6 +261,9 @@ Conversion import_checkpoint(const fs::path& hf_folder, const fs::path& out) {
   check_rules(rules, shapes);
   const ShardedSafetensors files(hf_folder);
   check_tensors(family.model_type, config, rules, shapes, files);
+  uint64_t bytes = 0;
+  for (const auto& rule : rules) bytes += files.info(rule.theirs).end - files.info(rule.theirs).begin;
+  check_memory(files.path(), bytes);
 
   Conversion done{family.model_type, config, 0, count_parameters(config)};
   make_folder_whole(out, [&](const fs::path& folder) {
@@ -275,6 +289,9 @@ Conversion export_checkpoint(const fs::path& model_folder, const fs::path& out) 
   const Shapes shapes = shapes_of(config);
   const auto rules = form.family.tensors(config);
   check_rules(rules, shapes);
+  uint64_t bytes = 0;
+  for (const auto& [name, info] : file.tensors()) bytes += info.end - info.begin;
+  check_memory(file.path(), bytes);
 
   make_folder_whole(out, [&](const fs::path& folder) {
     NamedTensors tensors;

@@ -70,11 +70,16 @@ void add_mamba2(std::vector<HfTensor>& out, const ModelConfig& c, int64_t layer,
   const auto ours = [&](const std::string& name) { return layer_name(layer, "mixer." + name); };
   const int64_t inner = l.value_width(), group = l.key_width();
   out.push_back({prefix + "in_proj.weight",
-                 {{ours("g_proj.weight"), inner}, {ours("v_proj.weight"), inner}, {ours("k_proj.weight"), group},
-                  {ours("mamba2.q_proj.weight"), group}, {ours("mamba2.dt_proj.weight"), l.state_heads()}}});
+                 {{ours("g_proj.weight"), inner},
+                  {ours("v_proj.weight"), inner},
+                  {ours("k_proj.weight"), group},
+                  {ours("mamba2.q_proj.weight"), group},
+                  {ours("mamba2.dt_proj.weight"), l.state_heads()}}});
   const auto convolution = [&](const std::string& kind, bool depthwise) {
     out.push_back({prefix + "conv1d." + kind,
-                   {{ours("v_conv." + kind), inner}, {ours("k_conv." + kind), group}, {ours("mamba2.q_conv." + kind), group}}, 1, depthwise});
+                   {{ours("v_conv." + kind), inner}, {ours("k_conv." + kind), group}, {ours("mamba2.q_conv." + kind), group}},
+                   1,
+                   depthwise});
   };
   convolution("weight", true);
   if (l.conv_bias) convolution("bias", false);
@@ -137,6 +142,18 @@ Json attention_overrides(const ModelConfig& c, const LayerConfig& attention) {
   return out;
 }
 
+int64_t feed_forward_width(HfConfig& c, const std::string& key) {
+  const int64_t width = c.integer(key);
+  if (width < 1) c.refuse(key, "at least 1");
+  return width;
+}
+
+int64_t layer_count(HfConfig& c) {
+  const int64_t layers = c.integer("num_hidden_layers");
+  if (layers < 1 || layers > 10000) c.refuse("num_hidden_layers", "from 1 to 10000");
+  return layers;
+}
+
 std::vector<std::vector<std::string>> mixers_of_types(HfConfig& c, const std::string& linear) {
   std::vector<std::vector<std::string>> mixers;
   for (const auto& type : c.texts("layer_types")) {
@@ -148,14 +165,17 @@ std::vector<std::vector<std::string>> mixers_of_types(HfConfig& c, const std::st
       c.refuse("layer_types", "\"linear_attention\" and \"full_attention\"");
     }
   }
-  if (static_cast<int64_t>(mixers.size()) != c.integer("num_hidden_layers")) {
-    fail("{}: layer_types names {} layers, num_hidden_layers is {}; expected as many", c.source(), mixers.size(), c.integer("num_hidden_layers"));
+  if (const int64_t layers = layer_count(c); static_cast<int64_t>(mixers.size()) != layers) {
+    fail("{}: layer_types names {} layers, num_hidden_layers is {}; expected as many", c.source(), mixers.size(), layers);
   }
   return mixers;
 }
 
-int64_t rotary_dim(const LayerConfig& l, const HfRope& rope) {
-  return rope.partial_factor == 1 ? 0 : static_cast<int64_t>(static_cast<double>(l.head_dim) * rope.partial_factor);
+int64_t rotary_dim(const HfConfig& c, const LayerConfig& l, const HfRope& rope) {
+  if (rope.partial_factor == 1) return 0;
+  const auto dim = static_cast<int64_t>(static_cast<double>(l.head_dim) * rope.partial_factor);
+  if (dim < 1) fail("{}: partial_rotary_factor {} of head_dim {} leaves nothing to rotate", c.source(), rope.partial_factor, l.head_dim);
+  return dim;
 }
 
 }  // namespace oryx

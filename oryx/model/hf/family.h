@@ -75,9 +75,13 @@ Json attention_overrides(const ModelConfig& c, const LayerConfig& attention);
 void expect_no_time_step_limit(HfConfig& c);
 // Takes the shape of attention: num_attention_heads, num_key_value_heads, head_dim. Everything else of `l` stays.
 void set_attention_heads(LayerConfig& l, HfConfig& c);
+// A key that must be at least 1: 0 would be a model without feed-forward here.
+int64_t feed_forward_width(HfConfig& c, const std::string& key);
+// num_hidden_layers, bounded before anything is made for each layer.
+int64_t layer_count(HfConfig& c);
 // layer_types ("linear_attention", "mamba" or `linear`'s own name; "full_attention" or "attention") -> the mixers of each layer.
 std::vector<std::vector<std::string>> mixers_of_types(HfConfig& c, const std::string& linear);
-// int(head_dim * factor), as the models compute it.
-int64_t rotary_dim(const LayerConfig& l, const HfRope& rope);
+// int(head_dim * factor), as the models compute it; 0 for a factor of 1. Throws where nothing is left to rotate.
+int64_t rotary_dim(const HfConfig& c, const LayerConfig& l, const HfRope& rope);
 
 }  // namespace oryx

@@ -18,7 +18,7 @@ LayerConfig attention_layer(const LayerConfig& mamba, HfConfig& hf) {
   const std::string kind = hf.text("position_embedding_type", "nope");
   if (kind != "rope" && kind != "nope") hf.refuse("position_embedding_type", "\"rope\", \"nope\" and null");
   l.rope_theta = kind == "rope" ? rope.theta : 0;
-  l.rotary_dim = rotary_dim(l, rope);
+  l.rotary_dim = rotary_dim(hf, l, rope);
   return l;
 }
 
@@ -26,13 +26,13 @@ ModelConfig granite_hybrid_config(HfConfig& hf) {
   ModelConfig c;
   LayerConfig& l = c.layer;
   c.vocab_size = hf.integer("vocab_size");
-  c.num_layers = hf.integer("num_hidden_layers");
+  c.num_layers = layer_count(hf);
   c.layer_mixers = mixers_of_types(hf, "mamba2");
   c.tie_word_embeddings = hf.flag("tie_word_embeddings", false);
   c.embedding_multiplier = hf.number("embedding_multiplier", 1.0);
   c.logits_scaling = hf.number("logits_scaling", 1.0);
   l.hidden_size = hf.integer("hidden_size");
-  l.intermediate_size = hf.integer("shared_intermediate_size");
+  l.intermediate_size = feed_forward_width(hf, "shared_intermediate_size");
   l.residual_multiplier = hf.number("residual_multiplier", 1.0);
   set_mamba2(l, read_mamba2_shape(hf));
   l.conv_kernel = hf.integer("mamba_d_conv", 4);
@@ -59,7 +59,8 @@ std::vector<HfTensor> granite_hybrid_tensors(const ModelConfig& c) {
     out.push_back({prefix + "input_layernorm.weight", {{layer_name(i, "norm1.weight"), 0}}});
     out.push_back({prefix + "post_attention_layernorm.weight", {{layer_name(i, "norm2.weight"), 0}}});
     c.mixers_of(i).front() == "attention" ? add_attention(out, i, prefix + "self_attn.") : add_mamba2(out, c, i, prefix + "mamba.");
-    out.push_back({prefix + "shared_mlp.input_linear.weight", {{layer_name(i, "mlp.gate_proj.weight"), width}, {layer_name(i, "mlp.up_proj.weight"), width}}});
+    out.push_back(
+        {prefix + "shared_mlp.input_linear.weight", {{layer_name(i, "mlp.gate_proj.weight"), width}, {layer_name(i, "mlp.up_proj.weight"), width}}});
     out.push_back({prefix + "shared_mlp.output_linear.weight", {{layer_name(i, "mlp.down_proj.weight"), 0}}});
   }
   return out;

@@ -122,8 +122,8 @@ HfRope read_rope(HfConfig& c, double standard_theta, double standard_factor) {
     inner.finish();
   }
   if (rope.theta < 0 || !(rope.partial_factor > 0 && rope.partial_factor <= 1)) {
-    fail("{}: the rotary embedding has base {} and partial_rotary_factor {}, supported: a base above 0 and a factor in (0, 1]", c.source(), rope.theta,
-         rope.partial_factor);
+    fail("{}: the rotary embedding has base {} and partial_rotary_factor {}, supported: a base above 0 and a factor in (0, 1]", c.source(),
+         rope.theta, rope.partial_factor);
   }
   return rope;
 }

@@ -9,7 +9,7 @@ ModelConfig mamba2_config(HfConfig& hf) {
   ModelConfig c;
   LayerConfig& l = c.layer;
   c.vocab_size = hf.integer("vocab_size");
-  c.num_layers = hf.integer("num_hidden_layers");
+  c.num_layers = layer_count(hf);
   c.layer_mixers.assign(1, {"mamba2"});
   c.tie_word_embeddings = hf.flag("tie_word_embeddings", false);
   l.hidden_size = hf.integer("hidden_size");

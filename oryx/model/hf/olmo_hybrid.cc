@@ -15,7 +15,7 @@ LayerConfig attention_layer(const LayerConfig& linear, HfConfig& hf) {
   l.norm_placement = "after";
   const HfRope rope = read_rope(hf, 10000);
   l.rope_theta = rope.theta;
-  l.rotary_dim = rotary_dim(l, rope);
+  l.rotary_dim = rotary_dim(hf, l, rope);
   return l;
 }
 
@@ -23,11 +23,11 @@ ModelConfig olmo_hybrid_config(HfConfig& hf) {
   ModelConfig c;
   LayerConfig& l = c.layer;
   c.vocab_size = hf.integer("vocab_size");
-  c.num_layers = hf.integer("num_hidden_layers");
+  c.num_layers = layer_count(hf);
   c.layer_mixers = mixers_of_types(hf, "gated_delta_net");
   c.tie_word_embeddings = hf.flag("tie_word_embeddings", false);
   l.hidden_size = hf.integer("hidden_size");
-  l.intermediate_size = hf.integer("intermediate_size");
+  l.intermediate_size = feed_forward_width(hf, "intermediate_size");
   l.num_heads = l.num_kv_heads = hf.integer("linear_num_key_heads");
   l.num_value_heads = hf.integer("linear_num_value_heads");
   l.head_dim = hf.integer("linear_key_head_dim");

@@ -6,7 +6,7 @@ namespace {
 
 // layer_types, or attention in every full_attention_interval-th layer.
 std::vector<std::vector<std::string>> layer_mixers(HfConfig& hf) {
-  const int64_t interval = hf.integer("full_attention_interval", 4), layers = hf.integer("num_hidden_layers");
+  const int64_t interval = hf.integer("full_attention_interval", 4), layers = layer_count(hf);
   if (hf.has("layer_types")) return mixers_of_types(hf, "gated_delta_net");
   if (interval < 1) hf.refuse("full_attention_interval", "at least 1");
   std::vector<std::vector<std::string>> mixers;
@@ -22,7 +22,7 @@ LayerConfig attention_layer(const LayerConfig& linear, HfConfig& hf) {
   l.qk_norm = true;
   const HfRope rope = read_rope(hf, 10000, 0.25);
   l.rope_theta = rope.theta;
-  l.rotary_dim = rotary_dim(l, rope);
+  l.rotary_dim = rotary_dim(hf, l, rope);
   return l;
 }
 
@@ -39,9 +39,11 @@ void add_qwen_attention(std::vector<HfTensor>& out, const LayerConfig& l, int64_
 
 void add_gated_delta_net(std::vector<HfTensor>& out, const LayerConfig& l, int64_t i, const std::string& prefix) {
   const auto ours = [&](const char* name) { return layer_name(i, std::string("mixer.") + name); };
-  out.push_back({prefix + "conv1d.weight",
-                 {{ours("gated_delta_net.q_conv.weight"), l.query_width()}, {ours("k_conv.weight"), l.key_width()}, {ours("v_conv.weight"), l.value_width()}},
-                 1, true});
+  out.push_back(
+      {prefix + "conv1d.weight",
+       {{ours("gated_delta_net.q_conv.weight"), l.query_width()}, {ours("k_conv.weight"), l.key_width()}, {ours("v_conv.weight"), l.value_width()}},
+       1,
+       true});
   out.push_back({prefix + "A_log", {{ours("gated_delta_net.A_log"), 0}}});
   out.push_back({prefix + "dt_bias", {{ours("gated_delta_net.dt_bias"), 0}}});
   out.push_back({prefix + "norm.weight", {{ours("o_norm.weight"), 0}}});
@@ -54,11 +56,11 @@ ModelConfig qwen_config(HfConfig& hf) {
   ModelConfig c;
   LayerConfig& l = c.layer;
   c.vocab_size = hf.integer("vocab_size");
-  c.num_layers = hf.integer("num_hidden_layers");
+  c.num_layers = layer_count(hf);
   c.layer_mixers = layer_mixers(hf);
   c.tie_word_embeddings = hf.flag("tie_word_embeddings", false);
   l.hidden_size = hf.integer("hidden_size");
-  l.intermediate_size = hf.integer("intermediate_size");
+  l.intermediate_size = feed_forward_width(hf, "intermediate_size");
   l.num_heads = l.num_kv_heads = hf.integer("linear_num_key_heads");
   l.num_value_heads = hf.integer("linear_num_value_heads");
   l.head_dim = hf.integer("linear_key_head_dim");
@@ -74,7 +76,8 @@ ModelConfig qwen_config(HfConfig& hf) {
   return c;
 }
 
-std::vector<HfTensor> qwen_tensors(const ModelConfig& c, void (*projections)(std::vector<HfTensor>&, const LayerConfig&, int64_t, const std::string&)) {
+std::vector<HfTensor> qwen_tensors(const ModelConfig& c,
+                                   void (*projections)(std::vector<HfTensor>&, const LayerConfig&, int64_t, const std::string&)) {
   std::vector<HfTensor> out;
   add_outer(out, c, "model.embed_tokens.weight", "model.norm.weight");
   for (int64_t i = 0; i < c.num_layers; ++i) {

@@ -14,8 +14,9 @@ ModelConfig qwen3_5_config(HfConfig& hf) {
 
 void projections(std::vector<HfTensor>& out, const LayerConfig& l, int64_t i, const std::string& prefix) {
   const auto ours = [&](const char* name) { return layer_name(i, std::string("mixer.") + name); };
-  out.push_back({prefix + "in_proj_qkv.weight",
-                 {{ours("gated_delta_net.q_proj.weight"), l.query_width()}, {ours("k_proj.weight"), l.key_width()}, {ours("v_proj.weight"), l.value_width()}}});
+  out.push_back(
+      {prefix + "in_proj_qkv.weight",
+       {{ours("gated_delta_net.q_proj.weight"), l.query_width()}, {ours("k_proj.weight"), l.key_width()}, {ours("v_proj.weight"), l.value_width()}}});
   out.push_back({prefix + "in_proj_z.weight", {{ours("g_proj.weight"), 0}}});
   out.push_back({prefix + "in_proj_b.weight", {{ours("gated_delta_net.b_proj.weight"), 0}}});
   out.push_back({prefix + "in_proj_a.weight", {{ours("gated_delta_net.a_proj.weight"), 0}}});
