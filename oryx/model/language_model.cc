@@ -183,6 +183,12 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
     const at::Tensor cu = input.cu_seqlens->to(at::kLong).cpu();
     pass.cu_seqlens.assign(cu.data_ptr<int64_t>(), cu.data_ptr<int64_t>() + cu.numel());
   }
+  std::vector<int64_t> counts;  // new tokens by sequence
+  if (input.state != nullptr) {
+    counts.assign(static_cast<size_t>(input.state->sequences()), T);
+    for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
+    if (!input.refill) input.state->prepare(counts);
+  }
   if (input.state != nullptr && !input.refill && input.state->layer(config_.num_layers).has("ids")) {
     input.state->append(config_.num_layers, "ids", input.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   }
@@ -193,11 +199,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
     auto run = [&layer, &routing, pass](const at::Tensor& a, const at::Tensor& b) mutable { return layer.forward(a, b, routing, pass); };
     std::tie(x, delta) = input.checkpoint_layers && at::GradMode::is_enabled() ? checkpointed(run, x, delta) : run(x, delta);
   }
-  if (input.state != nullptr) {
-    std::vector<int64_t> counts(static_cast<size_t>(input.state->sequences()), T);
-    for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
-    input.state->advance(counts);
-  }
+  if (input.state != nullptr) input.state->advance(counts);
   return std::get<0>(ops::add_rms_norm(delta, x, final_norm_, config_.layer.norm_eps));
 }
 
