@@ -103,7 +103,7 @@ std::vector<std::vector<SlotSpec>> LanguageModel::slots(const ModelConfig& confi
   bool rows = false, tails = false;
   for (int64_t i = 0; i < config.num_layers; ++i) {
     auto it = kinds.find(config.mixers_of(i));
-    if (it == kinds.end()) it = kinds.emplace(config.mixers_of(i), MultiMixerLayer(config.layer, config.mixers_of(i), 0).slots(compute, options.keep_rows)).first;
+    if (it == kinds.end()) it = kinds.emplace(config.mixers_of(i), MultiMixerLayer(config.layer, config.mixers_of(i), 0).slots(compute, options)).first;
     all.push_back(it->second);
     for (const SlotSpec& slot : it->second) {
       rows |= slot.kind == SlotKind::kPerToken;
@@ -187,6 +187,8 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   if (input.state != nullptr) {
     counts.assign(static_cast<size_t>(input.state->sequences()), T);
     for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
+    // What may fail does so before anything is written.
+    for (size_t i = 0; i < layers_.size(); ++i) layers_[i]->check_past(routing_of(input, i), *input.state);
     if (!input.refill) input.state->prepare(counts);
   }
   if (input.state != nullptr && !input.refill && input.state->layer(config_.num_layers).has("ids")) {

@@ -86,7 +86,8 @@ void save_state(const LanguageModel& model, const State& state, const fs::path& 
                      {"checkpoints", fmt::format("{}", fmt::join(checkpoints, ";"))},
                      {"checkpoint_every", std::to_string(o.checkpoint_every)},
                      {"ring", std::to_string(o.ring)},
-                     {"keep_rows", o.keep_rows ? "1" : "0"}});
+                     {"keep_rows", o.keep_rows ? "1" : "0"},
+                     {"drop_rows", o.drop_rows ? "1" : "0"}});
 }
 
 State load_state(const LanguageModel& model, const fs::path& path, int64_t budget) {
@@ -116,6 +117,7 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
   options.checkpoint_every = meta.number("checkpoint_every");
   options.ring = meta.number("ring");
   options.keep_rows = meta.number("keep_rows") != 0;
+  options.drop_rows = meta.number("drop_rows") != 0;
   options.budget = budget;
   const auto get = [&](const std::string& name, const SlotSpec& spec, int64_t rows) {
     std::vector<int64_t> shape = spec.shape;

@@ -15,7 +15,7 @@ std::string fingerprint(const LanguageModel& model);
 
 // Writes the state as one safetensors file, whole or absent: for sequence N of layer I (the last I holds the token ids) "sequenceN.I.SLOT", and
 // "sequenceN.checkpointC.I.SLOT" for its checkpoints; metadata: format ("oryx-state 1"), model (the fingerprint), lengths, checkpoints (positions, ";"
-// between sequences), checkpoint_every, ring, keep_rows. The ring itself is not kept.
+// between sequences), checkpoint_every, ring, keep_rows, drop_rows. The ring itself is not kept.
 void save_state(const LanguageModel& model, const State& state, const std::filesystem::path& path);
 
 // Throws Error, one line, for a file of another model, of another format, or with a tensor that is missing or of another shape or dtype.

@@ -16,7 +16,7 @@ struct SlotSpec {
   SlotKind kind;
   std::vector<int64_t> shape;  // of one sequence (recurrent, tail) or of one token
   at::ScalarType dtype = at::kFloat;
-  // Recurrent: the rows that the layer keeps determine it at every position.
+  // Recurrent, tail: the rows that the layer keeps determine it at every position.
   bool from_rows = false;
 
   int64_t bytes() const;  // of one sequence, or of one token

@@ -32,6 +32,8 @@ struct StateOptions {
   int64_t ring = 0;
   // Keep rows in layers where no mixer looks back, so that their recurrent states can be replayed too.
   bool keep_rows = false;
+  // Keep no rows at all: memory that does not grow. A call whose tokens look back at earlier calls is then an Error.
+  bool drop_rows = false;
   // Bytes that the state and everything forked from it may hold, reserves included; 0: no limit. What would exceed it is an Error.
   int64_t budget = 0;
 };
@@ -118,7 +120,7 @@ class State {
   void trim(int64_t sequence, int64_t length, const Replay& model);
   // The last position up to `length` that trim() reaches.
   int64_t reachable(int64_t sequence, int64_t length) const;
-  // True when trim() reaches every position: the rows determine every recurrent slot.
+  // True when trim() reaches every position: the rows determine every recurrent slot and tail.
   bool replayable() const;
 
   // A state whose sequence j is a copy of sequence from[j]: {0, 0, 0} makes three. Full pages of rows are shared until one of the two writes there;

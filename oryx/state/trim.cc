@@ -68,9 +68,7 @@ const State::Mark* State::nearest_mark(int64_t n, int64_t length) const {
 
 bool State::replayable() const {
   bool all = true;
-  for_each_fixed([&](const LayerState::Slot& slot) {
-    all = all && (slot.spec.kind != SlotKind::kRecurrent || slot.spec.from_rows);
-  });
+  for_each_fixed([&](const LayerState::Slot& slot) { all = all && slot.spec.from_rows; });
   return all;
 }
 
