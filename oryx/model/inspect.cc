@@ -128,6 +128,9 @@ StateBytes state_bytes(const ModelConfig& c, int64_t tokens, at::ScalarType comp
       if (slot.kind == SlotKind::kPerToken) b.tokens += slot.bytes() * tokens;
     }
   }
+  const int64_t mark = b.recurrent + b.tails, width = c.layer.conv_kernel - 1;
+  if (options.checkpoint_every > 0) b.checkpoints = tokens / options.checkpoint_every * mark;
+  if (options.ring > 0) b.ring = (options.ring + 1) * mark + (width > 0 ? b.tails / width * (options.ring + width) : 0);
   return b;
 }
 

@@ -103,7 +103,10 @@ std::vector<std::vector<SlotSpec>> LanguageModel::slots(const ModelConfig& confi
   bool rows = false, tails = false;
   for (int64_t i = 0; i < config.num_layers; ++i) {
     auto it = kinds.find(config.mixers_of(i));
-    if (it == kinds.end()) it = kinds.emplace(config.mixers_of(i), MultiMixerLayer(config.layer_of(config.mixers_of(i)), config.mixers_of(i), 0).slots(compute, options.keep_rows)).first;
+    if (it == kinds.end()) {
+      const MultiMixerLayer layer(config.layer_of(config.mixers_of(i)), config.mixers_of(i), 0);
+      it = kinds.emplace(config.mixers_of(i), layer.slots(compute, options)).first;
+    }
     all.push_back(it->second);
     for (const SlotSpec& slot : it->second) {
       rows |= slot.kind == SlotKind::kPerToken;
@@ -183,6 +186,14 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
     const at::Tensor cu = input.cu_seqlens->to(at::kLong).cpu();
     pass.cu_seqlens.assign(cu.data_ptr<int64_t>(), cu.data_ptr<int64_t>() + cu.numel());
   }
+  std::vector<int64_t> counts;  // new tokens by sequence
+  if (input.state != nullptr) {
+    counts.assign(static_cast<size_t>(input.state->sequences()), T);
+    for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
+    // What may fail does so before anything is written.
+    for (size_t i = 0; i < layers_.size(); ++i) layers_[i]->check_past(routing_of(input, i), *input.state);
+    if (!input.refill) input.state->prepare(counts);
+  }
   if (input.state != nullptr && !input.refill && input.state->layer(config_.num_layers).has("ids")) {
     input.state->append(config_.num_layers, "ids", input.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   }
@@ -194,11 +205,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
     auto run = [&layer, &routing, pass](const at::Tensor& a, const at::Tensor& b) mutable { return layer.forward(a, b, routing, pass); };
     std::tie(x, delta) = input.checkpoint_layers && at::GradMode::is_enabled() ? checkpointed(run, x, delta) : run(x, delta);
   }
-  if (input.state != nullptr) {
-    std::vector<int64_t> counts(static_cast<size_t>(input.state->sequences()), T);
-    for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
-    input.state->advance(counts);
-  }
+  if (input.state != nullptr) input.state->advance(counts);
   return std::get<0>(ops::add_rms_norm(delta, x, norm_factor(config_.layer, final_norm_), config_.layer.norm_eps));
 }
 

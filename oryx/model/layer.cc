@@ -100,24 +100,25 @@ std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
   return p;
 }
 
-std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute, bool keep_rows) const {
+std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute, const StateOptions& options) const {
   const LayerConfig& c = config_;
+  const auto keeps = [&](const KeyValueGroup& g) { return !options.drop_rows && (g.keeps_tokens || options.keep_rows); };
   std::vector<SlotSpec> s;
   for (const auto& g : groups_) {
     if (c.conv) {
-      s.push_back({g.prefix + "k_conv", SlotKind::kTail, {c.key_width(), c.conv_kernel - 1}, compute});
-      s.push_back({g.prefix + "v_conv", SlotKind::kTail, {c.value_width(), c.conv_kernel - 1}, compute});
+      s.push_back({g.prefix + "k_conv", SlotKind::kTail, {c.key_width(), c.conv_kernel - 1}, compute, keeps(g)});
+      s.push_back({g.prefix + "v_conv", SlotKind::kTail, {c.value_width(), c.conv_kernel - 1}, compute, keeps(g)});
     }
-    if (g.keeps_tokens || keep_rows) {
+    if (keeps(g)) {
       s.push_back({g.prefix + "keys", SlotKind::kPerToken, {c.kv_heads(), c.head_dim}, compute});
       s.push_back({g.prefix + "values", SlotKind::kPerToken, {c.value_heads(), c.value_dim()}, compute});
     }
   }
   for (size_t i = 0; i < mixers_.size(); ++i) {
     if (c.query_conv && mixers_[i]->advances_everywhere()) {
-      s.push_back({names_[i] + ".q_conv", SlotKind::kTail, {c.query_width(), c.conv_kernel - 1}, compute});
+      s.push_back({names_[i] + ".q_conv", SlotKind::kTail, {c.query_width(), c.conv_kernel - 1}, compute, keeps(group_of(i))});
     }
-    const bool rows = group_of(i).keeps_tokens || keep_rows;
+    const bool rows = keeps(group_of(i));
     for (auto own : mixers_[i]->slots()) {
       own.from_rows = rows;
       s.push_back(own);
@@ -128,6 +129,18 @@ std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute, bool keep_r
   const auto any_rows = std::any_of(s.begin(), s.end(), [](const SlotSpec& slot) { return slot.kind == SlotKind::kPerToken; });
   if (any_rows && names_.size() > 1 && !combines_all()) s.push_back({"mode", SlotKind::kPerToken, {}, at::kChar});
   return s;
+}
+
+void MultiMixerLayer::check_past(const Routing& routing, const State& state) const {
+  const auto& lengths = state.lengths();
+  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+  for (size_t m = 0; m < mixers_.size() && longest > 0; ++m) {
+    if (!mixers_[m]->keeps_tokens() || state.layer(index_).has(group_of(m).prefix + "keys")) continue;
+    const int64_t count = combines_all() ? routing.rows() * routing.length() : routing.tokens(names_, m).count;
+    if (count == 0) continue;
+    fail("{} tokens are to run in '{}' behind {} tokens whose keys and values were dropped (drop_rows); keep them, or schedule a linear mixer for what comes later",
+         count, names_[m], longest);
+  }
 }
 
 void MultiMixerLayer::bind(const ParameterMap& p) {

@@ -31,8 +31,9 @@ class MultiMixerLayer {
   MultiMixerLayer(const LayerConfig& config, std::vector<std::string> mixers, int64_t index);
 
   std::vector<ParameterSpec> parameters() const;  // full names ("layers.3.mixer.k_proj.weight")
-  // keep_rows: keys and values of mixers that do not look back, too.
-  std::vector<SlotSpec> slots(at::ScalarType compute, bool keep_rows = false) const;
+  std::vector<SlotSpec> slots(at::ScalarType compute, const StateOptions& options = {}) const;
+  // Throws Error when a mixer would look back at tokens whose rows the state has not kept.
+  void check_past(const Routing& routing, const State& state) const;
   void bind(const ParameterMap& p);
 
   // x [B, T, D] is the residual stream before `delta` (the last sublayer's output, [B, T, D] or undefined) is added: the sum and

@@ -8,13 +8,12 @@
 
 #include "oryx/common/error.h"
 #include "oryx/model/inspect.h"
+#include "oryx/model/state_test_support.h"
 #include "oryx/model/test_support.h"
 #include "tests/support/fixtures.h"
 
 namespace oryx {
 namespace {
-
-constexpr double kTolerance = 2e-5;  // float32, three small layers, different orders of summation
 
 using namespace test;
 
@@ -33,45 +32,6 @@ struct Counted : Replay {
   const LanguageModel& model;
   mutable int64_t scanned = 0, refilled = 0;
 };
-
-// Recurrent slots and tails of sequence n, by layer and name.
-std::vector<std::pair<std::string, at::Tensor>> fixed_slots(const LanguageModel& m, const State& state, int64_t n) {
-  std::vector<std::pair<std::string, at::Tensor>> all;
-  const auto slots = LanguageModel::slots(m.config(), m.compute_dtype(), state.options());
-  for (size_t i = 0; i < slots.size(); ++i) {
-    for (const auto& slot : slots[i]) {
-      if (slot.kind == SlotKind::kPerToken) continue;
-      all.emplace_back("layer " + std::to_string(i) + " " + slot.name,
-                       state.layer(static_cast<int64_t>(i)).tensor(slot.name)[n].clone());
-    }
-  }
-  return all;
-}
-
-void expect_near(const LanguageModel& m, const State& a, int64_t n, const State& b, int64_t k) {
-  const auto x = fixed_slots(m, a, n), y = fixed_slots(m, b, k);
-  for (size_t i = 0; i < x.size(); ++i) EXPECT_LT(fixture_error(x[i].second, y[i].second), kTolerance) << x[i].first;
-}
-
-void expect_equal(const std::vector<std::pair<std::string, at::Tensor>>& x,
-                  const std::vector<std::pair<std::string, at::Tensor>>& y) {
-  ASSERT_EQ(x.size(), y.size());
-  for (size_t i = 0; i < x.size(); ++i) EXPECT_TRUE(at::equal(x[i].second, y[i].second)) << x[i].first;
-}
-
-// Tokens [begin, end) of every row, in pieces of random length.
-void feed(const LanguageModel& m, State& state, const at::Tensor& ids, const std::vector<std::vector<int32_t>>& modes,
-          int64_t end, CounterRng& rng) {
-  for (int64_t at = state.lengths()[0]; at < end;) {
-    const int64_t n = std::min<int64_t>(end - at, rng.below(2) == 0 ? 1 : 1 + static_cast<int64_t>(rng.below(40)));
-    run(m, ids.narrow(1, at, n), routing(m.config(), modes, at, at + n), &state);
-    at += n;
-  }
-}
-
-std::vector<std::vector<int32_t>> row_of(const std::vector<std::vector<int32_t>>& modes, int64_t n) {
-  return {modes[static_cast<size_t>(n)]};
-}
 
 class EveryState : public ::testing::TestWithParam<Case> {};
 
@@ -222,6 +182,69 @@ TEST(StateTrim, WithoutRowsOnlyMarksAreReached) {
   expect_near(*m, state, 0, fresh, 0);
   state.trim(0, 0, *m);
   for (const auto& [name, x] : fixed_slots(*m, state, 0)) EXPECT_EQ(x.abs().max().item<float>(), 0) << name;
+}
+
+// A prompt read in attention in one call, then generation in linear mode: nothing is looked back at, and the state does not grow.
+TEST(StateRows, DroppedRowsAreConstantMemoryAndAnErrorWhenLookedBackAt) {
+  const ModelConfig c = small({{"gated_delta_net", "attention"}});
+  const auto m = make(c);
+  CounterRng rng(26);
+  const at::Tensor ids = random_ids(rng, 1, 60, c.vocab_size);
+  std::vector<std::vector<int32_t>> modes(1, std::vector<int32_t>(40, 1));
+  modes[0].resize(60, 0);
+  State kept = m->make_state(1), dropped = m->make_state(1, {0, 0, false, true});
+  for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, 40}, {40, 41}, {41, 60}}) {
+    const at::Tensor expected = run(*m, ids.narrow(1, begin, end - begin), routing(c, modes, begin, end), &kept);
+    EXPECT_LT(fixture_error(run(*m, ids.narrow(1, begin, end - begin), routing(c, modes, begin, end), &dropped), expected), kTolerance);
+    EXPECT_EQ(dropped.bytes().tokens, 0);
+    EXPECT_EQ(dropped.bytes().total(), state_bytes(c, end, at::kFloat, dropped.options()).total());
+  }
+  EXPECT_FALSE(dropped.replayable());
+  const auto before = fixed_slots(*m, dropped, 0);
+  try {
+    run(*m, ids.narrow(1, 0, 5), routing(c, modes, 0, 5), &dropped);
+    FAIL();
+  } catch (const Error& e) {
+    EXPECT_THAT(e.what(), ::testing::HasSubstr("5 tokens are to run in 'attention' behind 60 tokens whose keys and values were dropped (drop_rows)"));
+  }
+  expect_equal(fixed_slots(*m, dropped, 0), before);
+}
+
+// Parts as predicted, whatever is kept.
+TEST(StateRows, BytesAreAsPredicted) {
+  for (const auto& test : cases()) {
+    const auto m = make(test.config);
+    CounterRng rng(27);
+    const at::Tensor ids = random_ids(rng, 1, 64, test.config.vocab_size);
+    const auto modes = random_modes(rng, 1, 64, test.config.mixers().size());
+    for (const auto& options : {StateOptions{}, StateOptions{16, 0, true}, StateOptions{32, 3, false}}) {
+      State state = m->make_state(1, options);
+      for (int64_t at = 0; at < 64; at += 16) run(*m, ids.narrow(1, at, 16), routing(test.config, modes, at, at + 16), &state);
+      const StateBytes measured = state.bytes(), predicted = state_bytes(test.config, 64, at::kFloat, options);
+      EXPECT_EQ(measured.recurrent, predicted.recurrent) << test.name;
+      EXPECT_EQ(measured.tails, predicted.tails) << test.name;
+      EXPECT_EQ(measured.tokens, predicted.tokens) << test.name;
+      EXPECT_EQ(measured.checkpoints, predicted.checkpoints) << test.name;
+      EXPECT_EQ(measured.ring, predicted.ring) << test.name;
+    }
+  }
+}
+
+// Every mixer's state advances over the same keys and values whatever the modes: only the layers above see another stream.
+TEST(StateRows, ASpanInAttentionLeavesTheStateOfALinearRun) {
+  for (const char* linear : {"gated_delta_net", "mamba2"}) {
+    ModelConfig c = small({{linear, "attention"}});
+    c.num_layers = 1;
+    const auto m = make(c);
+    CounterRng rng(28);
+    const at::Tensor ids = random_ids(rng, 1, 70, c.vocab_size);
+    std::vector<std::vector<int32_t>> modes(1, std::vector<int32_t>(70, 0)), attention = modes;
+    std::fill(attention[0].begin() + 10, attention[0].begin() + 60, 1);
+    State a = m->make_state(1), b = m->make_state(1);
+    const at::Tensor x = run(*m, ids, routing(c, modes, 0, 70), &a), y = run(*m, ids, routing(c, attention, 0, 70), &b);
+    expect_near(*m, a, 0, b, 0);
+    EXPECT_GT(fixture_error(y, x), 1e-3);
+  }
 }
 
 }  // namespace

@@ -10,25 +10,17 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "oryx/state/pages.h"
+#include "oryx/state/slot.h"
+
 namespace oryx {
-
-enum class SlotKind { kRecurrent, kTail, kPerToken };
-
-struct SlotSpec {
-  std::string name;  // unique within a layer
-  SlotKind kind;
-  std::vector<int64_t> shape;  // of one sequence (recurrent, tail) or of one token
-  at::ScalarType dtype = at::kFloat;
-  // Recurrent: the rows that the layer keeps determine it at every position.
-  bool from_rows = false;
-
-  int64_t bytes() const;  // of one sequence, or of one token
-};
 
 struct StateOptions {
   // Tokens between checkpoints of the recurrent states and tails, from which a trim replays: one is taken at the end of
@@ -40,6 +32,10 @@ struct StateOptions {
   int64_t ring = 0;
   // Keep rows in layers where no mixer looks back, so that their recurrent states can be replayed too.
   bool keep_rows = false;
+  // Keep no rows at all: memory that does not grow. A call whose tokens look back at earlier calls is then an Error.
+  bool drop_rows = false;
+  // Bytes that the state and everything forked from it may hold, reserves included; 0: no limit. What would exceed it is an Error.
+  int64_t budget = 0;
 };
 
 struct StateBytes {
@@ -74,7 +70,8 @@ class LayerState {
   friend class State;
   struct Slot {
     SlotSpec spec;
-    at::Tensor data;    // [N, shape...], or [N, capacity, shape...] for a per-token slot
+    at::Tensor data;    // [N, shape...] of a recurrent slot or tail
+    int64_t rows = -1;  // of a per-token slot: its number in the row store
     at::Tensor recent;  // of a tail with a ring: [N, ring + w - 1, C], the input of token t at t modulo its length
   };
   std::map<std::string, Slot> slots_;
@@ -85,6 +82,11 @@ class State {
   // Zeros for `sequences` sequences, no token seen.
   State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options = {});
 
+  State(State&&) = default;
+  State& operator=(State&&) = default;
+  State(const State&) = delete;  // fork() says what is shared
+  State& operator=(const State&) = delete;
+
   int64_t sequences() const { return static_cast<int64_t>(lengths_.size()); }
   const std::vector<int64_t>& lengths() const { return lengths_; }  // tokens seen, by sequence
   at::Tensor lengths_tensor() const;                                // [N] int32
@@ -94,12 +96,15 @@ class State {
 
   // Room for `tokens` tokens in all for each sequence, so that no later append moves rows.
   void reserve(int64_t tokens);
+  // Makes sure, before anything is written, that `counts` tokens more by sequence fit: rows, checkpoints and ring. Throws Error when the
+  // budget does not allow them.
+  void prepare(const std::vector<int64_t>& counts);
 
   // Writes rows behind those held, for slot `name` of layer `i`: rows [N, T, shape...], or [1, sum T, shape...] with
   // the host copy of cu_seqlens. Lengths do not move before advance(), so that every layer appends at the same place.
   void append(int64_t i, const std::string& name, const at::Tensor& rows, const std::vector<int64_t>* cu_seqlens);
-  // The first `length` rows of slot `name` of layer `i`: [N, length, shape...]. Those behind a sequence's own length
-  // are unspecified.
+  // The first `length` rows of slot `name` of layer `i`: [N, length, shape...]; those behind a sequence's own length are unspecified. A view where
+  // the pages of all sequences lie side by side (no forks), otherwise a copy.
   at::Tensor rows(int64_t i, const std::string& name, int64_t length) const;
   // The inputs of the convolution whose tail is slot `name`, rows as in append(): for the ring; does nothing without
   // one.
@@ -115,8 +120,23 @@ class State {
   void trim(int64_t sequence, int64_t length, const Replay& model);
   // The last position up to `length` that trim() reaches.
   int64_t reachable(int64_t sequence, int64_t length) const;
-  // True when trim() reaches every position: the rows determine every recurrent slot.
+  // True when trim() reaches every position: the rows determine every recurrent slot and tail.
   bool replayable() const;
+
+  // A state whose sequence j is a copy of sequence from[j]: {0, 0, 0} makes three. Full pages of rows are shared until one of the two writes there;
+  // recurrent slots and tails are copied, checkpoints and the ring's entries shared. One budget counts for all of them.
+  State fork(const std::vector<int64_t>& from) const;
+  // A fork of every sequence, to be kept aside; restore() makes this state what it was then.
+  State snapshot() const;
+  void restore(const State& snapshot) { *this = snapshot.snapshot(); }
+
+  // Everything that save files hold, by name: recurrent slots, tails, rows up to the lengths, checkpoints; the ring is not kept.
+  std::vector<std::pair<std::string, at::Tensor>> tensors() const;
+  // Takes over what tensors() gave: `get` returns a tensor by name and throws when there is none; `shape` and dtype are checked by it. The
+  // state must be fresh.
+  void assign(const std::vector<int64_t>& lengths, const std::vector<std::vector<int64_t>>& checkpoints,
+              const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get);
+  std::vector<std::vector<int64_t>> checkpoints() const;  // positions, by sequence
 
   // Bytes in use by part: per-token slots count the tokens held, not the reserve. `reserved` counts what is allocated.
   StateBytes bytes() const;
@@ -126,19 +146,29 @@ class State {
   // Recurrent slots and tails of one sequence after `length` tokens.
   struct Mark {
     int64_t length = 0;
-    std::vector<at::Tensor> values;  // in the order of for_each_fixed
+    std::vector<at::Tensor> values;  // in the order of for_each_fixed; never written again while two states hold them
+    std::shared_ptr<Charge> charge;
   };
   struct Marks {
     std::deque<Mark> checkpoints, ring;  // ascending
     int64_t recent_from = 0;             // first token whose convolution inputs the ring holds
   };
 
+  // f(slot) for recurrent slots and tails.
   template <typename F>
-  void for_each_fixed(F f) const;  // f(slot) for recurrent slots and tails
+  void for_each_fixed(F f) const {
+    for (const auto& layer : layers_) {
+      for (const auto& [name, slot] : layer.slots_) {
+        if (slot.spec.kind != SlotKind::kPerToken) f(slot);
+      }
+    }
+  }
   StateBytes count(bool reserved) const;
   int64_t mark_bytes(SlotKind kind) const;
+  int64_t fixed_bytes() const;  // of one sequence: recurrent slots, tails and the ring of inputs
   void take(int64_t n, Mark& mark) const;
   void take_marks(int64_t n);
+  bool checkpoint_due(int64_t n, int64_t length) const;
   const Mark* nearest_mark(int64_t n, int64_t length) const;  // at or before; null: the start
   State one_sequence(int64_t n, const Mark* from) const;
   void adopt(int64_t n, int64_t length, const State& one);
@@ -148,11 +178,16 @@ class State {
   void read_tails(int64_t n, int64_t length, State& one) const;
   void restart_ring(int64_t n);
 
+  struct Empty {};
+  State(Empty, const State& like, RowStore rows, int64_t sequences);
+
   StateOptions options_;
+  std::shared_ptr<ByteBudget> budget_;
+  Charge charge_;  // of recurrent slots, tails and the ring of inputs
+  RowStore rows_;
   std::vector<LayerState> layers_;
   std::vector<int64_t> lengths_;
   std::vector<Marks> marks_;  // by sequence
-  int64_t capacity_ = 0;
   int64_t recent_ = 0;  // tokens of the ring of convolution inputs
   int64_t tail_ = 0;    // w - 1: tokens of a tail
 };

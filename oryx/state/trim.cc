@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "oryx/common/error.h"
 #include "oryx/state/state.h"
@@ -18,18 +19,13 @@ std::string way_out(bool marks) {
 
 }  // namespace
 
-template <typename F>
-void State::for_each_fixed(F f) const {
-  for (const auto& layer : layers_) {
-    for (const auto& [name, slot] : layer.slots_) {
-      if (slot.spec.kind != SlotKind::kPerToken) f(slot);
-    }
-  }
-}
-
 void State::take(int64_t n, Mark& mark) const {
   mark.length = lengths_[static_cast<size_t>(n)];
-  // The tensors of an entry that fell out of the ring are written again.
+  // The tensors of an entry that fell out of the ring are written again, unless a fork holds them.
+  if (mark.charge == nullptr || mark.charge.use_count() > 1) {
+    mark.values.clear();
+    mark.charge = std::make_shared<Charge>(budget_, mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail));
+  }
   size_t at = 0;
   for_each_fixed([&](const LayerState::Slot& slot) {
     if (at == mark.values.size()) mark.values.push_back(at::empty(slot.spec.shape, slot.data.options()));
@@ -37,12 +33,16 @@ void State::take(int64_t n, Mark& mark) const {
   });
 }
 
+bool State::checkpoint_due(int64_t n, int64_t length) const {
+  const auto& checkpoints = marks_[static_cast<size_t>(n)].checkpoints;
+  const int64_t last = checkpoints.empty() ? 0 : checkpoints.back().length;
+  return options_.checkpoint_every > 0 && length - last >= options_.checkpoint_every;
+}
+
 void State::take_marks(int64_t n) {
   Marks& m = marks_[static_cast<size_t>(n)];
   const int64_t length = lengths_[static_cast<size_t>(n)];
-  const int64_t last = m.checkpoints.empty() ? 0 : m.checkpoints.back().length;
-  if (options_.checkpoint_every > 0 && length - last >= options_.checkpoint_every)
-    take(n, m.checkpoints.emplace_back());
+  if (checkpoint_due(n, length)) take(n, m.checkpoints.emplace_back());
   if (options_.ring == 0) return;
   m.recent_from = std::max(m.recent_from, length - recent_);
   Mark entry;
@@ -68,9 +68,7 @@ const State::Mark* State::nearest_mark(int64_t n, int64_t length) const {
 
 bool State::replayable() const {
   bool all = true;
-  for_each_fixed([&](const LayerState::Slot& slot) {
-    all = all && (slot.spec.kind != SlotKind::kRecurrent || slot.spec.from_rows);
-  });
+  for_each_fixed([&](const LayerState::Slot& slot) { all = all && slot.spec.from_rows; });
   return all;
 }
 
@@ -81,27 +79,57 @@ int64_t State::reachable(int64_t sequence, int64_t length) const {
   return mark != nullptr ? mark->length : 0;
 }
 
-// A state of the one sequence, which shares its rows and has recurrent slots and tails of its own, those of the mark
-// (zeros without one).
+State::State(Empty, const State& like, RowStore rows, int64_t sequences)
+    : options_(like.options_),
+      budget_(like.budget_),
+      rows_(std::move(rows)),
+      layers_(like.layers_),
+      lengths_(static_cast<size_t>(sequences), 0),
+      marks_(static_cast<size_t>(sequences)),
+      recent_(like.recent_),
+      tail_(like.tail_) {}
+
+// A state of the one sequence, which shares its rows and has recurrent slots and tails of its own, those of the mark (zeros without one). It takes no marks
+// and lives shorter than a call: no budget counts it.
 State State::one_sequence(int64_t n, const Mark* from) const {
-  State one({}, 1);
-  one.layers_ = layers_;
-  one.capacity_ = capacity_;
-  one.tail_ = tail_;
+  State one(Empty{}, *this, rows_.view(n), 1);
+  one.options_.ring = one.options_.checkpoint_every = 0;
   one.lengths_[0] = from != nullptr ? from->length : 0;
   size_t at = 0;
   for (auto& layer : one.layers_) {
     for (auto& [name, slot] : layer.slots_) {
       slot.recent = at::Tensor();
-      if (slot.spec.kind == SlotKind::kPerToken) {
-        slot.data = slot.data.narrow(0, n, 1);
-      } else {
-        slot.data =
-            from != nullptr ? from->values[at++].unsqueeze(0).clone() : at::zeros_like(slot.data.narrow(0, n, 1));
-      }
+      if (slot.spec.kind == SlotKind::kPerToken) continue;
+      slot.data = from != nullptr ? from->values[at++].unsqueeze(0).clone() : at::zeros_like(slot.data.narrow(0, n, 1));
     }
   }
   return one;
+}
+
+State State::fork(const std::vector<int64_t>& from) const {
+  for (const int64_t n : from) TORCH_CHECK(n >= 0 && n < sequences(), "state: fork of sequence ", n, " of ", sequences());
+  TORCH_CHECK(!from.empty(), "state: a fork of no sequence");
+  Charge charge(budget_, static_cast<int64_t>(from.size()) * fixed_bytes());
+  State fork(Empty{}, *this, rows_.fork(from, lengths_), static_cast<int64_t>(from.size()));
+  fork.charge_ = std::move(charge);
+  const at::Tensor index = at::tensor(from, at::kLong);
+  for (auto& layer : fork.layers_) {
+    for (auto& [name, slot] : layer.slots_) {
+      if (slot.data.defined()) slot.data = slot.data.index_select(0, index);
+      if (slot.recent.defined()) slot.recent = slot.recent.index_select(0, index);
+    }
+  }
+  for (size_t j = 0; j < from.size(); ++j) {
+    fork.lengths_[j] = lengths_[static_cast<size_t>(from[j])];
+    fork.marks_[j] = marks_[static_cast<size_t>(from[j])];
+  }
+  return fork;
+}
+
+State State::snapshot() const {
+  std::vector<int64_t> all(lengths_.size());
+  std::iota(all.begin(), all.end(), 0);
+  return fork(all);
 }
 
 void State::adopt(int64_t n, int64_t length, const State& one) {
