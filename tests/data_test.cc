@@ -78,7 +78,7 @@ TEST_F(DataCommands, ATokenizerJsonFromTextToGeneration) {
   const auto built = run({"data", "build", path("text"), "--tokenizer", tokenizer, "--out", path("set"), "--valid", "0.1"});
   ASSERT_EQ(built.exit_code, 0) << built.err;
   EXPECT_TRUE(std::filesystem::exists(folder_ / "set/tokenizer.json"));
-  const auto trained = run({"train", "data=" + path("set"), "out=" + path("run"), "steps=2", "batch_size=1", "seq_len=64", "--threads", "1"});
+  const auto trained = run({"train", "data=" + path("set"), "out=" + path("run"), "steps=2", "warmup_steps=1", "batch_size=1", "seq_len=64", "--threads", "1"});
   ASSERT_EQ(trained.exit_code, 0) << trained.err;
   const auto generated = run({"generate", path("run"), "--prompt", "The state", "--max-new-tokens", "4", "--threads", "1", "--json"});
   ASSERT_EQ(generated.exit_code, 0) << generated.err;
