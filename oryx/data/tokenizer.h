@@ -62,7 +62,7 @@ class StreamDecoder {
   bool drop_space_;
 };
 
-// A file, a folder that holds one ("tokenizer.model"), or the word "byte" for the built-in ByteTokenizer. Throws Error
+// A file, a folder that holds one ("tokenizer.model", "tokenizer.json"), or the word "byte" for the built-in ByteTokenizer. Throws Error
 // on what no registered kind reads.
 std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& path);
 

@@ -119,11 +119,16 @@ std::vector<std::vector<SlotSpec>> LanguageModel::slots(const ModelConfig& confi
 }
 
 int64_t LanguageModel::refill_tokens() const {
-  if (!config_.layer.conv) return 0;
   // A layer's keys and values are at hand, so that its tails want w - 1 tokens of the layer's input. With a query convolution the first w - 1
   // outputs of a layer are not right, which costs every layer above as many more.
-  const int64_t width = config_.layer.conv_kernel - 1;
-  return config_.layer.query_conv ? width * config_.num_layers : width;
+  int64_t tokens = 0, wrong = 0;
+  for (int64_t i = 0; i < config_.num_layers; ++i) {
+    const LayerConfig c = config_.layer_of(config_.mixers_of(i));
+    if (!c.conv) continue;
+    tokens = std::max(tokens, wrong + c.conv_kernel - 1);
+    if (c.query_conv) wrong += c.conv_kernel - 1;
+  }
+  return tokens;
 }
 
 void LanguageModel::scan(State& one, int64_t begin, int64_t end) const {

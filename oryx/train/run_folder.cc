@@ -84,11 +84,16 @@ void RunFolder::save(int64_t step, const LanguageModel& model, const Optimizer& 
   for (const auto& entry : fs::directory_iterator(final_name.parent_path())) {
     if (entry.path().extension() == kPartial) fs::remove_all(entry.path());
   }
-  save_model(model, partial);
-  write_safetensors(partial / "optimizer.safetensors", optimizer.state(), {{"format", "oryx-adamw"}});
-  if (tokenizer != nullptr) tokenizer->save(partial / tokenizer->file_name());
-  write_file(partial / "trainer.json", trainer.dump(2) + "\n");
   std::error_code error;
+  try {
+    save_model(model, partial);
+    write_safetensors(partial / "optimizer.safetensors", optimizer.state(), {{"format", "oryx-adamw"}});
+    if (tokenizer != nullptr) tokenizer->save(partial / tokenizer->file_name());
+    write_file(partial / "trainer.json", trainer.dump(2) + "\n");
+  } catch (...) {  // a full disk, most often: what was written of it helps nobody
+    fs::remove_all(partial, error);
+    throw;
+  }
   fs::remove_all(final_name, error);  // the same step saved again after a resume
   fs::rename(partial, final_name, error);
   if (error) fail("{}: cannot rename the checkpoint into place: {}", final_name.string(), error.message());
