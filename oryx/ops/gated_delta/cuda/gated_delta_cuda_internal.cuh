@@ -8,12 +8,11 @@ namespace oryx::gated_delta_cuda {
 
 constexpr int kC = 64;    // tokens of a chunk
 constexpr int kD = 128;   // K and V
-// One record: T (64 x 64 bfloat16, 128-byte swizzle), row factors (three times 64 floats, exp(G_C) at [192]), P (as T).
+constexpr float kLog2e = 1.4426950408889634f;
+// One record: T (64 x 64 bfloat16, 128-byte swizzle), then four times 64 floats: exp(G) rk, exp(G_C - G) rk, G log2(e), rk; rk = 1 / |k|.
 constexpr int kRecordT = 0;
 constexpr int kRecordRows = 8192;
-constexpr int kRecordP = 9216;
-constexpr int kRecordBytes = 17408;
-constexpr int kStateRecordBytes = 9216;  // the part a pass without outputs reads
+constexpr int kRecordBytes = 9216;
 
 struct Shape {
   int B, T, N, Hq, Hk, Hv, Hs, Ho;
@@ -23,6 +22,12 @@ struct Shape {
   const int32_t* cu_seqlens;
   const int32_t* chunk_offsets;  // [N + 1], packed only
 };
+
+__device__ __forceinline__ float power2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 
 struct Sequence {
   int begin;        // first token, in [0, B T)

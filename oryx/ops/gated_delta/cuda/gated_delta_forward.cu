@@ -40,7 +40,7 @@ Plan plan(const OryxGatedDelta& p) {
   if (p.rows != 0) r.rows = p.rows;
 
   const size_t states = s.segments > 1 ? static_cast<size_t>(s.N) * s.Hs * s.segments * kD * kD * sizeof(float) : 0;
-  r.own = r.records * s.Ho * kRecordBytes;
+  r.own = r.records * s.Hs * kRecordBytes;
   r.map = r.own + states;
   r.offsets = r.map + states;
   r.bytes = r.offsets + (p.cu_seqlens == nullptr ? 0 : (static_cast<size_t>(p.N) + 1) * sizeof(int32_t));
@@ -92,7 +92,7 @@ extern "C" int oryx_gated_delta_forward(const OryxGatedDelta* p, void* workspace
   }
   if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), record, offsets, stream)) != cudaSuccess) return status;
   if (r.shape.segments > 1) {
-    if ((status = launch_recurrence(*p, r.shape, 1, 64, maps, record, own, map, stream)) != cudaSuccess) return status;
+    if ((status = launch_recurrence(*p, r.shape, 1, 128, maps, record, own, map, stream)) != cudaSuccess) return status;
     if (r.shape.segments > 2 && (status = launch_combine(r.shape, own, map, stream)) != cudaSuccess) return status;
   }
   return launch_recurrence(*p, r.shape, 0, r.rows, maps, record, own, map, stream);

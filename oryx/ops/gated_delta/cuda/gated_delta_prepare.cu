@@ -1,23 +1,15 @@
-// Per chunk and head, independent of the state: norms of q and k, T, P and the row factors (see gated_delta_cuda.h).
+// Per chunk and head, independent of the state: norms of k, T and the row factors (see gated_delta_cuda.h).
 #include "gated_delta_cuda_internal.cuh"
 
 namespace oryx::gated_delta_cuda {
 namespace {
 
-constexpr int kStrideA = 68;  // floats a row; read as the left operand
-constexpr int kStrideT = 72;  // floats a row; read as the right operand
+constexpr int kStrideA = 68;  // floats a row of A: the left operand's reads meet no bank twice
 
 struct Shared {
-  union {
-    struct {
-      __nv_bfloat16 k[kC * kD], q[kC * kD];
-    };
-    struct {
-      float a[kC * kStrideA], t[kC * kStrideT];
-    };
-  };
-  alignas(128) char record[kRecordBytes];
-  float G[kC], beta[kC], rk[kC], rq[kC];
+  alignas(128) __nv_bfloat16 k[kC * kD];
+  alignas(16) float a[kC * kStrideA];
+  float G[kC], beta[kC], rk[kC];  // G in powers of two
 };
 
 // Number of chunks before each packed sequence.
@@ -37,29 +29,30 @@ __global__ void chunk_offsets_kernel(const int32_t* cu_seqlens, int N, int32_t* 
   if (lane == 0) offsets[0] = 0;
 }
 
-// d (16 x 16, two n-tiles) += a (16 x 16 at `a`, stride kSa) b (16 x 16 at `b`, stride kSb), tf32.
-template <int kSa, int kSb>
-__device__ __forceinline__ void block_product(float (&d)[2][4], const float* a, const float* b, int lane) {
+// d (16 x 8 n) += a (16 x 16 at `a`) b (16 x 8 n at `b`), tf32.
+template <int kN>
+__device__ __forceinline__ void block_product(float (&d)[kN][4], const float* a, const float* b, int lane) {
   const int r = lane / 4, c = lane % 4;
 #pragma unroll
   for (int k = 0; k < 16; k += 8) {
-    uint32_t fa[4] = {tf32(a[r * kSa + k + c]), tf32(a[(r + 8) * kSa + k + c]), tf32(a[r * kSa + k + c + 4]),
-                      tf32(a[(r + 8) * kSa + k + c + 4])};
+    uint32_t fa[4] = {tf32(a[r * kStrideA + k + c]), tf32(a[(r + 8) * kStrideA + k + c]), tf32(a[r * kStrideA + k + c + 4]),
+                      tf32(a[(r + 8) * kStrideA + k + c + 4])};
 #pragma unroll
-    for (int n = 0; n < 2; ++n) mma_tf32(d[n], fa, tf32(b[(k + c) * kSb + n * 8 + r]), tf32(b[(k + c + 4) * kSb + n * 8 + r]));
+    for (int n = 0; n < kN; ++n) mma_tf32(d[n], fa, tf32(b[(k + c) * kStrideA + n * 8 + r]), tf32(b[(k + c + 4) * kStrideA + n * 8 + r]));
   }
 }
-__device__ __forceinline__ void store_block(float* p, const float (&d)[2][4], float sign, int lane) {
+template <int kN>
+__device__ __forceinline__ void store_block(float* p, const float (&d)[kN][4], float sign, int lane) {
 #pragma unroll
-  for (int n = 0; n < 2; ++n)
+  for (int n = 0; n < kN; ++n)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      *reinterpret_cast<float2*>(p + (lane / 4 + 8 * h) * kStrideT + n * 8 + 2 * (lane % 4)) =
+      *reinterpret_cast<float2*>(p + (lane / 4 + 8 * h) * kStrideA + n * 8 + 2 * (lane % 4)) =
           make_float2(sign * d[n][2 * h], sign * d[n][2 * h + 1]);
 }
 
-// raw[nb] (16 x 16 blocks) = x rows [16 block, +16) times k rows [16 nb, +16), nb <= block; also 1 / norm of the x rows.
-__device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t x, uint32_t k, int block, float eps, float* norms, int lane) {
+// raw[nb] (16 x 16 blocks) = k rows [16 block, +16) times k rows [16 nb, +16), nb <= block; also 1 / norm of the former.
+__device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t k, int block, float eps, float* norms, int lane) {
   float s0 = 0, s1 = 0;
 #pragma unroll
   for (int nb = 0; nb < 4; ++nb)
@@ -67,13 +60,13 @@ __device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t x, uint32_t
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) raw[nb][n][i] = 0;
-  const int ra = 16 * block + lane % 16;                        // row this lane addresses of the left operand
-  const int rb = lane % 8 + (lane >= 16 ? 8 : 0);               // and of the right one
+  const int ra = 16 * block + lane % 16;           // row this lane addresses of the left operand
+  const int rb = lane % 8 + (lane >= 16 ? 8 : 0);  // and of the right one
   const int ub = (lane / 8) % 2;
 #pragma unroll
   for (int s = 0; s < 8; ++s) {
     uint32_t a[4], b[4];
-    load_matrix(a, x + ra * 256 + (((2 * s + lane / 16) ^ (ra & 7)) << 4));
+    load_matrix(a, k + ra * 256 + (((2 * s + lane / 16) ^ (ra & 7)) << 4));
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       s0 += low(a[i]) * low(a[i]) + high(a[i]) * high(a[i]);
@@ -99,14 +92,13 @@ __device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t x, uint32_t
   }
 }
 
-__global__ void __launch_bounds__(128, 4)
-    prepare_kernel(Shape s, const __nv_bfloat16* __restrict__ q, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g,
-                   const float* __restrict__ beta, char* __restrict__ record) {
+__global__ void __launch_bounds__(128, 6)
+    prepare_kernel(Shape s, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g, const float* __restrict__ beta,
+                   char* __restrict__ record) {
   extern __shared__ __align__(128) char raw_shared[];
   Shared& sh = *reinterpret_cast<Shared*>(raw_shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int ho = blockIdx.x % s.Ho, chunk = blockIdx.x / s.Ho;
-  const int hs = ho / (s.Ho / s.Hs), hk = hs / (s.Hs / s.Hk), hq = ho / (s.Ho / s.Hq);
+  const int hs = blockIdx.x % s.Hs, chunk = blockIdx.x / s.Hs, hk = hs / (s.Hs / s.Hk);
 
   int token, count;  // first token of the chunk and how many it has
   if (s.cu_seqlens == nullptr) {
@@ -125,7 +117,7 @@ __global__ void __launch_bounds__(128, 4)
     count = min(kC, s.cu_seqlens[lo + 1] - token);
   }
 
-  const uint32_t ks = smem_address(sh.k), qs = smem_address(sh.q);
+  const uint32_t ks = smem_address(sh.k);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int row = i * 8 + thread / 16, unit = thread % 16;
@@ -133,7 +125,6 @@ __global__ void __launch_bounds__(128, 4)
     const size_t t = token + (valid ? row : 0);
     const uint32_t at = row * 256 + ((unit ^ (row & 7)) << 4);
     copy16(ks + at, k + (t * s.Hk + hk) * kD + unit * 8, valid);
-    copy16(qs + at, q + (t * s.Hq + hq) * kD + unit * 8, valid);
   }
   if (warp == 0) {
     // exp(-100) is 0 in float32: what lies below says the same and would only cost the sums their digits. NaN stays.
@@ -148,8 +139,8 @@ __global__ void __launch_bounds__(128, 4)
       const float other = __shfl_up_sync(~0u, sum, d);
       if (lane >= d) sum += other;
     }
-    sh.G[2 * lane] = sum - x1 + x0;
-    sh.G[2 * lane + 1] = sum;
+    sh.G[2 * lane] = (sum - x1 + x0) * kLog2e;
+    sh.G[2 * lane + 1] = sum * kLog2e;
   } else if (warp < 3) {
     const int t = (warp - 1) * 32 + lane;
     sh.beta[t] = t < count ? beta[static_cast<size_t>(token + t) * s.Hs + hs] : 0.f;
@@ -157,39 +148,35 @@ __global__ void __launch_bounds__(128, 4)
   copy_wait();
   __syncthreads();
 
-  float kk[4][2][4], qk[4][2][4];
-  gram(kk, ks, ks, warp, s.l2_eps, sh.rk, lane);
-  gram(qk, qs, ks, 3 - warp, s.l2_eps, sh.rq, lane);
+  float kk[4][2][4];
+  gram(kk, ks, warp, s.l2_eps, sh.rk, lane);
   __syncthreads();
 
-  // A into float32 shared memory (over k and q, which nobody reads any more), P into the record.
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int t = 16 * warp + lane / 4 + 8 * h, tp = 16 * (3 - warp) + lane / 4 + 8 * h;
-    const float G = sh.G[t], Gp = sh.G[tp], f = sh.beta[t] * sh.rk[t], fp = s.scale * sh.rq[tp];
-#pragma unroll
-    for (int nb = 0; nb < 4; ++nb)
+  for (int nb = 0; nb < 4; ++nb)
+    if (nb <= warp) {
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         const int j = 16 * nb + 8 * n + 2 * (lane % 4);
-        const float g0 = sh.G[j], g1 = sh.G[j + 1], r0 = sh.rk[j], r1 = sh.rk[j + 1];
-        if (nb <= warp) {
-          const float a0 = j < t ? f * r0 * __expf(G - g0) * kk[nb][n][2 * h] : 0.f;
-          const float a1 = j + 1 < t ? f * r1 * __expf(G - g1) * kk[nb][n][2 * h + 1] : 0.f;
+        const float2 g2 = *reinterpret_cast<const float2*>(&sh.G[j]), r2 = *reinterpret_cast<const float2*>(&sh.rk[j]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int t = 16 * warp + lane / 4 + 8 * h;
+          const float G = sh.G[t], f = sh.beta[t] * sh.rk[t];
+          const float a0 = j < t ? f * r2.x * power2(G - g2.x) * kk[nb][n][2 * h] : 0.f;
+          const float a1 = j + 1 < t ? f * r2.y * power2(G - g2.y) * kk[nb][n][2 * h + 1] : 0.f;
           *reinterpret_cast<float2*>(&sh.a[t * kStrideA + j]) = make_float2(a0, a1);
         }
-        const float p0 = j <= tp ? fp * r0 * __expf(Gp - g0) * qk[nb][n][2 * h] : 0.f;
-        const float p1 = j + 1 <= tp ? fp * r1 * __expf(Gp - g1) * qk[nb][n][2 * h + 1] : 0.f;
-        *reinterpret_cast<uint32_t*>(sh.record + kRecordP + tp * 128 + (((2 * nb + n) ^ (tp & 7)) << 4) + (lane % 4) * 4) = pack(p0, p1);
       }
-  }
+    }
+  char* const out = record + (static_cast<size_t>(chunk) * s.Hs + hs) * kRecordBytes;
   if (thread < kC) {
-    float* rows = reinterpret_cast<float*>(sh.record + kRecordRows);
-    const float G = sh.G[thread], e = __expf(G), last = sh.G[kC - 1];
-    rows[thread] = e * sh.rk[thread];
-    rows[64 + thread] = s.scale * e * sh.rq[thread];
-    rows[128 + thread] = thread < count ? __expf(last - G) * sh.rk[thread] : 0.f;
-    if (thread == 0) rows[192] = __expf(last);
+    float* rows = reinterpret_cast<float*>(out + kRecordRows);
+    const float G = sh.G[thread], rk = sh.rk[thread];
+    rows[thread] = power2(G) * rk;
+    rows[64 + thread] = thread < count ? power2(sh.G[kC - 1] - G) * rk : 0.f;
+    rows[128 + thread] = G;
+    rows[192 + thread] = rk;
   }
   __syncwarp();
 
@@ -211,46 +198,56 @@ __global__ void __launch_bounds__(128, 4)
       }
       x[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
+    __syncwarp();
     if (lane < 16)
 #pragma unroll
-      for (int i = 0; i < 16; ++i) sh.t[(16 * warp + i) * kStrideT + 16 * warp + col] = x[i];
+      for (int i = 0; i < 16; ++i) sh.a[(16 * warp + i) * kStrideA + 16 * warp + col] = x[i];
   }
   __syncthreads();
 
-  // The blocks below it, a block column a warp: X_ij = -X_ii sum_l A_il X_lj.
-  for (int i = warp + 1; i < 4; ++i) {
-    float y[2][4] = {}, x[2][4] = {};
-    for (int l = warp; l < i; ++l)
-      block_product<kStrideA, kStrideT>(y, sh.a + 16 * i * kStrideA + 16 * l, sh.t + 16 * l * kStrideT + 16 * warp, lane);
-    float* at = sh.t + 16 * i * kStrideT + 16 * warp;
-    store_block(at, y, 1.f, lane);
+  // The rest of X = (I + A)^-1 in two steps of [[X0, 0], [-X1 A10 X0, X1]]. The blocks above the diagonal are free: X_10 and X_32 are
+  // kept at (0, 1) and (2, 3), the first products of the second step at (j, i) for (i, j).
+  const auto block = [&](int i, int j) { return sh.a + 16 * i * kStrideA + 16 * j; };
+  {
+    const int i = warp / 2 * 2 + 1, j = i - 1, half = warp % 2 * 8;
+    float y[1][4] = {}, x[1][4] = {};
+    block_product(y, block(i, j), block(j, j) + half, lane);
+    store_block(block(j, i) + half, y, 1.f, lane);
     __syncwarp();
-    block_product<kStrideT, kStrideT>(x, sh.t + 16 * i * kStrideT + 16 * i, at, lane);
+    block_product(x, block(i, i), block(j, i) + half, lane);
     __syncwarp();
-    store_block(at, x, -1.f, lane);
-    __syncwarp();
+    store_block(block(j, i) + half, x, -1.f, lane);
+  }
+  __syncthreads();
+  const int i = 2 + warp / 2, j = warp % 2;
+  {
+    float y[2][4] = {};
+    block_product(y, block(i, 1), j == 0 ? block(0, 1) : block(1, 1), lane);
+    if (j == 0) block_product(y, block(i, 0), block(0, 0), lane);
+    store_block(block(j, i), y, 1.f, lane);
+  }
+  __syncthreads();
+  {
+    float x[2][4] = {};
+    block_product(x, i == 2 ? block(2, 2) : block(2, 3), block(j, 2), lane);
+    if (i == 3) block_product(x, block(3, 3), block(j, 3), lane);
+    store_block(block(i, j), x, -1.f, lane);
   }
   __syncthreads();
 
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = i * 16 + thread / 8, unit = thread % 8;
-    uint4 out = make_uint4(0, 0, 0, 0);
-    if (unit / 2 <= row / 16) {
-      const float4 a = *reinterpret_cast<const float4*>(&sh.t[row * kStrideT + unit * 8]);
-      const float4 b = *reinterpret_cast<const float4*>(&sh.t[row * kStrideT + unit * 8 + 4]);
+  for (int m = 0; m < 4; ++m) {
+    const int row = m * 16 + thread / 8, unit = thread % 8;
+    uint4 units = make_uint4(0, 0, 0, 0);
+    if (unit / 2 <= m) {
+      const float* from = (m % 2 == 1 && unit / 2 == m - 1 ? block(m - 1, m) : block(m, unit / 2)) + thread / 8 * kStrideA + unit % 2 * 8;
+      const float4 a = *reinterpret_cast<const float4*>(from);
+      const float4 b = *reinterpret_cast<const float4*>(from + 4);
       const float* w = sh.beta + unit * 8;
-      out = make_uint4(pack(a.x * w[0], a.y * w[1]), pack(a.z * w[2], a.w * w[3]), pack(b.x * w[4], b.y * w[5]),
-                       pack(b.z * w[6], b.w * w[7]));
+      units = make_uint4(pack(a.x * w[0], a.y * w[1]), pack(a.z * w[2], a.w * w[3]), pack(b.x * w[4], b.y * w[5]),
+                         pack(b.z * w[6], b.w * w[7]));
     }
-    *reinterpret_cast<uint4*>(sh.record + kRecordT + row * 128 + ((unit ^ (row & 7)) << 4)) = out;
-  }
-  fence_async_proxy();
-  __syncthreads();
-  if (thread == 0) {
-    bulk_store(record + (static_cast<size_t>(chunk) * s.Ho + ho) * kRecordBytes, smem_address(sh.record), kRecordBytes);
-    bulk_commit();
-    bulk_wait_read();
+    *reinterpret_cast<uint4*>(out + kRecordT + row * 128 + ((unit ^ (row & 7)) << 4)) = units;
   }
 }
 
@@ -261,8 +258,7 @@ cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records,
   if (records > 0) {
     const cudaError_t status = cudaFuncSetAttribute(prepare_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
     if (status != cudaSuccess) return status;
-    prepare_kernel<<<s.Ho * records, 128, sizeof(Shared), stream>>>(s, static_cast<const __nv_bfloat16*>(p.q),
-                                                                        static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, record);
+    prepare_kernel<<<s.Hs * records, 128, sizeof(Shared), stream>>>(s, static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, record);
   }
   return cudaGetLastError();
 }

@@ -11,19 +11,20 @@ constexpr int kPanel = kC * 128;  // 64 tokens of 64 elements
 
 template <int kRows, bool kOutput>
 struct Layout {
-  static constexpr int kWarps = kRows / 16;  // that compute
-  // Two warpgroups that compute leave too few registers a thread unless the copying warp is one of four that give theirs away.
-  static constexpr bool kTrade = kRows == 128 && kOutput;
-  static constexpr int kThreads = 32 * kWarps + (kTrade ? 128 : 32);
+  static constexpr int kWarps = kRows / 16;  // that compute S and O
+  // With outputs a warpgroup computes P; registers are then traded, so the copying warp has three idle ones beside it.
+  static constexpr int kThreads = 32 * kWarps + (kOutput ? 256 : 32);
+  static constexpr int kCopyWarp = kWarps + (kOutput ? 4 : 0);
   static constexpr int kK = 0;
   static constexpr int kQ = 2 * kPanel;
   static constexpr int kV = kQ + (kOutput ? 2 * kPanel : 0);
   static constexpr int kRecord = kV + kRows / 64 * kPanel;
-  static constexpr int kRecordSize = kOutput ? kRecordBytes : kStateRecordBytes;
-  static constexpr int kStage = kRecord + kRecordSize;
+  static constexpr int kLoaded = kRecord + kRecordBytes;  // what is copied in; what follows is computed here
+  static constexpr int kP = kLoaded;                      // P, then scale exp(G) / |q|
+  static constexpr int kStage = kP + (kOutput ? kPanel + 1024 : 0);
   static constexpr int kOut = kStages * kStage;  // 64 tokens of 16 rows for each warp
   static constexpr int kBarriers = kOut + (kOutput ? kWarps * kC * 32 : 0);
-  static constexpr int kBytes = kBarriers + 16 * kStages + 1024;  // and what aligning the start to 1024 may take
+  static constexpr int kBytes = kBarriers + 24 * kStages + 1024;  // and what aligning the start to 1024 may take
 };
 
 struct Arguments {
@@ -80,6 +81,56 @@ __device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t sta
   }
 }
 
+// By a warpgroup: P_tj = scale exp(G_t - G_j) q_t.k_j / (|q_t| |k_j|), j <= t, and scale exp(G_t) / |q_t|, both into the stage at `at`.
+template <int kQ, int kK, int kRecordAt, int kP>
+__device__ __forceinline__ void queries(uint32_t at, float scale, float eps, int warp, int lane) {
+  float d[32];
+  wgmma_fence();
+#pragma unroll
+  for (int kk = 0; kk < 8; ++kk)
+    wgmma_64x64_shared(d, descriptor(at + kQ + kk / 4 * kPanel + kk % 4 * 32, 16, 1024),
+                       descriptor(at + kK + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
+  wgmma_commit();
+
+  float sum = 0.f;  // of half a row of q squared: lanes 2 r and 2 r + 1 have row r of the warp's 16
+  const uint32_t half = at + kQ + lane % 2 * kPanel + (16 * warp + lane / 2) * 128;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    uint32_t x[4];
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(half + ((i + lane) % 8) * 16)
+                 : "memory");
+#pragma unroll
+    for (int m = 0; m < 4; ++m) sum += low(x[m]) * low(x[m]) + high(x[m]) * high(x[m]);
+  }
+  // Both lanes of a row add the same two numbers in the same order.
+  const float other = __shfl_xor_sync(~0u, sum, 1);
+  const float inverse = scale * rsqrtf((lane % 2 == 0 ? sum + other : other + sum) + eps);
+  float f[2], G[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int t = 16 * warp + lane / 4 + 8 * h;
+    f[h] = __shfl_sync(~0u, inverse, 2 * (lane / 4 + 8 * h));
+    G[h] = load_shared(at + kRecordAt + 4 * (128 + t));
+    if (lane % 4 == 0) asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + kP + kPanel + 4 * t), "f"(f[h] * power2(G[h])) : "memory");
+  }
+  wgmma_wait<0>();
+  keep(d);
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+    const int j = 8 * n + 2 * (lane % 4);
+    const float2 g = load_shared2(at + kRecordAt + 4 * (128 + j)), r = load_shared2(at + kRecordAt + 4 * (192 + j));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int t = 16 * warp + lane / 4 + 8 * h;
+      const float p0 = j <= t ? f[h] * r.x * power2(G[h] - g.x) * d[4 * n + 2 * h] : 0.f;
+      const float p1 = j + 1 <= t ? f[h] * r.y * power2(G[h] - g.y) * d[4 * n + 2 * h + 1] : 0.f;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + kP + t * 128 + ((n ^ (t & 7)) << 4) + lane % 4 * 4), "r"(pack(p0, p1)) : "memory");
+    }
+  }
+}
+
 template <int kRows, bool kOutput>
 __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 && !kOutput ? 2 : 1)
     recurrence_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
@@ -87,7 +138,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
   using L = Layout<kRows, kOutput>;
   extern __shared__ char raw_shared[];
   const uint32_t base = (smem_address(raw_shared) + 1023) & ~1023u;
-  const uint32_t full = base + L::kBarriers, empty = full + 8 * kStages;
+  const uint32_t full = base + L::kBarriers, empty = full + 8 * kStages, ready = empty + 8 * kStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   // What this block walks: heads, rows and chunks.
@@ -105,24 +156,25 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, L::kWarps);
+      barrier_init(ready + 8 * i, 4);
     }
     barrier_init_fence();
   }
   __syncthreads();
 
-  if (warp >= L::kWarps) {
-    if constexpr (L::kTrade) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (warp == L::kWarps && lane == 0) {
+  if (warp >= L::kCopyWarp) {
+    if constexpr (kOutput) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (warp == L::kCopyWarp && lane == 0) {
       const int hk = hs / (s.Hs / s.Hk), hv = hs / (s.Hs / s.Hv), hq = ho / (s.Ho / s.Hq);
       for (int c = c0; c < c1; ++c) {
         const int i = c - c0, stage = i % kStages;
         const uint32_t at = base + stage * L::kStage, bar = full + 8 * stage;
         if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) & 1);
-        barrier_expect(bar, L::kStage - (is_map ? kRows / 64 * kPanel : 0));
+        barrier_expect(bar, L::kLoaded - (is_map ? kRows / 64 * kPanel : 0));
         const int token = seq.begin + c * kC;
         tensor_load(at + L::kK, &k_map, bar, 0, hk, token, 0);
         tensor_load(at + L::kK + kPanel, &k_map, bar, 0, hk, token, 1);
-        bulk_load(at + L::kRecord, a.record + (static_cast<size_t>(seq.first_chunk + c) * s.Ho + ho) * kRecordBytes, L::kRecordSize, bar);
+        bulk_load(at + L::kRecord, a.record + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * kRecordBytes, kRecordBytes, bar);
         if constexpr (kOutput) {
           tensor_load(at + L::kQ, &q_map, bar, 0, hq, token, 0);
           tensor_load(at + L::kQ + kPanel, &q_map, bar, 0, hq, token, 1);
@@ -133,8 +185,23 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
     }
     return;
   }
-
-  if constexpr (L::kTrade) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  if constexpr (kOutput) {
+    if (warp >= L::kWarps) {
+      if constexpr (kRows == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+      else asm volatile("setmaxnreg.dec.sync.aligned.u32 152;");
+      for (int i = 0; i < c1 - c0; ++i) {
+        const int stage = i % kStages;
+        barrier_wait(full + 8 * stage, (i / kStages) & 1);
+        queries<L::kQ, L::kK, L::kRecord + kRecordRows, L::kP>(base + stage * L::kStage, s.scale, s.l2_eps, warp - L::kWarps, lane);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(ready + 8 * stage);
+      }
+      return;
+    }
+    if constexpr (kRows == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    else asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  }
   const int panel = warp / 4;                               // 64 rows of this warpgroup
   const int row = rb * kRows + 16 * warp + lane / 4;        // this thread's rows of S: this one and 8 further on
   const int column = 2 * (lane % 4);                        // and its columns: this one and the next of every eight
@@ -222,13 +289,14 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) wgmma_64x64(u, xb + 4 * kk, descriptor(at + L::kRecord + kRecordT + kk * 32, 16, 1024), kk > 0);
     wgmma_commit();
-    const float decay = load_shared(at + L::kRecord + kRecordRows + 4 * 192);
+    const float decay = power2(load_shared(at + L::kRecord + kRecordRows + 4 * 191));
 #pragma unroll
     for (int j = 0; j < 64; ++j) S[j] *= decay;
     if constexpr (kOutput) {
+      barrier_wait(ready + 8 * stage, (i / kStages) & 1);
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
-        const float2 w = load_shared2(rows + 4 * (64 + 8 * (j / 2)));
+        const float2 w = load_shared2(at + L::kP + kPanel + 4 * (column + 8 * (j / 2)));
         o[2 * j] *= w.x;
         o[2 * j + 1] *= w.y;
       }
@@ -243,7 +311,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
     uint32_t us[16], ub[16];
 #pragma unroll
     for (int j = 0; j < 16; ++j) {
-      const float2 w = load_shared2(rows + 4 * (128 + 8 * (j / 2)));
+      const float2 w = load_shared2(rows + 4 * (64 + 8 * (j / 2)));
       us[j] = pack(u[2 * j] * w.x, u[2 * j + 1] * w.y);
       if constexpr (kOutput) ub[j] = pack(u[2 * j], u[2 * j + 1]);
     }
@@ -255,7 +323,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
     wgmma_commit();
     if constexpr (kOutput) {
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) wgmma_64x64(o, ub + 4 * kk, descriptor(at + L::kRecord + kRecordP + kk * 32, 16, 1024), 1);
+      for (int kk = 0; kk < 4; ++kk) wgmma_64x64(o, ub + 4 * kk, descriptor(at + L::kP + kk * 32, 16, 1024), 1);
       wgmma_commit();
       wgmma_wait<1>();
     } else {
@@ -292,27 +360,45 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
   }
 }
 
-// own[i] += own[i - 1] map[i], i = 1 .. segments - 2: every segment's last state. A block has 8 rows of one head, a thread a column.
-constexpr int kCombineRows = 8;
-__global__ void __launch_bounds__(kD) combine_kernel(int segments, float* __restrict__ own, const float* __restrict__ map) {
-  __shared__ float before[kD][kCombineRows];
-  const int k = threadIdx.x;
-  const size_t first = static_cast<size_t>(blockIdx.x) * segments * kD * kD, rows = static_cast<size_t>(blockIdx.y) * kCombineRows * kD;
+// own[i] += own[i - 1] map[i], i = 1 .. segments - 2: every segment's last state. A block has 16 rows of one head, a thread a column of 8.
+// The maps, 64 KiB each, are copied in one ahead.
+constexpr int kCombineRows = 16;
+constexpr int kMapBytes = kD * kD * 4;
+constexpr int kCombineBytes = 2 * kMapBytes + kD * kCombineRows * 4 + 16;
+__global__ void __launch_bounds__(2 * kD) combine_kernel(int segments, float* __restrict__ own, const float* __restrict__ map) {
+  extern __shared__ __align__(128) char raw_shared[];
+  float* const maps = reinterpret_cast<float*>(raw_shared);
+  float* const before = maps + 2 * kD * kD;  // [128][16]
+  const uint32_t bar = smem_address(before + kD * kCombineRows), at_map = smem_address(maps);
+  const int k = threadIdx.x % kD, r0 = threadIdx.x / kD * 8;
+  const size_t first = static_cast<size_t>(blockIdx.x) * segments * kD * kD, rows = (static_cast<size_t>(blockIdx.y) * kCombineRows + r0) * kD + k;
+  const auto fetch = [&](int i) {
+    barrier_expect(bar + 8 * (i & 1), kMapBytes);
+    bulk_load(at_map + (i & 1) * kMapBytes, map + first + static_cast<size_t>(i) * kD * kD, kMapBytes, bar + 8 * (i & 1));
+  };
+  if (threadIdx.x == 0) {
+    barrier_init(bar, 1);
+    barrier_init(bar + 8, 1);
+    barrier_init_fence();
+    fetch(1);
+    if (segments > 3) fetch(2);
+  }
 #pragma unroll
-  for (int r = 0; r < kCombineRows; ++r) before[k][r] = own[first + rows + r * kD + k];
+  for (int r = 0; r < 8; ++r) before[k * kCombineRows + r0 + r] = own[first + rows + r * kD];
   __syncthreads();
   for (int i = 1; i < segments - 1; ++i) {
-    const float* m = map + first + static_cast<size_t>(i) * kD * kD;
+    const float* m = maps + (i & 1) * kD * kD;
     float* at = own + first + static_cast<size_t>(i) * kD * kD + rows;
-    float sum[kCombineRows];
+    float sum[8];
 #pragma unroll
-    for (int r = 0; r < kCombineRows; ++r) sum[r] = at[r * kD + k];
-#pragma unroll 16
+    for (int r = 0; r < 8; ++r) sum[r] = at[r * kD];
+    barrier_wait(bar + 8 * (i & 1), (i - 1) / 2 & 1);
+#pragma unroll 8
     for (int j = 0; j < kD; ++j) {
       const float x = m[j * kD + k];
 #pragma unroll
-      for (int r = 0; r < kCombineRows; r += 4) {
-        const float4 b = *reinterpret_cast<const float4*>(&before[j][r]);
+      for (int r = 0; r < 8; r += 4) {
+        const float4 b = *reinterpret_cast<const float4*>(&before[j * kCombineRows + r0 + r]);
         sum[r] += b.x * x;
         sum[r + 1] += b.y * x;
         sum[r + 2] += b.z * x;
@@ -320,10 +406,11 @@ __global__ void __launch_bounds__(kD) combine_kernel(int segments, float* __rest
       }
     }
     __syncthreads();
+    if (threadIdx.x == 0 && i + 2 < segments - 1) fetch(i + 2);
 #pragma unroll
-    for (int r = 0; r < kCombineRows; ++r) {
-      at[r * kD + k] = sum[r];
-      before[k][r] = sum[r];
+    for (int r = 0; r < 8; ++r) {
+      at[r * kD] = sum[r];
+      before[k * kCombineRows + r0 + r] = sum[r];
     }
     __syncthreads();
   }
@@ -351,7 +438,9 @@ cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode,
 }
 
 cudaError_t launch_combine(const Shape& s, float* own, const float* map, cudaStream_t stream) {
-  combine_kernel<<<dim3(s.N * s.Hs, kD / kCombineRows), kD, 0, stream>>>(s.segments, own, map);
+  const cudaError_t status = cudaFuncSetAttribute(combine_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineBytes);
+  if (status != cudaSuccess) return status;
+  combine_kernel<<<dim3(s.N * s.Hs, kD / kCombineRows), 2 * kD, kCombineBytes, stream>>>(s.segments, own, map);
   return cudaGetLastError();
 }
 
