@@ -73,12 +73,19 @@ __device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t k, int bloc
       s1 += low(a[i + 1]) * low(a[i + 1]) + high(a[i + 1]) * high(a[i + 1]);
     }
 #pragma unroll
-    for (int nb = 0; nb < 4; ++nb)
-      if (nb <= block) {
+    for (int nb = 0; nb < 3; ++nb)
+      if (nb < block) {
         const int row = 16 * nb + rb;
         load_matrix(b, k + row * 256 + (((2 * s + ub) ^ (row & 7)) << 4));
         mma_bf16(raw[nb][0], a, b[0], b[1]);
         mma_bf16(raw[nb][1], a, b[2], b[3]);
+      }
+    // The block on the diagonal: its right operand is the left one in another order.
+#pragma unroll
+    for (int nb = 0; nb < 4; ++nb)
+      if (nb == block) {
+        mma_bf16(raw[nb][0], a, a[0], a[2]);
+        mma_bf16(raw[nb][1], a, a[1], a[3]);
       }
   }
 #pragma unroll

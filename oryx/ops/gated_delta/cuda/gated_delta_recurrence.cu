@@ -360,17 +360,17 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
   }
 }
 
-// own[i] += own[i - 1] map[i], i = 1 .. segments - 2: every segment's last state. A block has 16 rows of one head, a thread a column of 8.
+// own[i] += own[i - 1] map[i], i = 1 .. segments - 2: every segment's last state. A block has 16 rows of one head, a thread 4 x 4.
 // The maps, 64 KiB each, are copied in one ahead.
 constexpr int kCombineRows = 16;
 constexpr int kMapBytes = kD * kD * 4;
 constexpr int kCombineBytes = 2 * kMapBytes + kD * kCombineRows * 4 + 16;
-__global__ void __launch_bounds__(2 * kD) combine_kernel(int segments, float* __restrict__ own, const float* __restrict__ map) {
+__global__ void __launch_bounds__(kD) combine_kernel(int segments, float* __restrict__ own, const float* __restrict__ map) {
   extern __shared__ __align__(128) char raw_shared[];
   float* const maps = reinterpret_cast<float*>(raw_shared);
   float* const before = maps + 2 * kD * kD;  // [128][16]
   const uint32_t bar = smem_address(before + kD * kCombineRows), at_map = smem_address(maps);
-  const int k = threadIdx.x % kD, r0 = threadIdx.x / kD * 8;
+  const int k = threadIdx.x % 32 * 4, r0 = threadIdx.x / 32 * 4;
   const size_t first = static_cast<size_t>(blockIdx.x) * segments * kD * kD, rows = (static_cast<size_t>(blockIdx.y) * kCombineRows + r0) * kD + k;
   const auto fetch = [&](int i) {
     barrier_expect(bar + 8 * (i & 1), kMapBytes);
@@ -383,35 +383,40 @@ __global__ void __launch_bounds__(2 * kD) combine_kernel(int segments, float* __
     fetch(1);
     if (segments > 3) fetch(2);
   }
+  const auto keep_before = [&](const float4 (&x)[4]) {  // transposed: [column][row]
+    *reinterpret_cast<float4*>(&before[(k + 0) * kCombineRows + r0]) = make_float4(x[0].x, x[1].x, x[2].x, x[3].x);
+    *reinterpret_cast<float4*>(&before[(k + 1) * kCombineRows + r0]) = make_float4(x[0].y, x[1].y, x[2].y, x[3].y);
+    *reinterpret_cast<float4*>(&before[(k + 2) * kCombineRows + r0]) = make_float4(x[0].z, x[1].z, x[2].z, x[3].z);
+    *reinterpret_cast<float4*>(&before[(k + 3) * kCombineRows + r0]) = make_float4(x[0].w, x[1].w, x[2].w, x[3].w);
+  };
+  float4 sum[4];
 #pragma unroll
-  for (int r = 0; r < 8; ++r) before[k * kCombineRows + r0 + r] = own[first + rows + r * kD];
+  for (int r = 0; r < 4; ++r) sum[r] = *reinterpret_cast<const float4*>(own + first + rows + r * kD);
+  keep_before(sum);
   __syncthreads();
   for (int i = 1; i < segments - 1; ++i) {
     const float* m = maps + (i & 1) * kD * kD;
     float* at = own + first + static_cast<size_t>(i) * kD * kD + rows;
-    float sum[8];
 #pragma unroll
-    for (int r = 0; r < 8; ++r) sum[r] = at[r * kD];
+    for (int r = 0; r < 4; ++r) sum[r] = *reinterpret_cast<const float4*>(at + r * kD);
     barrier_wait(bar + 8 * (i & 1), (i - 1) / 2 & 1);
 #pragma unroll 8
     for (int j = 0; j < kD; ++j) {
-      const float x = m[j * kD + k];
+      const float4 x = *reinterpret_cast<const float4*>(m + j * kD + k), b = *reinterpret_cast<const float4*>(&before[j * kCombineRows + r0]);
+      const float bs[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
-      for (int r = 0; r < 8; r += 4) {
-        const float4 b = *reinterpret_cast<const float4*>(&before[j * kCombineRows + r0 + r]);
-        sum[r] += b.x * x;
-        sum[r + 1] += b.y * x;
-        sum[r + 2] += b.z * x;
-        sum[r + 3] += b.w * x;
+      for (int r = 0; r < 4; ++r) {
+        sum[r].x += bs[r] * x.x;
+        sum[r].y += bs[r] * x.y;
+        sum[r].z += bs[r] * x.z;
+        sum[r].w += bs[r] * x.w;
       }
     }
     __syncthreads();
     if (threadIdx.x == 0 && i + 2 < segments - 1) fetch(i + 2);
 #pragma unroll
-    for (int r = 0; r < 8; ++r) {
-      at[r * kD] = sum[r];
-      before[k * kCombineRows + r0 + r] = sum[r];
-    }
+    for (int r = 0; r < 4; ++r) *reinterpret_cast<float4*>(at + r * kD) = sum[r];
+    keep_before(sum);
     __syncthreads();
   }
 }
@@ -440,7 +445,7 @@ cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode,
 cudaError_t launch_combine(const Shape& s, float* own, const float* map, cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(combine_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineBytes);
   if (status != cudaSuccess) return status;
-  combine_kernel<<<dim3(s.N * s.Hs, kD / kCombineRows), 2 * kD, kCombineBytes, stream>>>(s.segments, own, map);
+  combine_kernel<<<dim3(s.N * s.Hs, kD / kCombineRows), kD, kCombineBytes, stream>>>(s.segments, own, map);
   return cudaGetLastError();
 }
 
