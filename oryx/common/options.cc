@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "oryx/common/file.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -249,6 +250,12 @@ std::string Fields::help() const {
   return out;
 }
 
-Json read_json_file(const std::filesystem::path& path) { return parse_json(read_file(path), path.string()); }
+Json read_json_file(const std::filesystem::path& path) {
+  constexpr uint64_t kLargest = uint64_t{16} << 20;
+  std::error_code error;  // what cannot be asked for its size is refused by read_file
+  const uint64_t size = std::filesystem::file_size(path, error);
+  if (!error && size > kLargest) fail("{}: {} bytes, expected a JSON file of at most {}", path.string(), size, kLargest);
+  return parse_json(read_file(path), path.string());
+}
 
 }  // namespace oryx
