@@ -101,7 +101,8 @@ def main():
     expected = outcome(work / "whole")
 
     kills = resumes = finished = before_first = 0
-    while kills < a.kills or finished == 0:
+    code = -signal.SIGKILL
+    while kills < a.kills or code == -signal.SIGKILL:  # the last run that was killed is resumed to its end, too
         folder = work / f"killed-{finished}"
         resumes += bool(list((folder / "checkpoints").glob("step-*[0-9]")))
         process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
