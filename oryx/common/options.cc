@@ -160,7 +160,7 @@ void Fields::fail_unknown(std::string_view key, std::string_view source) const {
   std::string guess = key_of(leaf(key));
   if (guess.empty()) guess = nearest(key, keys);
   if (guess.empty()) guess = key_of(nearest(leaf(key), leaves));
-  fail("{}: unknown key '{}'{}", source, key, guess.empty() ? "" : fmt::format(". Did you mean '{}'?", guess));
+  fail("{}: unknown key '{}'{}", source, shown(key), guess.empty() ? "" : fmt::format(". Did you mean '{}'?", guess));
 }
 
 void Fields::set(const Field& field, const Json& json, std::string_view source) {
@@ -197,7 +197,7 @@ void Fields::read_object(const Json& json, const std::string& prefix, std::strin
     } else if (const Field* field = find(key); field == nullptr) {
       fail_unknown(key, source);
     } else if (name.find('.') != std::string::npos) {
-      fail("{}: the key '{}' holds a dot; write it as an object within an object", source, name);
+      fail("{}: the key '{}' holds a dot; write it as an object within an object", source, shown(name));
     } else {
       set(*field, value, source);
     }
