@@ -55,6 +55,19 @@ struct DecodeBenchOptions {
 // measured_bytes of state (see StateBytes).
 BenchResult bench_decode(const DecodeBenchOptions& options);
 
+struct StateBenchOptions {
+  BenchModel model;
+  std::string schedule = "linear";
+  std::vector<int64_t> contexts = {1024, 8192, 32768};
+  std::vector<int64_t> checkpoint_every = {0, 4096};  // tokens; the context is read in pieces of 1,024, and checkpoints stand at the ends of pieces
+  bool keep_rows = false;
+  int64_t repeat = 3;
+};
+// Going back, forking and resuming against reading the context again. Rows, for each context and sparsity of checkpoints: action, ms (median),
+// rerun_ms (reading the context again with the same checkpoints and ring), relative_time (rerun_ms over ms), and bytes: state_bytes (recurrent, tails and rows),
+// checkpoint_bytes, ring_bytes.
+BenchResult bench_state(const StateBenchOptions& options);
+
 struct AttentionBenchOptions {
   int64_t length = 8192, heads = 12, head_dim = 64;
   int64_t repeat = 3;

@@ -1,4 +1,4 @@
-// oryx bench step|forward|decode|attention: how fast and how large models are on this machine.
+// oryx bench step|forward|decode|state|attention: how fast and how large models are on this machine.
 #include "oryx/bench/bench.h"
 
 #include "oryx/bench/measure.h"
@@ -81,6 +81,16 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   add_list(decode, "--contexts", d->contexts, "tokens before, ascending");
   add_count(decode, "--tokens", d->tokens, "decoded at each context");
   finish(decode, d, bench_decode);
+
+  CLI::App& state = *app.add_subcommand("state", "trim, rejected draft, fork, save and load against reading the context again");
+  auto t = std::make_shared<StateBenchOptions>();
+  add_model(state, t->model, t->schedule);
+  add_list(state, "--contexts", t->contexts, "tokens before, ascending");
+  state.add_option("--checkpoint-every", t->checkpoint_every, "tokens between checkpoints; 0: none but the start")
+      ->delimiter(',')->check(CLI::Range(int64_t{0}, int64_t{1} << 30))->capture_default_str()->type_name("N,N,...");
+  state.add_flag("--keep-rows", t->keep_rows, "keep rows also where no mixer looks back");
+  add_count(state, "--repeat", t->repeat, "runs of each action");
+  finish(state, t, bench_state);
 
   CLI::App& attention = *app.add_subcommand("attention", "time of span attention against the attended area");
   auto a = std::make_shared<AttentionBenchOptions>();

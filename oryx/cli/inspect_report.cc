@@ -97,15 +97,26 @@ std::string flops_text(const Json& report) {
   return format_table(table);
 }
 
+std::string heads_text(const Json& c) {
+  const auto number = [&](const char* key) { return c[key].get<int64_t>(); };
+  const auto or_else = [&](const char* key, int64_t standard) { return number(key) > 0 ? number(key) : standard; };
+  const int64_t keys = or_else("num_kv_heads", number("num_heads")), values = or_else("num_value_heads", keys);
+  return fmt::format("{} heads ({}), K {}, V {}, F {}", number("num_heads"),
+                     keys == values ? fmt::format("{} of keys and values", keys) : fmt::format("{} of keys, {} of values", keys, values),
+                     number("head_dim"), or_else("value_head_dim", number("head_dim")), grouped(number("intermediate_size")));
+}
+
 std::string shape_text(const Json& c) {
   const auto number = [&](const char* key) { return c[key].get<int64_t>(); };
-  const int64_t kv = number("num_kv_heads") > 0 ? number("num_kv_heads") : number("num_heads");
-  const int64_t V = number("value_head_dim") > 0 ? number("value_head_dim") : number("head_dim");
-  return fmt::format(
-      "{} layers of {}{}\nD {}, {} heads ({} of keys and values), K {}, V {}, F {}, vocabulary {} ({})\n",
-      number("num_layers"), mixers_text(c["layer_mixers"]), c["combine"] == "mean" ? ", averaged" : "",
-      number("hidden_size"), number("num_heads"), kv, number("head_dim"), V, grouped(number("intermediate_size")),
-      grouped(number("vocab_size")), c["tie_word_embeddings"].get<bool>() ? "tied" : "a head of its own");
+  std::string out = fmt::format("{} layers of {}{}\nD {}, {}, vocabulary {} ({})\n", number("num_layers"), mixers_text(c["layer_mixers"]),
+                                c["combine"] == "mean" ? ", averaged" : "", number("hidden_size"), heads_text(c), grouped(number("vocab_size")),
+                                c["tie_word_embeddings"].get<bool>() ? "tied" : "a head of its own");
+  for (const auto& [mixer, keys] : c["layer_overrides"].items()) {
+    Json own = c;
+    own.update(keys);
+    out += fmt::format("layers of {}: {}\n", mixer, heads_text(own));
+  }
+  return out;
 }
 
 ModelConfig variant_of(const std::string& size, const std::string& variant, const std::vector<std::string>& overrides) {

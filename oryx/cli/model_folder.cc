@@ -16,13 +16,10 @@ fs::path model_folder(const fs::path& path) {
 
 namespace {
 
-// A folder that holds a tokeniser, of whatever kind, or "".
+// A folder that holds a tokeniser of a kind that is read here, or "". An imported model may carry another kind's files along.
 fs::path tokenizer_folder(const fs::path& model, const fs::path& given) {
   for (const auto& folder : {model, given}) {
-    std::error_code ignored;
-    for (const auto& entry : fs::directory_iterator(folder, ignored)) {
-      if (entry.path().stem() == "tokenizer") return folder;
-    }
+    if (holds_tokenizer(folder)) return folder;
   }
   return {};
 }

@@ -9,8 +9,10 @@
 #include <cstdio>
 #include <fstream>
 #include <utility>
+#include <vector>
 
 #include "oryx/common/error.h"
+#include "oryx/common/file_operations.h"
 
 namespace oryx {
 
@@ -19,10 +21,11 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr size_t kBuffer = 1 << 20;
+constexpr std::string_view kAside = ".old";
 
 void write_fully(int fd, const char* data, size_t size, const fs::path& path) {
   while (size > 0) {
-    const ssize_t n = ::write(fd, data, size);
+    const ssize_t n = file_operations.write(fd, data, size);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) fail_errno(path.string(), "write");
     data += n;
@@ -30,18 +33,49 @@ void write_fully(int fd, const char* data, size_t size, const fs::path& path) {
   }
 }
 
+// Closes on the way out, keeping errno: for descriptors whose close() says nothing of interest.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd) : fd_(fd) {}
+  ~Descriptor() {
+    const int code = errno;
+    if (fd_ >= 0) file_operations.close(fd_);
+    errno = code;
+  }
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  int get() const { return fd_; }
+  int release() { return std::exchange(fd_, -1); }
+
+ private:
+  int fd_;
+};
+
+int open_path(const fs::path& path, int flags) {
+  const int fd = file_operations.open(path.c_str(), flags | O_CLOEXEC, 0644);
+  if (fd < 0) fail_errno(path.string(), "open");
+  return fd;
+}
+
+struct stat regular_status(int fd, const fs::path& path) {
+  struct stat st {};
+  if (file_operations.status(fd, &st) != 0) fail_errno(path.string(), "stat");
+  if (S_ISDIR(st.st_mode)) fail("{}: is a folder, expected a file", path.string());
+  return st;
+}
+
 }  // namespace
 
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
   std::string name = (path_.parent_path() / fmt::format(".{}.XXXXXX", path_.filename().string())).string();
-  fd_ = ::mkstemp(name.data());
+  fd_ = file_operations.create_temporary(name.data());
   if (fd_ < 0) fail_errno(path_.string(), "create");
   ::fchmod(fd_, 0644);
   temporary_ = name;
 }
 
 AtomicFile::~AtomicFile() {
-  if (fd_ >= 0) ::close(fd_);
+  if (fd_ >= 0) file_operations.close(fd_);
   if (!temporary_.empty()) ::unlink(temporary_.c_str());
 }
 
@@ -61,8 +95,15 @@ void AtomicFile::write(const void* data, size_t size) {
 
 void AtomicFile::write_at(uint64_t offset, const void* data, size_t size) {
   flush();
-  const ssize_t n = ::pwrite(fd_, data, size, static_cast<off_t>(offset));
-  if (n != static_cast<ssize_t>(size)) fail_errno(path_.string(), "write");
+  const auto* p = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t n = file_operations.write_at(fd_, p, size, static_cast<off_t>(offset));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail_errno(path_.string(), "write");
+    p += n;
+    offset += static_cast<uint64_t>(n);
+    size -= static_cast<size_t>(n);
+  }
 }
 
 void AtomicFile::flush() {
@@ -70,35 +111,84 @@ void AtomicFile::flush() {
   buffer_.clear();
 }
 
-void AtomicFile::commit() {
+void AtomicFile::finish() {
   flush();
-  if (::fsync(fd_) != 0) fail_errno(path_.string(), "sync to disk");
-  if (::close(std::exchange(fd_, -1)) != 0) fail_errno(path_.string(), "close");
-  if (::rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno(path_.string(), "rename into place");
+  if (file_operations.sync(fd_) != 0) fail_errno(path_.string(), "sync to disk");
+  if (file_operations.close(std::exchange(fd_, -1)) != 0) fail_errno(path_.string(), "close");
+}
+
+void AtomicFile::publish() {
+  if (file_operations.rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno(path_.string(), "rename into place");
   temporary_.clear();
+}
+
+void AtomicFile::commit() {
+  finish();
+  publish();
   sync_folder(path_.parent_path());
 }
 
-MappedFile::MappedFile(const fs::path& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) fail_errno(path.string(), "open");
-  struct stat st {};
-  if (::fstat(fd, &st) != 0 || S_ISDIR(st.st_mode)) {
-    const bool folder = S_ISDIR(st.st_mode);
-    ::close(fd);
-    if (folder) fail("{}: is a folder, expected a file", path.string());
-    fail_errno(path.string(), "stat");
-  }
-  size_ = static_cast<size_t>(st.st_size);
-  if (size_ > 0) {
-    void* p = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd, 0);
-    if (p == MAP_FAILED) {
-      ::close(fd);
-      fail_errno(path.string(), "map");
+void commit_together(std::span<AtomicFile* const> files) {
+  for (AtomicFile* f : files) f->finish();
+  // What fails for want of space has failed by now; only names change below.
+  std::vector<std::pair<fs::path, fs::path>> asides;  // where it stood, where it is
+  std::vector<fs::path> published;
+  try {
+    for (auto f = files.rbegin(); f != files.rend(); ++f) {
+      if (!fs::exists(fs::symlink_status((*f)->path_))) continue;
+      const fs::path aside = (*f)->temporary_.string() + std::string(kAside);
+      rename_path((*f)->path_, aside);
+      asides.emplace_back((*f)->path_, aside);
     }
-    data_ = static_cast<const std::byte*>(p);
+    for (AtomicFile* f : files) {
+      f->publish();
+      published.push_back(f->path_);
+    }
+    sync_folder(files.back()->path_.parent_path());
+  } catch (...) {
+    for (const auto& path : published) ::unlink(path.c_str());
+    for (const auto& [path, aside] : asides) file_operations.rename(aside.c_str(), path.c_str());
+    throw;
   }
-  ::close(fd);
+  for (const auto& [path, aside] : asides) ::unlink(aside.c_str());
+}
+
+InputFile::InputFile(const fs::path& path) : path_(path.string()) {
+  Descriptor fd(open_path(path, O_RDONLY));
+  const struct stat st = regular_status(fd.get(), path);
+  size_ = S_ISREG(st.st_mode) ? static_cast<uint64_t>(st.st_size) : 0;
+  fd_ = fd.release();
+}
+
+InputFile::~InputFile() {
+  if (fd_ >= 0) file_operations.close(fd_);
+}
+
+size_t InputFile::read(char* out, size_t size) {
+  size_t done = 0;
+  while (done < size) {
+    const ssize_t n = file_operations.read(fd_, out + done, size - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail_errno(path_, "read");
+    if (n == 0) {
+      if (consumed_ < size_) fail("{}: ends after {} of {} bytes; was it cut while it was read?", path_, consumed_, size_);
+      break;
+    }
+    done += static_cast<size_t>(n);
+    consumed_ += static_cast<uint64_t>(n);
+  }
+  return done;
+}
+
+MappedFile::MappedFile(const fs::path& path) {
+  const Descriptor fd(open_path(path, O_RDONLY));
+  const struct stat st = regular_status(fd.get(), path);
+  if (!S_ISREG(st.st_mode)) fail("{}: is a pipe or a device, expected a file", path.string());
+  if (st.st_size == 0) return;
+  void* p = file_operations.map(static_cast<size_t>(st.st_size), fd.get());
+  if (p == MAP_FAILED) fail_errno(path.string(), "map");
+  size_ = static_cast<size_t>(st.st_size);
+  data_ = static_cast<const std::byte*>(p);
 }
 
 MappedFile::~MappedFile() {
@@ -112,11 +202,11 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 }
 
 std::string read_file(const fs::path& path) {
-  if (fs::is_directory(path)) fail("{}: is a folder, expected a file", path.string());
-  std::ifstream in(path, std::ios::binary);
-  if (!in) fail_errno(path.string(), "open");
-  std::string text((std::istreambuf_iterator<char>(in)), {});
-  if (in.bad()) fail("{}: cannot read", path.string());
+  InputFile file(path);
+  std::string text(file.size(), '\0');
+  text.resize(file.read(text.data(), text.size()));
+  // Files of the system (/proc) do not say their size, and a file may have grown.
+  for (char more[4096]; const size_t n = file.read(more, sizeof more);) text.append(more, n);
   return text;
 }
 
@@ -126,20 +216,70 @@ void write_file(const fs::path& path, std::string_view text) {
   f.commit();
 }
 
+void append_line(const fs::path& path, std::string_view text) {
+  Descriptor fd(open_path(path, O_RDWR | O_CREAT | O_APPEND));
+  const off_t size = regular_status(fd.get(), path).st_size;
+  char last = '\n';
+  if (size > 0 && ::pread(fd.get(), &last, 1, size - 1) != 1) fail_errno(path.string(), "read");
+  const std::string line = fmt::format("{}{}\n", last == '\n' ? "" : "\n", text);
+  try {
+    write_fully(fd.get(), line.data(), line.size(), path);
+  } catch (const Error&) {
+    (void)file_operations.truncate(fd.get(), size);  // should that fail too, the next line begins on its own
+    throw;
+  }
+  if (file_operations.close(fd.release()) != 0) fail_errno(path.string(), "close");
+}
+
+void rename_path(const fs::path& from, const fs::path& to) {
+  if (file_operations.rename(from.c_str(), to.c_str()) != 0) fail_errno(to.string(), "rename into place");
+}
+
+void replace_link(const fs::path& link, const fs::path& target) {
+  const fs::path temporary = link.string() + ".new";
+  ::unlink(temporary.c_str());
+  if (file_operations.link(target.c_str(), temporary.c_str()) == 0) {
+    if (file_operations.rename(temporary.c_str(), link.c_str()) == 0) return;
+    const int code = errno;
+    ::unlink(temporary.c_str());
+    errno = code;
+  }
+  fail_errno(link.string(), fmt::format("point it to {}", target.string()));
+}
+
+void sync_file(const fs::path& path) {
+  const Descriptor fd(open_path(path, O_RDONLY));
+  if (file_operations.sync(fd.get()) != 0) fail_errno(path.string(), "sync to disk");
+}
+
 void sync_folder(const fs::path& folder) {
-  const std::string name = folder.empty() ? "." : folder.string();
-  const int fd = ::open(name.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) fail_errno(name, "open");
-  const int rc = ::fsync(fd);
-  ::close(fd);
+  const fs::path name = folder.empty() ? "." : folder;
+  const Descriptor fd(open_path(name, O_RDONLY | O_DIRECTORY));
   // Some file systems do not sync folders; the rename itself is still atomic there.
-  if (rc != 0 && errno != EINVAL && errno != ENOTSUP) fail_errno(name, "sync to disk");
+  if (file_operations.sync(fd.get()) != 0 && errno != EINVAL && errno != ENOTSUP) fail_errno(name.string(), "sync to disk");
 }
 
 void make_folders(const fs::path& folder) {
   std::error_code error;
-  fs::create_directories(folder, error);
-  if (error) fail("{}: cannot create the folder: {}", folder.string(), error.message());
+  if (folder.empty() || fs::is_directory(folder, error)) return;
+  if (!folder.has_filename()) return make_folders(folder.parent_path());  // "runs/a/"
+  make_folders(folder.parent_path());
+  if (file_operations.make_folder(folder.c_str(), 0777) != 0 && (errno != EEXIST || !fs::is_directory(folder, error))) {
+    fail_errno(folder.string(), "create the folder");
+  }
+  sync_folder(folder.parent_path());
+}
+
+void remove_temporaries(const fs::path& folder, std::string_view name) {
+  constexpr size_t kSuffix = 7;  // ".XXXXXX"
+  std::error_code error;
+  for (fs::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
+    const std::string found = entry->path().filename().string();
+    const size_t size = found.ends_with(kAside) ? found.size() - kAside.size() : found.size();
+    if (size == 1 + name.size() + kSuffix && found[0] == '.' && found.compare(1, name.size(), name) == 0 && found[1 + name.size()] == '.') {
+      ::unlink(entry->path().c_str());
+    }
+  }
 }
 
 uint64_t available_memory() {

@@ -1,4 +1,4 @@
-// JSON files that people write: one-line errors with line and column, duplicate keys refused.
+// JSON files that people write: one-line errors with line and column; duplicate keys and more than 64 levels are refused.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -16,7 +16,5 @@ Json parse_json(std::string_view text, std::string_view source);
 // What a value is, for an error's "found ...": its text, shortened, and its type where that is not plain to see.
 std::string describe_json(const Json& value);
 
-// Whether `text` is valid UTF-8 (JSON text must be).
-bool is_utf8(std::string_view text);
 
 }  // namespace oryx

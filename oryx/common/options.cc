@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "oryx/common/file.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -159,7 +160,7 @@ void Fields::fail_unknown(std::string_view key, std::string_view source) const {
   std::string guess = key_of(leaf(key));
   if (guess.empty()) guess = nearest(key, keys);
   if (guess.empty()) guess = key_of(nearest(leaf(key), leaves));
-  fail("{}: unknown key '{}'{}", source, key, guess.empty() ? "" : fmt::format(". Did you mean '{}'?", guess));
+  fail("{}: unknown key '{}'{}", source, shown(key), guess.empty() ? "" : fmt::format(". Did you mean '{}'?", guess));
 }
 
 void Fields::set(const Field& field, const Json& json, std::string_view source) {
@@ -196,7 +197,7 @@ void Fields::read_object(const Json& json, const std::string& prefix, std::strin
     } else if (const Field* field = find(key); field == nullptr) {
       fail_unknown(key, source);
     } else if (name.find('.') != std::string::npos) {
-      fail("{}: the key '{}' holds a dot; write it as an object within an object", source, name);
+      fail("{}: the key '{}' holds a dot; write it as an object within an object", source, shown(name));
     } else {
       set(*field, value, source);
     }
@@ -249,6 +250,12 @@ std::string Fields::help() const {
   return out;
 }
 
-Json read_json_file(const std::filesystem::path& path) { return parse_json(read_file(path), path.string()); }
+Json read_json_file(const std::filesystem::path& path) {
+  constexpr uint64_t kLargest = uint64_t{16} << 20;
+  std::error_code error;  // what cannot be asked for its size is refused by read_file
+  const uint64_t size = std::filesystem::file_size(path, error);
+  if (!error && size > kLargest) fail("{}: {} bytes, expected a JSON file of at most {}", path.string(), size, kLargest);
+  return parse_json(read_file(path), path.string());
+}
 
 }  // namespace oryx

@@ -62,4 +62,15 @@ std::string replace_invalid_utf8(std::string_view text) {
   }
 }
 
+std::string shown(std::string_view text, size_t longest) {
+  const bool cut = text.size() > longest;
+  text = text.substr(0, longest);
+  if (cut) text = text.substr(0, scan_utf8(text).incomplete ? scan_utf8(text).valid : text.size());  // not within a character
+  std::string out = replace_invalid_utf8(text);
+  for (char& c : out) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = ' ';
+  }
+  return cut ? out + "..." : out;
+}
+
 }  // namespace oryx

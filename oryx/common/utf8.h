@@ -20,4 +20,7 @@ inline bool is_utf8(std::string_view text) { return scan_utf8(text).valid == tex
 // `text` with U+FFFD in place of each byte that is not part of a whole character.
 std::string replace_invalid_utf8(std::string_view text);
 
+// Foreign text as an error shows it: at most `longest` bytes ("..." behind what is cut), UTF-8, each control character a space.
+std::string shown(std::string_view text, size_t longest = 80);
+
 }  // namespace oryx

@@ -1,10 +1,9 @@
 #include <zstd.h>
 
-#include <cerrno>
-#include <cstdio>
 #include <vector>
 
 #include "oryx/common/error.h"
+#include "oryx/common/file.h"
 #include "oryx/data/text_source.h"
 
 namespace oryx {
@@ -13,27 +12,13 @@ namespace {
 
 class PlainStream : public ByteStream {
  public:
-  explicit PlainStream(const std::filesystem::path& path) : path_(path.string()) {
-    if (std::filesystem::is_directory(path)) fail("{}: is a folder, expected a file", path_);
-    file_.reset(std::fopen(path_.c_str(), "rb"));
-    if (!file_) fail_errno(path_, "open");
-  }
-  size_t read(char* out, size_t size) override {
-    const size_t n = std::fread(out, 1, size, file_.get());
-    if (n < size && std::ferror(file_.get())) fail_errno(path_, "read");
-    consumed_ += n;
-    return n;
-  }
-  uint64_t consumed() const override { return consumed_; }
-  const std::string& path() const { return path_; }
+  explicit PlainStream(const std::filesystem::path& path) : file_(path) {}
+  size_t read(char* out, size_t size) override { return file_.read(out, size); }
+  uint64_t consumed() const override { return file_.consumed(); }
+  const std::string& path() const { return file_.path(); }
 
  private:
-  struct Close {
-    void operator()(std::FILE* f) const { std::fclose(f); }
-  };
-  std::string path_;
-  std::unique_ptr<std::FILE, Close> file_;
-  uint64_t consumed_ = 0;
+  InputFile file_;
 };
 
 class ZstdStream : public ByteStream {

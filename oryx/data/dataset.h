@@ -1,5 +1,5 @@
-// A data set is a folder: train.tok, valid.tok, the tokeniser and dataset.json, which is written last: a folder without
-// it is not a data set. Built from text in one pass with bounded memory.
+// A data set is a folder: train.tok, valid.tok, the tokeniser and dataset.json. They appear together, dataset.json last: a folder without it is not
+// a data set, and a build that fails leaves what was there. Built from text in one pass with bounded memory.
 #pragma once
 
 #include <cstdint>

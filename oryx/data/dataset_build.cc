@@ -1,5 +1,6 @@
 #include <ATen/Parallel.h>
 
+#include <array>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -77,11 +78,8 @@ class Builder {
     info.valid.tokens = valid_.tokens();
   }
 
-  // Both files appear.
-  void finish() {
-    train_.finish();
-    valid_.finish();
-  }
+  AtomicFile& train_file() { return train_.complete(); }
+  AtomicFile& valid_file() { return valid_.complete(); }
 
   DatasetInfo info;
 
@@ -154,7 +152,7 @@ nlohmann::json split_json(const SplitInfo& s) {
   return {{"documents", s.documents}, {"tokens", s.tokens}, {"bytes", s.bytes}};
 }
 
-void write_info(const fs::path& path, const DatasetInfo& info, const DatasetOptions& options) {
+std::string info_text(const DatasetInfo& info, const DatasetOptions& options) {
   const nlohmann::ordered_json json = {
       {"format", "oryx dataset 1"},
       {"train", split_json(info.train)},
@@ -167,7 +165,7 @@ void write_info(const fs::path& path, const DatasetInfo& info, const DatasetOpti
       {"valid_share", options.valid_files.empty() ? nlohmann::ordered_json(options.valid) : nlohmann::ordered_json()},
       {"seed", options.seed},
       {"sources", info.sources}};
-  write_file(path, json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+  return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 void check_options(const std::vector<TextFile>& files, const fs::path& out, const DatasetOptions& options) {
@@ -203,12 +201,10 @@ DatasetInfo build_dataset(const std::vector<TextFile>& files, const Tokenizer& t
   info.vocab_size = tokenizer.vocab_size();
   info.fingerprint = tokenizer.fingerprint();
   info.tokenizer_file = tokenizer.file_name();
-  // From here on the old data set is no more: without dataset.json the folder is none, until everything new is there.
-  std::error_code ignored;
-  fs::remove(out / "dataset.json", ignored);
-  builder.finish();
-  tokenizer.save(out / info.tokenizer_file);
-  write_info(out / "dataset.json", info, options);
+  AtomicFile model(out / info.tokenizer_file), description(out / "dataset.json");
+  model.write(tokenizer.serialized());
+  description.write(info_text(info, options));
+  commit_together(std::array{&builder.train_file(), &builder.valid_file(), &model, &description});
   return info;
 }
 

@@ -16,7 +16,7 @@ static_assert(std::endian::native == std::endian::little, "token files are read 
 namespace {
 constexpr size_t kCachedBlocks = 32;  // 4 MiB of uint16 tokens at the default block size
 constexpr uint64_t kLargestBlock = uint64_t{1} << 26;
-constexpr uint64_t kLargestCount = uint64_t{1} << 60;  // eight times it still fits into 64 bits
+constexpr uint64_t kLargestCount = uint64_t{1} << 58;  // eight times the entries of both tables still fits into 64 bits
 }  // namespace
 
 // The blocks used last, newest in front.
@@ -66,7 +66,7 @@ void TokenFile::check_header() {
 void TokenFile::check_tables() {
   const auto bytes = file_.bytes();
   const TokenHeader& h = header_;
-  // None of these can overflow: payload_bytes fits the file, the counts are below 2^60.
+  // None of these can overflow: payload_bytes fits the file, the counts are below 2^58.
   const uint64_t tables = sizeof h + (h.payload_bytes + 7) / 8 * 8;
   const uint64_t starts = h.documents + 1, blocks = h.encoding == 0 ? 0 : block_count_ + 1;
   const uint64_t expected = tables + 8 * (starts + blocks);
@@ -102,8 +102,14 @@ std::shared_ptr<const std::string> TokenFile::block(uint64_t index) const {
   }
   const uint64_t begin = index * header_.block_tokens;
   const size_t size = std::min<uint64_t>(header_.block_tokens, header_.tokens - begin) * header_.token_bytes;
+  const size_t stored = blocks_[index + 1] - blocks_[index];
+  // Asked before memory is taken: a small file may claim large blocks.
+  if (const auto says = ZSTD_getFrameContentSize(payload_ + blocks_[index], stored);
+      says != size && says != ZSTD_CONTENTSIZE_UNKNOWN && says != ZSTD_CONTENTSIZE_ERROR) {
+    fail("{}: block {} holds {} bytes, expected {}", path_, index, says, size);
+  }
   auto data = std::make_shared<std::string>(size, '\0');
-  const size_t n = ZSTD_decompress(data->data(), size, payload_ + blocks_[index], blocks_[index + 1] - blocks_[index]);
+  const size_t n = ZSTD_decompress(data->data(), size, payload_ + blocks_[index], stored);
   if (ZSTD_isError(n)) fail("{}: damaged block {}: {}", path_, index, ZSTD_getErrorName(n));
   if (n != size) fail("{}: block {} holds {} bytes, expected {}", path_, index, n, size);
   cached.emplace_front(index, data);

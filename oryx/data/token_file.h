@@ -62,6 +62,8 @@ class TokenFileWriter {
   uint64_t tokens() const { return starts_.back(); }
   uint64_t documents() const { return starts_.size() - 1; }
   void finish();
+  // All but the appearing, for a caller that commits several files together.
+  AtomicFile& complete();
 
  private:
   void put(const void* data, size_t size);

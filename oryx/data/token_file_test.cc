@@ -163,6 +163,18 @@ TEST_P(BadTokenFile, EveryDamageHasItsMessage) {
        [](auto& b) { set<uint64_t>(b, offsetof(TokenHeader, vocab_size), 65537); }, true},
       {"tokens", "impossible counts", [&](auto& b) { set(b, offsetof(TokenHeader, tokens), huge); }, true},
       {"tokens that wrap", "bad.tok", [&](auto& b) { set(b, offsetof(TokenHeader, tokens), huge / 8 - 1); }, true},
+      // Tables of 2^60 entries each: eight times their sum is 2^64, which is 0.
+      {"tables that wrap", "impossible counts",
+       [&](auto& b) {
+         b.resize(sizeof h);
+         set(b, offsetof(TokenHeader, tokens), huge / 8 - 1);
+         set(b, offsetof(TokenHeader, documents), huge / 8 - 1);
+         set<uint64_t>(b, offsetof(TokenHeader, payload_bytes), 0);
+         set(b, offsetof(TokenHeader, tables_checksum), kFnvStart);
+         set<uint32_t>(b, offsetof(TokenHeader, encoding), 1);
+         set<uint32_t>(b, offsetof(TokenHeader, block_tokens), 1);
+       },
+       true},
       {"documents", "impossible counts", [&](auto& b) { set(b, offsetof(TokenHeader, documents), huge); }, true},
       {"payload", "impossible counts", [&](auto& b) { set(b, offsetof(TokenHeader, payload_bytes), huge); }, true},
       {"fewer documents", "something was appended",
@@ -179,7 +191,7 @@ TEST_P(BadTokenFile, EveryDamageHasItsMessage) {
                      [](auto& b) { set<uint32_t>(b, offsetof(TokenHeader, block_tokens), ~0u); }, true});
     table.push_back({"longer block", "block 0 holds 16 bytes, expected 22",
                      [](auto& b) { set<uint32_t>(b, offsetof(TokenHeader, block_tokens), 11); }, true});
-    table.push_back({"shorter block", "damaged block 0",
+    table.push_back({"shorter block", "block 0 holds 16 bytes, expected 12",
                      [](auto& b) { set<uint32_t>(b, offsetof(TokenHeader, block_tokens), 6); }, true});
     table.push_back(
         {"blocks", "block 0 ends before it begins", [&](auto& b) { set<uint64_t>(b, tables + 32 + 8, 0); }, true});

@@ -85,7 +85,9 @@ void TokenFileWriter::compress_block() {
   block_.clear();
 }
 
-void TokenFileWriter::finish() {
+void TokenFileWriter::finish() { complete().commit(); }
+
+AtomicFile& TokenFileWriter::complete() {
   if (!block_.empty()) compress_block();
   header_.tokens = tokens();
   header_.documents = documents();
@@ -99,7 +101,7 @@ void TokenFileWriter::finish() {
   if (compressor_) table(blocks_);
   header_.header_checksum = fnv1a(&header_, sizeof header_ - 8);
   file_.write_at(0, &header_, sizeof header_);
-  file_.commit();
+  return file_;
 }
 
 }  // namespace oryx

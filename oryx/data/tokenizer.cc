@@ -39,6 +39,11 @@ TokenizerRegistration::TokenizerRegistration(TokenizerKind kind) {
   list.insert(at, std::move(kind));
 }
 
+bool holds_tokenizer(const fs::path& folder) {
+  std::error_code ignored;
+  return std::any_of(kinds().begin(), kinds().end(), [&](const TokenizerKind& kind) { return fs::exists(folder / kind.file_name, ignored); });
+}
+
 std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   std::error_code error;
   if (path == "byte" && !fs::exists(path, error)) return make_byte_tokenizer();
@@ -50,7 +55,7 @@ std::unique_ptr<Tokenizer> load_tokenizer(const fs::path& path) {
   for (const auto& kind : kinds()) {
     if (kind.recognises(file, bytes)) return kind.load(file.string(), std::move(bytes));
   }
-  fail("{}: not a tokeniser file (expected a SentencePiece model; make one with: oryx tokenizer train)", file.string());
+  fail("{}: not a tokeniser file (expected a SentencePiece model or a tokenizer.json; make one with: oryx tokenizer train)", file.string());
 }
 
 std::vector<int32_t> Tokenizer::encode_prompt(std::string_view text) const {

@@ -62,9 +62,12 @@ class StreamDecoder {
   bool drop_space_;
 };
 
-// A file, a folder that holds one ("tokenizer.model"), or the word "byte" for the built-in ByteTokenizer. Throws Error
+// A file, a folder that holds one ("tokenizer.model", "tokenizer.json"), or the word "byte" for the built-in ByteTokenizer. Throws Error
 // on what no registered kind reads.
 std::unique_ptr<Tokenizer> load_tokenizer(const std::filesystem::path& path);
+
+// Whether a folder holds a file that some registered kind is kept in ("tokenizer.model").
+bool holds_tokenizer(const std::filesystem::path& folder);
 
 // 256 bytes, then eos (256), which is bos too. For tests and tiny demos.
 std::unique_ptr<Tokenizer> make_byte_tokenizer();

@@ -198,7 +198,8 @@ TEST_F(SentencePieceTest, BadFiles) {
       {"text.model", "hello, this is no model", "not a SentencePiece model"},
       {"half.model", good.substr(0, good.size() / 2), "half.model"},
       {"cut.model", good.substr(0, good.size() - 1), "not a SentencePiece model"},
-      {"json.json", "{}", "not a tokeniser file"},
+      {"json.json", "{}", "not a tokenizer.json"},
+      {"other.bin", "no tokeniser", "not a tokeniser file"},
   };
   for (const auto& [name, content, message] : table) {
     write_file(folder / name, content);

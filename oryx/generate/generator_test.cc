@@ -123,7 +123,9 @@ TEST(Session, StateIsAsPlannedAndReserved) {
   session.extend(prompt_of(40));
   const StateBytes held = session.state().bytes();
   EXPECT_EQ(held.total(), session.plan().state.total());
-  EXPECT_EQ(session.state().reserved_bytes().total(), held.total());
+  // Rows are reserved in pages.
+  const int64_t page = RowStore::kPageTokens, pages = (40 + page - 1) / page;
+  EXPECT_EQ(session.state().reserved_bytes().tokens, held.tokens / 40 * pages * page);
   EXPECT_GT(held.tokens, 0);
   EXPECT_GT(held.recurrent, 0);
 }
@@ -136,6 +138,24 @@ TEST(Session, CountsAttention) {
   EXPECT_DOUBLE_EQ(session.attention_share(), 0.25);
   session.extend(prompt_of(10));
   EXPECT_DOUBLE_EQ(session.attention_share(), 0.4);
+}
+
+TEST(Session, TrimAndResumeGoOnAsIfNothingHadBeen) {
+  const auto m = make(small_config());
+  const ModelSchedule schedule(m->config(), "linear,attention@-10:");
+  const auto ids = prompt_of(60);
+  const at::Tensor expected = whole(*m, schedule, ids, 40);
+  Session session(*m, schedule, {.prompt_length = 40, .tokens = 60, .piece = 16});
+  session.extend(std::span(ids).first(40));
+  session.extend(prompt_of(9));
+  session.trim(33);
+  EXPECT_EQ(session.length(), 33);
+  EXPECT_DOUBLE_EQ(session.attention_share(), 3.0 / 33);
+  Session resumed(*m, schedule, {.prompt_length = 40, .tokens = 60}, session.state().fork({0}));
+  EXPECT_DOUBLE_EQ(resumed.attention_share(), 3.0 / 33);
+  for (Session* s : {&session, &resumed}) {
+    EXPECT_LT(test::fixture_error(m->logits(s->extend(std::span(ids).subspan(33), 27)), expected.narrow(0, 33, 27)), kTolerance);
+  }
 }
 
 TEST(Generator, SamplingIsAFunctionOfTheSeed) {

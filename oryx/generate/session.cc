@@ -19,7 +19,7 @@ namespace {
 
 MemoryPlan checked_plan(const LanguageModel& model, const SessionOptions& o) {
   TORCH_CHECK(o.tokens > 0 && o.piece > 0 && o.prompt_length >= 0, "session: ", o.tokens, " tokens in pieces of ", o.piece);
-  const MemoryPlan plan = plan_memory(model.config(), o.tokens, std::min(o.piece, o.tokens), model.compute_dtype());
+  const MemoryPlan plan = plan_memory(model.config(), o.tokens, std::min(o.piece, o.tokens), model.compute_dtype(), o.state);
   if (!model.device().is_cpu()) return plan;  // a GPU's memory is its own
   const auto free = static_cast<double>(available_memory());
   if (static_cast<double>(plan.total()) > free) {
@@ -31,11 +31,16 @@ MemoryPlan checked_plan(const LanguageModel& model, const SessionOptions& o) {
   return plan;
 }
 
+SessionOptions resumed(SessionOptions options, const State& state) {
+  options.state = state.options();
+  return options;
+}
+
 }  // namespace
 
-MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece, at::ScalarType compute) {
+MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece, at::ScalarType compute, const StateOptions& state) {
   MemoryPlan plan;
-  plan.state = state_bytes(config, tokens, compute);
+  plan.state = state_bytes(config, tokens, compute, state);
   const LayerConfig& c = config.layer;
   size_t mixers = 1;
   for (int64_t i = 0; i < config.num_layers; ++i) mixers = std::max(mixers, config.mixers_of(i).size());
@@ -53,18 +58,41 @@ MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece,
 }
 
 Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options)
-    : model_(model), schedule_(schedule), options_(options), plan_(checked_plan(model, options)), state_(model.make_state(1)) {
+    : model_(model), schedule_(schedule), options_(options), plan_(checked_plan(model, options)), state_(model.make_state(1, options.state)) {
   state_.reserve(options_.tokens);
+}
+
+Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state)
+    : model_(model), schedule_(schedule), options_(resumed(options, state)), plan_(checked_plan(model, options_)), state_(std::move(state)) {
+  TORCH_CHECK(state_.sequences() == 1, "session: a state of ", state_.sequences(), " sequences");
+  length_ = state_.lengths()[0];
+  TORCH_CHECK(length_ <= options_.tokens, "session: ", length_, " tokens held, room for ", options_.tokens);
+  state_.reserve(options_.tokens);
+  count_attention();
+}
+
+void Session::trim(int64_t length) {
+  state_.trim(0, length, model_);
+  length_ = length;
+  count_attention();
+}
+
+void Session::count_attention() {
+  attention_tokens_ = length_ > 0 ? oryx::attention_share(model_.config(), route(0, length_)) * static_cast<double>(length_) : 0;
+}
+
+std::vector<std::shared_ptr<const Routing>> Session::route(int64_t start, int64_t count) const {
+  ModePiece piece{.row = 0, .column = 0, .length = count, .start = start, .context = {}};
+  piece.context.prompt_length = options_.prompt_length;
+  piece.context.seed = options_.seed;
+  return schedule_.route({piece}, 1, count);
 }
 
 at::Tensor Session::run(std::span<const int32_t> ids) {
   const auto count = static_cast<int64_t>(ids.size());
   ModelInput input;
   input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, count});
-  ModePiece piece{.row = 0, .column = 0, .length = count, .start = length_, .context = {}};
-  piece.context.prompt_length = options_.prompt_length;
-  piece.context.seed = options_.seed;
-  input.routing = schedule_.route({piece}, 1, count);
+  input.routing = route(length_, count);
   input.state = &state_;
   const at::Tensor hidden = model_.hidden(input).squeeze(0);  // [count, D]
   length_ += count;

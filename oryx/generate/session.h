@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <span>
+#include <vector>
 
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
@@ -17,13 +19,14 @@ struct MemoryPlan {
   int64_t activations = 0;     // of a pass over one piece: an estimate, on the high side
   int64_t total() const { return state.total() + activations; }
 };
-MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece, at::ScalarType compute);
+MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece, at::ScalarType compute, const StateOptions& state = {});
 
 struct SessionOptions {
   int64_t prompt_length = 0;  // tokens: what the schedule's ranges refer to
   int64_t tokens = 0;         // that the session will hold at most; at least 1
   int64_t piece = 1024;       // tokens of one pass at most: bounds the memory of a long prompt
   uint64_t seed = 0;          // of a random schedule
+  StateOptions state = {};    // checkpoints, ring, rows, budget
 };
 
 class Session {
@@ -31,9 +34,15 @@ class Session {
   // Model and schedule must outlive the session. Throws Error when the plan exceeds the free memory, before allocating.
   Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options);
 
+  // Goes on from a state of one sequence (a fork, or one that was loaded). options.state is the state's.
+  Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state);
+
   // Runs `ids` (at least one) behind the tokens held, piece by piece -> hidden states [keep, D] of the last `keep` of them (1 <= keep <=
   // ids). Throws Interrupted between pieces after Ctrl-C, Error for ids outside of the vocabulary.
   at::Tensor extend(std::span<const int32_t> ids, int64_t keep = 1);
+
+  // Forgets the tokens from `length` on (State::trim).
+  void trim(int64_t length);
 
   int64_t length() const { return length_; }
   const State& state() const { return state_; }
@@ -43,6 +52,8 @@ class Session {
 
  private:
   at::Tensor run(std::span<const int32_t> ids);
+  void count_attention();
+  std::vector<std::shared_ptr<const Routing>> route(int64_t start, int64_t count) const;
 
   const LanguageModel& model_;
   const ModelSchedule& schedule_;

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "oryx/common/error.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -31,7 +32,7 @@ json parse_header(const std::string& path, std::string_view text) {
       auto& k = keys.back();
       std::sort(k.begin(), k.end());
       const auto twice = std::adjacent_find(k.begin(), k.end());
-      if (twice != k.end()) fail("{}: the safetensors header names '{}' twice", path, twice->substr(0, 80));
+      if (twice != k.end()) fail("{}: the safetensors header names '{}' twice", path, shown(*twice));
       keys.pop_back();
     }
     if (event == json::parse_event_t::key && !keys.empty()) keys.back().push_back(value.get<std::string>());
@@ -45,13 +46,14 @@ json parse_header(const std::string& path, std::string_view text) {
 }
 
 uint64_t checked_bytes(const std::string& path, const std::string& name, const std::vector<int64_t>& shape, size_t element) {
-  uint64_t bytes = element;
+  int64_t bytes = static_cast<int64_t>(element);
+  bool empty = false;
   for (const int64_t n : shape) {
-    if (__builtin_mul_overflow(bytes, static_cast<uint64_t>(n), &bytes)) {
-      fail("{}: tensor '{}' has a shape whose size overflows", path, name);
-    }
+    empty |= n == 0;
+    // A length of 0 counts as 1: strides are products of the other lengths.
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(n, 1), &bytes)) fail("{}: tensor '{}' has a shape whose size overflows", path, name);
   }
-  return bytes;
+  return empty ? 0 : static_cast<uint64_t>(bytes);
 }
 
 std::vector<uint64_t> numbers(const std::string& path, const std::string& name, const json& entry, const char* key,
@@ -70,12 +72,13 @@ std::vector<uint64_t> numbers(const std::string& path, const std::string& name, 
   return out;
 }
 
-TensorInfo parse_entry(const std::string& path, const std::string& name, const json& entry, uint64_t data_size) {
-  if (name.size() > kMaxName) fail("{}: a tensor name of {} bytes, at most {} are allowed", path, name.size(), kMaxName);
+TensorInfo parse_entry(const std::string& path, const std::string& full_name, const json& entry, uint64_t data_size) {
+  if (full_name.size() > kMaxName) fail("{}: a tensor name of {} bytes, at most {} are allowed", path, full_name.size(), kMaxName);
+  const std::string name = shown(full_name);
   if (!entry.is_object()) fail("{}: the header's entry '{}' is no object", path, name);
   const std::string dtype = entry.contains("dtype") && entry["dtype"].is_string() ? entry["dtype"].get<std::string>() : "";
   const auto* found = std::find_if(std::begin(kDtypes), std::end(kDtypes), [&](const auto& d) { return d.first == dtype; });
-  if (found == std::end(kDtypes)) fail("{}: tensor '{}' has the dtype '{}', which is not supported", path, name, dtype);
+  if (found == std::end(kDtypes)) fail("{}: tensor '{}' has the dtype '{}', which is not supported", path, name, shown(dtype));
   const auto shape = numbers(path, name, entry, "shape", kMaxRank);
   const auto extent = numbers(path, name, entry, "data_offsets", 2);
   TensorInfo info{found->second, {shape.begin(), shape.end()}, 0, 0};
@@ -121,7 +124,7 @@ void SafetensorsReader::parse(std::string_view header, uint64_t data_size) {
     if (name == "__metadata__") {
       if (!entry.is_object()) fail("{}: __metadata__ is no object", path_);
       for (const auto& [key, value] : entry.items()) {
-        if (!value.is_string()) fail("{}: __metadata__ '{}' is no string", path_, key);
+        if (!value.is_string()) fail("{}: __metadata__ '{}' is no string", path_, shown(key));
         metadata_[key] = value.get<std::string>();
       }
       continue;
@@ -154,6 +157,12 @@ at::Tensor SafetensorsReader::load(const std::string& name) const {
 
 void write_safetensors(const std::filesystem::path& path, const NamedTensors& tensors,
                        const std::map<std::string, std::string>& metadata) {
+  AtomicFile file(path);
+  put_safetensors(file, tensors, metadata);
+  file.commit();
+}
+
+void put_safetensors(AtomicFile& file, const NamedTensors& tensors, const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json header;
   if (!metadata.empty()) header["__metadata__"] = metadata;
   uint64_t at = 0;
@@ -164,7 +173,6 @@ void write_safetensors(const std::filesystem::path& path, const NamedTensors& te
   }
   std::string text = header.is_null() ? "{}" : header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // the data start aligned
-  AtomicFile file(path);
   const uint64_t size = text.size();
   file.write(&size, 8);
   file.write(text);
@@ -172,7 +180,6 @@ void write_safetensors(const std::filesystem::path& path, const NamedTensors& te
     const at::Tensor c = t.detach().contiguous().cpu();
     file.write(c.data_ptr(), c.nbytes());
   }
-  file.commit();
 }
 
 }  // namespace oryx

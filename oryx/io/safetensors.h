@@ -55,6 +55,9 @@ using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 void write_safetensors(const std::filesystem::path& path, const NamedTensors& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 
+// The same into a file that the caller commits (to make several appear together).
+void put_safetensors(AtomicFile& file, const NamedTensors& tensors, const std::map<std::string, std::string>& metadata = {});
+
 // The format's name of a dtype ("F32", "BF16", "I64" ...). Throws Error for one that the format lacks.
 std::string_view safetensors_dtype(at::ScalarType dtype);
 

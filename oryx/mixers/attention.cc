@@ -21,8 +21,10 @@ class Attention : public Mixer {
 
   std::vector<ParameterSpec> parameters() const override {
     if (!config_.qk_norm) return {};
-    return {{"q_norm.weight", {config_.head_dim}, Init::kOnes, false, "norm"},
-            {"k_norm.weight", {config_.head_dim}, Init::kOnes, false, "norm"}};
+    const bool together = config_.qk_norm_over == "all_heads";
+    const Init init = config_.zero_centred_norm ? Init::kZeros : Init::kOnes;
+    return {{"q_norm.weight", {together ? config_.query_width() : config_.head_dim}, init, false, "norm"},
+            {"k_norm.weight", {together ? config_.key_width() : config_.head_dim}, init, false, "norm"}};
   }
 
   void bind(const ParameterMap& p, const std::string& prefix) override {
@@ -35,7 +37,7 @@ class Attention : public Mixer {
     const at::Tensor q = rotate(in.q, q_norm_, in.sequences.positions);  // [B, T, H, K]
     if (in.cache == nullptr) {
       const at::Tensor k = rotate(in.k, k_norm_, in.sequences.positions);  // [B, T, Hk, K]
-      return ops::span_attention(q, k, in.v, in.spans, in.sequences.cu_seqlens, {}, {}, window());
+      return ops::span_attention(q, k, in.v, in.spans, in.sequences.cu_seqlens, {}, {}, window(), scale());
     }
     return over_cache(q, in);
   }
@@ -50,8 +52,17 @@ class Attention : public Mixer {
 
  private:
   at::Tensor rotate(const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& positions) const {
-    const at::Tensor y = norm_weight.defined() ? ops::rms_norm(x, norm_weight, config_.norm_eps) : x;
-    return config_.rope_theta > 0 ? ops::rope(y, positions, config_.rope_theta) : y;
+    at::Tensor y = x;  // [B, T, heads, K]
+    if (norm_weight.defined()) {
+      const bool together = config_.qk_norm_over == "all_heads";
+      y = ops::rms_norm(together ? x.flatten(2) : x, norm_weight, config_.norm_eps, config_.zero_centred_norm).reshape(x.sizes());
+    }
+    return config_.rope_theta > 0 ? ops::rope(y, positions, config_.rope_theta, config_.rotary_dim) : y;
+  }
+
+  std::optional<double> scale() const {
+    if (config_.attention_scale > 0) return config_.attention_scale;
+    return std::nullopt;
   }
 
   at::Tensor over_cache(const at::Tensor& q, const MixerInput& in) const {
@@ -63,7 +74,7 @@ class Attention : public Mixer {
     const at::Tensor positions = at::arange(longest, cache.lengths.options()).to(q.device()).expand({N, longest});
     const at::Tensor k = rotate(keys, k_norm_, positions);
     if (!in.sequences.cu_seqlens) {
-      return ops::span_attention(q, k, values, in.spans, {}, {}, cache.lengths, window());
+      return ops::span_attention(q, k, values, in.spans, {}, {}, cache.lengths, window(), scale());
     }
     // Packed sequences with pasts of different lengths: their keys side by side.
     std::vector<at::Tensor> ks, vs;
@@ -76,7 +87,7 @@ class Attention : public Mixer {
     }
     const at::Tensor cu_k = at::tensor(bounds, at::kInt).to(q.device());
     return ops::span_attention(q, at::cat(ks).unsqueeze(0), at::cat(vs).unsqueeze(0), in.spans, in.sequences.cu_seqlens, cu_k, {},
-                               window());
+                               window(), scale());
   }
 
   at::Tensor q_norm_, k_norm_;

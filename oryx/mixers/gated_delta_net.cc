@@ -1,6 +1,6 @@
 // Gated DeltaNet (arXiv 2412.06464): the delta rule with a scalar decay and write strength a state head.
 //
-//   b_t = sigmoid(u W_b),  log a_t = -exp(A_log) * softplus(u W_a + dt_bias)      float32
+//   b_t = sigmoid(u W_b) (twice that with allow_neg_eigval: arXiv 2411.12537),  log a_t = -exp(A_log) * softplus(u W_a + dt_bias)      float32
 //   S_t, o_t: oryx/ops/gated_delta/gated_delta.h
 #include <ATen/ATen.h>
 
@@ -19,7 +19,7 @@ class GatedDeltaNet : public Mixer {
   bool advances_everywhere() const override { return true; }
 
   std::vector<ParameterSpec> parameters() const override {
-    const int64_t heads = config_.kv_heads(), D = config_.hidden_size;
+    const int64_t heads = config_.state_heads(), D = config_.hidden_size;
     return {{"b_proj.weight", {heads, D}, Init::kNormal, true, "decay and step"},
             {"a_proj.weight", {heads, D}, Init::kNormal, true, "decay and step"},
             {"A_log", {heads}, Init::kLogDecay, false, "decay and step"},
@@ -27,7 +27,12 @@ class GatedDeltaNet : public Mixer {
   }
 
   std::vector<SlotSpec> slots() const override {
-    return {{"gated_delta_net.S", SlotKind::kRecurrent, {config_.kv_heads(), config_.value_dim(), config_.head_dim}, at::kFloat}};
+    return {{"gated_delta_net.S", SlotKind::kRecurrent, {config_.state_heads(), config_.value_dim(), config_.head_dim}, at::kFloat}};
+  }
+
+  std::vector<SlotSpec> row_slots() const override {
+    return {{"gated_delta_net.g", SlotKind::kPerToken, {config_.state_heads()}, at::kFloat},
+            {"gated_delta_net.beta", SlotKind::kPerToken, {config_.state_heads()}, at::kFloat}};
   }
 
   void bind(const ParameterMap& p, const std::string& prefix) override {
@@ -39,16 +44,21 @@ class GatedDeltaNet : public Mixer {
 
   at::Tensor forward(const MixerInput& in) const override {
     // Both projections are narrow (one column a head): one product, in float32, as the decay must be.
-    const at::Tensor ab = at::linear(in.u.to(b_proj_.scalar_type()), at::cat({b_proj_, a_proj_}));  // [B, T, 2 Hk]
-    const int64_t heads = config_.kv_heads();
-    const at::Tensor beta = ab.narrow(-1, 0, heads).sigmoid();
+    const at::Tensor ab = at::linear(in.u.to(b_proj_.scalar_type()), at::cat({b_proj_, a_proj_}));  // [B, T, 2 Hs]
+    const int64_t heads = config_.state_heads();
+    at::Tensor beta = ab.narrow(-1, 0, heads).sigmoid();
+    if (config_.allow_neg_eigval) beta = beta * 2;
     // logaddexp: torch's softplus turns linear above 20.
     const at::Tensor step = at::logaddexp(ab.narrow(-1, heads, heads) + dt_bias_, at::zeros({}, dt_bias_.options()));
-    const at::Tensor g = -A_log_.exp() * step;  // [B, T, Hk]
+    at::Tensor g = -A_log_.exp() * step;  // [B, T, Hs]
     if (in.state == nullptr) {
       return ops::gated_delta_rule(in.q, in.k, in.v, g, beta, {}, in.sequences.cu_seqlens, in.spans).o;
     }
-    at::Tensor S = in.state->tensor("gated_delta_net.S");  // [N, Hk, V, K]
+    if (in.keep) {
+      g = in.keep("gated_delta_net.g", g);
+      beta = in.keep("gated_delta_net.beta", beta);
+    }
+    at::Tensor S = in.state->tensor("gated_delta_net.S");  // [N, Hs, V, K]
     if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
       return ops::gated_delta_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), g.squeeze(1), beta.squeeze(1), S).unsqueeze(1);
     }
@@ -57,10 +67,16 @@ class GatedDeltaNet : public Mixer {
     return r.o;
   }
 
+  void replay(const MixerRows& rows, LayerState& state) const override {
+    at::Tensor S = state.tensor("gated_delta_net.S");
+    const at::Tensor none = at::empty({0, 3}, at::kInt);  // no readout is wanted: any query will do
+    S.copy_(ops::gated_delta_rule(rows.k, rows.k, rows.v, rows.own("gated_delta_net.g"), rows.own("gated_delta_net.beta"), S, {}, none).final_state);
+  }
+
   MixerFlops flops(int64_t) const override {
     // Recurrent form: S k, the rank-one update and the decay (2 + 2 + 1) at every token; the readout S q in this mode.
     const double cell = static_cast<double>(config_.head_dim) * config_.value_dim();
-    return {5 * cell * config_.kv_heads(), 2 * cell * config_.num_heads};
+    return {5 * cell * config_.state_heads(), 2 * cell * config_.output_heads()};
   }
 
  private:

@@ -19,7 +19,7 @@ class Mamba2 : public Mixer {
   bool advances_everywhere() const override { return true; }
 
   std::vector<ParameterSpec> parameters() const override {
-    const int64_t heads = config_.kv_heads(), D = config_.hidden_size;
+    const int64_t heads = config_.state_heads(), D = config_.hidden_size;
     return {{"dt_proj.weight", {heads, D}, Init::kNormal, true, "decay and step"},
             {"A_log", {heads}, Init::kLogDecay, false, "decay and step"},
             {"dt_bias", {heads}, Init::kTimeStep, false, "decay and step"},
@@ -27,8 +27,10 @@ class Mamba2 : public Mixer {
   }
 
   std::vector<SlotSpec> slots() const override {
-    return {{"mamba2.S", SlotKind::kRecurrent, {config_.kv_heads(), config_.value_dim(), config_.head_dim}, at::kFloat}};
+    return {{"mamba2.S", SlotKind::kRecurrent, {config_.state_heads(), config_.value_dim(), config_.head_dim}, at::kFloat}};
   }
+
+  std::vector<SlotSpec> row_slots() const override { return {{"mamba2.dt", SlotKind::kPerToken, {config_.state_heads()}, at::kFloat}}; }
 
   void bind(const ParameterMap& p, const std::string& prefix) override {
     dt_proj_ = p.at(prefix + "dt_proj.weight");
@@ -38,11 +40,12 @@ class Mamba2 : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
-    const at::Tensor dt_raw = at::linear(in.u.to(dt_proj_.scalar_type()), dt_proj_);  // [B, T, Hk], float32
+    at::Tensor dt_raw = at::linear(in.u.to(dt_proj_.scalar_type()), dt_proj_);  // [B, T, Hs], float32
     if (in.state == nullptr) {
       return ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, {}, in.sequences.cu_seqlens, in.spans).o;
     }
-    at::Tensor S = in.state->tensor("mamba2.S");  // [N, Hk, V, K]
+    if (in.keep) dt_raw = in.keep("mamba2.dt", dt_raw);
+    at::Tensor S = in.state->tensor("mamba2.S");  // [N, Hs, V, K]
     if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
       return ops::ssd_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), dt_raw.squeeze(1), dt_bias_, A_log_, D_, S).unsqueeze(1);
     }
@@ -51,10 +54,16 @@ class Mamba2 : public Mixer {
     return r.o;
   }
 
+  void replay(const MixerRows& rows, LayerState& state) const override {
+    at::Tensor S = state.tensor("mamba2.S");
+    const at::Tensor none = at::empty({0, 3}, at::kInt);  // no readout is wanted: any query will do
+    S.copy_(ops::ssd(rows.k, rows.k, rows.v, rows.own("mamba2.dt"), dt_bias_, A_log_, D_, S, {}, none).final_state);
+  }
+
   MixerFlops flops(int64_t) const override {
     // Recurrent form: the rank-one update and the decay (2 + 1) at every token; the readout and the skip in this mode.
     const double cell = static_cast<double>(config_.head_dim) * config_.value_dim();
-    return {3 * cell * config_.kv_heads(), (2 * cell + 2.0 * config_.value_dim()) * config_.num_heads};
+    return {3 * cell * config_.state_heads(), (2 * cell + 2.0 * config_.value_dim()) * config_.output_heads()};
   }
 
  private:

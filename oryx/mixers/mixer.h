@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -32,11 +33,20 @@ struct KeyValueCache {
 struct MixerInput {
   at::Tensor u;                        // [B, T, D]: the layer's normalised input
   at::Tensor q;                        // [B, T, H, K]: this mixer's query, meaningful within spans
-  at::Tensor k, v;                     // [B, T, Hk, K], [B, T, Hk, V]: after convolution and activation
+  at::Tensor k, v;                     // [B, T, Hk, K], [B, T, Hv, V]: after convolution and activation
   std::optional<at::Tensor> spans;     // [n, 3] int32 (row, begin, end): tokens whose output is wanted; absent: all
   const Sequences& sequences;
   LayerState* state = nullptr;         // slots of this layer, updated in place; null: nothing before, nothing kept
   const KeyValueCache* cache = nullptr;  // present with a state, for a mixer that keeps_tokens()
+  // Keeps a row a token of one of the mixer's row_slots(), [B, T, shape...], and returns the rows to go on with: where the state has those
+  // tokens' rows already (State::trim) it is these. Empty where no rows are kept.
+  std::function<at::Tensor(const std::string& slot, const at::Tensor& rows)> keep = {};
+};
+
+// Rows of one sequence that the state holds, for a mixer that replays them.
+struct MixerRows {
+  at::Tensor k, v;                                          // [1, T, Hk, K], [1, T, Hk, V]
+  std::function<at::Tensor(const std::string& slot)> own;  // of one of its row_slots(): [1, T, shape...]
 };
 
 // What a mixer adds to a token's cost, beyond the projections (2 FLOPs a weight). A multiply-add is 2 FLOPs.
@@ -55,13 +65,17 @@ class Mixer {
   virtual std::vector<ParameterSpec> parameters() const { return {}; }
   // State per sequence that it wants kept, beside keys and values.
   virtual std::vector<SlotSpec> slots() const { return {}; }
+  // What it wants kept of each token beside keys and values, so that they determine its state: scalars. In layers that keep rows.
+  virtual std::vector<SlotSpec> row_slots() const { return {}; }
+  // Brings its recurrent slots (one sequence) over the rows, as forward() did when it saw those tokens.
+  virtual void replay(const MixerRows& rows, LayerState& state) const { (void)rows, (void)state; }
   // True when it reads the keys and values of all earlier tokens (attention).
   virtual bool keeps_tokens() const { return false; }
   // True when its state must advance at every token, also at those in another mode (linear mixers).
   virtual bool advances_everywhere() const { return false; }
   // Hands over its parameters (names as declared, under `prefix`).
   virtual void bind(const ParameterMap&, const std::string& prefix) { (void)prefix; }
-  // -> o [B, T, H, V]; rows outside of spans are zero.
+  // -> o [B, T, output heads, V]; rows outside of spans are zero.
   virtual at::Tensor forward(const MixerInput& input) const = 0;
   virtual MixerFlops flops(int64_t context) const = 0;
 

@@ -143,10 +143,10 @@ TEST(BlockFixture, DecodingTrace) {
     }
     for (int64_t i = 0; i < model->config().num_layers; ++i) {
       // The cache holds keys before RoPE, the golden values after.
-      const at::Tensor keys = state.layer(i).tensor("keys").narrow(1, 0, T);
+      const at::Tensor keys = state.rows(i, "keys", T);
       const at::Tensor rotated = ops::rope(keys, ops::sequence_positions(1, T), model->config().layer.rope_theta);
       EXPECT_LT(test::fixture_error(rotated[0], f.at(fmt::format("rotated_keys.{}", i))), kOutputs);
-      EXPECT_LT(test::fixture_error(state.layer(i).tensor("values").narrow(1, 0, T)[0], f.at(fmt::format("values.{}", i))), kOutputs);
+      EXPECT_LT(test::fixture_error(state.rows(i, "values", T)[0], f.at(fmt::format("values.{}", i))), kOutputs);
     }
   }
 }

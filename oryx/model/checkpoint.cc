@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <array>
 #include <set>
 
 #include "oryx/common/options.h"
@@ -19,8 +20,10 @@ NamedTensors named_parameters(const LanguageModel& model) {
 
 void save_model(const LanguageModel& model, const fs::path& folder) {
   make_folders(folder);
-  write_safetensors(folder / "model.safetensors", named_parameters(model), {{"format", "oryx"}});
-  write_file(folder / "config.json", dump_options(model.config()));
+  AtomicFile tensors(folder / "model.safetensors"), config(folder / "config.json");
+  put_safetensors(tensors, named_parameters(model), {{"format", "oryx"}});
+  config.write(dump_options(model.config()));
+  commit_together(std::array{&tensors, &config});
 }
 
 void check_parameters(const std::vector<ParameterSpec>& specs, const SafetensorsReader& file) {

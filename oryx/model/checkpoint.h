@@ -9,7 +9,7 @@
 
 namespace oryx {
 
-// Writes FOLDER/config.json and FOLDER/model.safetensors. Each file is whole or absent.
+// Writes FOLDER/config.json and FOLDER/model.safetensors. Both appear, or what stood there stays.
 void save_model(const LanguageModel& model, const std::filesystem::path& folder);
 
 // Reads a folder written by save_model. Throws Error naming file, key or tensor for anything missing, extra, of another shape or dtype.

@@ -24,12 +24,62 @@ void ModelConfig::describe(Fields& f) {
   f.add("num_layers", num_layers, "depth", between(1, 10000));
   f.add("layer_mixers", layer_mixers, "the mixers of each layer, the first is its default mode; a shorter list is repeated", one_of(mixer_names()));
   layer.describe(f);
+  f.add("layer_overrides", layer_overrides, "keys that differ in the layers whose first mixer has this name: `{\"attention\": {\"conv\": false}}`");
   f.add("tie_word_embeddings", tie_word_embeddings, "the output head is the embedding");
+  f.add("embedding_multiplier", embedding_multiplier, "embeddings are multiplied by it");
+  f.add("logits_scaling", logits_scaling, "logits are divided by it", above(0));
 }
 
-void ModelConfig::validate() const {
-  const LayerConfig& l = layer;
+LayerConfig ModelConfig::layer_of(const std::vector<std::string>& layer_mixers) const {
+  LayerConfig own = layer;
+  if (const auto it = layer_overrides.find(layer_mixers.front()); it != layer_overrides.end()) {
+    const std::string source = fmt::format("layer_overrides.{}", layer_mixers.front());
+    if (it->is_object() && it->contains("hidden_size")) fail("{}: hidden_size is of the whole model, expected keys of a layer", source);
+    fields_of(own).read(*it, source);
+  }
+  return own;
+}
+
+namespace {
+
+void validate_heads(const LayerConfig& l, bool attends) {
   if (l.num_heads % l.kv_heads() != 0) fail("num_heads is {}, expected a multiple of num_kv_heads {}", l.num_heads, l.kv_heads());
+  if (l.value_heads() % l.kv_heads() != 0) fail("num_value_heads is {}, expected a multiple of num_kv_heads {}", l.value_heads(), l.kv_heads());
+  if (attends && l.value_heads() != l.kv_heads()) {
+    fail("num_value_heads is {}, expected {} as num_kv_heads: attention reads a key and a value a head", l.value_heads(), l.kv_heads());
+  }
+  if (l.output_heads() % l.num_heads != 0 || l.output_heads() % l.value_heads() != 0) {
+    fail("num_heads is {} and num_value_heads {}, expected one to divide the other", l.num_heads, l.value_heads());
+  }
+  const int64_t rotated = l.rotary_dim > 0 ? l.rotary_dim : l.head_dim;
+  if (!attends || l.rope_theta == 0) return;
+  if (l.rotary_dim > l.head_dim) fail("rotary_dim is {}, expected at most head_dim {}", l.rotary_dim, l.head_dim);
+  if (rotated % 2 != 0) {
+    fail("{} is {}, expected an even number: rotary embedding pairs dimensions (rope_theta 0 switches it off)",
+         l.rotary_dim > 0 ? "rotary_dim" : "head_dim", rotated);
+  }
+}
+
+void validate_layer(const LayerConfig& l, const std::vector<std::string>& names) {
+  validate_heads(l, std::any_of(names.begin(), names.end(), [](const auto& m) { return m == "attention" || m == "sliding_window"; }));
+  if (l.query_conv && !l.conv) fail("query_conv is on but conv is off; switch conv on, or query_conv off");
+  if (l.conv_bias && !l.conv) fail("conv_bias is on but conv is off; switch conv on, or conv_bias off");
+  if (l.combine == "mean" && !l.head_norm) fail("combine 'mean' averages head-normalised outputs; switch head_norm on");
+  if (l.gated_norm_order == "gate_first") {
+    if (!l.gate || !l.head_norm || l.gate_activation != "silu" || l.combine == "mean") {
+      fail("gated_norm_order is 'gate_first', which wants gate and head_norm on, gate_activation 'silu' and combine 'select'");
+    }
+  } else if (l.head_norm_groups > 0) {
+    fail("head_norm_groups is {}, which wants gated_norm_order 'gate_first'", l.head_norm_groups);
+  }
+  if (l.head_norm_groups > 0 && l.output_width() % l.head_norm_groups != 0) {
+    fail("head_norm_groups is {}, expected a divisor of the {} values of all heads", l.head_norm_groups, l.output_width());
+  }
+}
+
+}  // namespace
+
+void ModelConfig::validate() const {
   if (layer_mixers.empty()) fail("layer_mixers is empty, expected a list of mixers for each layer");
   if (static_cast<int64_t>(layer_mixers.size()) > num_layers) {
     fail("layer_mixers names {} layers, but num_layers is {}", layer_mixers.size(), num_layers);
@@ -41,13 +91,19 @@ void ModelConfig::validate() const {
       fail("layer_mixers[{}] names a mixer twice: {}", i, fmt::join(names, ", "));
     }
   }
-  const auto all = mixers();
-  const bool attends = std::any_of(all.begin(), all.end(), [](const auto& m) { return m == "attention" || m == "sliding_window"; });
-  if (attends && l.rope_theta > 0 && l.head_dim % 2 != 0) {
-    fail("head_dim is {}, expected an even number: rotary embedding pairs dimensions (rope_theta 0 switches it off)", l.head_dim);
+  if (!layer_overrides.is_object()) fail("layer_overrides is {}, expected an object of mixers' names", describe_json(layer_overrides));
+  for (const auto& [name, keys] : layer_overrides.items()) {
+    const auto known = mixer_names();
+    if (std::find(known.begin(), known.end(), name) == known.end()) {
+      fail("layer_overrides: unknown mixer '{}', known: {}{}", name, fmt::join(known, ", "), did_you_mean(name, known));
+    }
+    layer_of({name});
   }
-  if (l.query_conv && !l.conv) fail("query_conv is on but conv is off; switch conv on, or query_conv off");
-  if (l.combine == "mean" && !l.head_norm) fail("combine 'mean' averages head-normalised outputs; switch head_norm on");
+  for (const auto& names : layer_mixers) {
+    const LayerConfig own = layer_of(names);
+    validate_layer(own, names);
+    if (own.combine != layer.combine) fail("layer_overrides.{}: combine is of the whole model, expected keys of a layer", names.front());
+  }
   double parameters = 0;
   for (const auto& spec : LanguageModel::parameter_specs(*this)) parameters += static_cast<double>(spec.numel());
   // Beyond, counts of FLOPs and bytes would leave 64 bits.

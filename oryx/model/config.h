@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "oryx/common/json.h"
 #include "oryx/mixers/layer_config.h"
 
 namespace oryx {
@@ -15,11 +16,17 @@ struct ModelConfig {
   LayerConfig layer;
   // The mixers of each layer, in order; a list shorter than num_layers is repeated. The first of a layer is its default mode.
   std::vector<std::vector<std::string>> layer_mixers = {{"gated_delta_net", "attention"}};
+  // What differs in the layers whose first mixer has this name: {"attention": {"conv": false}}, keys of LayerConfig.
+  Json layer_overrides = Json::object();
   bool tie_word_embeddings = true;
+  double embedding_multiplier = 1;
+  double logits_scaling = 1;
 
   const std::vector<std::string>& mixers_of(int64_t layer_index) const {
     return layer_mixers[static_cast<size_t>(layer_index) % layer_mixers.size()];
   }
+  // The shape of a layer with these mixers: `layer`, changed by layer_overrides. Throws Error for overrides that are no such keys.
+  LayerConfig layer_of(const std::vector<std::string>& layer_mixers) const;
   // All mixers of the model, each once, the first layer's first.
   std::vector<std::string> mixers() const;
 

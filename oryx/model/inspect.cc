@@ -38,7 +38,7 @@ double weight_flops(const ModelConfig& c, const MultiMixerLayer& layer, const st
     for (size_t m = 0; m < names.size() && !used; ++m) {
       const bool its_own = std::find(spec.mixers.begin(), spec.mixers.end(), names[m]) != spec.mixers.end();
       const bool kept = spec.part != "norm" && (spec.name.find(".k_") != std::string::npos || spec.name.find(".v_") != std::string::npos);
-      used = its_own && (kept || (layer.mixer(m).advances_everywhere() && (spec.part != "query" || c.layer.query_conv)));
+      used = its_own && (kept || (layer.mixer(m).advances_everywhere() && (spec.part != "query" || layer.config().query_conv)));
     }
     if (used) flops += 2.0 * static_cast<double>(spec.numel());
   }
@@ -83,7 +83,7 @@ ParameterReport report_parameters(const ModelConfig& c) {
     if (by_all) shared += spec.numel();
   };
   for (const auto& [kind, layers] : layer_kinds(c)) {
-    const MultiMixerLayer layer(c.layer, kind, 0);
+    const MultiMixerLayer layer(c.layer_of(kind), kind, 0);
     for (int64_t i = 0; i < layers; ++i) {
       for (const auto& spec : layer.parameters()) count(spec, kind);
     }
@@ -98,7 +98,7 @@ ParameterReport report_parameters(const ModelConfig& c) {
 double token_flops(const ModelConfig& c, const std::string& mixer, int64_t context) {
   double flops = head_flops(c);
   for (const auto& [kind, layers] : layer_kinds(c)) {
-    const MultiMixerLayer layer(c.layer, kind, 0);
+    const MultiMixerLayer layer(c.layer_of(kind), kind, 0);
     flops += static_cast<double>(layers) * (weight_flops(c, layer, mixer) + mixing_flops(c, layer, mixer, context));
   }
   return flops;
@@ -107,7 +107,7 @@ double token_flops(const ModelConfig& c, const std::string& mixer, int64_t conte
 double batch_flops(const ModelConfig& c, const Routing& routing) {
   double flops = static_cast<double>(routing.rows() * routing.length()) * head_flops(c);
   for (const auto& [kind, layers] : layer_kinds(c)) {
-    const MultiMixerLayer layer(c.layer, kind, 0);
+    const MultiMixerLayer layer(c.layer_of(kind), kind, 0);
     double each = 0;
     for (const auto& span : routing.spans()) {
       const auto& mixer = routing.mixers()[static_cast<size_t>(span.mixer)];
@@ -119,16 +119,18 @@ double batch_flops(const ModelConfig& c, const Routing& routing) {
   return flops;
 }
 
-StateBytes state_bytes(const ModelConfig& c, int64_t tokens, at::ScalarType compute) {
+StateBytes state_bytes(const ModelConfig& c, int64_t tokens, at::ScalarType compute, const StateOptions& options) {
   StateBytes b;
-  for (const auto& [kind, layers] : layer_kinds(c)) {
-    const MultiMixerLayer layer(c.layer, kind, 0);
-    for (const auto& slot : layer.slots(compute)) {
-      if (slot.kind == SlotKind::kRecurrent) b.recurrent += layers * slot.bytes();
-      if (slot.kind == SlotKind::kTail) b.tails += layers * slot.bytes();
-      if (slot.kind == SlotKind::kPerToken) b.tokens += layers * slot.bytes() * tokens;
+  for (const auto& layer : LanguageModel::slots(c, compute, options)) {
+    for (const auto& slot : layer) {
+      if (slot.kind == SlotKind::kRecurrent) b.recurrent += slot.bytes();
+      if (slot.kind == SlotKind::kTail) b.tails += slot.bytes();
+      if (slot.kind == SlotKind::kPerToken) b.tokens += slot.bytes() * tokens;
     }
   }
+  const int64_t mark = b.recurrent + b.tails, width = c.layer.conv_kernel - 1;
+  if (options.checkpoint_every > 0) b.checkpoints = tokens / options.checkpoint_every * mark;
+  if (options.ring > 0) b.ring = (options.ring + 1) * mark + (width > 0 ? b.tails / width * (options.ring + width) : 0);
   return b;
 }
 

@@ -35,7 +35,8 @@ double token_flops(const ModelConfig& config, const std::string& mixer, int64_t 
 // Forward FLOPs of a whole routed batch whose rows start at position 0.
 double batch_flops(const ModelConfig& config, const Routing& routing);
 
-// Bytes of state of one sequence of `tokens` tokens, by part.
-StateBytes state_bytes(const ModelConfig& config, int64_t tokens, at::ScalarType compute = at::kFloat);
+// Bytes of state of one sequence of `tokens` tokens, by part. Checkpoints: the most there are, one at every multiple of checkpoint_every. Ring: once
+// it is full.
+StateBytes state_bytes(const ModelConfig& config, int64_t tokens, at::ScalarType compute = at::kFloat, const StateOptions& options = {});
 
 }  // namespace oryx

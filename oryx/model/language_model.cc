@@ -46,7 +46,7 @@ void draw(at::Tensor t, const ParameterSpec& spec, uint64_t seed, int64_t layers
 
 std::vector<std::unique_ptr<MultiMixerLayer>> make_layers(const ModelConfig& c) {
   std::vector<std::unique_ptr<MultiMixerLayer>> layers;
-  for (int64_t i = 0; i < c.num_layers; ++i) layers.push_back(std::make_unique<MultiMixerLayer>(c.layer, c.mixers_of(i), i));
+  for (int64_t i = 0; i < c.num_layers; ++i) layers.push_back(std::make_unique<MultiMixerLayer>(c.layer_of(c.mixers_of(i)), c.mixers_of(i), i));
   return layers;
 }
 
@@ -58,7 +58,7 @@ std::vector<ParameterSpec> LanguageModel::parameter_specs(const ModelConfig& c) 
   for (const auto& layer : make_layers(c)) {
     for (auto& spec : layer->parameters()) specs.push_back(std::move(spec));
   }
-  specs.push_back({"final_norm.weight", {c.layer.hidden_size}, Init::kOnes, false, "norm"});
+  specs.push_back({"final_norm.weight", {c.layer.hidden_size}, c.layer.zero_centred_norm ? Init::kZeros : Init::kOnes, false, "norm"});
   if (!c.tie_word_embeddings) {
     specs.push_back({"lm_head.weight", {c.vocab_size, c.layer.hidden_size}, Init::kNormal, true, "output head"});
   }
@@ -98,16 +98,73 @@ void LanguageModel::requires_grad(bool on) {
   for (auto& p : parameters_) p.requires_grad_(on);
 }
 
-State LanguageModel::make_state(int64_t sequences) const {
+State LanguageModel::make_state(int64_t sequences, const StateOptions& options) const {
   TORCH_CHECK(compute_ == at::kFloat || compute_ == at::kBFloat16, "model: a state holds float32 recurrences, so a model that computes in ",
               compute_, " has none; expected float32 or bfloat16");
-  return State(slots(), sequences, device());
+  StateOptions here = options;
+  here.device = device();
+  return State(slots(config_, compute_, options), sequences, here);
 }
 
-std::vector<std::vector<SlotSpec>> LanguageModel::slots() const {
-  std::vector<std::vector<SlotSpec>> s;
-  for (const auto& layer : layers_) s.push_back(layer->slots(compute_));
-  return s;
+std::vector<std::vector<SlotSpec>> LanguageModel::slots(const ModelConfig& config, at::ScalarType compute, const StateOptions& options) {
+  std::map<std::vector<std::string>, std::vector<SlotSpec>> kinds;  // layers of one kind have the same slots
+  std::vector<std::vector<SlotSpec>> all;
+  bool rows = false, tails = false;
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    auto it = kinds.find(config.mixers_of(i));
+    if (it == kinds.end()) {
+      const MultiMixerLayer layer(config.layer_of(config.mixers_of(i)), config.mixers_of(i), 0);
+      it = kinds.emplace(config.mixers_of(i), layer.slots(compute, options)).first;
+    }
+    all.push_back(it->second);
+    for (const SlotSpec& slot : it->second) {
+      rows |= slot.kind == SlotKind::kPerToken;
+      tails |= slot.kind == SlotKind::kTail;
+    }
+  }
+  all.emplace_back();
+  if (rows && tails) all.back().push_back({"ids", SlotKind::kPerToken, {}, at::kInt});
+  return all;
+}
+
+int64_t LanguageModel::refill_tokens() const {
+  // A layer's keys and values are at hand, so that its tails want w - 1 tokens of the layer's input. With a query convolution the first w - 1
+  // outputs of a layer are not right, which costs every layer above as many more.
+  int64_t tokens = 0, wrong = 0;
+  for (int64_t i = 0; i < config_.num_layers; ++i) {
+    const LayerConfig c = config_.layer_of(config_.mixers_of(i));
+    if (!c.conv) continue;
+    tokens = std::max(tokens, wrong + c.conv_kernel - 1);
+    if (c.query_conv) wrong += c.conv_kernel - 1;
+  }
+  return tokens;
+}
+
+void LanguageModel::scan(State& one, int64_t begin, int64_t end) const {
+  const at::NoGradGuard no_grad;
+  constexpr int64_t kPiece = 1024;  // bounds the memory of the recurrences' working copies
+  for (int64_t at = begin; at < end; at += kPiece) {
+    for (const auto& layer : layers_) layer->replay(one, at, std::min(end, at + kPiece));
+  }
+}
+
+void LanguageModel::refill(State& one, int64_t end) const {
+  const at::NoGradGuard no_grad;
+  const int64_t begin = one.lengths()[0], count = end - begin;
+  ModelInput input;
+  input.input_ids = one.rows(config_.num_layers, "ids", end).narrow(1, begin, count).to(at::kLong);
+  for (const auto& layer : layers_) {
+    const at::Tensor places = layer->places(one, begin, end);
+    std::vector<RoutedSpan> spans;
+    for (int64_t t = 0; t < count; ++t) {
+      const auto at = static_cast<int32_t>(t);
+      spans.push_back({0, at, at + 1, places.defined() ? places[t].item<int32_t>() : 0});
+    }
+    input.routing.push_back(std::make_shared<Routing>(1, count, layer->mixer_names(), spans));
+  }
+  input.state = &one;
+  input.refill = true;
+  (void)hidden(input);
 }
 
 const Routing& LanguageModel::routing_of(const ModelInput& input, size_t layer) const {
@@ -133,6 +190,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   }
   ForwardPass pass;
   pass.state = input.state;
+  pass.refill = input.refill;
   pass.tap = input.tap;
   if (input.cu_seqlens) pass.sequences.cu_seqlens = input.cu_seqlens->to(device());
   std::optional<at::Tensor> past;
@@ -143,23 +201,31 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
     const at::Tensor cu = input.cu_seqlens->to(at::kLong).cpu();
     pass.cu_seqlens.assign(cu.data_ptr<int64_t>(), cu.data_ptr<int64_t>() + cu.numel());
   }
+  std::vector<int64_t> counts;  // new tokens by sequence
+  if (input.state != nullptr) {
+    counts.assign(static_cast<size_t>(input.state->sequences()), T);
+    for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
+    // What may fail does so before anything is written.
+    for (size_t i = 0; i < layers_.size(); ++i) layers_[i]->check_past(routing_of(input, i), *input.state);
+    if (!input.refill) input.state->prepare(counts);
+  }
+  if (input.state != nullptr && !input.refill && input.state->layer(config_.num_layers).has("ids")) {
+    input.state->append(config_.num_layers, "ids", input.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
+  }
   at::Tensor x = at::embedding(embed_, input.input_ids.to(device())).to(compute_), delta;  // [B, T, D]
+  if (config_.embedding_multiplier != 1) x = x * config_.embedding_multiplier;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const MultiMixerLayer& layer = *layers_[i];
     const Routing& routing = routing_of(input, i);
     auto run = [&layer, &routing, pass](const at::Tensor& a, const at::Tensor& b) mutable { return layer.forward(a, b, routing, pass); };
     std::tie(x, delta) = input.checkpoint_layers && at::GradMode::is_enabled() ? checkpointed(run, x, delta) : run(x, delta);
   }
-  if (input.state != nullptr) {
-    std::vector<int64_t> counts(static_cast<size_t>(input.state->sequences()), T);
-    for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
-    input.state->advance(counts);
-  }
-  return std::get<0>(ops::add_rms_norm(delta, x, final_norm_, config_.layer.norm_eps));
+  if (input.state != nullptr) input.state->advance(counts);
+  return std::get<0>(ops::add_rms_norm(delta, x, norm_factor(config_.layer, final_norm_), config_.layer.norm_eps));
 }
 
 ops::CrossEntropyResult LanguageModel::loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef) const {
-  const at::Tensor h = hidden.reshape({-1, hidden.size(-1)});
+  const at::Tensor h = scaled(hidden).reshape({-1, hidden.size(-1)});
   const at::Tensor w = head().scalar_type() == h.scalar_type() ? head() : head().to(h.scalar_type());
   return ops::linear_cross_entropy(h, w, targets.to(h.device()).reshape({-1}), -100, z_coef);
 }

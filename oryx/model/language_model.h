@@ -23,12 +23,14 @@ struct ModelInput {
   std::vector<std::shared_ptr<const Routing>> routing;
   // Tokens before this call and where to keep those of this one; null: the sequences start here and nothing is kept.
   State* state = nullptr;
+  // The state holds the rows of these tokens already, and only its recurrent slots and tails are brought forward (State::trim).
+  bool refill = false;
   // Recompute each layer in the backward pass instead of keeping its activations.
   bool checkpoint_layers = false;
   std::function<void(std::string_view, int64_t, const at::Tensor&)> tap = {};
 };
 
-class LanguageModel {
+class LanguageModel : public Replay {
  public:
   // Parameters are float32 (float64 for checks); `compute` is the type of activations and matrix products.
   explicit LanguageModel(const ModelConfig& config, at::ScalarType compute = at::kFloat, at::ScalarType parameters = at::kFloat);
@@ -46,12 +48,17 @@ class LanguageModel {
   // -> final hidden states [B, T, D], normalised. Throws Error for token ids outside the vocabulary.
   at::Tensor hidden(const ModelInput& input) const;
   // hidden [..., D] -> logits [..., vocabulary]
-  at::Tensor logits(const at::Tensor& hidden) const { return project(hidden, head()); }
+  at::Tensor logits(const at::Tensor& hidden) const { return project(scaled(hidden), head()); }
   // Mean cross-entropy of hidden [B, T, D] against targets [B, T] (-100: ignored); logits never stand whole.
   ops::CrossEntropyResult loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef = 0) const;
 
-  State make_state(int64_t sequences) const;
-  std::vector<std::vector<SlotSpec>> slots() const;
+  State make_state(int64_t sequences, const StateOptions& options = {}) const;
+  // By layer, and one list more: what belongs to the model (`ids`, the tokens, where a trim may have to run them again).
+  static std::vector<std::vector<SlotSpec>> slots(const ModelConfig& config, at::ScalarType compute, const StateOptions& options = {});
+
+  int64_t refill_tokens() const override;
+  void scan(State& one, int64_t begin, int64_t end) const override;
+  void refill(State& one, int64_t end) const override;
 
   const ModelConfig& config() const { return config_; }
   at::ScalarType compute_dtype() const { return compute_; }
@@ -64,6 +71,8 @@ class LanguageModel {
 
  private:
   const at::Tensor& head() const { return config_.tie_word_embeddings ? embed_ : lm_head_; }
+  // logits_scaling on the narrow side of the head: logits need not be passed over again, nor ever stand whole in the loss.
+  at::Tensor scaled(const at::Tensor& hidden) const { return config_.logits_scaling == 1 ? hidden : hidden.div(config_.logits_scaling); }
   const Routing& routing_of(const ModelInput& input, size_t layer) const;
 
   ModelConfig config_;

@@ -32,12 +32,14 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight) {
   return at::linear(x, weight.scalar_type() == x.scalar_type() ? weight : weight.to(x.scalar_type()));
 }
 
+at::Tensor norm_factor(const LayerConfig& config, const at::Tensor& weight) { return config.zero_centred_norm ? weight + 1 : weight; }
+
 MultiMixerLayer::MultiMixerLayer(const LayerConfig& config, std::vector<std::string> mixers, int64_t index)
     : config_(config), index_(index), prefix_(fmt::format("layers.{}.", index)), silu_(conv_silu(config, mixers)), names_(std::move(mixers)) {
   for (const auto& name : names_) {
     mixers_.push_back(make_mixer(name, config_));
     const Mixer& mixer = *mixers_.back();
-    if (groups_.empty() || !config_.share_kv) groups_.push_back({config_.share_kv ? "" : name + ".", false, {}, {}, {}, {}});
+    if (groups_.empty() || !config_.share_kv) groups_.push_back({config_.share_kv ? "" : name + ".", false, {}, {}, {}, {}, {}, {}});
     groups_.back().keeps_tokens |= mixer.keeps_tokens();
     const bool borrows = name == "sliding_window" && has(names_, "attention") && !config_.sliding_window_query;
     Query query;
@@ -54,8 +56,9 @@ MultiMixerLayer::MultiMixerLayer(const LayerConfig& config, std::vector<std::str
 std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
   const LayerConfig& c = config_;
   const std::string m = prefix_ + "mixer.";
+  const Init norm_init = c.zero_centred_norm ? Init::kZeros : Init::kOnes;
   std::vector<ParameterSpec> p;
-  p.push_back({prefix_ + "norm1.weight", {c.hidden_size}, Init::kOnes, false, "norm"});
+  p.push_back({prefix_ + "norm1.weight", {c.hidden_size}, norm_init, false, "norm"});
   for (size_t i = 0; i < groups_.size(); ++i) {
     const auto& g = groups_[i];
     const auto owner = config_.share_kv ? std::vector<std::string>{} : std::vector<std::string>{names_[i]};
@@ -64,6 +67,9 @@ std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
     if (!c.conv) continue;
     p.push_back({m + g.prefix + "k_conv.weight", {c.key_width(), c.conv_kernel}, Init::kConv, false, "convolution", owner});
     p.push_back({m + g.prefix + "v_conv.weight", {c.value_width(), c.conv_kernel}, Init::kConv, false, "convolution", owner});
+    if (!c.conv_bias) continue;
+    p.push_back({m + g.prefix + "k_conv.bias", {c.key_width()}, Init::kZeros, false, "convolution", owner});
+    p.push_back({m + g.prefix + "v_conv.bias", {c.value_width()}, Init::kZeros, false, "convolution", owner});
   }
   if (c.gate) p.push_back({m + "g_proj.weight", {c.output_width(), c.hidden_size}, Init::kNormal, true, "gate"});
   for (size_t i = 0; i < names_.size(); ++i) {
@@ -75,6 +81,7 @@ std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
     if (first) p.push_back({m + queries_[i].name, {c.query_width(), c.hidden_size}, Init::kNormal, true, "query", readers});
     if (c.query_conv && mixers_[i]->advances_everywhere()) {
       p.push_back({m + names_[i] + ".q_conv.weight", {c.query_width(), c.conv_kernel}, Init::kConv, false, "convolution", {names_[i]}});
+      if (c.conv_bias) p.push_back({m + names_[i] + ".q_conv.bias", {c.query_width()}, Init::kZeros, false, "convolution", {names_[i]}});
     }
     for (ParameterSpec own : mixers_[i]->parameters()) {
       own.name = m + names_[i] + "." + own.name;
@@ -82,10 +89,10 @@ std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
       p.push_back(own);
     }
   }
-  if (c.head_norm) p.push_back({m + "o_norm.weight", {c.value_dim()}, Init::kOnes, false, "norm"});
+  if (c.head_norm) p.push_back({m + "o_norm.weight", {c.head_norm_groups > 0 ? c.output_width() : c.value_dim()}, Init::kOnes, false, "norm"});
   p.push_back({m + "o_proj.weight", {c.hidden_size, c.output_width()}, Init::kResidual, true, "output"});
   if (c.intermediate_size > 0) {
-    p.push_back({prefix_ + "norm2.weight", {c.hidden_size}, Init::kOnes, false, "norm"});
+    p.push_back({prefix_ + "norm2.weight", {c.hidden_size}, norm_init, false, "norm"});
     p.push_back({prefix_ + "mlp.gate_proj.weight", {c.intermediate_size, c.hidden_size}, Init::kNormal, true, "feed-forward"});
     p.push_back({prefix_ + "mlp.up_proj.weight", {c.intermediate_size, c.hidden_size}, Init::kNormal, true, "feed-forward"});
     p.push_back({prefix_ + "mlp.down_proj.weight", {c.hidden_size, c.intermediate_size}, Init::kResidual, true, "feed-forward"});
@@ -93,26 +100,47 @@ std::vector<ParameterSpec> MultiMixerLayer::parameters() const {
   return p;
 }
 
-std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute) const {
+std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute, const StateOptions& options) const {
   const LayerConfig& c = config_;
+  const auto keeps = [&](const KeyValueGroup& g) { return !options.drop_rows && (g.keeps_tokens || options.keep_rows); };
   std::vector<SlotSpec> s;
   for (const auto& g : groups_) {
     if (c.conv) {
-      s.push_back({g.prefix + "k_conv", SlotKind::kTail, {c.key_width(), c.conv_kernel - 1}, compute});
-      s.push_back({g.prefix + "v_conv", SlotKind::kTail, {c.value_width(), c.conv_kernel - 1}, compute});
+      s.push_back({g.prefix + "k_conv", SlotKind::kTail, {c.key_width(), c.conv_kernel - 1}, compute, keeps(g)});
+      s.push_back({g.prefix + "v_conv", SlotKind::kTail, {c.value_width(), c.conv_kernel - 1}, compute, keeps(g)});
     }
-    if (g.keeps_tokens) {
+    if (keeps(g)) {
       s.push_back({g.prefix + "keys", SlotKind::kPerToken, {c.kv_heads(), c.head_dim}, compute});
-      s.push_back({g.prefix + "values", SlotKind::kPerToken, {c.kv_heads(), c.value_dim()}, compute});
+      s.push_back({g.prefix + "values", SlotKind::kPerToken, {c.value_heads(), c.value_dim()}, compute});
     }
   }
   for (size_t i = 0; i < mixers_.size(); ++i) {
     if (c.query_conv && mixers_[i]->advances_everywhere()) {
-      s.push_back({names_[i] + ".q_conv", SlotKind::kTail, {c.query_width(), c.conv_kernel - 1}, compute});
+      s.push_back({names_[i] + ".q_conv", SlotKind::kTail, {c.query_width(), c.conv_kernel - 1}, compute, keeps(group_of(i))});
     }
-    for (const auto& own : mixers_[i]->slots()) s.push_back(own);
+    const bool rows = keeps(group_of(i));
+    for (auto own : mixers_[i]->slots()) {
+      own.from_rows = rows;
+      s.push_back(own);
+    }
+    if (!rows) continue;
+    for (const auto& own : mixers_[i]->row_slots()) s.push_back(own);
   }
+  const auto any_rows = std::any_of(s.begin(), s.end(), [](const SlotSpec& slot) { return slot.kind == SlotKind::kPerToken; });
+  if (any_rows && names_.size() > 1 && !combines_all()) s.push_back({"mode", SlotKind::kPerToken, {}, at::kChar});
   return s;
+}
+
+void MultiMixerLayer::check_past(const Routing& routing, const State& state) const {
+  const auto& lengths = state.lengths();
+  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+  for (size_t m = 0; m < mixers_.size() && longest > 0; ++m) {
+    if (!mixers_[m]->keeps_tokens() || state.layer(index_).has(group_of(m).prefix + "keys")) continue;
+    const int64_t count = combines_all() ? routing.rows() * routing.length() : routing.tokens(names_, m).count;
+    if (count == 0) continue;
+    fail("{} tokens are to run in '{}' behind {} tokens whose keys and values were dropped (drop_rows); keep them, or schedule a linear mixer for what comes later",
+         count, names_[m], longest);
+  }
 }
 
 void MultiMixerLayer::bind(const ParameterMap& p) {
@@ -124,11 +152,17 @@ void MultiMixerLayer::bind(const ParameterMap& p) {
     if (!config_.conv) continue;
     g.k_conv = p.at(m + g.prefix + "k_conv.weight");
     g.v_conv = p.at(m + g.prefix + "v_conv.weight");
+    if (!config_.conv_bias) continue;
+    g.k_conv_bias = p.at(m + g.prefix + "k_conv.bias");
+    g.v_conv_bias = p.at(m + g.prefix + "v_conv.bias");
   }
   if (config_.gate) g_proj_ = p.at(m + "g_proj.weight");
   for (size_t i = 0; i < names_.size(); ++i) {
     queries_[i].proj = p.at(m + queries_[i].name);
-    if (config_.query_conv && mixers_[i]->advances_everywhere()) queries_[i].conv = p.at(m + names_[i] + ".q_conv.weight");
+    if (config_.query_conv && mixers_[i]->advances_everywhere()) {
+      queries_[i].conv = p.at(m + names_[i] + ".q_conv.weight");
+      if (config_.conv_bias) queries_[i].conv_bias = p.at(m + names_[i] + ".q_conv.bias");
+    }
     mixers_[i]->bind(p, m + names_[i] + ".");
   }
   if (config_.head_norm) o_norm_ = p.at(m + "o_norm.weight");
@@ -141,12 +175,16 @@ void MultiMixerLayer::bind(const ParameterMap& p) {
   }
 }
 
-at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weight, const std::string& slot, ForwardPass& pass) const {
+at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias_or_none, const std::string& slot,
+                                     ForwardPass& pass) const {
+  std::optional<at::Tensor> bias;
+  if (bias_or_none.defined()) bias = bias_or_none;
   const auto act = silu_ ? ops::Activation::kSilu : ops::Activation::kNone;
-  if (pass.state == nullptr) return ops::short_conv(x, weight, {}, {}, pass.sequences.cu_seqlens, act).y;
+  if (pass.state == nullptr) return ops::short_conv(x, weight, bias, {}, pass.sequences.cu_seqlens, act).y;
+  pass.state->record(index_, slot, x, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   at::Tensor tail = pass.state->layer(index_).tensor(slot);  // [N, C, w - 1]
-  if (x.size(1) == 1 && !pass.sequences.cu_seqlens) return ops::short_conv_step(x.squeeze(1), weight, {}, tail, act).unsqueeze(1);
-  const auto r = ops::short_conv(x, weight, {}, tail, pass.sequences.cu_seqlens, act);
+  if (x.size(1) == 1 && !pass.sequences.cu_seqlens) return ops::short_conv_step(x.squeeze(1), weight, bias, tail, act).unsqueeze(1);
+  const auto r = ops::short_conv(x, weight, bias, tail, pass.sequences.cu_seqlens, act);
   tail.copy_(r.final_state);
   return r.y;
 }
@@ -154,22 +192,51 @@ at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weig
 MultiMixerLayer::KeyValues MultiMixerLayer::project_kv(const KeyValueGroup& group, const at::Tensor& u, ForwardPass& pass) const {
   const LayerConfig& c = config_;
   const int64_t B = u.size(0), T = u.size(1);
-  at::Tensor k = project(u, group.k_proj), v = project(u, group.v_proj);  // [B, T, Hk K], [B, T, Hk V]
+  at::Tensor k = project(u, group.k_proj), v = project(u, group.v_proj);  // [B, T, Hk K], [B, T, Hv V]
   if (c.conv) {
-    k = convolve(k, group.k_conv, group.prefix + "k_conv", pass);
-    v = convolve(v, group.v_conv, group.prefix + "v_conv", pass);
+    k = convolve(k, group.k_conv, group.k_conv_bias, group.prefix + "k_conv", pass);
+    v = convolve(v, group.v_conv, group.v_conv_bias, group.prefix + "v_conv", pass);
   }
-  KeyValues kv{k.view({B, T, c.kv_heads(), c.head_dim}), v.view({B, T, c.kv_heads(), c.value_dim()}), {}, false};
-  if (pass.state == nullptr || !group.keeps_tokens) return kv;
+  KeyValues kv{k.view({B, T, c.kv_heads(), c.head_dim}), v.view({B, T, c.value_heads(), c.value_dim()}), {}, false};
+  if (pass.state == nullptr || !pass.state->layer(index_).has(group.prefix + "keys")) return kv;
   const auto* cu = pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens;
-  pass.state->append(index_, group.prefix + "keys", kv.k, cu);
-  pass.state->append(index_, group.prefix + "values", kv.v, cu);
-  const auto& slots = pass.state->layer(index_);
+  // A refill's convolutions run for their tails' sake: their first outputs lack the inputs before it, and the rows are there.
+  kv.k = keep(group.prefix + "keys", kv.k, pass);
+  kv.v = keep(group.prefix + "values", kv.v, pass);
+  if (!group.keeps_tokens) return kv;
+  int64_t longest = 0;
+  for (size_t n = 0; n < pass.state->lengths().size(); ++n) {
+    longest = std::max(longest, pass.state->lengths()[n] + (cu != nullptr ? (*cu)[n + 1] - (*cu)[n] : T));
+  }
   at::Tensor fresh = at::full({pass.state->sequences()}, T, at::kInt);
   if (cu != nullptr) fresh = at::diff(*pass.sequences.cu_seqlens).cpu();
-  kv.cache = {slots.tensor(group.prefix + "keys"), slots.tensor(group.prefix + "values"), pass.state->lengths_tensor() + fresh};
+  kv.cache = {pass.state->rows(index_, group.prefix + "keys", longest), pass.state->rows(index_, group.prefix + "values", longest),
+              pass.state->lengths_tensor() + fresh};
   kv.cached = true;
   return kv;
+}
+
+at::Tensor MultiMixerLayer::keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const {
+  if (pass.refill) {
+    const int64_t begin = pass.state->lengths()[0], count = rows.size(1);
+    return pass.state->rows(index_, slot, begin + count).narrow(1, begin, count);
+  }
+  pass.state->append(index_, slot, rows, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
+  return rows;
+}
+
+void MultiMixerLayer::replay(State& one, int64_t begin, int64_t end) const {
+  const auto rows = [&](const std::string& slot) { return one.rows(index_, slot, end).narrow(1, begin, end - begin); };
+  for (size_t m = 0; m < mixers_.size(); ++m) {
+    if (mixers_[m]->slots().empty()) continue;
+    const std::string& prefix = group_of(m).prefix;
+    mixers_[m]->replay({rows(prefix + "keys"), rows(prefix + "values"), rows}, one.layer(index_));
+  }
+}
+
+at::Tensor MultiMixerLayer::places(const State& one, int64_t begin, int64_t end) const {
+  if (!one.layer(index_).has("mode")) return {};
+  return one.rows(index_, "mode", end)[0].narrow(0, begin, end - begin);
 }
 
 at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const {
@@ -187,7 +254,8 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
   static const TokenSet kEverything;
   std::vector<KeyValues> kvs;
   for (const auto& g : groups_) kvs.push_back(project_kv(g, u, pass));
-  std::vector<at::Tensor> outputs;  // [B, T, H, V] each
+  if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_), pass);
+  std::vector<at::Tensor> outputs;  // [B, T, output heads, V] each
   std::map<std::string, at::Tensor> projected;
   for (size_t m = 0; m < mixers_.size(); ++m) {
     const TokenSet& tokens = combines_all() ? kEverything : routing.tokens(names_, m, u.device());
@@ -202,10 +270,13 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
       q = project_query(query, tokens, u);
       if (query.everywhere) projected.emplace(query.name, q);
     }
-    if (query.conv.defined()) q = convolve(q, query.conv, names_[m] + ".q_conv", pass);
+    if (query.conv.defined()) q = convolve(q, query.conv, query.conv_bias, names_[m] + ".q_conv", pass);
     const KeyValues& kv = kvs[config_.share_kv ? 0 : m];
-    const MixerInput input{u, q.view({B, T, c.num_heads, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
-                           kv.cached && mixers_[m]->keeps_tokens() ? &kv.cache : nullptr};
+    MixerInput input{u, q.view({B, T, c.num_heads, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
+                     kv.cached && mixers_[m]->keeps_tokens() ? &kv.cache : nullptr};
+    if (state != nullptr && state->has(group_of(m).prefix + "keys")) {
+      input.keep = [&](const std::string& slot, const at::Tensor& rows) { return keep(slot, rows, pass); };
+    }
     at::Tensor part = mixers_[m]->forward(input);
     if (idle) continue;
     // One-token steps read out every row; rows in another mode are dropped here.
@@ -217,19 +288,26 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
   at::Tensor o;
   for (at::Tensor part : outputs) {
     // mean: each output is head-normalised before the average; select: they are zero but for their own tokens.
-    if (combines_all() && c.head_norm) part = ops::rms_norm(part, o_norm_, c.norm_eps);
+    if (combines_all() && c.head_norm) part = ops::rms_norm(part, o_norm_, c.o_norm_eps());
     o = o.defined() ? o + part : part;
   }
   if (combines_all()) o = o / static_cast<double>(outputs.size());
+  return project(gated(o, u).reshape({B, T, c.output_width()}), o_proj_);
+}
+
+// Head norm and gate: o [B, T, output heads, V] -> the same, or its heads side by side.
+at::Tensor MultiMixerLayer::gated(const at::Tensor& o, const at::Tensor& u) const {
+  const LayerConfig& c = config_;
   const bool norm = c.head_norm && !combines_all();
-  const at::Tensor gate = c.gate ? project(u, g_proj_).view(o.sizes()) : at::Tensor();
-  if (norm && c.gate) {
-    o = ops::gated_rms_norm(o, gate, o_norm_, c.norm_eps);
-  } else {
-    if (norm) o = ops::rms_norm(o, o_norm_, c.norm_eps);
-    if (c.gate) o = ops::swiglu(gate, o);
+  if (!c.gate) return norm ? ops::rms_norm(o, o_norm_, c.o_norm_eps()) : o;
+  const at::Tensor gate = project(u, g_proj_).view(o.sizes());
+  const bool sigmoid = c.gate_activation == "sigmoid";
+  if (norm && c.head_norm_groups > 0) {
+    return ops::gated_rms_norm(o.flatten(2), gate.flatten(2), o_norm_, c.o_norm_eps(), /*gate_first=*/true, c.head_norm_groups);
   }
-  return project(o.reshape({B, T, c.output_width()}), o_proj_);
+  if (norm && !sigmoid) return ops::gated_rms_norm(o, gate, o_norm_, c.o_norm_eps(), c.gated_norm_order == "gate_first");
+  const at::Tensor x = norm ? ops::rms_norm(o, o_norm_, c.o_norm_eps()) : o;
+  return sigmoid ? x * gate.sigmoid() : ops::swiglu(gate, x);
 }
 
 at::Tensor MultiMixerLayer::feed_forward(const at::Tensor& h) const {
@@ -247,20 +325,34 @@ at::Tensor MultiMixerLayer::feed_forward(const at::Tensor& h) const {
   return out;
 }
 
+// stream + delta and what a sublayer reads of it: {input, sum}. delta may be undefined.
+std::pair<at::Tensor, at::Tensor> MultiMixerLayer::norm_before(const at::Tensor& delta, const at::Tensor& stream, const at::Tensor& weight) const {
+  if (config_.norm_placement == "after") {
+    const at::Tensor sum = delta.defined() ? stream + delta : stream;
+    return {sum, sum};
+  }
+  const at::Tensor factor = norm_factor(config_, weight);
+  if (!delta.defined()) return {ops::rms_norm(stream, factor, config_.norm_eps), stream};
+  const auto [normed, sum] = ops::add_rms_norm(delta, stream, factor, config_.norm_eps);
+  return {normed, sum};
+}
+
+// What a sublayer's output y adds to the residual stream.
+at::Tensor MultiMixerLayer::contribution(const at::Tensor& y, const at::Tensor& norm) const {
+  const at::Tensor out = config_.norm_placement == "after" ? ops::rms_norm(y, norm_factor(config_, norm), config_.norm_eps) : y;
+  return config_.residual_multiplier == 1 ? out : out * config_.residual_multiplier;
+}
+
 std::pair<at::Tensor, at::Tensor> MultiMixerLayer::forward(const at::Tensor& x, const at::Tensor& delta, const Routing& routing,
                                                            ForwardPass& pass) const {
-  at::Tensor u, stream = x;
-  if (delta.defined()) {
-    std::tie(u, stream) = ops::add_rms_norm(delta, x, norm1_, config_.norm_eps);
-  } else {
-    u = ops::rms_norm(x, norm1_, config_.norm_eps);
-  }
+  auto [u, stream] = norm_before(delta, x, norm1_);
   at::Tensor y = mix(u, routing, pass);
   if (pass.tap) pass.tap("mixer_out", index_, y);
+  y = contribution(y, norm1_);
   if (config_.intermediate_size > 0) {
     at::Tensor h;
-    std::tie(h, stream) = ops::add_rms_norm(y, stream, norm2_, config_.norm_eps);
-    y = feed_forward(h);
+    std::tie(h, stream) = norm_before(y, stream, norm2_);
+    y = contribution(feed_forward(h), norm2_);
   }
   if (pass.tap) pass.tap("hidden", index_, stream + y);
   return {stream, y};

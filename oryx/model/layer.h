@@ -21,6 +21,7 @@ struct ForwardPass {
   Sequences sequences;
   std::vector<int64_t> cu_seqlens;  // host copy, empty when not packed
   State* state = nullptr;
+  bool refill = false;  // the state holds these tokens' rows already
   // Called with ("mixer_out" or "hidden", layer, tensor [B, T, D]) when set: for tests and probes.
   std::function<void(std::string_view, int64_t, const at::Tensor&)> tap;
 };
@@ -30,13 +31,20 @@ class MultiMixerLayer {
   MultiMixerLayer(const LayerConfig& config, std::vector<std::string> mixers, int64_t index);
 
   std::vector<ParameterSpec> parameters() const;  // full names ("layers.3.mixer.k_proj.weight")
-  std::vector<SlotSpec> slots(at::ScalarType compute) const;
+  std::vector<SlotSpec> slots(at::ScalarType compute, const StateOptions& options = {}) const;
+  // Throws Error when a mixer would look back at tokens whose rows the state has not kept.
+  void check_past(const Routing& routing, const State& state) const;
   void bind(const ParameterMap& p);
 
   // x [B, T, D] is the residual stream before `delta` (the last sublayer's output, [B, T, D] or undefined) is added: the sum and
   // the norm that follows are one pass. Returns the same pair for the next layer.
   std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& delta, const Routing& routing,
                                             ForwardPass& pass) const;
+
+  // Brings the recurrent slots of `one`, a single sequence, over its rows [begin, end).
+  void replay(State& one, int64_t begin, int64_t end) const;
+  // The mixer of each row [begin, end) of `one` by its place in mixer_names(): [end - begin] int8, undefined where there is no choice.
+  at::Tensor places(const State& one, int64_t begin, int64_t end) const;
 
   const std::vector<std::string>& mixer_names() const { return names_; }
   const Mixer& mixer(size_t m) const { return *mixers_[m]; }
@@ -47,11 +55,11 @@ class MultiMixerLayer {
   struct KeyValueGroup {
     std::string prefix;  // "" or "attention."
     bool keeps_tokens = false;
-    at::Tensor k_proj, v_proj, k_conv, v_conv;
+    at::Tensor k_proj, v_proj, k_conv, v_conv, k_conv_bias, v_conv_bias;
   };
   struct Query {
     std::string name;  // the projection's name: several mixers may share one
-    at::Tensor proj, conv;
+    at::Tensor proj, conv, conv_bias;
     bool everywhere = false;  // needed at every token: a convolution runs over it, or several mixers read it
   };
   struct KeyValues {
@@ -61,11 +69,16 @@ class MultiMixerLayer {
   };
 
   bool combines_all() const { return config_.combine == "mean"; }
+  const KeyValueGroup& group_of(size_t mixer) const { return groups_[config_.share_kv ? 0 : mixer]; }
+  at::Tensor keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const;
   KeyValues project_kv(const KeyValueGroup& group, const at::Tensor& u, ForwardPass& pass) const;
   at::Tensor project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const;
-  at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const std::string& slot, ForwardPass& pass) const;
+  at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::string& slot, ForwardPass& pass) const;
   at::Tensor mix(const at::Tensor& u, const Routing& routing, ForwardPass& pass) const;
+  at::Tensor gated(const at::Tensor& o, const at::Tensor& u) const;
   at::Tensor feed_forward(const at::Tensor& h) const;
+  std::pair<at::Tensor, at::Tensor> norm_before(const at::Tensor& delta, const at::Tensor& stream, const at::Tensor& weight) const;
+  at::Tensor contribution(const at::Tensor& y, const at::Tensor& norm) const;
 
   LayerConfig config_;
   int64_t index_;
@@ -80,5 +93,8 @@ class MultiMixerLayer {
 
 // y = x W^T with the weight cast to x's dtype. x [..., in], weight [out, in].
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight);
+
+// What an RMSNorm with this parameter multiplies by: the weight, or 1 + weight (zero_centred_norm).
+at::Tensor norm_factor(const LayerConfig& config, const at::Tensor& weight);
 
 }  // namespace oryx

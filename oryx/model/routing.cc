@@ -37,6 +37,19 @@ const TokenSet& Routing::tokens(const std::vector<std::string>& layer_mixers, si
   return it->second[m];
 }
 
+const at::Tensor& Routing::places(const std::vector<std::string>& layer_mixers) const {
+  at::Tensor& places = places_[layer_mixers];
+  if (places.defined()) return places;
+  places = at::zeros({B_ * T_}, at::kChar);
+  for (size_t m = 1; m < layer_mixers.size(); ++m) {
+    const TokenSet& set = tokens(layer_mixers, m);
+    if (set.all) places.fill_(static_cast<int64_t>(m));
+    if (!set.all && set.count > 0) places.index_fill_(0, set.index, static_cast<int64_t>(m));
+  }
+  places = places.view({B_, T_});
+  return places;
+}
+
 std::vector<TokenSet> Routing::split(const std::vector<std::string>& layer_mixers) const {
   // Global mixer -> the layer's; unknown ones fall to the layer's first.
   std::vector<size_t> to_layer;

@@ -2,6 +2,7 @@
 #include <cctype>
 
 #include "oryx/common/error.h"
+#include "oryx/common/utf8.h"
 #include "oryx/modes/policy.h"
 #include "oryx/modes/schedule.h"
 
@@ -24,7 +25,7 @@ std::string found_at(std::string_view text, size_t position) {
   const std::string found = found_at(text, position);
   const std::string hint =
       candidates.empty() || position >= text.size() ? "" : did_you_mean(found.substr(1, found.size() - 2), candidates);
-  fail("schedule '{}': position {}: found {}, expected {}{}", text, position + 1, found, expected, hint);
+  fail("schedule '{}': position {}: found {}, expected {}{}", shown(text, 400), position + 1, shown(found), expected, hint);
 }
 
 std::string join(const std::vector<std::string>& names, std::string_view behind = "") {
@@ -203,6 +204,8 @@ class ScheduleParser {
 Schedule Schedule::parse(std::string_view text, const std::vector<std::string>& mixers,
                          const std::vector<std::string>& elsewhere) {
   if (mixers.empty()) throw std::logic_error("Schedule::parse: a layer without mixers");
+  constexpr size_t kLongest = 1 << 16;
+  if (text.size() > kLongest) fail("schedule of {} bytes, expected at most {}", text.size(), kLongest);
   return ScheduleParser(text, mixers, elsewhere).parse();
 }
 

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "oryx/common/json.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 

@@ -22,67 +22,119 @@ int64_t SlotSpec::bytes() const {
 
 const at::Tensor& LayerState::tensor(const std::string& name) const {
   const auto it = slots_.find(name);
-  TORCH_CHECK(it != slots_.end(), "state: no slot '", name, "' in this layer");
+  TORCH_CHECK(it != slots_.end() && it->second.data.defined(), "state: no recurrent slot or tail '", name, "' in this layer");
   return it->second.data;
 }
 
-State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, at::Device device)
-    : layers_(layers.size()), lengths_(static_cast<size_t>(sequences), 0) {
+State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options)
+    : options_(options),
+      budget_(std::make_shared<ByteBudget>(options.budget)),
+      rows_(sequences, budget_, options.device),
+      layers_(layers.size()),
+      lengths_(static_cast<size_t>(sequences), 0),
+      marks_(static_cast<size_t>(sequences)) {
+  TORCH_CHECK(options.checkpoint_every >= 0 && options.ring >= 0 && options.budget >= 0, "state: checkpoints every ", options.checkpoint_every,
+              " tokens, a ring of ", options.ring, ", a budget of ", options.budget);
   for (size_t i = 0; i < layers.size(); ++i) {
     for (const auto& spec : layers[i]) {
-      const bool per_token = spec.kind == SlotKind::kPerToken;
-      const auto shape = per_token ? with_front({sequences, 0}, spec.shape) : with_front({sequences}, spec.shape);
-      const bool fresh = layers_[i].slots_.emplace(spec.name, LayerState::Slot{spec, at::zeros(shape, at::device(device).dtype(spec.dtype))}).second;
+      if (spec.kind == SlotKind::kTail) {
+        TORCH_CHECK(tail_ == 0 || tail_ == spec.shape[1], "state: tails of ", tail_, " and ", spec.shape[1], " tokens");
+        tail_ = spec.shape[1];
+        recent_ = options.ring + tail_;
+      }
+      const bool fresh = layers_[i].slots_.emplace(spec.name, LayerState::Slot{spec, {}, -1, {}}).second;
       TORCH_CHECK(fresh, "state: slot '", spec.name, "' is declared twice in layer ", i);
     }
   }
+  charge_ = Charge(budget_, sequences * fixed_bytes());
+  for (auto& layer : layers_) {
+    for (auto& [name, slot] : layer.slots_) {
+      const SlotSpec& spec = slot.spec;
+      if (spec.kind == SlotKind::kPerToken) {
+        slot.rows = rows_.add(spec);
+        continue;
+      }
+      slot.data = at::zeros(with_front({sequences}, spec.shape), at::device(options.device).dtype(spec.dtype));
+      if (spec.kind == SlotKind::kTail && options.ring > 0) slot.recent = at::zeros({sequences, recent_, spec.shape[0]}, slot.data.options());
+    }
+  }
+}
+
+int64_t State::fixed_bytes() const {
+  int64_t bytes = mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail);
+  if (options_.ring > 0 && tail_ > 0) bytes += mark_bytes(SlotKind::kTail) / tail_ * recent_;
+  return bytes;
 }
 
 at::Tensor State::lengths_tensor() const { return at::tensor(lengths_, at::kLong).to(at::kInt); }
 
 void State::reserve(int64_t tokens) {
-  if (tokens <= capacity_) return;
-  const int64_t held = lengths_.empty() ? 0 : *std::max_element(lengths_.begin(), lengths_.end());
-  for (auto& layer : layers_) {
-    for (auto& [name, slot] : layer.slots_) {
-      if (slot.spec.kind != SlotKind::kPerToken) continue;
-      at::Tensor grown = at::empty(with_front({sequences(), tokens}, slot.spec.shape), slot.data.options());
-      if (held > 0) grown.narrow(1, 0, held).copy_(slot.data.narrow(1, 0, held));
-      slot.data = grown;
-    }
+  std::vector<int64_t> needs(lengths_.size());
+  for (size_t n = 0; n < needs.size(); ++n) needs[n] = std::max(tokens, lengths_[n]);
+  rows_.make_room(lengths_, needs, /*exact=*/true);
+}
+
+void State::prepare(const std::vector<int64_t>& counts) {
+  TORCH_CHECK(counts.size() == lengths_.size(), "state: ", counts.size(), " counts for ", lengths_.size(), " sequences");
+  std::vector<int64_t> needs(lengths_);
+  int64_t marks = 0;
+  for (size_t n = 0; n < counts.size(); ++n) {
+    needs[n] += counts[n];
+    if (counts[n] == 0) continue;
+    marks += checkpoint_due(static_cast<int64_t>(n), needs[n]) ? 1 : 0;
+    marks += options_.ring > 0 && static_cast<int64_t>(marks_[n].ring.size()) <= options_.ring ? 1 : 0;
   }
-  capacity_ = tokens;
+  rows_.make_room(lengths_, needs, /*exact=*/false);
+  budget_->check(marks * (mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail)));
 }
 
 void State::append(int64_t i, const std::string& name, const at::Tensor& rows, const std::vector<int64_t>* cu_seqlens) {
-  auto begin = [&](int64_t n) { return cu_seqlens != nullptr ? (*cu_seqlens)[n] : 0; };
-  auto count = [&](int64_t n) { return cu_seqlens != nullptr ? (*cu_seqlens)[n + 1] - begin(n) : rows.size(1); };
-  // Room for every sequence before the first row is written: growing later would lose what this call wrote already.
-  int64_t need = 0;
-  for (int64_t n = 0; n < sequences(); ++n) need = std::max(need, lengths_[n] + count(n));
-  // Growth by a quarter: appending token by token stays linear, the reserve small.
-  if (need > capacity_) reserve(std::max(need, capacity_ + capacity_ / 4 + 64));
-  const at::Tensor& data = layers_[static_cast<size_t>(i)].tensor(name);
+  const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
+  TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end() && it->second.rows >= 0, "state: no rows '", name, "' in layer ", i);
   for (int64_t n = 0; n < sequences(); ++n) {
-    data[n].narrow(0, lengths_[n], count(n)).copy_(rows[cu_seqlens != nullptr ? 0 : n].narrow(0, begin(n), count(n)));
+    const int64_t begin = cu_seqlens != nullptr ? (*cu_seqlens)[n] : 0;
+    const int64_t count = cu_seqlens != nullptr ? (*cu_seqlens)[n + 1] - begin : rows.size(1);
+    rows_.write(it->second.rows, n, lengths_[n], rows[cu_seqlens != nullptr ? 0 : n].narrow(0, begin, count));
   }
 }
 
+at::Tensor State::rows(int64_t i, const std::string& name, int64_t length) const {
+  const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
+  TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end() && it->second.rows >= 0, "state: no rows '", name, "' in layer ", i);
+  return rows_.read(it->second.rows, length);
+}
+
 void State::advance(const std::vector<int64_t>& counts) {
-  TORCH_CHECK(counts.size() == lengths_.size(), "state: ", counts.size(), " counts for ", lengths_.size(), " sequences");
-  for (size_t n = 0; n < counts.size(); ++n) lengths_[n] += counts[n];
+  TORCH_CHECK(counts.size() == lengths_.size(), "state: ", counts.size(), " counts for ", lengths_.size(),
+              " sequences");
+  for (size_t n = 0; n < counts.size(); ++n) {
+    if (counts[n] == 0) continue;
+    lengths_[n] += counts[n];
+    take_marks(static_cast<int64_t>(n));
+  }
+}
+
+int64_t State::mark_bytes(SlotKind kind) const {
+  int64_t bytes = 0;
+  for (const auto& layer : layers_) {
+    for (const auto& [name, slot] : layer.slots_) bytes += slot.spec.kind == kind ? slot.spec.bytes() : 0;
+  }
+  return bytes;
 }
 
 StateBytes State::count(bool reserved) const {
   StateBytes b;
-  const int64_t tokens = reserved ? capacity_ * sequences() : std::accumulate(lengths_.begin(), lengths_.end(), int64_t{0});
+  b.recurrent = mark_bytes(SlotKind::kRecurrent) * sequences();
+  b.tails = mark_bytes(SlotKind::kTail) * sequences();
+  b.tokens = reserved ? rows_.reserved_bytes() : rows_.used_bytes(lengths_);
+  const int64_t mark = mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail);
+  for (const auto& m : marks_) {
+    b.checkpoints += mark * static_cast<int64_t>(m.checkpoints.size());
+    b.ring += mark * static_cast<int64_t>(m.ring.size());
+  }
   for (const auto& layer : layers_) {
-    for (const auto& [name, slot] : layer.slots_) {
-      const int64_t each = slot.spec.bytes();
-      if (slot.spec.kind == SlotKind::kRecurrent) b.recurrent += each * sequences();
-      if (slot.spec.kind == SlotKind::kTail) b.tails += each * sequences();
-      if (slot.spec.kind == SlotKind::kPerToken) b.tokens += each * tokens;
-    }
+    for (const auto& [name, slot] : layer.slots_)
+      b.ring += slot.recent.defined() ? static_cast<int64_t>(slot.recent.nbytes()) : 0;
   }
   return b;
 }

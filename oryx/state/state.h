@@ -1,33 +1,70 @@
 // What a model remembers of N sequences: the slots that its layers and mixers declare.
 //
-// A slot is recurrent or a tail (a fixed shape a sequence) or holds a row per token (keys, values). The state knows shapes and lengths, not
-// mixers. Rows of per-token slots are kept for every token, in order, up to lengths().
+// A slot is recurrent or a tail (a fixed shape a sequence) or holds a row per token (keys, values, a linear mixer's
+// scalars). The state knows shapes and lengths, not mixers. Rows of per-token slots are kept for every token, in order,
+// up to lengths().
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <deque>
+#include <functional>
 #include <map>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "oryx/state/pages.h"
+#include "oryx/state/slot.h"
 
 namespace oryx {
 
-enum class SlotKind { kRecurrent, kTail, kPerToken };
+struct StateOptions {
+  // Tokens between checkpoints of the recurrent states and tails, from which a trim replays: one is taken at the end of
+  // the first call that leaves a sequence at least this far behind its last one. 0: none but the start of the sequence,
+  // which costs nothing.
+  int64_t checkpoint_every = 0;
+  // The last `ring` calls' recurrent states and tails and the last `ring` tokens' convolution inputs: going back to the
+  // end of one of those calls is a copy, to a token within them a scan over a few rows.
+  int64_t ring = 0;
+  // Keep rows in layers where no mixer looks back, so that their recurrent states can be replayed too.
+  bool keep_rows = false;
+  // Keep no rows at all: memory that does not grow. A call whose tokens look back at earlier calls is then an Error.
+  bool drop_rows = false;
+  // Bytes that the state and everything forked from it may hold, reserves included; 0: no limit. What would exceed it is an Error.
+  int64_t budget = 0;
+  // Where slots stand; a model sets its own. Lengths stay on the CPU.
+  at::Device device = at::kCPU;
+};
 
-struct SlotSpec {
-  std::string name;            // unique within a layer
-  SlotKind kind;
-  std::vector<int64_t> shape;  // of one sequence (recurrent, tail) or of one token
-  at::ScalarType dtype = at::kFloat;
+struct StateBytes {
+  int64_t recurrent = 0, tails = 0, tokens = 0;
+  int64_t checkpoints = 0, ring = 0;
+  int64_t total() const { return recurrent + tails + tokens + checkpoints + ring; }
+};
 
-  int64_t bytes() const;  // of one sequence, or of one token
+class State;
+
+// What a state asks of the model that made it to reach an earlier position.
+class Replay {
+ public:
+  virtual ~Replay() = default;
+  // Tokens that refill() must run for every tail to be right.
+  virtual int64_t refill_tokens() const = 0;
+  // Brings the recurrent slots of `one`, a single sequence, over its rows [begin, end), without touching anything else.
+  virtual void scan(State& one, int64_t begin, int64_t end) const = 0;
+  // Runs the tokens from one.lengths() to `end`, whose rows `one` holds, through the model again: recurrent slots and
+  // tails are then those at `end`.
+  virtual void refill(State& one, int64_t end) const = 0;
 };
 
 // The slots of one layer.
 class LayerState {
  public:
-  // The whole slot: [N, shape...], or [N, capacity, shape...] for a per-token slot. Written in place by its owner.
+  // A recurrent slot or tail: [N, shape...]. Written in place by its owner.
   const at::Tensor& tensor(const std::string& name) const;
   bool has(const std::string& name) const { return slots_.count(name) > 0; }
 
@@ -35,47 +72,126 @@ class LayerState {
   friend class State;
   struct Slot {
     SlotSpec spec;
-    at::Tensor data;
+    at::Tensor data;    // [N, shape...] of a recurrent slot or tail
+    int64_t rows = -1;  // of a per-token slot: its number in the row store
+    at::Tensor recent;  // of a tail with a ring: [N, ring + w - 1, C], the input of token t at t modulo its length
   };
   std::map<std::string, Slot> slots_;
 };
 
-struct StateBytes {
-  int64_t recurrent = 0, tails = 0, tokens = 0;
-  int64_t total() const { return recurrent + tails + tokens; }
-};
-
 class State {
  public:
-  // Zeros for `sequences` sequences on `device`, no token seen. Lengths stay on the CPU.
-  State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, at::Device device = at::kCPU);
+  // Zeros for `sequences` sequences, no token seen.
+  State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options = {});
+
+  State(State&&) = default;
+  State& operator=(State&&) = default;
+  State(const State&) = delete;  // fork() says what is shared
+  State& operator=(const State&) = delete;
 
   int64_t sequences() const { return static_cast<int64_t>(lengths_.size()); }
   const std::vector<int64_t>& lengths() const { return lengths_; }  // tokens seen, by sequence
   at::Tensor lengths_tensor() const;                                // [N] int32
   LayerState& layer(int64_t i) { return layers_[static_cast<size_t>(i)]; }
   const LayerState& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
-  int64_t num_layers() const { return static_cast<int64_t>(layers_.size()); }
+  const StateOptions& options() const { return options_; }
 
   // Room for `tokens` tokens in all for each sequence, so that no later append moves rows.
   void reserve(int64_t tokens);
+  // Makes sure, before anything is written, that `counts` tokens more by sequence fit: rows, checkpoints and ring. Throws Error when the
+  // budget does not allow them.
+  void prepare(const std::vector<int64_t>& counts);
 
-  // Writes rows behind those held, for slot `name` of layer `i`: rows [N, T, shape...], or [1, sum T, shape...] with the host
-  // copy of cu_seqlens. Lengths do not move before advance(), so that every layer appends at the same place.
+  // Writes rows behind those held, for slot `name` of layer `i`: rows [N, T, shape...], or [1, sum T, shape...] with
+  // the host copy of cu_seqlens. Lengths do not move before advance(), so that every layer appends at the same place.
   void append(int64_t i, const std::string& name, const at::Tensor& rows, const std::vector<int64_t>* cu_seqlens);
+  // The first `length` rows of slot `name` of layer `i`: [N, length, shape...]; those behind a sequence's own length are unspecified. A view where
+  // the pages of all sequences lie side by side (no forks), otherwise a copy.
+  at::Tensor rows(int64_t i, const std::string& name, int64_t length) const;
+  // The inputs of the convolution whose tail is slot `name`, rows as in append(): for the ring; does nothing without
+  // one.
+  void record(int64_t i, const std::string& name, const at::Tensor& inputs, const std::vector<int64_t>* cu_seqlens);
   // The tokens of this call are part of the sequences from now on: `counts` new tokens by sequence.
   void advance(const std::vector<int64_t>& counts);
+
+  // Sequence `sequence` forgets its tokens from `length` on: it is then as if it had never seen them, up to rounding
+  // (bit for bit where a checkpoint or an entry of the ring stands at `length`). Otherwise the recurrent states are
+  // scanned forward over the rows from the nearest checkpoint below, and the tails refilled by a run of the last
+  // refill_tokens() tokens. Throws Error for a position that cannot be reached, naming the nearest one that can; the
+  // state is then as it was.
+  void trim(int64_t sequence, int64_t length, const Replay& model);
+  // The last position up to `length` that trim() reaches.
+  int64_t reachable(int64_t sequence, int64_t length) const;
+  // True when trim() reaches every position: the rows determine every recurrent slot and tail.
+  bool replayable() const;
+
+  // A state whose sequence j is a copy of sequence from[j]: {0, 0, 0} makes three. Full pages of rows are shared until one of the two writes there;
+  // recurrent slots and tails are copied, checkpoints and the ring's entries shared. One budget counts for all of them.
+  State fork(const std::vector<int64_t>& from) const;
+  // A fork of every sequence, to be kept aside; restore() makes this state what it was then.
+  State snapshot() const;
+  void restore(const State& snapshot) { *this = snapshot.snapshot(); }
+
+  // Everything that save files hold, by name: recurrent slots, tails, rows up to the lengths, checkpoints; the ring is not kept.
+  std::vector<std::pair<std::string, at::Tensor>> tensors() const;
+  // Takes over what tensors() gave: `get` returns a tensor by name and throws when there is none; `shape` and dtype are checked by it. The
+  // state must be fresh.
+  void assign(const std::vector<int64_t>& lengths, const std::vector<std::vector<int64_t>>& checkpoints,
+              const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get);
+  std::vector<std::vector<int64_t>> checkpoints() const;  // positions, by sequence
 
   // Bytes in use by part: per-token slots count the tokens held, not the reserve. `reserved` counts what is allocated.
   StateBytes bytes() const;
   StateBytes reserved_bytes() const;
 
  private:
-  StateBytes count(bool reserved) const;
+  // Recurrent slots and tails of one sequence after `length` tokens.
+  struct Mark {
+    int64_t length = 0;
+    std::vector<at::Tensor> values;  // in the order of for_each_fixed; never written again while two states hold them
+    std::shared_ptr<Charge> charge;
+  };
+  struct Marks {
+    std::deque<Mark> checkpoints, ring;  // ascending
+    int64_t recent_from = 0;             // first token whose convolution inputs the ring holds
+  };
 
+  // f(slot) for recurrent slots and tails.
+  template <typename F>
+  void for_each_fixed(F f) const {
+    for (const auto& layer : layers_) {
+      for (const auto& [name, slot] : layer.slots_) {
+        if (slot.spec.kind != SlotKind::kPerToken) f(slot);
+      }
+    }
+  }
+  StateBytes count(bool reserved) const;
+  int64_t mark_bytes(SlotKind kind) const;
+  int64_t fixed_bytes() const;  // of one sequence: recurrent slots, tails and the ring of inputs
+  void take(int64_t n, Mark& mark) const;
+  void take_marks(int64_t n);
+  bool checkpoint_due(int64_t n, int64_t length) const;
+  const Mark* nearest_mark(int64_t n, int64_t length) const;  // at or before; null: the start
+  State one_sequence(int64_t n, const Mark* from) const;
+  void adopt(int64_t n, int64_t length, const State& one);
+  bool tails_in_ring(int64_t n, int64_t length) const {
+    return marks_[static_cast<size_t>(n)].recent_from <= std::max<int64_t>(0, length - tail_);
+  }
+  void read_tails(int64_t n, int64_t length, State& one) const;
+  void restart_ring(int64_t n);
+
+  struct Empty {};
+  State(Empty, const State& like, RowStore rows, int64_t sequences);
+
+  StateOptions options_;
+  std::shared_ptr<ByteBudget> budget_;
+  Charge charge_;  // of recurrent slots, tails and the ring of inputs
+  RowStore rows_;
   std::vector<LayerState> layers_;
   std::vector<int64_t> lengths_;
-  int64_t capacity_ = 0;
+  std::vector<Marks> marks_;  // by sequence
+  int64_t recent_ = 0;  // tokens of the ring of convolution inputs
+  int64_t tail_ = 0;    // w - 1: tokens of a tail
 };
 
 }  // namespace oryx

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
-#include <fstream>
+#include <sstream>
 
 #include "oryx/common/error.h"
 #include "oryx/common/file.h"
@@ -39,14 +39,21 @@ bool is_metrics_line(const Json& json) {
   return json["kind"] == "skipped";
 }
 
-// A link that appears at once or not at all, also where one stood before.
-void point_to(const fs::path& link, const fs::path& target) {
-  const fs::path temporary = link.string() + ".new";
+// A folder goes under its own name or not at all: a process killed while it removes files leaves no half checkpoint.
+void remove_checkpoint(const fs::path& folder) {
+  const fs::path partial = folder.string() + std::string(kPartial);
   std::error_code error;
-  fs::remove(temporary, error);
-  fs::create_symlink(target, temporary, error);
-  if (!error) fs::rename(temporary, link, error);
-  if (error) fail("{}: cannot point it to {}: {}", link.string(), target.string(), error.message());
+  fs::rename(folder, partial, error);
+  if (!error) fs::remove_all(partial, error);
+}
+
+void remove_partial(const fs::path& checkpoints) {
+  std::error_code error;
+  std::vector<fs::path> found;
+  for (fs::directory_iterator entry(checkpoints, error), end; !error && entry != end; entry.increment(error)) {
+    if (entry->path().extension() == kPartial) found.push_back(entry->path());
+  }
+  for (const auto& path : found) fs::remove_all(path, error);
 }
 
 }  // namespace
@@ -81,22 +88,52 @@ void RunFolder::save(int64_t step, const LanguageModel& model, const Optimizer& 
                      int64_t keep) const {
   const fs::path final_name = checkpoint(step), partial = final_name.string() + std::string(kPartial);
   make_folders(final_name.parent_path());
-  for (const auto& entry : fs::directory_iterator(final_name.parent_path())) {
-    if (entry.path().extension() == kPartial) fs::remove_all(entry.path());
+  remove_partial(final_name.parent_path());
+  try {
+    save_model(model, partial);
+    write_safetensors(partial / "optimizer.safetensors", optimizer.state(), {{"format", "oryx-adamw"}});
+    if (tokenizer != nullptr) tokenizer->save(partial / tokenizer->file_name());
+    write_file(partial / "trainer.json", trainer.dump(2) + "\n");
+    if (std::error_code error; fs::exists(metrics(), error)) sync_file(metrics());  // a checkpoint's metrics are on disk before it is
+    publish(partial, final_name);
+  } catch (const Error&) {
+    std::error_code ignored;
+    fs::remove_all(partial, ignored);  // a full disk gets its space back
+    throw;
   }
-  save_model(model, partial);
-  write_safetensors(partial / "optimizer.safetensors", optimizer.state(), {{"format", "oryx-adamw"}});
-  if (tokenizer != nullptr) tokenizer->save(partial / tokenizer->file_name());
-  write_file(partial / "trainer.json", trainer.dump(2) + "\n");
-  std::error_code error;
-  fs::remove_all(final_name, error);  // the same step saved again after a resume
-  fs::rename(partial, final_name, error);
-  if (error) fail("{}: cannot rename the checkpoint into place: {}", final_name.string(), error.message());
-  sync_folder(final_name.parent_path());
-  point_to(folder_ / "model", fs::path("checkpoints") / final_name.filename());
+  point_to_newest();
   sync_folder(folder_);  // the link is on disk before what it pointed to is removed
   const auto steps = checkpoints();
-  for (size_t i = 0; i + static_cast<size_t>(keep) < steps.size(); ++i) fs::remove_all(checkpoint(steps[i]), error);
+  for (size_t i = 0; i + static_cast<size_t>(keep) < steps.size(); ++i) remove_checkpoint(checkpoint(steps[i]));
+}
+
+void RunFolder::publish(const fs::path& partial, const fs::path& final_name) {
+  const fs::path aside = final_name.string() + ".old" + std::string(kPartial);  // the same step, saved before
+  const bool replaces = fs::exists(final_name);
+  if (replaces) rename_path(final_name, aside);
+  try {
+    rename_path(partial, final_name);
+  } catch (const Error&) {
+    if (replaces) rename_path(aside, final_name);
+    throw;
+  }
+  sync_folder(final_name.parent_path());
+  std::error_code ignored;
+  fs::remove_all(aside, ignored);
+}
+
+void RunFolder::point_to_newest() const {
+  const auto steps = checkpoints();
+  if (steps.empty()) return;
+  const fs::path link = folder_ / "model", target = fs::path("checkpoints") / checkpoint(steps.back()).filename();
+  std::error_code error;
+  if (fs::read_symlink(link, error) == target && !error) return;
+  replace_link(link, target);
+}
+
+void RunFolder::clean() const {
+  for (const char* name : {"config.json", "metrics.jsonl", "report.html"}) remove_temporaries(folder_, name);
+  remove_partial(folder_ / "checkpoints");
 }
 
 Json RunFolder::load(int64_t step, LanguageModel& model, Optimizer& optimizer) const {
@@ -107,24 +144,20 @@ Json RunFolder::load(int64_t step, LanguageModel& model, Optimizer& optimizer) c
   }
   const Json trainer = read_json_file(folder / "trainer.json");
   const bool whole = trainer.is_object() && trainer.contains("data") && trainer.value("step", Json()).is_number_unsigned() &&
-                     trainer.value("optimizer_steps", Json()).is_number_unsigned();
-  if (!whole) fail("{}: lacks step, optimizer_steps or data; is this a checkpoint of the trainer?", (folder / "trainer.json").string());
+                     trainer["step"] == step && trainer.value("optimizer_steps", Json()).is_number_unsigned() &&
+                     trainer["optimizer_steps"] <= step;
+  if (!whole) fail("{}: lacks step (the folder's), optimizer_steps or data; is this a checkpoint of the trainer?", (folder / "trainer.json").string());
   load_parameters(model, SafetensorsReader(folder / "model.safetensors"));
   optimizer.load(SafetensorsReader(folder / "optimizer.safetensors"), trainer["optimizer_steps"].get<int64_t>());
   return trainer;
 }
 
-void RunFolder::log(const Json& line) const {
-  std::ofstream out(metrics(), std::ios::app);
-  out << line.dump() << '\n';
-  out.flush();
-  if (!out) fail_errno(metrics().string(), "write");
-}
+void RunFolder::log(const Json& line) const { append_line(metrics(), line.dump()); }
 
 std::vector<Json> RunFolder::rewind_metrics(int64_t step) const {
   std::vector<Json> kept;
   if (!fs::exists(metrics())) return kept;
-  std::ifstream in(metrics());
+  std::istringstream in(read_file(metrics()));
   std::string text;
   for (std::string line; std::getline(in, line);) {
     const Json json = Json::parse(line, nullptr, false);

@@ -37,7 +37,7 @@ class RunFolder {
   std::filesystem::path checkpoint(int64_t step) const;
 
   // Writes a checkpoint under another name and renames the folder; points RUN/model to it; removes all but the newest `keep`. What an
-  // interrupted save left is removed first. `trainer` is what a resume needs beside parameters and moments.
+  // interrupted save left is removed first, and on an error what this one wrote. `trainer` is what a resume needs beside parameters and moments.
   void save(int64_t step, const LanguageModel& model, const Optimizer& optimizer, const Json& trainer, const Tokenizer* tokenizer, int64_t keep) const;
   // Loads a checkpoint into model and optimiser and returns its trainer.json. Throws Error.
   Json load(int64_t step, LanguageModel& model, Optimizer& optimizer) const;
@@ -46,12 +46,18 @@ class RunFolder {
   // its process, however that ends.
   void lock();
 
-  // Appends one line to metrics.jsonl.
+  // What a process that was killed left undone: RUN/model points to the newest checkpoint; partial files and folders go. The caller holds the lock.
+  void point_to_newest() const;
+  void clean() const;
+
+  // Appends one line to metrics.jsonl; on an error the file is as it was.
   void log(const Json& line) const;
   // All lines up to `step`; later ones, and a half-written last one, are dropped from the file: they will be made again.
   std::vector<Json> rewind_metrics(int64_t step) const;
 
  private:
+  static void publish(const std::filesystem::path& partial, const std::filesystem::path& final_name);
+
   std::filesystem::path folder_;
   int lock_ = -1;
 };

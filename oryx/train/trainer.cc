@@ -83,6 +83,7 @@ class Run {
 
  private:
   void resume() {
+    folder_.clean();
     const auto steps = folder_.checkpoints();
     if (!steps.empty()) {
       const Json trainer = folder_.load(steps.back(), model_, optimizer_);
@@ -96,6 +97,8 @@ class Run {
     make_folders(folder_.path());
     write_file(folder_.path() / "config.json", dump_options(options_));
     metrics_ = folder_.rewind_metrics(step_);
+    folder_.point_to_newest();
+    if (step_ == options_.steps) write_report(folder_, options_, metrics_);  // the process may have been killed before it
   }
 
   void one_step(ProgressBar& bar) {

@@ -1,0 +1,151 @@
+#include "oryx/model/state_file.h"
+
+#include <ATen/ATen.h>
+
+#include <charconv>
+
+#include "oryx/common/error.h"
+#include "oryx/common/hash.h"
+#include "oryx/common/options.h"
+#include "oryx/io/safetensors.h"
+
+namespace oryx {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr const char* kFormat = "oryx-state 1";
+
+// FNV-1a over 64-bit words, the rest by bytes: weights are many. Its values stand in files, so it never changes.
+uint64_t hash_words(const void* data, size_t size, uint64_t hash) {
+  const auto* bytes = static_cast<const unsigned char*>(data);
+  size_t at = 0;
+  for (; at + 8 <= size; at += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + at, 8);
+    hash = (hash ^ word) * 0x100000001b3;
+    hash ^= hash >> 32;  // a product alone never carries a high bit down
+  }
+  return fnv1a(bytes + at, size - at, hash);
+}
+
+class Metadata {
+ public:
+  explicit Metadata(const SafetensorsReader& file) : file_(file) {}
+  const std::string& text(const std::string& key) const {
+    const auto it = file_.metadata().find(key);
+    if (it == file_.metadata().end()) fail("{}: no '{}' in its metadata, expected a session file written by oryx", file_.path(), key);
+    return it->second;
+  }
+  // Non-negative integers between commas.
+  std::vector<int64_t> list(const std::string& key, std::string_view text) const {
+    std::vector<int64_t> out;
+    while (!text.empty()) {
+      const size_t comma = std::min(text.find(','), text.size());
+      int64_t value = -1;
+      const auto [end, error] = std::from_chars(text.data(), text.data() + comma, value);
+      if (error != std::errc() || end != text.data() + comma || value < 0 || value > int64_t{1} << 31) {
+        fail("{}: '{}' in its metadata is '{}', expected integers of 0 to 2147483648", file_.path(), key, this->text(key));
+      }
+      out.push_back(value);
+      text.remove_prefix(std::min(comma + 1, text.size()));
+    }
+    return out;
+  }
+  int64_t number(const std::string& key) const {
+    const auto all = list(key, text(key));
+    if (all.size() != 1) fail("{}: '{}' in its metadata is '{}', expected one integer", file_.path(), key, text(key));
+    return all[0];
+  }
+
+ private:
+  const SafetensorsReader& file_;
+};
+
+}  // namespace
+
+std::string fingerprint(const LanguageModel& model) {
+  uint64_t hash = fnv1a(dump_options(model.config()));
+  hash = fnv1a(at::toString(model.compute_dtype()), std::strlen(at::toString(model.compute_dtype())), hash);
+  for (const auto& p : model.parameters()) {
+    const at::Tensor x = p.detach().contiguous().cpu();
+    hash = hash_words(x.const_data_ptr(), x.nbytes(), hash);
+  }
+  return fmt::format("{:016x}", hash);
+}
+
+void save_state(const LanguageModel& model, const State& state, const fs::path& path) {
+  std::vector<std::string> checkpoints;
+  for (const auto& positions : state.checkpoints()) checkpoints.push_back(fmt::format("{}", fmt::join(positions, ",")));
+  const StateOptions& o = state.options();
+  write_safetensors(path, state.tensors(),
+                    {{"format", kFormat},
+                     {"model", fingerprint(model)},
+                     {"lengths", fmt::format("{}", fmt::join(state.lengths(), ","))},
+                     {"checkpoints", fmt::format("{}", fmt::join(checkpoints, ";"))},
+                     {"checkpoint_every", std::to_string(o.checkpoint_every)},
+                     {"ring", std::to_string(o.ring)},
+                     {"keep_rows", o.keep_rows ? "1" : "0"},
+                     {"drop_rows", o.drop_rows ? "1" : "0"}});
+}
+
+State load_state(const LanguageModel& model, const fs::path& path, int64_t budget) {
+  const SafetensorsReader file(path);
+  const Metadata meta(file);
+  if (meta.text("format") != kFormat) fail("{}: its format is '{}', expected '{}'", file.path(), meta.text("format"), kFormat);
+  const std::string own = fingerprint(model);
+  if (meta.text("model") != own) {
+    fail("{}: is the session of another model (fingerprint {}, this one's is {}); load the model, weights and precision that it was saved with", file.path(),
+         meta.text("model"), own);
+  }
+  const std::vector<int64_t> lengths = meta.list("lengths", meta.text("lengths"));
+  if (lengths.empty()) fail("{}: holds no sequence", file.path());
+  std::vector<std::vector<int64_t>> checkpoints;
+  std::string_view rest = meta.text("checkpoints");
+  for (const int64_t length : lengths) {
+    const size_t end = std::min(rest.find(';'), rest.size());
+    checkpoints.push_back(meta.list("checkpoints", rest.substr(0, end)));
+    int64_t last = 0;
+    for (const int64_t at : checkpoints.back()) {
+      if (at <= last || at > length) fail("{}: a checkpoint at {} in a sequence of {} tokens, after one at {}", file.path(), at, length, last);
+      last = at;
+    }
+    rest.remove_prefix(std::min(end + 1, rest.size()));
+  }
+  StateOptions options;
+  options.checkpoint_every = meta.number("checkpoint_every");
+  options.ring = meta.number("ring");
+  options.keep_rows = meta.number("keep_rows") != 0;
+  options.drop_rows = meta.number("drop_rows") != 0;
+  options.budget = budget;
+  const auto get = [&](const std::string& name, const SlotSpec& spec, int64_t rows) {
+    std::vector<int64_t> shape = spec.shape;
+    if (rows >= 0) shape.insert(shape.begin(), rows);
+    const auto it = file.tensors().find(name);
+    if (it == file.tensors().end()) fail("{}: tensor '{}' is missing", file.path(), name);
+    if (it->second.shape != shape || it->second.dtype != spec.dtype) {
+      fail("{}: tensor '{}' is {} [{}], expected {} [{}]", file.path(), name, safetensors_dtype(it->second.dtype), fmt::join(it->second.shape, ", "),
+           safetensors_dtype(spec.dtype), fmt::join(shape, ", "));
+    }
+    return file.load(name);
+  };
+  // Before anything is allocated for its lengths: the file must have what they say.
+  const auto layers = LanguageModel::slots(model.config(), model.compute_dtype(), options);
+  for (size_t n = 0; n < lengths.size(); ++n) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      for (const auto& slot : layers[i]) {
+        const auto it = file.tensors().find(fmt::format("sequence{}.{}.{}", n, i, slot.name));
+        const bool rows = slot.kind == SlotKind::kPerToken;
+        if (it == file.tensors().end() || (rows && (it->second.shape.empty() || it->second.shape[0] != lengths[n]))) {
+          fail("{}: tensor 'sequence{}.{}.{}' is missing or not of {} tokens", file.path(), n, i, slot.name, lengths[n]);
+        }
+      }
+    }
+  }
+  State state = model.make_state(static_cast<int64_t>(lengths.size()), options);
+  state.assign(lengths, checkpoints, get);
+  return state;
+}
+
+}  // namespace oryx

@@ -1,0 +1,57 @@
+// The gated delta rule (../gated_delta.h) on Hopper: launchers over plain device pointers, no torch.
+//
+// Chunks of C = 64 tokens. With G the running sum of the log decay g within a chunk, k and q L2-normalised, S0 the state before it:
+//
+//   A_tj = b_t exp(G_t - G_j) k_t.k_j (j < t)      T = (I + A)^-1 diag(b)      P_tj = scale exp(G_t - G_j) q_t.k_j (j <= t)
+//   U = T (V - exp(G) K S0^T)      O = scale exp(G) Q S0^T + P U      S1 = exp(G_C) S0 + U^T diag(exp(G_C - G)) K
+//
+// `prepare` computes T and the row factors of every chunk, all chunks at once; `recurrence` walks the chunks of one (sequence, head, 64 or
+// 128 rows of S) with S in registers and P made beside it. Rows of S are independent. Where there are too few of them to fill the chip, a
+// sequence is cut into segments: S1 is affine in S0 (S1 = S0 M + N), so a pass without outputs finds every segment's M (started from I, with
+// V = 0) and N (started from 0) at once, `combine` chains them, and the pass with outputs starts every segment from its own state. None of
+// it looks at the data: time does not depend on the decay. The same inputs give the same bits.
+//
+// Products take bfloat16 operands (S, V - exp(G) K S^T, U, T and P are rounded to it); sums, S, G and the inverse's blocks are float32 (the
+// inverse's off-diagonal products tf32). A log decay under -100 counts as -100: exp of it is 0 in float32 either way.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// All pointers are device pointers; tensors are contiguous, their start aligned to 16 bytes, with the shapes and grouped heads of
+// ../gated_delta.h: Hs = max(Hk, Hv), Ho = max(Hq, Hs), K = V = 128 only. Every element of o and final_state is written.
+// With cu_seqlens, B = 1, cu_seqlens[0] = 0 and cu_seqlens[N] = T; sequences may be empty. The caller checks arguments.
+struct OryxGatedDelta {
+  const void* q;               // [B, T, Hq, 128] bfloat16
+  const void* k;               // [B, T, Hk, 128] bfloat16
+  const void* v;               // [B, T, Hv, 128] bfloat16
+  const float* g;              // [B, T, Hs] log decay
+  const float* beta;           // [B, T, Hs]
+  const float* initial_state;  // [N, Hs, 128 (V), 128 (K)] or null: zeros
+  const int32_t* cu_seqlens;   // [N + 1] or null: N = B
+  const uint8_t* wanted;       // [B, T], 0 where the readout is not wanted (o is zero there), or null: everywhere
+  void* o;                     // [B, T, Ho, 128] bfloat16
+  float* final_state;          // [N, Hs, 128, 128] or null
+  int32_t B, T, N, Hq, Hk, Hv;
+  int32_t segments;  // pieces a sequence is cut into; 0: chosen from the shape
+  int32_t rows;      // rows of S a block of the recurrence keeps, 64 or 128; 0: chosen from the shape
+  float scale;       // 0: 128^-1/2
+  float l2_eps;
+};
+
+// Bytes of scratch memory that the forward pass needs (aligned to 128 bytes; contents need no initial value): 9216 for each chunk and state
+// head, and with segments 2 * 64 KiB for each segment, sequence and state head. cu_seqlens is not read here.
+size_t oryx_gated_delta_workspace(const struct OryxGatedDelta* p);
+
+// Launches the forward pass on `stream`. Needs compute capability 9.0. Returns a cudaError_t.
+int oryx_gated_delta_forward(const struct OryxGatedDelta* p, void* workspace, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif

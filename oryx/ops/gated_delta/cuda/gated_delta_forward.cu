@@ -1,0 +1,99 @@
+// The forward pass: what is launched, with which scratch memory, for a shape.
+#include "gated_delta_cuda_internal.cuh"
+
+namespace oryx::gated_delta_cuda {
+namespace {
+
+constexpr int kProcessors = 132;  // of the H100 and H200: only the choice of segments reads it
+
+struct Plan {
+  Shape shape;
+  int rows;        // of S a block of the pass with outputs keeps
+  size_t records;  // in number
+  size_t own, map, offsets, bytes;
+};
+
+Plan plan(const OryxGatedDelta& p) {
+  Plan r{};
+  Shape& s = r.shape;
+  s.B = p.B, s.T = p.T, s.N = p.cu_seqlens == nullptr ? p.B : p.N;
+  s.Hq = p.Hq, s.Hk = p.Hk, s.Hv = p.Hv;
+  s.Hs = p.Hk > p.Hv ? p.Hk : p.Hv;
+  s.Ho = p.Hq > s.Hs ? p.Hq : s.Hs;
+  s.scale = p.scale == 0.f ? 0.08838834764831845f : p.scale;
+  s.l2_eps = p.l2_eps;
+  s.cu_seqlens = p.cu_seqlens;
+  s.chunks = (p.T + kC - 1) / kC;
+  r.records = p.cu_seqlens == nullptr ? static_cast<size_t>(p.B) * s.chunks : static_cast<size_t>(p.T / kC + p.N);
+
+  // Enough blocks for the chip: first 128 rows a block, then 64, then segments (which cost a second pass).
+  const int walks = s.N * s.Ho, mean_chunks = static_cast<int>(r.records / (s.N > 0 ? s.N : 1));
+  r.rows = walks * 4 >= kProcessors * 3 ? 128 : 64;
+  s.segments = 1;
+  if (walks * 4 <= kProcessors) {
+    r.rows = 128;
+    s.segments = kProcessors / walks;
+    if (s.segments > mean_chunks / 8) s.segments = mean_chunks / 8;
+    if (s.segments < 2) s.segments = 1, r.rows = 64;
+  }
+  if (p.segments != 0) s.segments = p.segments;
+  if (p.rows != 0) r.rows = p.rows;
+
+  const size_t states = s.segments > 1 ? static_cast<size_t>(s.N) * s.Hs * s.segments * kD * kD * sizeof(float) : 0;
+  r.own = r.records * s.Hs * kRecordBytes;
+  r.map = r.own + states;
+  r.offsets = r.map + states;
+  r.bytes = r.offsets + (p.cu_seqlens == nullptr ? 0 : (static_cast<size_t>(p.N) + 1) * sizeof(int32_t));
+  return r;
+}
+
+// [tokens, heads, 128] bfloat16 as boxes of 64 tokens of 64 elements of one head, rows of 128 bytes, swizzled.
+cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads) {
+  static PFN_cuTensorMapEncodeTiled_v12000 encode_tiled = nullptr;
+  if (encode_tiled == nullptr) {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    if (status != cudaSuccess) return status;
+    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }
+  const cuuint64_t sizes[4] = {64, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens), 2};
+  const cuuint64_t strides[3] = {2 * kD, static_cast<cuuint64_t>(heads) * 2 * kD, 128};
+  const cuuint32_t box[4] = {64, 1, kC, 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult status =
+      encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace oryx::gated_delta_cuda
+
+using namespace oryx::gated_delta_cuda;
+
+extern "C" size_t oryx_gated_delta_workspace(const OryxGatedDelta* p) { return plan(*p).bytes; }
+
+extern "C" int oryx_gated_delta_forward(const OryxGatedDelta* p, void* workspace, cudaStream_t stream) {
+  Plan r = plan(*p);
+  if (r.shape.N == 0) return cudaSuccess;
+  char* record = static_cast<char*>(workspace);
+  float* own = reinterpret_cast<float*>(record + r.own);
+  float* map = reinterpret_cast<float*>(record + r.map);
+  int32_t* offsets = reinterpret_cast<int32_t*>(record + r.offsets);
+  r.shape.chunk_offsets = p->cu_seqlens == nullptr ? nullptr : offsets;
+  const int64_t tokens = static_cast<int64_t>(p->B) * p->T;
+  CUtensorMap maps[3] = {};
+  cudaError_t status = cudaSuccess;
+  if (tokens > 0) {
+    if ((status = encode(&maps[0], p->q, tokens, p->Hq)) != cudaSuccess) return status;
+    if ((status = encode(&maps[1], p->k, tokens, p->Hk)) != cudaSuccess) return status;
+    if ((status = encode(&maps[2], p->v, tokens, p->Hv)) != cudaSuccess) return status;
+  }
+  if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), record, offsets, stream)) != cudaSuccess) return status;
+  if (r.shape.segments > 1) {
+    if ((status = launch_recurrence(*p, r.shape, 1, 128, maps, record, own, map, stream)) != cudaSuccess) return status;
+    if (r.shape.segments > 2 && (status = launch_combine(r.shape, own, map, stream)) != cudaSuccess) return status;
+  }
+  return launch_recurrence(*p, r.shape, 0, r.rows, maps, record, own, map, stream);
+}

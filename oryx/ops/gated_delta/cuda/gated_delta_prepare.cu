@@ -1,0 +1,273 @@
+// Per chunk and head, independent of the state: norms of k, T and the row factors (see gated_delta_cuda.h).
+#include "gated_delta_cuda_internal.cuh"
+
+namespace oryx::gated_delta_cuda {
+namespace {
+
+constexpr int kStrideA = 68;  // floats a row of A: the left operand's reads meet no bank twice
+
+struct Shared {
+  alignas(128) __nv_bfloat16 k[kC * kD];
+  alignas(16) float a[kC * kStrideA];
+  float G[kC], beta[kC], rk[kC];  // G in powers of two
+};
+
+// Number of chunks before each packed sequence.
+__global__ void chunk_offsets_kernel(const int32_t* cu_seqlens, int N, int32_t* offsets) {
+  const int lane = threadIdx.x;
+  int before = 0;
+  for (int i = 0; i < N; i += 32) {
+    int c = i + lane < N ? (cu_seqlens[i + lane + 1] - cu_seqlens[i + lane] + kC - 1) / kC : 0;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, c, d);
+      if (lane >= d) c += other;
+    }
+    if (i + lane < N) offsets[i + lane + 1] = before + c;
+    before += __shfl_sync(~0u, c, 31);
+  }
+  if (lane == 0) offsets[0] = 0;
+}
+
+// d (16 x 8 n) += a (16 x 16 at `a`) b (16 x 8 n at `b`), tf32.
+template <int kN>
+__device__ __forceinline__ void block_product(float (&d)[kN][4], const float* a, const float* b, int lane) {
+  const int r = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int k = 0; k < 16; k += 8) {
+    uint32_t fa[4] = {tf32(a[r * kStrideA + k + c]), tf32(a[(r + 8) * kStrideA + k + c]), tf32(a[r * kStrideA + k + c + 4]),
+                      tf32(a[(r + 8) * kStrideA + k + c + 4])};
+#pragma unroll
+    for (int n = 0; n < kN; ++n) mma_tf32(d[n], fa, tf32(b[(k + c) * kStrideA + n * 8 + r]), tf32(b[(k + c + 4) * kStrideA + n * 8 + r]));
+  }
+}
+template <int kN>
+__device__ __forceinline__ void store_block(float* p, const float (&d)[kN][4], float sign, int lane) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      *reinterpret_cast<float2*>(p + (lane / 4 + 8 * h) * kStrideA + n * 8 + 2 * (lane % 4)) =
+          make_float2(sign * d[n][2 * h], sign * d[n][2 * h + 1]);
+}
+
+// raw[nb] (16 x 16 blocks) = k rows [16 block, +16) times k rows [16 nb, +16), nb <= block; also 1 / norm of the former.
+__device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t k, int block, float eps, float* norms, int lane) {
+  float s0 = 0, s1 = 0;
+#pragma unroll
+  for (int nb = 0; nb < 4; ++nb)
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) raw[nb][n][i] = 0;
+  const int ra = 16 * block + lane % 16;           // row this lane addresses of the left operand
+  const int rb = lane % 8 + (lane >= 16 ? 8 : 0);  // and of the right one
+  const int ub = (lane / 8) % 2;
+#pragma unroll
+  for (int s = 0; s < 8; ++s) {
+    uint32_t a[4], b[4];
+    load_matrix(a, k + ra * 256 + (((2 * s + lane / 16) ^ (ra & 7)) << 4));
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      s0 += low(a[i]) * low(a[i]) + high(a[i]) * high(a[i]);
+      s1 += low(a[i + 1]) * low(a[i + 1]) + high(a[i + 1]) * high(a[i + 1]);
+    }
+#pragma unroll
+    for (int nb = 0; nb < 3; ++nb)
+      if (nb < block) {
+        const int row = 16 * nb + rb;
+        load_matrix(b, k + row * 256 + (((2 * s + ub) ^ (row & 7)) << 4));
+        mma_bf16(raw[nb][0], a, b[0], b[1]);
+        mma_bf16(raw[nb][1], a, b[2], b[3]);
+      }
+    // The block on the diagonal: its right operand is the left one in another order.
+#pragma unroll
+    for (int nb = 0; nb < 4; ++nb)
+      if (nb == block) {
+        mma_bf16(raw[nb][0], a, a[0], a[2]);
+        mma_bf16(raw[nb][1], a, a[1], a[3]);
+      }
+  }
+#pragma unroll
+  for (int d = 1; d < 4; d *= 2) {
+    s0 += __shfl_xor_sync(~0u, s0, d);
+    s1 += __shfl_xor_sync(~0u, s1, d);
+  }
+  if (lane % 4 == 0) {
+    norms[16 * block + lane / 4] = rsqrtf(s0 + eps);
+    norms[16 * block + lane / 4 + 8] = rsqrtf(s1 + eps);
+  }
+}
+
+__global__ void __launch_bounds__(128, 6)
+    prepare_kernel(Shape s, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g, const float* __restrict__ beta,
+                   char* __restrict__ record) {
+  extern __shared__ __align__(128) char raw_shared[];
+  Shared& sh = *reinterpret_cast<Shared*>(raw_shared);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int hs = blockIdx.x % s.Hs, chunk = blockIdx.x / s.Hs, hk = hs / (s.Hs / s.Hk);
+
+  int token, count;  // first token of the chunk and how many it has
+  if (s.cu_seqlens == nullptr) {
+    const int n = chunk / s.chunks, c = chunk % s.chunks;
+    token = n * s.T + c * kC;
+    count = min(kC, s.T - c * kC);
+  } else {
+    if (chunk >= s.chunk_offsets[s.N]) return;
+    int lo = 0, hi = s.N;  // the last sequence whose first chunk is at or before this one
+    while (hi - lo > 1) {
+      const int mid = (lo + hi) / 2;
+      (s.chunk_offsets[mid] <= chunk ? lo : hi) = mid;
+    }
+    const int c = chunk - s.chunk_offsets[lo];
+    token = s.cu_seqlens[lo] + c * kC;
+    count = min(kC, s.cu_seqlens[lo + 1] - token);
+  }
+
+  const uint32_t ks = smem_address(sh.k);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int row = i * 8 + thread / 16, unit = thread % 16;
+    const bool valid = row < count;
+    const size_t t = token + (valid ? row : 0);
+    const uint32_t at = row * 256 + ((unit ^ (row & 7)) << 4);
+    copy16(ks + at, k + (t * s.Hk + hk) * kD + unit * 8, valid);
+  }
+  if (warp == 0) {
+    // exp(-100) is 0 in float32: what lies below says the same and would only cost the sums their digits. NaN stays.
+    float x0 = 2 * lane < count ? g[static_cast<size_t>(token + 2 * lane) * s.Hs + hs] : 0.f;
+    float x1 = 2 * lane + 1 < count ? g[static_cast<size_t>(token + 2 * lane + 1) * s.Hs + hs] : 0.f;
+    x0 = x0 < -100.f ? -100.f : x0;
+    x1 = x1 < -100.f ? -100.f : x1;
+    x1 += x0;
+    float sum = x1;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const float other = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += other;
+    }
+    sh.G[2 * lane] = (sum - x1 + x0) * kLog2e;
+    sh.G[2 * lane + 1] = sum * kLog2e;
+  } else if (warp < 3) {
+    const int t = (warp - 1) * 32 + lane;
+    sh.beta[t] = t < count ? beta[static_cast<size_t>(token + t) * s.Hs + hs] : 0.f;
+  }
+  copy_wait();
+  __syncthreads();
+
+  float kk[4][2][4];
+  gram(kk, ks, warp, s.l2_eps, sh.rk, lane);
+  __syncthreads();
+
+#pragma unroll
+  for (int nb = 0; nb < 4; ++nb)
+    if (nb <= warp) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int j = 16 * nb + 8 * n + 2 * (lane % 4);
+        const float2 g2 = *reinterpret_cast<const float2*>(&sh.G[j]), r2 = *reinterpret_cast<const float2*>(&sh.rk[j]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int t = 16 * warp + lane / 4 + 8 * h;
+          const float G = sh.G[t], f = sh.beta[t] * sh.rk[t];
+          const float a0 = j < t ? f * r2.x * power2(G - g2.x) * kk[nb][n][2 * h] : 0.f;
+          const float a1 = j + 1 < t ? f * r2.y * power2(G - g2.y) * kk[nb][n][2 * h + 1] : 0.f;
+          *reinterpret_cast<float2*>(&sh.a[t * kStrideA + j]) = make_float2(a0, a1);
+        }
+      }
+    }
+  char* const out = record + (static_cast<size_t>(chunk) * s.Hs + hs) * kRecordBytes;
+  if (thread < kC) {
+    float* rows = reinterpret_cast<float*>(out + kRecordRows);
+    const float G = sh.G[thread], rk = sh.rk[thread];
+    rows[thread] = power2(G) * rk;
+    rows[64 + thread] = thread < count ? power2(sh.G[kC - 1] - G) * rk : 0.f;
+    rows[128 + thread] = G;
+    rows[192 + thread] = rk;
+  }
+  __syncwarp();
+
+  // Inverse of the warp's own 16 x 16 block of I + A, a column a lane, by forward substitution.
+  {
+    const float* a = sh.a + 16 * warp * kStrideA + 16 * warp;
+    const int col = lane % 16;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float sum[4] = {i == col ? 1.f : 0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int l = 0; l < i; l += 4) {
+        const float4 r = *reinterpret_cast<const float4*>(a + i * kStrideA + l);
+        sum[0] -= r.x * x[l];
+        if (l + 1 < i) sum[1] -= r.y * x[l + 1];
+        if (l + 2 < i) sum[2] -= r.z * x[l + 2];
+        if (l + 3 < i) sum[3] -= r.w * x[l + 3];
+      }
+      x[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+    __syncwarp();
+    if (lane < 16)
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sh.a[(16 * warp + i) * kStrideA + 16 * warp + col] = x[i];
+  }
+  __syncthreads();
+
+  // The rest of X = (I + A)^-1 in two steps of [[X0, 0], [-X1 A10 X0, X1]]. The blocks above the diagonal are free: X_10 and X_32 are
+  // kept at (0, 1) and (2, 3), the first products of the second step at (j, i) for (i, j).
+  const auto block = [&](int i, int j) { return sh.a + 16 * i * kStrideA + 16 * j; };
+  {
+    const int i = warp / 2 * 2 + 1, j = i - 1, half = warp % 2 * 8;
+    float y[1][4] = {}, x[1][4] = {};
+    block_product(y, block(i, j), block(j, j) + half, lane);
+    store_block(block(j, i) + half, y, 1.f, lane);
+    __syncwarp();
+    block_product(x, block(i, i), block(j, i) + half, lane);
+    __syncwarp();
+    store_block(block(j, i) + half, x, -1.f, lane);
+  }
+  __syncthreads();
+  const int i = 2 + warp / 2, j = warp % 2;
+  {
+    float y[2][4] = {};
+    block_product(y, block(i, 1), j == 0 ? block(0, 1) : block(1, 1), lane);
+    if (j == 0) block_product(y, block(i, 0), block(0, 0), lane);
+    store_block(block(j, i), y, 1.f, lane);
+  }
+  __syncthreads();
+  {
+    float x[2][4] = {};
+    block_product(x, i == 2 ? block(2, 2) : block(2, 3), block(j, 2), lane);
+    if (i == 3) block_product(x, block(3, 3), block(j, 3), lane);
+    store_block(block(i, j), x, -1.f, lane);
+  }
+  __syncthreads();
+
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const int row = m * 16 + thread / 8, unit = thread % 8;
+    uint4 units = make_uint4(0, 0, 0, 0);
+    if (unit / 2 <= m) {
+      const float* from = (m % 2 == 1 && unit / 2 == m - 1 ? block(m - 1, m) : block(m, unit / 2)) + thread / 8 * kStrideA + unit % 2 * 8;
+      const float4 a = *reinterpret_cast<const float4*>(from);
+      const float4 b = *reinterpret_cast<const float4*>(from + 4);
+      const float* w = sh.beta + unit * 8;
+      units = make_uint4(pack(a.x * w[0], a.y * w[1]), pack(a.z * w[2], a.w * w[3]), pack(b.x * w[4], b.y * w[5]),
+                         pack(b.z * w[6], b.w * w[7]));
+    }
+    *reinterpret_cast<uint4*>(out + kRecordT + row * 128 + ((unit ^ (row & 7)) << 4)) = units;
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, char* record, int32_t* chunk_offsets, cudaStream_t stream) {
+  if (s.cu_seqlens != nullptr) chunk_offsets_kernel<<<1, 32, 0, stream>>>(s.cu_seqlens, s.N, chunk_offsets);
+  if (records > 0) {
+    const cudaError_t status = cudaFuncSetAttribute(prepare_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+    if (status != cudaSuccess) return status;
+    prepare_kernel<<<s.Hs * records, 128, sizeof(Shared), stream>>>(s, static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, record);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace oryx::gated_delta_cuda

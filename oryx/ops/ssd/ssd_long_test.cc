@@ -1,0 +1,109 @@
+// A million steps in float32 against the recurrence in float64, by the step form and by the parallel form in pieces.
+#include <ATen/ATen.h>
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <vector>
+
+#include "oryx/common/random.h"
+#include "oryx/ops/ssd/ssd.h"
+
+namespace oryx::ops {
+namespace {
+
+constexpr int64_t kHeads = 4, kDim = 4, kPiece = 1000, kSteps = 1000000;
+// Largest error of S and of the last output against float64, relative to the largest value, at 1,000, 10,000, 100,000 and 1,000,000 steps.
+constexpr double kBound = 1e-5;
+// The first head decays by less at a step than float32 resolves near 1 (6e-8): its factor's rounding adds up with the steps.
+constexpr double kFirstHeadBoundAStep = 5e-9;
+
+struct Piece {
+  at::Tensor q, k, v, dt;  // [1, T, heads, ...]
+};
+
+Piece draw(int64_t index) {
+  auto generator = CounterRng(7, static_cast<uint64_t>(index));
+  const auto uniform = [&] { return static_cast<float>(generator.below(1 << 24)) / (1 << 24); };
+  const auto fill = [&](std::vector<int64_t> shape, auto f) {
+    at::Tensor t = at::empty(shape, at::kFloat);
+    for (int64_t i = 0; i < t.numel(); ++i) t.mutable_data_ptr<float>()[i] = f(i);
+    return t;
+  };
+  const auto any = [&](int64_t) { return 2 * uniform() - 1; };
+  Piece p{fill({1, kPiece, kHeads, kDim}, any), fill({1, kPiece, kHeads, kDim}, any), fill({1, kPiece, kHeads, kDim}, any), {}};
+  p.dt = fill({1, kPiece, kHeads}, [&](int64_t) { return 6 * uniform() - 3; });
+  return p;
+}
+
+// Heads from one that hardly forgets within a million tokens to one that forgets within a few.
+struct Heads {
+  at::Tensor dt_bias = at::tensor({-2.0F, -4.0F, -1.0F, 0.5F});
+  at::Tensor A_log = at::tensor({-14.0F, -5.0F, 0.0F, 1.5F});
+  at::Tensor D = at::tensor({1.0F, 0.5F, 0.0F, -1.0F});
+};
+
+// The formula of ssd.h, one token of one head.
+class Oracle {
+ public:
+  void step(const Heads& heads, const Piece& p, int64_t t) {
+    for (int64_t h = 0; h < kHeads; ++h) {
+      const float* q = p.q.const_data_ptr<float>() + (t * kHeads + h) * kDim;
+      const float* k = p.k.const_data_ptr<float>() + (t * kHeads + h) * kDim;
+      const float* v = p.v.const_data_ptr<float>() + (t * kHeads + h) * kDim;
+      const double raw = static_cast<double>(p.dt.const_data_ptr<float>()[t * kHeads + h]) + heads.dt_bias.const_data_ptr<float>()[h];
+      const double dt = std::log1p(std::exp(raw)), a = std::exp(-dt * std::exp(static_cast<double>(heads.A_log.const_data_ptr<float>()[h])));
+      for (int64_t i = 0; i < kDim; ++i) {
+        double* S = &state[static_cast<size_t>((h * kDim + i) * kDim)];
+        double read = heads.D.const_data_ptr<float>()[h] * static_cast<double>(v[i]);
+        for (int64_t j = 0; j < kDim; ++j) {
+          S[j] = a * S[j] + dt * v[i] * k[j];
+          read += S[j] * q[j];
+        }
+        o[static_cast<size_t>(h * kDim + i)] = read;
+      }
+    }
+  }
+  std::vector<double> state = std::vector<double>(kHeads * kDim * kDim), o = std::vector<double>(kHeads * kDim);
+};
+
+// max|x - ref| / max|ref|, the worst of the heads [first, last); infinity for NaN.
+double error(const at::Tensor& x, const std::vector<double>& ref, int64_t first, int64_t last) {
+  const at::Tensor r = at::tensor(ref, at::kDouble).view({kHeads, -1}), d = (x.to(at::kDouble).reshape({kHeads, -1}) - r).abs();
+  const double worst = (d.amax(1) / r.abs().amax(1)).narrow(0, first, last - first).max().item<double>();
+  return std::isfinite(worst) ? worst : INFINITY;
+}
+
+TEST(SsdLong, AMillionStepsStayNearFloat64) {
+  const at::NoGradGuard no_grad;
+  const Heads heads;
+  Oracle oracle;
+  at::Tensor stepped = at::zeros({1, kHeads, kDim, kDim}), pieces = stepped.clone(), o_step, o_piece;
+  for (int64_t done = 0; done < kSteps;) {
+    const Piece p = draw(done);
+    const auto q = p.q.unbind(1), k = p.k.unbind(1), v = p.v.unbind(1), dt = p.dt.unbind(1);
+    for (size_t t = 0; t < kPiece; ++t) {
+      o_step = ssd_step(q[t], k[t], v[t], dt[t], heads.dt_bias, heads.A_log, heads.D, stepped);
+      oracle.step(heads, p, static_cast<int64_t>(t));
+    }
+    const auto r = ssd(p.q, p.k, p.v, p.dt, heads.dt_bias, heads.A_log, heads.D, pieces);
+    pieces = r.final_state;
+    o_piece = r.o[0][kPiece - 1];
+    done += kPiece;
+    if (done != 1000 && done != 10000 && done != 100000 && done != kSteps) continue;
+    const std::pair<const char*, double> worst[] = {{"steps: S", error(stepped, oracle.state, 1, kHeads)},
+                                                    {"steps: o", error(o_step, oracle.o, 1, kHeads)},
+                                                    {"pieces: S", error(pieces, oracle.state, 1, kHeads)},
+                                                    {"pieces: o", error(o_piece, oracle.o, 1, kHeads)}};
+    for (const auto& [of, e] : worst) {
+      EXPECT_LT(e, kBound) << of << " after " << done;
+      RecordProperty(fmt::format("{} {}", of, done), fmt::format("{:.1e}", e));
+    }
+    const double slow = std::max(error(stepped, oracle.state, 0, 1), error(pieces, oracle.state, 0, 1));
+    EXPECT_LT(slow, kBound + kFirstHeadBoundAStep * static_cast<double>(done));
+    RecordProperty(fmt::format("first head {}", done), fmt::format("{:.1e}", slow));
+  }
+}
+
+}  // namespace
+}  // namespace oryx::ops

@@ -1,0 +1,231 @@
+// Going back: checkpoints, the ring of the last calls, and trim.
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "oryx/common/error.h"
+#include "oryx/state/state.h"
+
+namespace oryx {
+
+namespace {
+
+// What a restart can fall back on, for an error.
+std::string way_out(bool marks) {
+  return marks ? "checkpoint more often, or keep rows (keep_rows)"
+               : "take checkpoints (checkpoint_every), a ring, or keep rows (keep_rows)";
+}
+
+}  // namespace
+
+void State::take(int64_t n, Mark& mark) const {
+  mark.length = lengths_[static_cast<size_t>(n)];
+  // The tensors of an entry that fell out of the ring are written again, unless a fork holds them.
+  if (mark.charge == nullptr || mark.charge.use_count() > 1) {
+    mark.values.clear();
+    mark.charge = std::make_shared<Charge>(budget_, mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail));
+  }
+  size_t at = 0;
+  for_each_fixed([&](const LayerState::Slot& slot) {
+    if (at == mark.values.size()) mark.values.push_back(at::empty(slot.spec.shape, slot.data.options()));
+    mark.values[at++].copy_(slot.data[n]);
+  });
+}
+
+bool State::checkpoint_due(int64_t n, int64_t length) const {
+  const auto& checkpoints = marks_[static_cast<size_t>(n)].checkpoints;
+  const int64_t last = checkpoints.empty() ? 0 : checkpoints.back().length;
+  return options_.checkpoint_every > 0 && length - last >= options_.checkpoint_every;
+}
+
+void State::take_marks(int64_t n) {
+  Marks& m = marks_[static_cast<size_t>(n)];
+  const int64_t length = lengths_[static_cast<size_t>(n)];
+  if (checkpoint_due(n, length)) take(n, m.checkpoints.emplace_back());
+  if (options_.ring == 0) return;
+  m.recent_from = std::max(m.recent_from, length - recent_);
+  Mark entry;
+  // One more than the ring: to drop R calls, the end of the one before them must stand.
+  if (static_cast<int64_t>(m.ring.size()) > options_.ring) {
+    entry = std::move(m.ring.front());
+    m.ring.pop_front();
+  }
+  take(n, entry);
+  m.ring.push_back(std::move(entry));
+}
+
+const State::Mark* State::nearest_mark(int64_t n, int64_t length) const {
+  const Marks& m = marks_[static_cast<size_t>(n)];
+  const Mark* best = nullptr;
+  for (const auto* marks : {&m.checkpoints, &m.ring}) {
+    for (const Mark& mark : *marks) {
+      if (mark.length <= length && (best == nullptr || mark.length > best->length)) best = &mark;
+    }
+  }
+  return best;
+}
+
+bool State::replayable() const {
+  bool all = true;
+  for_each_fixed([&](const LayerState::Slot& slot) { all = all && slot.spec.from_rows; });
+  return all;
+}
+
+int64_t State::reachable(int64_t sequence, int64_t length) const {
+  const int64_t held = lengths_[static_cast<size_t>(sequence)];
+  if (replayable() || length >= held) return std::min(length, held);
+  const Mark* mark = nearest_mark(sequence, length);
+  return mark != nullptr ? mark->length : 0;
+}
+
+State::State(Empty, const State& like, RowStore rows, int64_t sequences)
+    : options_(like.options_),
+      budget_(like.budget_),
+      rows_(std::move(rows)),
+      layers_(like.layers_),
+      lengths_(static_cast<size_t>(sequences), 0),
+      marks_(static_cast<size_t>(sequences)),
+      recent_(like.recent_),
+      tail_(like.tail_) {}
+
+// A state of the one sequence, which shares its rows and has recurrent slots and tails of its own, those of the mark (zeros without one). It takes no marks
+// and lives shorter than a call: no budget counts it.
+State State::one_sequence(int64_t n, const Mark* from) const {
+  State one(Empty{}, *this, rows_.view(n), 1);
+  one.options_.ring = one.options_.checkpoint_every = 0;
+  one.lengths_[0] = from != nullptr ? from->length : 0;
+  size_t at = 0;
+  for (auto& layer : one.layers_) {
+    for (auto& [name, slot] : layer.slots_) {
+      slot.recent = at::Tensor();
+      if (slot.spec.kind == SlotKind::kPerToken) continue;
+      slot.data = from != nullptr ? from->values[at++].unsqueeze(0).clone() : at::zeros_like(slot.data.narrow(0, n, 1));
+    }
+  }
+  return one;
+}
+
+State State::fork(const std::vector<int64_t>& from) const {
+  for (const int64_t n : from) TORCH_CHECK(n >= 0 && n < sequences(), "state: fork of sequence ", n, " of ", sequences());
+  TORCH_CHECK(!from.empty(), "state: a fork of no sequence");
+  Charge charge(budget_, static_cast<int64_t>(from.size()) * fixed_bytes());
+  State fork(Empty{}, *this, rows_.fork(from, lengths_), static_cast<int64_t>(from.size()));
+  fork.charge_ = std::move(charge);
+  const at::Tensor index = at::tensor(from, at::kLong).to(options_.device);
+  for (auto& layer : fork.layers_) {
+    for (auto& [name, slot] : layer.slots_) {
+      if (slot.data.defined()) slot.data = slot.data.index_select(0, index);
+      if (slot.recent.defined()) slot.recent = slot.recent.index_select(0, index);
+    }
+  }
+  for (size_t j = 0; j < from.size(); ++j) {
+    fork.lengths_[j] = lengths_[static_cast<size_t>(from[j])];
+    fork.marks_[j] = marks_[static_cast<size_t>(from[j])];
+  }
+  return fork;
+}
+
+State State::snapshot() const {
+  std::vector<int64_t> all(lengths_.size());
+  std::iota(all.begin(), all.end(), 0);
+  return fork(all);
+}
+
+void State::adopt(int64_t n, int64_t length, const State& one) {
+  std::vector<at::Tensor> values;
+  one.for_each_fixed([&](const LayerState::Slot& slot) { values.push_back(slot.data[0]); });
+  size_t at = 0;
+  for_each_fixed([&](const LayerState::Slot& slot) { slot.data[n].copy_(values[at++]); });
+  lengths_[static_cast<size_t>(n)] = length;
+  Marks& m = marks_[static_cast<size_t>(n)];
+  for (auto* marks : {&m.checkpoints, &m.ring}) {
+    while (!marks->empty() && marks->back().length > length) marks->pop_back();
+  }
+  if (options_.ring > 0 && !tails_in_ring(n, length)) restart_ring(n);
+}
+
+void State::trim(int64_t sequence, int64_t length, const Replay& model) {
+  TORCH_CHECK(sequence >= 0 && sequence < sequences(), "state: sequence ", sequence, " of ", sequences());
+  const int64_t held = lengths_[static_cast<size_t>(sequence)];
+  if (length < 0 || length > held)
+    fail("cannot trim to {} tokens: the sequence holds {}, expected 0 to {}", length, held, held);
+  if (length == held) return;
+  const Mark* mark = nearest_mark(sequence, length);
+  const int64_t from = mark != nullptr ? mark->length : 0;
+  if (from == length) return adopt(sequence, length, one_sequence(sequence, mark));
+  if (!replayable()) {
+    fail(
+        "cannot trim to {} of {} tokens: a layer keeps no rows to replay, so that only checkpoints can be reached, the "
+        "nearest one below at {}; {}",
+        length, held, from, way_out(options_.ring > 0 || options_.checkpoint_every > 0));
+  }
+  const bool tails_held = options_.ring > 0 && tails_in_ring(sequence, length);
+  const int64_t scanned = tails_held ? length : std::max<int64_t>(0, length - model.refill_tokens());
+  const Mark* base = nearest_mark(sequence, scanned);
+  State one = one_sequence(sequence, base);
+  model.scan(one, one.lengths_[0], scanned);
+  one.lengths_[0] = scanned;
+  if (tails_held) {
+    read_tails(sequence, length, one);
+  } else if (scanned < length) {
+    // The tokens before the refilled ones are not to be seen through the tails of another place.
+    one.for_each_fixed([](const LayerState::Slot& slot) {
+      if (slot.spec.kind == SlotKind::kTail) slot.data.zero_();
+    });
+    model.refill(one, length);
+  }
+  adopt(sequence, length, one);
+}
+
+// ---- the ring of convolution inputs ----
+
+void State::record(int64_t i, const std::string& name, const at::Tensor& inputs,
+                   const std::vector<int64_t>* cu_seqlens) {
+  const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
+  TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end(), "state: no slot '", name, "' in layer ", i);
+  const at::Tensor& recent = it->second.recent;
+  if (!recent.defined()) return;
+  const int64_t size = recent.size(1);
+  for (int64_t n = 0; n < sequences(); ++n) {
+    const int64_t begin = cu_seqlens != nullptr ? (*cu_seqlens)[n] : 0;
+    const int64_t end = cu_seqlens != nullptr ? (*cu_seqlens)[n + 1] : inputs.size(1);
+    const at::Tensor row = inputs[cu_seqlens != nullptr ? 0 : n];
+    // Runs of the circle, at most two: what a device copies without an index.
+    for (int64_t t = std::max(begin, end - size); t < end;) {
+      const int64_t slot = (lengths_[n] + t - begin) % size, run = std::min(end - t, size - slot);
+      recent[n].narrow(0, slot, run).copy_(row.narrow(0, t, run));
+      t += run;
+    }
+  }
+}
+
+void State::read_tails(int64_t n, int64_t length, State& one) const {
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    for (const auto& [name, slot] : layers_[i].slots_) {
+      if (slot.spec.kind != SlotKind::kTail) continue;
+      const at::Tensor tail = one.layers_[i].slots_.at(name).data[0];  // [C, w - 1]
+      const int64_t width = slot.spec.shape[1];
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t t = length - width + j;
+        t < 0 ? tail.select(1, j).zero_() : tail.select(1, j).copy_(slot.recent[n][t % slot.recent.size(1)]);
+      }
+    }
+  }
+}
+
+// The ring of inputs holds what the tails hold, and nothing before it.
+void State::restart_ring(int64_t n) {
+  const int64_t length = lengths_[static_cast<size_t>(n)];
+  for_each_fixed([&](const LayerState::Slot& slot) {
+    if (slot.spec.kind != SlotKind::kTail) return;
+    const int64_t width = slot.spec.shape[1];
+    for (int64_t j = 0; j < width; ++j) {
+      const int64_t t = length - width + j;
+      if (t >= 0) slot.recent[n][t % slot.recent.size(1)].copy_(slot.data[n].select(1, j));
+    }
+  });
+  marks_[static_cast<size_t>(n)].recent_from = std::max<int64_t>(0, length - tail_);
+}
+
+}  // namespace oryx

@@ -1,0 +1,128 @@
+// The readers of foreign bytes: every file of tests/corpus/ and thousands of mutations of them are read or refused in one line.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <filesystem>
+
+#include "oryx/common/error.h"
+#include "oryx/common/file.h"
+#include "oryx/common/hash.h"
+#include "oryx/common/random.h"
+#include "oryx/data/token_file.h"
+#include "tests/support/readers.h"
+
+namespace oryx::test {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kMutations = 4000;
+
+std::vector<std::pair<std::string, std::string>> corpus(const std::string& reader) {
+  std::vector<std::pair<std::string, std::string>> files;
+  for (const auto& entry : fs::directory_iterator(ORYX_SOURCE_DIR "/tests/corpus/" + reader)) {
+    files.emplace_back(entry.path().filename().string(), read_file(entry.path()));
+  }
+  std::sort(files.begin(), files.end());
+  return files;
+}
+
+// "" when it was read.
+std::string refusal(const ForeignReader& reader, std::string_view bytes) {
+  try {
+    reader.read(bytes);
+  } catch (const Error& e) {
+    const std::string what = e.what();
+    EXPECT_FALSE(what.empty());
+    EXPECT_EQ(what.find('\n'), std::string::npos) << what;
+    EXPECT_LT(what.size(), 2000u) << what;
+    return what;
+  } catch (const std::exception& e) {
+    ADD_FAILURE() << reader.name << ": not an oryx::Error: " << e.what();
+    return e.what();
+  }
+  return "";
+}
+
+// A token file's checksums made right again, so that a mutation meets what stands behind them.
+void reseal(std::string& bytes) {
+  TokenHeader h;
+  if (bytes.size() < sizeof h) return;
+  std::memcpy(&h, bytes.data(), sizeof h);
+  const uint64_t payload = std::min<uint64_t>(h.payload_bytes, bytes.size() - sizeof h);
+  const uint64_t tables = std::min<uint64_t>(sizeof h + (payload + 7) / 8 * 8, bytes.size());
+  h.payload_checksum = fnv1a(bytes.data() + sizeof h, payload);
+  h.tables_checksum = fnv1a(bytes.data() + tables, bytes.size() - tables);
+  h.header_checksum = fnv1a(&h, sizeof h - 8);
+  std::memcpy(bytes.data(), &h, sizeof h);
+}
+
+void mutate(std::string& bytes, CounterRng& draw, const std::string& other) {
+  static constexpr uint64_t kNumbers[] = {0, 1, 255, 256, 65535, 65536, 0x7FFFFFFF, 0xFFFFFFFF, uint64_t{1} << 60, INT64_MAX, UINT64_MAX};
+  const auto place = [&] { return static_cast<size_t>(draw.below(bytes.size() + 1)); };
+  const size_t at = place();
+  switch (draw.below(8)) {
+    case 0:  // a bit
+      if (at < bytes.size()) bytes[at] = static_cast<char>(bytes[at] ^ (1 << draw.below(8)));
+      break;
+    case 1:  // a sign of the formats
+      if (at < bytes.size()) bytes[at] = "\0\xFF\"{}[]:,@-%09\n\\"[draw.below(16)];
+      break;
+    case 2:
+      bytes.resize(at);
+      break;
+    case 3:
+      bytes.erase(at, draw.below(16) + 1);
+      break;
+    case 4:
+      bytes.insert(at, bytes.substr(place(), draw.below(64)));
+      break;
+    case 5: {  // a number, in binary
+      const uint64_t n = kNumbers[draw.below(std::size(kNumbers))];
+      const size_t size = draw.below(2) ? 8 : 4;
+      if (at + size <= bytes.size()) std::memcpy(bytes.data() + at, &n, size);
+      break;
+    }
+    case 6:  // a number, in text
+      bytes.insert(at, std::to_string(kNumbers[draw.below(std::size(kNumbers))]));
+      break;
+    default:
+      bytes = bytes.substr(0, at) + other.substr(std::min<size_t>(place(), other.size()));
+  }
+}
+
+class Readers : public ::testing::TestWithParam<ForeignReader> {};
+
+TEST_P(Readers, CorpusIsReadOrRefused) {
+  const auto files = corpus(GetParam().name);
+  int good = 0;
+  for (const auto& [name, bytes] : files) {
+    SCOPED_TRACE(name);
+    const std::string message = refusal(GetParam(), bytes);
+    // The name says what is expected: good-*, bad-*.
+    EXPECT_EQ(message.empty(), name.starts_with("good-")) << message;
+    good += message.empty();
+  }
+  EXPECT_GE(good, 1);
+}
+
+TEST_P(Readers, MutationsAreReadOrRefused) {
+  const auto files = corpus(GetParam().name);
+  ASSERT_FALSE(files.empty());
+  int refused = 0;
+  for (int i = 0; i < kMutations && !HasFailure(); ++i) {
+    CounterRng draw(1, static_cast<uint64_t>(i));
+    std::string bytes = files[draw.below(files.size())].second;
+    const std::string& other = files[draw.below(files.size())].second;
+    for (uint64_t n = 1 + draw.below(4); n > 0; --n) mutate(bytes, draw, other);
+    if (GetParam().name == "token_file" && draw.below(4) != 0) reseal(bytes);
+    SCOPED_TRACE(i);
+    refused += !refusal(GetParam(), bytes).empty();
+  }
+  EXPECT_GT(refused, kMutations / 10);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Readers, ::testing::ValuesIn(foreign_readers()), [](const auto& info) { return info.param.name; });
+
+}  // namespace
+}  // namespace oryx::test

@@ -1,0 +1,94 @@
+#include "tests/support/readers.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+
+#include "oryx/common/error.h"
+#include "oryx/common/options.h"
+#include "oryx/data/sentencepiece.h"
+#include "oryx/data/token_file.h"
+#include "oryx/io/safetensors.h"
+#include "oryx/model/config.h"
+#include "oryx/modes/layer_schedules.h"
+
+namespace oryx::test {
+
+namespace {
+
+// Bytes as a file that no disk knows.
+class MemoryFile {
+ public:
+  explicit MemoryFile(std::string_view bytes) : fd_(::memfd_create("foreign", 0)) {
+    if (fd_ < 0) fail_errno("memfd", "create");
+    if (::write(fd_, bytes.data(), bytes.size()) != static_cast<ssize_t>(bytes.size())) fail_errno("memfd", "write");
+  }
+  ~MemoryFile() { ::close(fd_); }
+  MemoryFile(const MemoryFile&) = delete;
+  MemoryFile& operator=(const MemoryFile&) = delete;
+  std::string path() const { return "/proc/self/fd/" + std::to_string(fd_); }
+
+ private:
+  int fd_;
+};
+
+void read_safetensors(std::string_view bytes) {
+  const MemoryFile file(bytes);
+  const SafetensorsReader reader(file.path());
+  for (const auto& [name, info] : reader.tensors()) reader.load(name);
+}
+
+void read_config(std::string_view bytes) {
+  const MemoryFile file(bytes);
+  const auto config = load_options<ModelConfig>(file.path());
+  if (dump_options(config).empty()) throw std::logic_error("a config without text");
+}
+
+void read_schedule(std::string_view bytes) {
+  const std::vector<std::vector<std::string>> layers(3, {"gated_delta_net", "attention"});
+  ModeContext context;
+  context.prompt_length = 1000;
+  for (const Schedule& s : parse_layer_schedules(Json(std::string(bytes)), layers)) {
+    const auto spans = s.resolve(context, 0, 1100);
+    int32_t at = 0;
+    for (const ModeSpan& span : spans) {
+      if (span.begin != at || span.end <= at || span.mixer < 0 || span.mixer > 1) throw std::logic_error("spans do not cover the document");
+      at = span.end;
+    }
+    if (at != 1100 || Schedule::parse(s.text(), layers[0]).text() != s.text()) throw std::logic_error("the text is not canonical");
+  }
+}
+
+void read_tokenizer(std::string_view bytes) {
+  const auto tokenizer = load_sentencepiece("foreign", std::string(bytes));
+  std::vector<int32_t> ids = tokenizer->encode("Größe 12\n\tof a \xE2\x96\x81 state");
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= tokenizer->vocab_size()) throw std::logic_error("an id outside the vocabulary");
+  }
+  (void)tokenizer->decode(ids);
+}
+
+void read_token_file(std::string_view bytes) {
+  const MemoryFile file(bytes);
+  TokenFile tokens(file.path());
+  for (uint64_t i = 0; i < tokens.documents(); ++i) {
+    std::vector<int64_t> document(std::min<uint64_t>(tokens.document_size(i), 1 << 12));
+    tokens.read(tokens.document_begin(i), document);
+  }
+  tokens.verify();
+}
+
+}  // namespace
+
+const std::vector<ForeignReader>& foreign_readers() {
+  static const std::vector<ForeignReader> all = {{"safetensors", read_safetensors},
+                                                 {"config", read_config},
+                                                 {"schedule", read_schedule},
+                                                 {"tokenizer", read_tokenizer},
+                                                 {"token_file", read_token_file}};
+  return all;
+}
+
+}  // namespace oryx::test
