@@ -30,7 +30,7 @@ TEST(ImportExport, AnImportedModelIsInspectedEvaluatedAndGenerates) {
   ProgramResult r = run({"export", path("own"), "--out", path("hf")});
   ASSERT_EQ(r.exit_code, 0) << r.err;
   EXPECT_THAT(r.out, HasSubstr("llama of 4 layers"));
-  // A tokeniser of a kind that is not read here goes along and stands in nobody's way.
+  // A tokeniser of a kind that is not read here goes along and stands in the way of nobody who brings another.
   write_file(folder / "hf/tokenizer.json", "{}");
   r = run({"import", path("hf"), "--out", path("model")});
   ASSERT_EQ(r.exit_code, 0) << r.err;
@@ -58,7 +58,7 @@ TEST(ImportExport, AnImportedModelIsInspectedEvaluatedAndGenerates) {
   EXPECT_EQ(scored("model"), scored("own"));
   r = run({"generate", path("model"), "--prompt", "It was"});
   EXPECT_EQ(r.exit_code, 1);
-  EXPECT_THAT(r.err, HasSubstr("has no tokeniser; give one with --tokenizer"));
+  EXPECT_THAT(r.err, HasSubstr("model/tokenizer.json: not a tokenizer.json"));
 }
 
 TEST(ImportExport, MistakesAreOneLine) {

@@ -65,18 +65,19 @@ TEST(Inspect, OryxCountsByHand) {
 TEST(Inspect, StateBytesByHand) {
   const auto j = inspect_json({"130m", "--context", "1,1000"});
   const int64_t L = 12, H = 12, dim = 64, w = 4;
+  const int64_t replay = L * (2 * H * 4 + 1) + 4;  // a token's g and beta by head, its mode by layer, its id: what a trim reads
   ASSERT_EQ(j["state_bytes"].size(), 2u);
   for (const auto& row : j["state_bytes"]) {
     const int64_t tokens = row["context"];
     EXPECT_EQ(row["recurrent"], L * H * dim * dim * 4);
     EXPECT_EQ(row["tails"], L * 2 * H * dim * (w - 1) * 4);
-    EXPECT_EQ(row["tokens"], tokens * L * 2 * H * dim * 4);
+    EXPECT_EQ(row["tokens"], tokens * (L * 2 * H * dim * 4 + replay));
     EXPECT_EQ(row["total"].get<int64_t>(),
               row["recurrent"].get<int64_t>() + row["tails"].get<int64_t>() + row["tokens"].get<int64_t>());
   }
   const auto half = inspect_json({"130m", "--context", "1000", "--precision", "bfloat16"})["state_bytes"][0];
   EXPECT_EQ(half["recurrent"], L * H * dim * dim * 4);  // float32 always
-  EXPECT_EQ(half["tokens"], 1000 * L * 2 * H * dim * 2);
+  EXPECT_EQ(half["tokens"], 1000 * (L * 2 * H * dim * 2 + replay));
   // A purely linear model keeps no tokens.
   EXPECT_EQ(inspect_json({"130m-gdn", "--context", "1000"})["state_bytes"][0]["tokens"], 0);
 }

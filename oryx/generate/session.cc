@@ -41,19 +41,22 @@ SessionOptions resumed(SessionOptions options, const State& state) {
 MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece, at::ScalarType compute, const StateOptions& state) {
   MemoryPlan plan;
   plan.state = state_bytes(config, tokens, compute, state);
-  const LayerConfig& c = config.layer;
-  size_t mixers = 1;
-  for (int64_t i = 0; i < config.num_layers; ++i) mixers = std::max(mixers, config.mixers_of(i).size());
   // Values a token that stand at once in a layer: the residual stream and its norms; keys, values and gate around the convolution; a
-  // query and an output for each mixer; the recurrences' float32 working copies; the feed-forward's three.
-  const int64_t stream = 6 * c.hidden_size + 3 * (c.key_width() + c.value_width()) + c.output_width();
-  const int64_t mixing = static_cast<int64_t>(mixers) * 2 * (c.query_width() + c.output_width());
-  const int64_t recurrence = 8 * c.num_heads * std::max(c.head_dim, c.value_dim());
-  const int64_t values = std::max(stream + mixing + recurrence, stream + 3 * c.intermediate_size);
+  // query and an output for each mixer; the recurrences' float32 working copies; the feed-forward's three. The widest layer counts.
+  int64_t values = 0, key_width = 0;
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    const LayerConfig c = config.layer_of(config.mixers_of(i));
+    const auto mixers = static_cast<int64_t>(config.mixers_of(i).size());
+    const int64_t stream = 6 * c.hidden_size + 3 * (c.key_width() + c.value_width()) + c.output_width();
+    const int64_t mixing = mixers * 2 * (c.query_width() + c.output_width());
+    const int64_t recurrence = 8 * c.output_heads() * std::max(c.head_dim, c.value_dim());
+    values = std::max({values, stream + mixing + recurrence, stream + 3 * c.intermediate_size});
+    key_width = std::max(key_width, c.key_width());
+  }
   // float32 even where activations are shorter: norms, softmax and recurrences work in it.
   plan.activations = 4 * (piece * values + 2 * config.vocab_size);
   // Attention rotates a copy of one layer's cached keys, in float32 on the way.
-  if (plan.state.tokens > 0) plan.activations += (4 + static_cast<int64_t>(at::elementSize(compute))) * tokens * c.key_width();
+  if (plan.state.tokens > 0) plan.activations += (4 + static_cast<int64_t>(at::elementSize(compute))) * tokens * key_width;
   return plan;
 }
 

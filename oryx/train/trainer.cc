@@ -27,14 +27,16 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 // nothing that fits is refused.
 void check_memory(const TrainOptions& o) {
   const ModelConfig& model = o.model;
-  const LayerConfig& c = model.layer;
   const double parameters = 16.0 * static_cast<double>(count_parameters(model));
   // The residual stream twice, keys and values before and after their convolution, gate and output, the feed-forward's two.
-  const int64_t kept = o.checkpoint_layers ? 2 * c.hidden_size
-                                           : 2 * c.hidden_size + (c.conv ? 2 : 1) * (c.key_width() + c.value_width()) +
-                                                 (c.gate ? 2 : 1) * c.output_width() + 2 * c.intermediate_size;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < model.num_layers; ++i) {
+    const LayerConfig c = model.layer_of(model.mixers_of(i));
+    kept += 2 * c.hidden_size;
+    if (!o.checkpoint_layers) kept += (c.conv ? 2 : 1) * (c.key_width() + c.value_width()) + (c.gate ? 2 : 1) * c.output_width() + 2 * c.intermediate_size;
+  }
   const double bytes = o.precision == Precision::kBfloat16 ? 2 : 4;
-  const double activations = bytes * static_cast<double>(o.batch_size * o.seq_len) * static_cast<double>(kept * model.num_layers);
+  const double activations = bytes * static_cast<double>(o.batch_size * o.seq_len) * static_cast<double>(kept);
   if (o.device != "cpu") return;  // a GPU's memory is its own
   const auto free = static_cast<double>(available_memory());
   if (parameters + activations <= free) return;
