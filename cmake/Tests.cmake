@@ -11,8 +11,10 @@ file(GLOB _support CONFIGURE_DEPENDS "${CMAKE_SOURCE_DIR}/tests/support/*.cc")
 target_sources(oryx_test_support PRIVATE ${_support})
 target_link_libraries(oryx_test_support PUBLIC oryx oryx_options GTest::gtest GTest::gmock PkgConfig::ZSTD)
 target_include_directories(oryx_test_support PUBLIC "${CMAKE_SOURCE_DIR}")
-target_compile_definitions(oryx_test_support PUBLIC
+# For that file alone: a definition for all would set the tests' objects of two checkouts apart.
+set_property(SOURCE "${CMAKE_SOURCE_DIR}/tests/support/paths.cc" APPEND PROPERTY COMPILE_DEFINITIONS
   ORYX_SOURCE_DIR="${CMAKE_SOURCE_DIR}" ORYX_PROGRAM="${CMAKE_BINARY_DIR}/oryx")
+set_source_files_properties("${CMAKE_SOURCE_DIR}/tests/support/paths.cc" PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
 target_precompile_headers(oryx_test_support REUSE_FROM oryx)
 
 function(oryx_add_tests room)

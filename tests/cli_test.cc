@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/support/paths.h"
 #include "tests/support/program.h"
 
 namespace oryx::test {
@@ -73,7 +74,7 @@ TEST(Program, FullDiskIsAnError) {
 
 TEST(Program, ClosedPipeEndsQuietly) {
   const auto r =
-      run_command({"bash", "-c", "{ sleep 0.2; \"$0\" --help; echo \"code $?\" >&2; } | true", ORYX_PROGRAM});
+      run_command({"bash", "-c", "{ sleep 0.2; \"$0\" --help; echo \"code $?\" >&2; } | true", test::program_path()});
   EXPECT_EQ(r.err, "code 141\n");
 }
 

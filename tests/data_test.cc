@@ -6,6 +6,7 @@
 
 #include "oryx/common/file.h"
 #include "oryx/data/test_support.h"
+#include "tests/support/paths.h"
 #include "tests/support/program.h"
 
 namespace oryx::test {
@@ -70,17 +71,20 @@ TEST_F(DataCommands, FromTextToADataSet) {
 
 // A Hugging Face tokenizer.json all the way: data set, training, generation from the run's own copy.
 TEST_F(DataCommands, ATokenizerJsonFromTextToGeneration) {
-  const std::string tokenizer = ORYX_SOURCE_DIR "/tests/data/bpe/llama3.json", text = "  größe\n\t12 don't 日本";
+  const std::string tokenizer = test::source_path("tests/data/bpe/llama3.json"), text = "  größe\n\t12 don't 日本";
   const auto encoded = run({"tokenizer", "encode", tokenizer}, {.input = text});
   ASSERT_EQ(encoded.exit_code, 0) << encoded.err;
   EXPECT_EQ(run({"tokenizer", "decode", tokenizer}, {.input = encoded.out}).out, text);
 
-  const auto built = run({"data", "build", path("text"), "--tokenizer", tokenizer, "--out", path("set"), "--valid", "0.1"});
+  const auto built =
+      run({"data", "build", path("text"), "--tokenizer", tokenizer, "--out", path("set"), "--valid", "0.1"});
   ASSERT_EQ(built.exit_code, 0) << built.err;
   EXPECT_TRUE(std::filesystem::exists(folder_ / "set/tokenizer.json"));
-  const auto trained = run({"train", "data=" + path("set"), "out=" + path("run"), "steps=2", "warmup_steps=1", "batch_size=1", "seq_len=64", "--threads", "1"});
+  const auto trained = run({"train", "data=" + path("set"), "out=" + path("run"), "steps=2", "warmup_steps=1",
+                            "batch_size=1", "seq_len=64", "--threads", "1"});
   ASSERT_EQ(trained.exit_code, 0) << trained.err;
-  const auto generated = run({"generate", path("run"), "--prompt", "The state", "--max-new-tokens", "4", "--threads", "1", "--json"});
+  const auto generated =
+      run({"generate", path("run"), "--prompt", "The state", "--max-new-tokens", "4", "--threads", "1", "--json"});
   ASSERT_EQ(generated.exit_code, 0) << generated.err;
   EXPECT_EQ(nlohmann::json::parse(generated.out).at("ids").size(), 4u);
 }

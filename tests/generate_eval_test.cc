@@ -10,6 +10,7 @@
 #include "oryx/data/test_support.h"
 #include "oryx/data/tokenizer.h"
 #include "oryx/model/checkpoint.h"
+#include "tests/support/paths.h"
 #include "tests/support/program.h"
 
 namespace oryx::test {
@@ -66,8 +67,9 @@ void expect_error(const ProgramResult& r, const std::string& part, int code = 1)
 }
 
 TEST_F(GenerateEval, StreamsTheTextThatJsonHolds) {
-  const std::vector<std::string> options = {"--max-new-tokens", "40", "--temperature", "1.2", "--top-k", "50", "--top-p", "0.95", "--seed", "4",
-                                            "--schedule", "attention@prompt,linear@gen"};
+  const std::vector<std::string> options = {"--max-new-tokens", "40", "--temperature", "1.2",
+                                            "--top-k",          "50", "--top-p",       "0.95",
+                                            "--seed",           "4",  "--schedule",    "attention@prompt,linear@gen"};
   auto with = [&](std::vector<std::string> more) {
     more.insert(more.end(), options.begin(), options.end());
     return more;
@@ -91,20 +93,25 @@ TEST_F(GenerateEval, StreamsTheTextThatJsonHolds) {
   // The same prompt from standard input, with its line end, and from a file, of a run's folder.
   EXPECT_EQ(generate(options, {.input = "Hello\n"}).out, streamed.out);
   write_file(file("prompt.txt"), "Hello\n");
-  EXPECT_EQ(run(command({"generate", run_folder().string()}, with({"--prompt-file", file("prompt.txt").string()}))).out, streamed.out);
+  EXPECT_EQ(run(command({"generate", run_folder().string()}, with({"--prompt-file", file("prompt.txt").string()}))).out,
+            streamed.out);
 }
 
 TEST_F(GenerateEval, GenerateStatsGoToStandardError) {
   const auto r = generate({"--prompt", "abc", "--max-new-tokens", "3", "--stats", "--precision", "bfloat16"});
   ASSERT_EQ(r.exit_code, 0) << r.err;
-  for (const char* word : {"prompt", "tokens/s", "ms a token", "attention", "keys and values", "predicted"}) EXPECT_THAT(r.err, HasSubstr(word));
+  for (const char* word : {"prompt", "tokens/s", "ms a token", "attention", "keys and values", "predicted"})
+    EXPECT_THAT(r.err, HasSubstr(word));
 }
 
 TEST_F(GenerateEval, InterruptEndsTheTextCleanly) {
   // Waits for the first token, which is flushed as it comes.
-  const auto r = run_command({"bash", "-c", "\"$0\" generate \"$1\" --tokenizer byte --threads 1 --prompt a --temperature 1 --max-new-tokens 100000 > \"$2\" & "
-                              "while [ ! -s \"$2\" ]; do sleep 0.02; done; kill -INT $!; wait $!; echo \"code $?\"; tail -c 1 \"$2\" | wc -l",
-                              ORYX_PROGRAM, model().string(), file("out.txt").string()});
+  const auto r = run_command(
+      {"bash", "-c",
+       "\"$0\" generate \"$1\" --tokenizer byte --threads 1 --prompt a --temperature 1 --max-new-tokens 100000 > "
+       "\"$2\" & "
+       "while [ ! -s \"$2\" ]; do sleep 0.02; done; kill -INT $!; wait $!; echo \"code $?\"; tail -c 1 \"$2\" | wc -l",
+       test::program_path(), model().string(), file("out.txt").string()});
   EXPECT_EQ(r.out, "code 130\n1\n");
   EXPECT_THAT(r.err, StartsWith("oryx: error: interrupted after "));
 }
@@ -127,7 +134,8 @@ TEST_F(GenerateEval, GenerateBadInput) {
 
 TEST_F(GenerateEval, PerplexityOfAFolderOfText) {
   const std::string json = file("perplexity.json").string();
-  const auto r = eval("perplexity", {"--data", text().string(), "--seq-len", "16", "--batch-tokens", "64", "--json", json});
+  const auto r =
+      eval("perplexity", {"--data", text().string(), "--seq-len", "16", "--batch-tokens", "64", "--json", json});
   ASSERT_EQ(r.exit_code, 0) << r.err;
   EXPECT_THAT(r.out, HasSubstr("bits/byte"));
   const Json j = parse_json(read_file(json), json);
@@ -137,11 +145,12 @@ TEST_F(GenerateEval, PerplexityOfAFolderOfText) {
   EXPECT_EQ(j["rows"][1]["attention_share"], 1.0);
   for (const auto& row : j["rows"]) {
     EXPECT_EQ(row["text_bytes"], 34 + 3 + 14);
-    EXPECT_EQ(row["targets"], 34 + 3 + 14 + 3);  // three eos
+    EXPECT_EQ(row["targets"], 34 + 3 + 14 + 3);             // three eos
     EXPECT_NEAR(row["perplexity"].get<double>(), 260, 80);  // a random model
     EXPECT_NEAR(row["bits_per_byte"].get<double>(), row["nats"].get<double>() * 54 / 51 / std::log(2.0), 1e-9);
   }
-  const auto two = eval("perplexity", {"--data", text().string(), "--schedule", "attention", "--schedule", "linear,attention@50%:", "--max-tokens", "20"});
+  const auto two = eval("perplexity", {"--data", text().string(), "--schedule", "attention", "--schedule",
+                                       "linear,attention@50%:", "--max-tokens", "20"});
   ASSERT_EQ(two.exit_code, 0) << two.err;
   EXPECT_EQ(std::count(two.out.begin(), two.out.end(), '\n'), 3);
 }
@@ -154,7 +163,8 @@ TEST_F(GenerateEval, RecallAndNeedle) {
   ASSERT_EQ(j["rows"].size(), 3u * 2 * 2);  // linear, attention, queries
   EXPECT_EQ(j["rows"].back()["schedule"], "queries");
   EXPECT_NEAR(j["rows"].back()["attention_share"].get<double>(), 0.1, 1e-12);
-  const auto needle = eval("needle", {"--lengths", "[300]", "--depths", "0.5", "--examples", "1", "--schedule", "question"});
+  const auto needle =
+      eval("needle", {"--lengths", "[300]", "--depths", "0.5", "--examples", "1", "--schedule", "question"});
   ASSERT_EQ(needle.exit_code, 0) << needle.err;
   EXPECT_THAT(needle.out, HasSubstr("question"));
 }

@@ -2,13 +2,15 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/support/paths.h"
 #include "tests/support/program.h"
 
 namespace oryx::test {
 namespace {
 
 TEST(Kill, ATrainingRunResumesBitForBit) {
-  const auto r = run_command({"python3", ORYX_SOURCE_DIR "/tools/kill_test.py", "--program", ORYX_PROGRAM, "--kills", "5", "--steps", "12"},
+  const auto r = run_command({"python3", test::source_path("tools/kill_test.py"), "--program", test::program_path(),
+                              "--kills", "5", "--steps", "12"},
                              {.env = {{"OMP_NUM_THREADS", "1"}}});
   EXPECT_EQ(r.exit_code, 0) << r.err;
   EXPECT_THAT(r.out, ::testing::HasSubstr("5 kills"));

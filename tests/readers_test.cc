@@ -1,4 +1,5 @@
-// The readers of foreign bytes: every file of tests/corpus/ and thousands of mutations of them are read or refused in one line.
+// The readers of foreign bytes: every file of tests/corpus/ and thousands of mutations of them are read or refused in
+// one line.
 #include <gtest/gtest.h>
 
 #include <cstring>
@@ -9,6 +10,7 @@
 #include "oryx/common/hash.h"
 #include "oryx/common/random.h"
 #include "oryx/data/token_file.h"
+#include "tests/support/paths.h"
 #include "tests/support/readers.h"
 
 namespace oryx::test {
@@ -20,7 +22,7 @@ constexpr int kMutations = 4000;
 
 std::vector<std::pair<std::string, std::string>> corpus(const std::string& reader) {
   std::vector<std::pair<std::string, std::string>> files;
-  for (const auto& entry : fs::directory_iterator(ORYX_SOURCE_DIR "/tests/corpus/" + reader)) {
+  for (const auto& entry : fs::directory_iterator(test::source_path("tests/corpus/") + reader)) {
     files.emplace_back(entry.path().filename().string(), read_file(entry.path()));
   }
   std::sort(files.begin(), files.end());
@@ -58,7 +60,8 @@ void reseal(std::string& bytes) {
 }
 
 void mutate(std::string& bytes, CounterRng& draw, const std::string& other) {
-  static constexpr uint64_t kNumbers[] = {0, 1, 255, 256, 65535, 65536, 0x7FFFFFFF, 0xFFFFFFFF, uint64_t{1} << 60, INT64_MAX, UINT64_MAX};
+  static constexpr uint64_t kNumbers[] = {
+      0, 1, 255, 256, 65535, 65536, 0x7FFFFFFF, 0xFFFFFFFF, uint64_t{1} << 60, INT64_MAX, UINT64_MAX};
   const auto place = [&] { return static_cast<size_t>(draw.below(bytes.size() + 1)); };
   const size_t at = place();
   switch (draw.below(8)) {
@@ -122,7 +125,8 @@ TEST_P(Readers, MutationsAreReadOrRefused) {
   EXPECT_GT(refused, kMutations / 10);
 }
 
-INSTANTIATE_TEST_SUITE_P(All, Readers, ::testing::ValuesIn(foreign_readers()), [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(All, Readers, ::testing::ValuesIn(foreign_readers()),
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace oryx::test

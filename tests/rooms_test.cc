@@ -7,6 +7,7 @@
 #include <regex>
 
 #include "oryx/common/file.h"
+#include "tests/support/paths.h"
 
 namespace oryx::test {
 namespace {
@@ -16,7 +17,7 @@ namespace fs = std::filesystem;
 // Room -> its place in the table.
 std::map<std::string, int> rooms() {
   std::map<std::string, int> order;
-  const std::string page = read_file(ORYX_SOURCE_DIR "/docs/architecture.md");
+  const std::string page = read_file(test::source_path("docs/architecture.md"));
   const std::regex row(R"(\n\| `oryx/([a-z_]+)/` \|)");
   for (std::sregex_iterator it(page.begin(), page.end(), row), end; it != end; ++it)
     order.emplace((*it)[1], static_cast<int>(order.size()));
@@ -34,9 +35,9 @@ TEST(Rooms, IncludeOnlyRoomsAbove) {
   ASSERT_GT(order.size(), 10u);
   const std::regex include(R"(#include "oryx/([a-z_]+)/)");
   int checked = 0;
-  for (const auto& entry : fs::recursive_directory_iterator(ORYX_SOURCE_DIR "/oryx")) {
+  for (const auto& entry : fs::recursive_directory_iterator(test::source_path("oryx"))) {
     if (!entry.is_regular_file() || !is_source(entry.path())) continue;
-    const std::string room = (*++fs::relative(entry.path(), ORYX_SOURCE_DIR).begin()).string();
+    const std::string room = (*++fs::relative(entry.path(), test::source_path("")).begin()).string();
     ASSERT_TRUE(order.count(room)) << "the room oryx/" << room << " is missing in docs/architecture.md";
     const std::string text = read_file(entry.path());
     for (std::sregex_iterator it(text.begin(), text.end(), include), end; it != end; ++it) {
@@ -51,7 +52,7 @@ TEST(Rooms, IncludeOnlyRoomsAbove) {
 }
 
 TEST(Rooms, FilesAreShort) {
-  for (const auto& entry : fs::recursive_directory_iterator(ORYX_SOURCE_DIR "/oryx")) {
+  for (const auto& entry : fs::recursive_directory_iterator(test::source_path("oryx"))) {
     if (!entry.is_regular_file() || !is_source(entry.path())) continue;
     const std::string text = read_file(entry.path());
     EXPECT_LE(std::count(text.begin(), text.end(), '\n'), 600) << entry.path();

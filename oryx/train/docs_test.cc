@@ -6,6 +6,7 @@
 
 #include "oryx/common/file.h"
 #include "oryx/train/options.h"
+#include "tests/support/paths.h"
 
 namespace oryx {
 namespace {
@@ -16,13 +17,13 @@ TEST(TrainingDocs, ListEveryKey) {
   const std::string table = train_options_table();
   EXPECT_THAT(table, HasSubstr("| `steps` |"));
   EXPECT_THAT(table, ::testing::Not(HasSubstr("`model.")));
-  EXPECT_THAT(read_file(ORYX_SOURCE_DIR "/docs/training.md"), HasSubstr(table))
+  EXPECT_THAT(read_file(test::source_path("docs/training.md")), HasSubstr(table))
       << "replace the table by what `oryx train --keys` prints";
 }
 
 TEST(TrainingConfigs, AreValid) {
   int count = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(ORYX_SOURCE_DIR "/configs")) {
+  for (const auto& entry : std::filesystem::directory_iterator(test::source_path("configs"))) {
     if (entry.path().extension() != ".json") continue;
     ++count;
     // A data set's vocabulary, as `oryx train` passes it, and none.

@@ -5,6 +5,7 @@
 
 #include "oryx/common/file.h"
 #include "oryx/io/safetensors.h"
+#include "tests/support/paths.h"
 
 namespace oryx::test {
 
@@ -25,7 +26,7 @@ fs::path fixture_folder() {
     if (!fs::is_directory(env)) throw std::runtime_error(std::string("ORYX_FIXTURES=") + env + " is no folder");
     return env;
   }
-  const fs::path beside = fs::path(ORYX_SOURCE_DIR) / ".." / "shared" / "fixtures";
+  const fs::path beside = fs::path(test::source_path("..")) / "shared" / "fixtures";
   return fs::is_directory(beside) ? fs::canonical(beside) : fs::path();
 }
 

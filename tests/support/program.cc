@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "tests/support/paths.h"
+
 extern char** environ;
 
 namespace oryx::test {
@@ -85,7 +87,7 @@ ProgramResult run_command(const std::vector<std::string>& command, const Program
 }
 
 ProgramResult run(const std::vector<std::string>& args, const ProgramOptions& options) {
-  std::vector<std::string> command = {ORYX_PROGRAM};
+  std::vector<std::string> command = {test::program_path()};
   command.insert(command.end(), args.begin(), args.end());
   return run_command(command, options);
 }

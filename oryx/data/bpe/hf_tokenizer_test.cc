@@ -11,6 +11,7 @@
 #include "oryx/common/random.h"
 #include "oryx/data/test_support.h"
 #include "oryx/data/tokenizer.h"
+#include "tests/support/paths.h"
 
 namespace oryx {
 namespace {
@@ -21,7 +22,7 @@ using test::error_of;
 using test::TemporaryFolder;
 using ::testing::HasSubstr;
 
-const fs::path kSmall = fs::path(ORYX_SOURCE_DIR) / "tests/data/bpe";
+const fs::path kSmall = fs::path(test::source_path("tests/data/bpe"));
 
 std::vector<fs::path> files_in(const fs::path& folder) {
   std::vector<fs::path> files;
@@ -38,14 +39,18 @@ void replay(const fs::path& folder) {
   for (const auto& file : files_in(folder)) {
     const auto t = load_tokenizer(file);
     const json tokenizer = json::parse(read_file(file));
-    const auto want = json::parse(read_file(fs::path(file).replace_extension(".ids"))).get<std::vector<std::vector<int32_t>>>();
+    const auto want =
+        json::parse(read_file(fs::path(file).replace_extension(".ids"))).get<std::vector<std::vector<int32_t>>>();
     ASSERT_EQ(want.size(), texts.size());
-    const bool same_back = tokenizer["normalizer"].is_null() && tokenizer["pre_tokenizer"].dump().find("\"Removed\"") == std::string::npos && !t->leading_space();
+    const bool same_back = tokenizer["normalizer"].is_null() &&
+                           tokenizer["pre_tokenizer"].dump().find("\"Removed\"") == std::string::npos &&
+                           !t->leading_space();
     size_t compared = 0;
     for (size_t i = 0; i < texts.size(); ++i) {
       const auto ids = t->encode(texts[i]);
       EXPECT_EQ(ids, want[i]) << file.filename() << " text " << i << ": " << json(texts[i]).dump(-1, ' ', true);
-      const bool framed = std::any_of(ids.begin(), ids.end(), [&](int32_t id) { return id == t->bos_id() || id == t->eos_id(); });
+      const bool framed =
+          std::any_of(ids.begin(), ids.end(), [&](int32_t id) { return id == t->bos_id() || id == t->eos_id(); });
       if (!same_back || framed) continue;
       EXPECT_EQ(t->decode(ids), texts[i]) << file.filename() << " text " << i;
       ++compared;
@@ -61,7 +66,9 @@ TEST(HuggingFaceTokenizer, IdsOfTheSmallFiles) {
 
 TEST(HuggingFaceTokenizer, IdsOfPublishedFiles) {
   const char* folder = std::getenv("ORYX_TOKENIZERS");
-  if (folder == nullptr) GTEST_SKIP() << "no published tokenizer.json here: set ORYX_TOKENIZERS to a folder that tools/make_bpe_fixtures.py --of wrote";
+  if (folder == nullptr)
+    GTEST_SKIP() << "no published tokenizer.json here: set ORYX_TOKENIZERS to a folder that tools/make_bpe_fixtures.py "
+                    "--of wrote";
   ASSERT_FALSE(files_in(folder).empty()) << folder;
   replay(folder);
 }
@@ -122,10 +129,12 @@ TEST(HuggingFaceTokenizer, TextThatIsNotUtf8IsRefused) {
   EXPECT_THAT(error_of([&] { t->encode("abc\xE2\x96"); }), HasSubstr("not UTF-8 at byte 3"));
 }
 
-// Long pieces take time in proportion to their length, nearly: a piece of a million bytes is a second or so, not an hour.
+// Long pieces take time in proportion to their length, nearly: a piece of a million bytes is a second or so, not an
+// hour.
 TEST(HuggingFaceTokenizer, LongPieces) {
   const auto t = load_tokenizer(kSmall / "llama3.json");
-  for (const std::string& text : {std::string(400000, 'x'), std::string(400000, ' '), std::string(400000, '\n'), std::string(200000, ' ') + "\nend", std::string(400000, '7')}) {
+  for (const std::string& text : {std::string(400000, 'x'), std::string(400000, ' '), std::string(400000, '\n'),
+                                  std::string(200000, ' ') + "\nend", std::string(400000, '7')}) {
     const auto start = std::chrono::steady_clock::now();
     EXPECT_EQ(t->decode(t->encode(text)), text);
     EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20)) << text.front();
@@ -155,27 +164,39 @@ TEST(HuggingFaceTokenizer, BadFiles) {
       {"model.end_of_word_suffix is not read", [](json& j) { j["model"]["end_of_word_suffix"] = "</w>"; }},
       {"model.dropout is not read", [](json& j) { j["model"]["dropout"] = 0.1; }},
       {"merges: entry 0 is 7, expected two tokens", [](json& j) { j["model"]["merges"][0] = 7; }},
-      {"merges: entry 1 joins 'q' and 'xyz', which the vocabulary lacks", [](json& j) { j["model"]["merges"][1] = "q xyz"; }},
+      {"merges: entry 1 joins 'q' and 'xyz', which the vocabulary lacks",
+       [](json& j) { j["model"]["merges"][1] = "q xyz"; }},
       {"vocab: 'a' has id -3, expected 0", [](json& j) { j["model"]["vocab"]["a"] = -3; }},
       {"vocab: 'a' has id \"x\", expected 0", [](json& j) { j["model"]["vocab"]["a"] = "x"; }},
       {"vocab: 'a' has id 99999999999, expected 0", [](json& j) { j["model"]["vocab"]["a"] = 99999999999; }},
       {"is given twice", [](json& j) { j["model"]["vocab"]["a"] = j["model"]["vocab"]["b"]; }},
       {"vocab: byte 98 has no token", [](json& j) { j["model"]["vocab"].erase("b"); }},
       {"pre_tokenizer is missing", [](json& j) { j.erase("pre_tokenizer"); }},
-      {"pre_tokenizer: found Metaspace", [](json& j) { j["pre_tokenizer"] = {{"type", "Metaspace"}}; }},
+      {"pre_tokenizer: found Metaspace",
+       [](json& j) {
+         j["pre_tokenizer"] = {{"type", "Metaspace"}};
+       }},
       {"pre_tokenizer has no ByteLevel", [](json& j) { j["pre_tokenizer"]["pretokenizers"].erase(1); }},
-      {"found Split after ByteLevel", [](json& j) { j["pre_tokenizer"]["pretokenizers"].push_back(j["pre_tokenizer"]["pretokenizers"][0]); }},
-      {"the expression '(' cannot be read at 1", [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "("; }},
-      {"a Split's pattern is {}, expected", [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["pattern"] = json::object(); }},
-      {"a Split's behavior is 'Contiguous', expected", [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Contiguous"; }},
+      {"found Split after ByteLevel",
+       [](json& j) { j["pre_tokenizer"]["pretokenizers"].push_back(j["pre_tokenizer"]["pretokenizers"][0]); }},
+      {"the expression '(' cannot be read at 1",
+       [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "("; }},
+      {"a Split's pattern is {}, expected",
+       [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["pattern"] = json::object(); }},
+      {"a Split's behavior is 'Contiguous', expected",
+       [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Contiguous"; }},
       {"a Sequence within a Sequence", [](json& j) { j["pre_tokenizer"]["pretokenizers"][0] = j["pre_tokenizer"]; }},
-      {"normalizer is {\"type\":\"Lowercase\"}, expected none or NFC", [](json& j) { j["normalizer"] = {{"type", "Lowercase"}}; }},
+      {"normalizer is {\"type\":\"Lowercase\"}, expected none or NFC",
+       [](json& j) {
+         j["normalizer"] = {{"type", "Lowercase"}};
+       }},
       {"added_tokens is not a list", [](json& j) { j["added_tokens"] = 3; }},
       {"expected an id and content", [](json& j) { j["added_tokens"][0].erase("id"); }},
       {"expected an id and content", [](json& j) { j["added_tokens"][0]["content"] = ""; }},
       {"'<|begin_of_text|>' is a single_word", [](json& j) { j["added_tokens"][0]["single_word"] = true; }},
       {"no token that ends a text was found; name it as eos_token", [](json& j) { j["added_tokens"].erase(1); }},
-      {"added_tokens: oryx is \"begin\", expected bos, eos or bos eos", [](json& j) { j["added_tokens"][0]["oryx"] = "begin"; }},
+      {"added_tokens: oryx is \"begin\", expected bos, eos or bos eos",
+       [](json& j) { j["added_tokens"][0]["oryx"] = "begin"; }},
       {"not a tokenizer.json: ", [](json& j) { j["model"]["ignore_merges"] = "yes"; }},
   };
   for (const auto& [message, change] : table) {

@@ -1,4 +1,5 @@
-// Published checkpoints of every family: logits against the golden values, decoding through the state, and the way back bit for bit.
+// Published checkpoints of every family: logits against the golden values, decoding through the state, and the way back
+// bit for bit.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <gmock/gmock.h>
@@ -15,6 +16,7 @@
 #include "oryx/model/hf/family.h"
 #include "oryx/ops/rope/rope.h"
 #include "tests/support/fixtures.h"
+#include "tests/support/paths.h"
 
 namespace oryx {
 namespace {
@@ -154,7 +156,8 @@ TEST(FixtureModel, ExportGivesBackEveryBit) {
       EXPECT_EQ(back[i].second.scalar_type(), theirs[i].second.scalar_type()) << back[i].first;
       EXPECT_TRUE(at::equal(back[i].second, theirs[i].second)) << back[i].first;
     }
-    for (const char* name : {"config.json", "tokenizer.json"}) EXPECT_EQ(read_file(out / "back" / name), read_file(out / "theirs" / name));
+    for (const char* name : {"config.json", "tokenizer.json"})
+      EXPECT_EQ(read_file(out / "back" / name), read_file(out / "theirs" / name));
   }
 }
 
@@ -181,10 +184,12 @@ TEST(FixtureModel, ShardsAreOneModel) {
 
     index["weight_map"][shards[0][0].first] = "b.safetensors";
     write_file(out / "hf/model.safetensors.index.json", index.dump());
-    EXPECT_THAT(error_of([&] { import_checkpoint(out / "hf", out / "wrong"); }), HasSubstr("'" + shards[0][0].first + "' is not in b.safetensors"));
+    EXPECT_THAT(error_of([&] { import_checkpoint(out / "hf", out / "wrong"); }),
+                HasSubstr("'" + shards[0][0].first + "' is not in b.safetensors"));
     index["weight_map"][shards[0][0].first] = "../a.safetensors";
     write_file(out / "hf/model.safetensors.index.json", index.dump());
-    EXPECT_THAT(error_of([&] { import_checkpoint(out / "hf", out / "wrong"); }), HasSubstr("expected a file beside the index"));
+    EXPECT_THAT(error_of([&] { import_checkpoint(out / "hf", out / "wrong"); }),
+                HasSubstr("expected a file beside the index"));
     EXPECT_FALSE(fs::exists(out / "wrong"));
   }
 }
@@ -197,7 +202,8 @@ std::string refusal(const fs::path& folder, const std::function<void(Json&)>& ch
   change(config);
   write_file(out / "hf/config.json", config.dump(2));
   const std::string message = error_of([&] { import_checkpoint(out / "hf", out / "model"); });
-  EXPECT_EQ(std::distance(fs::directory_iterator(out / ""), fs::directory_iterator{}), message.empty() ? 2 : 1) << "something half-written";
+  EXPECT_EQ(std::distance(fs::directory_iterator(out / ""), fs::directory_iterator{}), message.empty() ? 2 : 1)
+      << "something half-written";
   return message;
 }
 
@@ -211,10 +217,12 @@ TEST(FixtureModel, RefusesEveryTensorThatIsWrong) {
     const auto error_with = [&](const NamedTensors& tensors) {
       write_safetensors(out / "hf/model.safetensors", tensors);
       const std::string message = error_of([&] { import_checkpoint(out / "hf", out / "model"); });
-      EXPECT_EQ(std::distance(fs::directory_iterator(out / ""), fs::directory_iterator{}), 1) << "something half-written";
+      EXPECT_EQ(std::distance(fs::directory_iterator(out / ""), fs::directory_iterator{}), 1)
+          << "something half-written";
       return message;
     };
-    // Each write is synced to disk: a step that shares no factor with the layers' tensors sees every kind in some family.
+    // Each write is synced to disk: a step that shares no factor with the layers' tensors sees every kind in some
+    // family.
     for (size_t i = 0; i < theirs.size(); i += 5) {
       NamedTensors changed = theirs;
       changed.erase(changed.begin() + static_cast<int64_t>(i));
@@ -238,25 +246,41 @@ TEST(FixtureModel, RefusesOptionsThatAreNotSupported) {
     SCOPED_TRACE(folder.filename());
     EXPECT_EQ(refusal(folder, [](Json&) {}), "");
     EXPECT_EQ(refusal(folder, [](Json& c) { c["torch_dtype"] = "bfloat16"; }), "");
-    EXPECT_THAT(refusal(folder, [](Json& c) { c["model_type"] = "gpt2"; }), HasSubstr("model_type is \"gpt2\", supported: "));
-    EXPECT_THAT(refusal(folder, [](Json& c) { c["architectures"] = {"OtherModel"}; }), HasSubstr("architectures is [\"OtherModel\"]"));
-    EXPECT_THAT(refusal(folder, [](Json& c) { c["hidden_act"] = "gelu"; }), HasSubstr("hidden_act is \"gelu\" (a string), supported: \"silu\""));
-    EXPECT_THAT(refusal(folder, [](Json& c) { c["quantization_config"] = {{"bits", 4}}; }), HasSubstr("the key 'quantization_config' is"));
-    EXPECT_THAT(refusal(folder, [](Json& c) { c.erase("hidden_size"); }), HasSubstr("the key 'hidden_size' is missing"));
+    EXPECT_THAT(refusal(folder, [](Json& c) { c["model_type"] = "gpt2"; }),
+                HasSubstr("model_type is \"gpt2\", supported: "));
+    EXPECT_THAT(refusal(folder, [](Json& c) { c["architectures"] = {"OtherModel"}; }),
+                HasSubstr("architectures is [\"OtherModel\"]"));
+    EXPECT_THAT(refusal(folder, [](Json& c) { c["hidden_act"] = "gelu"; }),
+                HasSubstr("hidden_act is \"gelu\" (a string), supported: \"silu\""));
+    EXPECT_THAT(refusal(folder,
+                        [](Json& c) {
+                          c["quantization_config"] = {{"bits", 4}};
+                        }),
+                HasSubstr("the key 'quantization_config' is"));
+    EXPECT_THAT(refusal(folder, [](Json& c) { c.erase("hidden_size"); }),
+                HasSubstr("the key 'hidden_size' is missing"));
     EXPECT_THAT(refusal(folder, [](Json& c) { c["hidden_size"] = 0; }), HasSubstr("hidden_size"));
-    EXPECT_THAT(refusal(folder, [](Json& c) { c["hidden_size"] = "64"; }), HasSubstr("hidden_size is \"64\" (a string), supported: a whole number"));
+    EXPECT_THAT(refusal(folder, [](Json& c) { c["hidden_size"] = "64"; }),
+                HasSubstr("hidden_size is \"64\" (a string), supported: a whole number"));
     EXPECT_THAT(refusal(folder, [](Json& c) { c["num_hidden_layers"] = 4; }), HasSubstr("layer"));
     const Json config = read_json_file(folder / "config.json");
     if (config.contains("attention_bias")) {
-      EXPECT_THAT(refusal(folder, [](Json& c) { c["attention_bias"] = true; }), HasSubstr("attention_bias is true, supported: false"));
+      EXPECT_THAT(refusal(folder, [](Json& c) { c["attention_bias"] = true; }),
+                  HasSubstr("attention_bias is true, supported: false"));
     }
     if (config.contains("rope_parameters")) {
-      EXPECT_THAT(refusal(folder, [](Json& c) { c["rope_parameters"]["rope_type"] = "yarn"; }), HasSubstr("rope_parameters is"));
-      EXPECT_THAT(refusal(folder, [](Json& c) { c["rope_scaling"] = {{"type", "linear"}, {"factor", 2}}; }), HasSubstr("rope_scaling is"));
+      EXPECT_THAT(refusal(folder, [](Json& c) { c["rope_parameters"]["rope_type"] = "yarn"; }),
+                  HasSubstr("rope_parameters is"));
+      EXPECT_THAT(refusal(folder,
+                          [](Json& c) {
+                            c["rope_scaling"] = {{"type", "linear"}, {"factor", 2}};
+                          }),
+                  HasSubstr("rope_scaling is"));
     }
     for (const char* experts : {"num_experts", "num_local_experts"}) {
       if (!config.contains(experts)) continue;
-      EXPECT_THAT(refusal(folder, [&](Json& c) { c[experts] = 8; }), HasSubstr(std::string(experts) + " is 8, supported: 0"));
+      EXPECT_THAT(refusal(folder, [&](Json& c) { c[experts] = 8; }),
+                  HasSubstr(std::string(experts) + " is 8, supported: 0"));
       EXPECT_THAT(refusal(folder, [&](Json& c) { c.erase(experts); }), HasSubstr(experts));
     }
     if (config.contains("time_step_limit")) {
@@ -273,7 +297,8 @@ TEST(FixtureModel, NoOddValueOfAKeyIsMoreThanAnError) {
     make_folders(out / "hf");  // without tensors: what passes the config ends there
     const Json config = read_json_file(folder / "config.json");
     for (const auto& [key, value] : config.items()) {
-      for (const char* odd : {"null", "-1", "0", "1", "3", "2147483647", "1e300", "\"x\"", "[]", "[[]]", "{}", "[\"attention\"]", "[0, 1]", "true"}) {
+      for (const char* odd : {"null", "-1", "0", "1", "3", "2147483647", "1e300", "\"x\"", "[]", "[[]]", "{}",
+                              "[\"attention\"]", "[0, 1]", "true"}) {
         Json changed = config;
         changed[key] = Json::parse(odd);
         std::ofstream(out / "hf/config.json") << changed.dump();  // write_file would sync thousands of files
@@ -300,7 +325,8 @@ TEST(FixtureModel, ATiedHeadMayStandInTheFile) {
   for (const at::Tensor& head : {embedding + 1, embedding.to(at::kBFloat16), embedding.narrow(0, 0, 3)}) {
     tensors[tensors.size() - 2].second = head;
     write_safetensors(out / "hf/model.safetensors", tensors);
-    EXPECT_THAT(error_of([&] { import_checkpoint(out / "hf", out / "other"); }), HasSubstr("'lm_head.weight' differs from the embedding"));
+    EXPECT_THAT(error_of([&] { import_checkpoint(out / "hf", out / "other"); }),
+                HasSubstr("'lm_head.weight' differs from the embedding"));
   }
 }
 
@@ -338,12 +364,14 @@ TEST(HfExport, WhatNoFamilyHasIsRefused) {
   const TemporaryFolder out;
   LanguageModel model(small("tiny"));
   save_model(model, out / "ours");
-  EXPECT_THAT(error_of([&] { export_checkpoint(out / "ours", out / "hf"); }), HasSubstr("a llama has layer_mixers [[\"attention\"]"));
+  EXPECT_THAT(error_of([&] { export_checkpoint(out / "ours", out / "hf"); }),
+              HasSubstr("a llama has layer_mixers [[\"attention\"]"));
   EXPECT_FALSE(fs::exists(out / "hf"));
   ModelConfig c = small("tiny-transformer");
   c.layer.qk_norm = true;
   save_model(LanguageModel(c), out / "normed");
-  EXPECT_THAT(error_of([&] { export_checkpoint(out / "normed", out / "hf"); }), HasSubstr("a llama has qk_norm false, this model true"));
+  EXPECT_THAT(error_of([&] { export_checkpoint(out / "normed", out / "hf"); }),
+              HasSubstr("a llama has qk_norm false, this model true"));
   EXPECT_FALSE(fs::exists(out / "hf"));
 }
 
@@ -369,7 +397,7 @@ TEST(HfExport, AConfigThatWasChangedSinceIsRefused) {
 }
 
 TEST(HfFamilies, StandInTheDocs) {
-  const std::string page = read_file(ORYX_SOURCE_DIR "/docs/importing.md");
+  const std::string page = read_file(test::source_path("docs/importing.md"));
   ASSERT_GE(hf_families().size(), 7u);
   for (const auto& family : hf_families()) {
     EXPECT_THAT(page, HasSubstr("`" + family.model_type + "`"));
