@@ -4,7 +4,17 @@ if(NOT ORYX_CUDA)
 endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # CMake 3.25 does not know 90a: -gencode below
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # the one that libtorch_cuda loads, found below
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(ORYX_NVCC nvcc HINTS /usr/local/cuda/bin)
+  if(NOT ORYX_NVCC)
+    message(FATAL_ERROR "nvcc not found on PATH or in /usr/local/cuda/bin. Name it: -DCMAKE_CUDA_COMPILER=/path/to/nvcc (13.0)")
+  endif()
+  set(CMAKE_CUDA_COMPILER "${ORYX_NVCC}")
+endif()
 enable_language(CUDA)
+if(CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
+endif()
 set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")  # which CMake 3.25 does not know of nvcc 13
 set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
 

@@ -15,23 +15,27 @@ namespace oryx {
 struct BenchResult {
   EvalTable table;
   Json options;
+  std::string note = {};  // a line below the table
 };
 
 struct BenchModel {
-  std::string preset;
+  std::string preset;  // or the path of a training config (.json), whose model it then is
   std::string precision = "float32";  // of activations: float32 or bfloat16; parameters are float32
-  ModelConfig config() const { return oryx::preset(preset); }
+  ModelConfig config() const;
   at::ScalarType compute() const { return precision == "bfloat16" ? at::kBFloat16 : at::kFloat; }
 };
 
 struct StepBenchOptions {
   BenchModel model;
   std::string schedule = "linear";
+  std::string device = "cpu";
   int64_t batch_size = 2, seq_len = 512;
   int64_t warmup = 2, repeat = 5;
+  bool checkpoint_layers = false;
 };
 // A full training step: forward, loss, backward, clipping, AdamW. One row: step_ms (median), min_ms, cpu_ms (of the processor, all threads), tokens_per_second, gflops (three
-// times the forward's, over the median), peak_bytes, and every step's times in all_ms and all_cpu_ms.
+// times the forward's, over the median), peak_bytes (on a GPU of its memory), and every step's times in all_ms and all_cpu_ms. On a GPU the times are of the device, from the
+// end of one step to the end of the next, and mfu is the share of kPeakFlops (oryx/model/device.h).
 BenchResult bench_step(const StepBenchOptions& options);
 
 struct ForwardBenchOptions {

@@ -1,6 +1,9 @@
 #include "oryx/bench/measure.h"
 
 #include <ATen/Parallel.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <malloc.h>
 #include <torch/headeronly/version.h>
 #include <unistd.h>
@@ -69,6 +72,33 @@ Times time_repeated(int64_t warmup, int64_t repeat, const std::function<void()>&
     times.seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return times;
+}
+
+Times time_repeated_on(at::Device device, int64_t warmup, int64_t repeat, const std::function<void()>& f) {
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  std::vector<c10::Event> ends;
+  const auto mark = [&] {
+    ends.emplace_back(device.type(), c10::EventFlag::BACKEND_DEFAULT);
+    ends.back().record(guard.getStream(device));
+  };
+  Times times;
+  for (int64_t i = 0; i < warmup; ++i) f();
+  mark();
+  for (int64_t i = 0; i < repeat; ++i) {
+    check_interrupt();
+    const std::clock_t cpu_start = std::clock();
+    f();
+    times.cpu_seconds.push_back(static_cast<double>(std::clock() - cpu_start) / CLOCKS_PER_SEC);
+    mark();
+  }
+  guard.synchronizeDevice(device.index());
+  for (size_t i = 1; i < ends.size(); ++i) times.seconds.push_back(1e-3 * ends[i - 1].elapsedTime(ends[i]));
+  return times;
+}
+
+int64_t peak_device_memory(at::Device device) {
+  const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
+  return stats.allocated_bytes[0].peak;  // over all pools
 }
 
 int64_t resident_memory() { return status_bytes("VmRSS"); }

@@ -1,6 +1,8 @@
 // What every benchmark of the program measures with: clocks, memory, and what the machine is.
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -19,6 +21,11 @@ struct Times {
 
 // `warmup` calls that are not counted, then `repeat` that are. Throws Interrupted between calls after Ctrl-C.
 Times time_repeated(int64_t warmup, int64_t repeat, const std::function<void()>& f);
+
+// The same on a GPU, between events of its stream: nothing waits between the calls, as nothing does in training.
+Times time_repeated_on(at::Device device, int64_t warmup, int64_t repeat, const std::function<void()>& f);
+// The most bytes of a GPU's memory that tensors have taken at once since the process began.
+int64_t peak_device_memory(at::Device device);
 
 // Bytes of this process in memory now, and the most since reset_peak_memory() (or since it began).
 int64_t resident_memory();

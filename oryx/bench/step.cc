@@ -4,7 +4,8 @@
 #include "oryx/bench/measure.h"
 #include "oryx/common/error.h"
 #include "oryx/common/random.h"
-#include "oryx/model/routed_cost.h"
+#include "oryx/model/device.h"
+#include "oryx/train/options.h"
 #include "oryx/train/train_step.h"
 
 namespace oryx {
@@ -32,33 +33,35 @@ class RandomSource : public BatchSource {
   int64_t rows_, tokens_, vocabulary_, step_ = 0;
 };
 
-// Forward FLOPs of a batch under the schedule, averaged over some draws of it.
-double forward_flops(const ModelConfig& config, const ModelSchedule& schedule, RandomSource source) {
-  constexpr int kDraws = 8;
-  double flops = 0;
-  for (int i = 0; i < kDraws; ++i) {
-    TrainBatch batch = source.next();
-    for (auto& piece : batch.pieces) piece.context.step = static_cast<uint64_t>(i);
-    flops += routed_flops(config, schedule.route(batch.pieces, batch.input_ids.size(0), batch.input_ids.size(1))) / kDraws;
-  }
-  return flops;
-}
-
 }  // namespace
+
+ModelConfig BenchModel::config() const { return preset.ends_with(".json") ? load_train_options(preset, {}).model : oryx::preset(preset); }
 
 BenchResult bench_step(const StepBenchOptions& o) {
   const ModelConfig config = o.model.config();
   const ModelSchedule schedule(config, o.schedule);
+  const at::Device device = parse_device(o.device);
+  const bool gpu = !device.is_cpu();
   LanguageModel model(config, o.model.compute());
   model.initialize(0);
+  model.to(device);
   model.requires_grad(true);
+  if (gpu) model.keep_copies();
   Optimizer optimizer(model, {});
   RandomSource source(o.batch_size, o.seq_len, config.vocab_size);
-  const double flops = 3 * forward_flops(config, schedule, source);
-  int64_t step = 0;
-  const Times times = time_repeated(o.warmup, o.repeat, [&] {
-    if (train_step(model, optimizer, source, schedule, 1e-4, 0, ++step, {}).skipped) fail("the gradient of step {} is not finite", step);
-  });
+  BatchFeed feed(source, schedule, model, {});
+  StepOptions options;
+  options.checkpoint_layers = o.checkpoint_layers;
+  std::vector<StepResult> results;
+  const auto step = [&] { results.push_back(train_step(model, optimizer, feed, 1e-4, options)); };
+  const Times times = gpu ? time_repeated_on(device, o.warmup, o.repeat, step) : time_repeated(o.warmup, o.repeat, step);
+  double flops = 0, attention = 0;
+  for (StepResult& r : results) {
+    r.read();
+    if (r.skipped) fail("the loss or gradient of a step is not finite ({}, {})", r.loss, r.gradient_norm);
+    flops += r.flops / static_cast<double>(results.size());
+    attention += r.attention_share / static_cast<double>(results.size());
+  }
   std::vector<double> all, all_cpu;
   for (const double s : times.seconds) all.push_back(1e3 * s);
   for (const double s : times.cpu_seconds) all_cpu.push_back(1e3 * s);
@@ -69,6 +72,13 @@ BenchResult bench_step(const StepBenchOptions& o) {
                           {"cpu_ms", "processor ms", cell_fixed(1)},
                           {"tokens_per_second", "tokens/s", cell_fixed(1)}, {"gflops", "GFLOP/s", cell_fixed(1)},
                           {"peak_bytes", "peak memory", cell_bytes()}};
+  if (gpu) result.table.columns.push_back({"mfu", "MFU", cell_percent()});
+  if (gpu) {
+    result.note = fmt::format(
+        "MFU = tokens x {:.4g} FLOPs / step time / {:.4g} FLOP/s; FLOPs a token = 3 x forward: 2 a weight that a token of its mode passes through, the recurrences at "
+        "every token, attention over its own context at the {:.1f}% of tokens in attention",
+        flops / static_cast<double>(o.batch_size * o.seq_len), kPeakFlops, 100 * attention);
+  }
   result.table.rows.push_back({{"preset", o.model.preset},
                                {"schedule", schedule.text()},
                                {"parameters", count_parameters(config)},
@@ -77,10 +87,15 @@ BenchResult bench_step(const StepBenchOptions& o) {
                                {"cpu_ms", 1e3 * times.cpu_median()},
                                {"tokens_per_second", tokens / times.median()},
                                {"gflops", 1e-9 * flops / times.median()},
-                               {"peak_bytes", peak_memory()},
+                               {"peak_bytes", gpu ? peak_device_memory(device) : peak_memory()},
+                               {"mfu", flops / times.median() / kPeakFlops},
+                               {"attention_share", attention},
+                               {"flops_per_token", flops / tokens},
+                               {"first_loss", results.front().loss},
+                               {"last_loss", results.back().loss},
                                {"all_ms", all},
                                {"all_cpu_ms", all_cpu}});
-  result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedule", o.schedule}, {"batch", o.batch_size},
+  result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedule", o.schedule}, {"device", o.device}, {"batch", o.batch_size},
                     {"seq_len", o.seq_len},     {"warmup", o.warmup},         {"repeat", o.repeat}};
   return result;
 }

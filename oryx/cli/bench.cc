@@ -18,6 +18,7 @@ void report(const std::string& name, const BenchResult& result, const Json& mach
         machine["cores"].dump(), machine["load_average"].is_null() ? 0.0 : machine["load_average"].get<double>(),
         machine["libtorch"].get<std::string>());
   write(format_table(result.table));
+  if (!result.note.empty()) print("{}\n", result.note);
   flush();
   if (json.empty()) return;
   const Json all = {{"benchmark", name}, {"machine", machine}, {"options", result.options}, {"rows", result.table.rows}};
@@ -41,7 +42,7 @@ void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(cons
 }
 
 void add_model(CLI::App& app, BenchModel& model, std::string& schedule) {
-  app.add_option("PRESET", model.preset, "SIZE or SIZE-VARIANT: 130m, 130m-transformer")->required();
+  app.add_option("MODEL", model.preset, "SIZE or SIZE-VARIANT (130m, 130m-transformer), or a training config (configs/130m-oryx.json)")->required();
   app.add_option("--dtype", model.precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
   app.add_option("--schedule", schedule, "which mixer processes which token (docs/modes.md)")->capture_default_str();
 }
@@ -61,8 +62,10 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   CLI::App& step = *app.add_subcommand("step", "time of a training step");
   auto s = std::make_shared<StepBenchOptions>();
   add_model(step, s->model, s->schedule);
+  step.add_option("--device", s->device, "cpu, cuda or cuda:N")->capture_default_str();
   add_count(step, "--batch", s->batch_size, "rows");
-  add_count(step, "--seq-len", s->seq_len, "tokens of a row");
+  add_count(step, "--seq,--seq-len", s->seq_len, "tokens of a row");
+  step.add_flag("--checkpoint-layers", s->checkpoint_layers, "compute each layer's activations again in the backward pass");
   add_count(step, "--repeat", s->repeat, "steps that are timed");
   add_count(step, "--warmup", s->warmup, "steps before them", 0);
   finish(step, s, bench_step);

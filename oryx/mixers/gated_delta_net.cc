@@ -6,6 +6,7 @@
 
 #include "oryx/mixers/mixer.h"
 #include "oryx/ops/gated_delta/gated_delta.h"
+#include "oryx/ops/gated_delta/gates.h"
 
 namespace oryx {
 
@@ -44,13 +45,8 @@ class GatedDeltaNet : public Mixer {
 
   at::Tensor forward(const MixerInput& in) const override {
     // Both projections are narrow (one column a head): one product, in float32, as the decay must be.
-    const at::Tensor ab = at::linear(in.u.to(b_proj_.scalar_type()), at::cat({b_proj_, a_proj_}));  // [B, T, 2 Hs]
-    const int64_t heads = config_.state_heads();
-    at::Tensor beta = ab.narrow(-1, 0, heads).sigmoid();
-    if (config_.allow_neg_eigval) beta = beta * 2;
-    // logaddexp: torch's softplus turns linear above 20.
-    const at::Tensor step = at::logaddexp(ab.narrow(-1, heads, heads) + dt_bias_, at::zeros({}, dt_bias_.options()));
-    at::Tensor g = -A_log_.exp() * step;  // [B, T, Hs]
+    const at::Tensor ba = in.project.wide(at::cat({b_proj_, a_proj_}));  // [B, T, 2 Hs]
+    auto [g, beta] = ops::gated_delta_gates(ba, A_log_, dt_bias_, config_.allow_neg_eigval ? 2 : 1);  // [B, T, Hs]
     if (in.state == nullptr) {
       return ops::gated_delta_rule(in.q, in.k, in.v, g, beta, {}, in.sequences.cu_seqlens, in.spans).o;
     }

@@ -40,7 +40,7 @@ class Mamba2 : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
-    at::Tensor dt_raw = at::linear(in.u.to(dt_proj_.scalar_type()), dt_proj_);  // [B, T, Hs], float32
+    at::Tensor dt_raw = in.project.wide(dt_proj_);  // [B, T, Hs], float32
     if (in.state == nullptr) {
       return ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, {}, in.sequences.cu_seqlens, in.spans).o;
     }

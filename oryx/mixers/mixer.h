@@ -14,6 +14,7 @@
 
 #include "oryx/mixers/layer_config.h"
 #include "oryx/mixers/parameter.h"
+#include "oryx/mixers/projections.h"
 #include "oryx/state/state.h"
 
 namespace oryx {
@@ -32,6 +33,7 @@ struct KeyValueCache {
 
 struct MixerInput {
   at::Tensor u;                        // [B, T, D]: the layer's normalised input
+  const Projections& project;          // matrix products of u: a mixer's own go through it
   at::Tensor q;                        // [B, T, H, K]: this mixer's query, meaningful within spans
   at::Tensor k, v;                     // [B, T, Hk, K], [B, T, Hv, V]: after convolution and activation
   std::optional<at::Tensor> spans;     // [n, 3] int32 (row, begin, end): tokens whose output is wanted; absent: all

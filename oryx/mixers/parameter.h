@@ -28,6 +28,9 @@ struct ParameterSpec {
   std::string part;        // what `oryx inspect` counts it under: "embedding", "key/value", "query", "norm" ...
   std::vector<std::string> mixers = {};  // that use it; empty: all do
 
+  // A matrix that activations are multiplied by in the type they have (embeddings are looked up in it). The rest, and what decays and
+  // steps are made of, works in float32 always.
+  bool computes_narrow() const { return shape.size() == 2 && weight_decay && part != "decay and step"; }
   int64_t numel() const {
     int64_t n = 1;
     for (const int64_t s : shape) n *= s;

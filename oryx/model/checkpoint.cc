@@ -51,6 +51,7 @@ void load_parameters(LanguageModel& model, const SafetensorsReader& file) {
     at::Tensor parameter = model.parameters()[i];
     parameter.copy_(file.load(model.specs()[i].name));
   }
+  model.refresh_copies();
 }
 
 std::unique_ptr<LanguageModel> load_model(const fs::path& folder, at::ScalarType compute) {

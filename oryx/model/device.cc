@@ -1,6 +1,6 @@
 #include "oryx/model/device.h"
 
-#include <ATen/Context.h>
+#include <ATen/ATen.h>
 
 #include <charconv>
 
@@ -25,6 +25,12 @@ at::Device parse_device(const std::string& text) {
                         : count == 0 ? std::string("there is no GPU") : fmt::format("there are {} GPUs, counted from 0", count));
   }
   return {at::kCUDA, static_cast<at::DeviceIndex>(index)};
+}
+
+at::Tensor to_device(const at::Tensor& x, at::Device device) {
+  if (x.device() == device) return x;
+  if (!x.is_cpu() || !device.is_cuda() || x.numel() == 0) return x.to(device);
+  return x.pin_memory().to(device, /*non_blocking=*/true);
 }
 
 }  // namespace oryx

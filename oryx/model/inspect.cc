@@ -104,7 +104,7 @@ double token_flops(const ModelConfig& c, const std::string& mixer, int64_t conte
   return flops;
 }
 
-double batch_flops(const ModelConfig& c, const Routing& routing) {
+double batch_flops(const ModelConfig& c, const Routing& routing, const std::vector<int32_t>& context) {
   double flops = static_cast<double>(routing.rows() * routing.length()) * head_flops(c);
   for (const auto& [kind, layers] : layer_kinds(c)) {
     const MultiMixerLayer layer(c.layer_of(kind), kind, 0);
@@ -112,7 +112,10 @@ double batch_flops(const ModelConfig& c, const Routing& routing) {
     for (const auto& span : routing.spans()) {
       const auto& mixer = routing.mixers()[static_cast<size_t>(span.mixer)];
       each += static_cast<double>(span.end - span.begin) * weight_flops(c, layer, mixer);
-      for (int64_t t = span.begin; t < span.end; ++t) each += mixing_flops(c, layer, mixer, t + 1);
+      for (int64_t t = span.begin; t < span.end; ++t) {
+        const int64_t seen = context.empty() ? t + 1 : context[static_cast<size_t>(span.row * routing.length() + t)];
+        each += mixing_flops(c, layer, mixer, seen);
+      }
     }
     flops += static_cast<double>(layers) * each;
   }

@@ -32,8 +32,8 @@ ParameterReport report_parameters(const ModelConfig& config);
 // its own mixer's readout or attention. In a layer without that mixer the layer's first works. Training costs three times as much.
 double token_flops(const ModelConfig& config, const std::string& mixer, int64_t context);
 
-// Forward FLOPs of a whole routed batch whose rows start at position 0.
-double batch_flops(const ModelConfig& config, const Routing& routing);
+// Forward FLOPs of a whole routed batch. context: of each of its rows * length tokens, how many it may look at, itself included; empty: its place in its row.
+double batch_flops(const ModelConfig& config, const Routing& routing, const std::vector<int32_t>& context = {});
 
 // Bytes of state of one sequence of `tokens` tokens, by part. Checkpoints: the most there are, one at every multiple of checkpoint_every. Ring: once
 // it is full.

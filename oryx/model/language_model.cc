@@ -8,6 +8,7 @@
 #include "oryx/common/file.h"
 #include "oryx/common/progress.h"
 #include "oryx/model/checkpointing.h"
+#include "oryx/model/device.h"
 #include "oryx/ops/norm/norm.h"
 #include "oryx/ops/rope/rope.h"
 
@@ -76,26 +77,56 @@ LanguageModel::LanguageModel(const ModelConfig& config, at::ScalarType compute, 
     parameters_.push_back(at::zeros(spec.shape, parameters));
     map_.add(spec.name, parameters_.back());
   }
-  for (auto& layer : layers_) layer->bind(map_);
-  embed_ = map_.at("embed.weight");
-  final_norm_ = map_.at("final_norm.weight");
-  if (!config_.tie_word_embeddings) lm_head_ = map_.at("lm_head.weight");
+  bind(map_);
+}
+
+void LanguageModel::bind(const ParameterMap& map) {
+  for (auto& layer : layers_) layer->bind(map);
+  embed_ = map.at("embed.weight");
+  final_norm_ = map.at("final_norm.weight");
+  if (!config_.tie_word_embeddings) lm_head_ = map.at("lm_head.weight");
+}
+
+void LanguageModel::keep_copies() {
+  TORCH_CHECK(copies_.empty(), "model: copies are kept already");
+  if (compute_ == parameters_.front().scalar_type()) return;
+  ParameterMap map;
+  for (size_t i = 0; i < specs_.size(); ++i) {
+    const at::Tensor& p = parameters_[i];
+    copies_.push_back(specs_[i].computes_narrow() ? p.detach().to(compute_).requires_grad_(p.requires_grad()) : at::Tensor());
+    map.add(specs_[i].name, leaf(i));
+  }
+  bind(map);
+}
+
+void LanguageModel::refresh_copies() {
+  at::NoGradGuard no_grad;
+  for (size_t i = 0; i < copies_.size(); ++i) {
+    if (copies_[i].defined()) copies_[i].copy_(parameters_[i]);
+  }
 }
 
 void LanguageModel::initialize(uint64_t seed) {
   at::NoGradGuard no_grad;
   for (size_t i = 0; i < specs_.size(); ++i) draw(parameters_[i], specs_[i], seed, config_.num_layers);
+  refresh_copies();
 }
 
 void LanguageModel::to(at::Device device) {
   at::NoGradGuard no_grad;
   for (auto& p : parameters_) p.set_data(p.to(device));
+  for (auto& p : copies_) {
+    if (p.defined()) p.set_data(p.to(device));
+  }
 }
 
 at::Device LanguageModel::device() const { return embed_.device(); }
 
 void LanguageModel::requires_grad(bool on) {
   for (auto& p : parameters_) p.requires_grad_(on);
+  for (auto& p : copies_) {
+    if (p.defined()) p.requires_grad_(on);
+  }
 }
 
 State LanguageModel::make_state(int64_t sequences, const StateOptions& options) const {
@@ -175,32 +206,47 @@ const Routing& LanguageModel::routing_of(const ModelInput& input, size_t layer) 
   return r;
 }
 
+PreparedInput LanguageModel::prepared(const ModelInput& input) const {
+  const int64_t B = input.input_ids.size(0), T = input.input_ids.size(1);
+  const auto [low, high] = input.input_ids.aminmax();
+  const int64_t lo = low.item<int64_t>(), hi = high.item<int64_t>();
+  if (lo < 0 || hi >= config_.vocab_size) {
+    fail("token id {} is outside of the model's vocabulary of {}; was the text encoded with another tokeniser?", lo < 0 ? lo : hi, config_.vocab_size);
+  }
+  PreparedInput ready;
+  std::optional<at::Tensor> past, cu;
+  if (input.state != nullptr) past = input.state->lengths_tensor();
+  if (input.cu_seqlens) {
+    cu = input.cu_seqlens->cpu();
+    ready.cu_seqlens = to_device(*input.cu_seqlens, device());
+    const at::Tensor wide = cu->to(at::kLong);
+    ready.bounds.assign(wide.data_ptr<int64_t>(), wide.data_ptr<int64_t>() + wide.numel());
+  }
+  ready.positions = to_device(ops::sequence_positions(B, T, cu, past), device());
+  ready.input_ids = to_device(input.input_ids, device());
+  return ready;
+}
+
+void LanguageModel::prepare(ModelInput& input) const {
+  TORCH_CHECK(input.state == nullptr, "model: a batch with a state is prepared when it runs");
+  input.prepared = prepared(input);
+  for (size_t i = 0; i < layers_.size(); ++i) (void)routing_of(input, i).tokens(layers_[i]->mixer_names(), 0, device());
+}
+
 at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   const int64_t B = input.input_ids.size(0), T = input.input_ids.size(1);
   TORCH_CHECK(B > 0 && T > 0, "model: a batch of ", B, " x ", T, " tokens, expected at least one");
   // A state is updated in place, which a backward pass through it would not survive.
   TORCH_CHECK(input.state == nullptr || !at::GradMode::is_enabled() || !embed_.requires_grad(),
               "model: a forward pass with a state has no gradients; run it under NoGradGuard");
-  {
-    const auto [low, high] = input.input_ids.aminmax();
-    const int64_t lo = low.item<int64_t>(), hi = high.item<int64_t>();
-    if (lo < 0 || hi >= config_.vocab_size) {
-      fail("token id {} is outside of the model's vocabulary of {}; was the text encoded with another tokeniser?", lo < 0 ? lo : hi, config_.vocab_size);
-    }
-  }
+  const PreparedInput ready = input.prepared ? *input.prepared : prepared(input);
   ForwardPass pass;
   pass.state = input.state;
   pass.refill = input.refill;
   pass.tap = input.tap;
-  if (input.cu_seqlens) pass.sequences.cu_seqlens = input.cu_seqlens->to(device());
-  std::optional<at::Tensor> past;
-  if (input.state != nullptr) past = input.state->lengths_tensor();
-  pass.sequences.positions = ops::sequence_positions(B, T, input.cu_seqlens ? std::optional(input.cu_seqlens->cpu()) : std::nullopt, past)
-                                  .to(device());
-  if (input.cu_seqlens) {
-    const at::Tensor cu = input.cu_seqlens->to(at::kLong).cpu();
-    pass.cu_seqlens.assign(cu.data_ptr<int64_t>(), cu.data_ptr<int64_t>() + cu.numel());
-  }
+  pass.sequences.cu_seqlens = ready.cu_seqlens;
+  pass.sequences.positions = ready.positions;
+  pass.cu_seqlens = ready.bounds;
   std::vector<int64_t> counts;  // new tokens by sequence
   if (input.state != nullptr) {
     counts.assign(static_cast<size_t>(input.state->sequences()), T);
@@ -212,7 +258,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   if (input.state != nullptr && !input.refill && input.state->layer(config_.num_layers).has("ids")) {
     input.state->append(config_.num_layers, "ids", input.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   }
-  at::Tensor x = at::embedding(embed_, input.input_ids.to(device())).to(compute_), delta;  // [B, T, D]
+  at::Tensor x = at::embedding(embed_, ready.input_ids).to(compute_), delta;  // [B, T, D]
   if (config_.embedding_multiplier != 1) x = x * config_.embedding_multiplier;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const MultiMixerLayer& layer = *layers_[i];
@@ -227,7 +273,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
 ops::CrossEntropyResult LanguageModel::loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef) const {
   const at::Tensor h = scaled(hidden).reshape({-1, hidden.size(-1)});
   const at::Tensor w = head().scalar_type() == h.scalar_type() ? head() : head().to(h.scalar_type());
-  return ops::linear_cross_entropy(h, w, targets.to(h.device()).reshape({-1}), -100, z_coef);
+  return ops::linear_cross_entropy(h, w, to_device(targets, h.device()).reshape({-1}), -100, z_coef);
 }
 
 }  // namespace oryx

@@ -16,6 +16,14 @@
 
 namespace oryx {
 
+// What is known of a batch before it runs, where the model wants it: LanguageModel::prepare.
+struct PreparedInput {
+  at::Tensor input_ids;                  // [B, T] int64, all within the vocabulary
+  at::Tensor positions;                  // [B, T] int32
+  std::optional<at::Tensor> cu_seqlens;  // [N + 1] int32
+  std::vector<int64_t> bounds;           // cu_seqlens on the host, empty when not packed
+};
+
 struct ModelInput {
   at::Tensor input_ids;                  // [B, T] int64
   std::optional<at::Tensor> cu_seqlens;  // [N + 1] int32: packed documents in one row (B = 1)
@@ -28,6 +36,7 @@ struct ModelInput {
   // Recompute each layer in the backward pass instead of keeping its activations.
   bool checkpoint_layers = false;
   std::function<void(std::string_view, int64_t, const at::Tensor&)> tap = {};
+  std::optional<PreparedInput> prepared = {};
 };
 
 class LanguageModel : public Replay {
@@ -45,6 +54,9 @@ class LanguageModel : public Replay {
   // Draws every parameter from its declared distribution: a function of (seed, name).
   void initialize(uint64_t seed);
 
+  // Does ahead of hidden() what needs the host: fills input.prepared and brings the routing's spans to the model's device, without waiting for it. For batches
+  // without a state. Throws Error for token ids outside the vocabulary.
+  void prepare(ModelInput& input) const;
   // -> final hidden states [B, T, D], normalised. Throws Error for token ids outside the vocabulary.
   at::Tensor hidden(const ModelInput& input) const;
   // hidden [..., D] -> logits [..., vocabulary]
@@ -66,6 +78,15 @@ class LanguageModel : public Replay {
   // In the order of specs().
   const std::vector<at::Tensor>& parameters() const { return parameters_; }
   const at::Tensor& parameter(const std::string& name) const { return map_.at(name); }
+
+  // Keeps a copy of every matrix in the type of computation, so that a step need not make it anew. Forward passes then read the copies, and gradients are
+  // theirs: whoever writes a parameter writes its copy too, or calls refresh_copies(). For models that compute in bfloat16.
+  void keep_copies();
+  void refresh_copies();
+  // In the order of specs(); undefined where the parameter itself is read. Empty without copies.
+  const std::vector<at::Tensor>& copies() const { return copies_; }
+  // What a forward pass reads of parameter i: the leaf whose .grad a backward pass fills.
+  const at::Tensor& leaf(size_t i) const { return !copies_.empty() && copies_[i].defined() ? copies_[i] : parameters_[i]; }
   const MultiMixerLayer& layer(int64_t i) const { return *layers_[static_cast<size_t>(i)]; }
   void requires_grad(bool on);
 
@@ -73,12 +94,14 @@ class LanguageModel : public Replay {
   const at::Tensor& head() const { return config_.tie_word_embeddings ? embed_ : lm_head_; }
   // logits_scaling on the narrow side of the head: logits need not be passed over again, nor ever stand whole in the loss.
   at::Tensor scaled(const at::Tensor& hidden) const { return config_.logits_scaling == 1 ? hidden : hidden.div(config_.logits_scaling); }
+  void bind(const ParameterMap& map);
   const Routing& routing_of(const ModelInput& input, size_t layer) const;
+  PreparedInput prepared(const ModelInput& input) const;
 
   ModelConfig config_;
   at::ScalarType compute_;
   std::vector<ParameterSpec> specs_;
-  std::vector<at::Tensor> parameters_;
+  std::vector<at::Tensor> parameters_, copies_;
   ParameterMap map_;
   std::vector<std::unique_ptr<MultiMixerLayer>> layers_;
   at::Tensor embed_, final_norm_, lm_head_;

@@ -28,10 +28,6 @@ bool conv_silu(const LayerConfig& c, const std::vector<std::string>& mixers) {
 
 }  // namespace
 
-at::Tensor project(const at::Tensor& x, const at::Tensor& weight) {
-  return at::linear(x, weight.scalar_type() == x.scalar_type() ? weight : weight.to(x.scalar_type()));
-}
-
 at::Tensor norm_factor(const LayerConfig& config, const at::Tensor& weight) { return config.zero_centred_norm ? weight + 1 : weight; }
 
 MultiMixerLayer::MultiMixerLayer(const LayerConfig& config, std::vector<std::string> mixers, int64_t index)
@@ -189,10 +185,10 @@ at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weig
   return r.y;
 }
 
-MultiMixerLayer::KeyValues MultiMixerLayer::project_kv(const KeyValueGroup& group, const at::Tensor& u, ForwardPass& pass) const {
+MultiMixerLayer::KeyValues MultiMixerLayer::project_kv(const KeyValueGroup& group, const Projections& u, ForwardPass& pass) const {
   const LayerConfig& c = config_;
-  const int64_t B = u.size(0), T = u.size(1);
-  at::Tensor k = project(u, group.k_proj), v = project(u, group.v_proj);  // [B, T, Hk K], [B, T, Hv V]
+  const int64_t B = u.input().size(0), T = u.input().size(1);
+  at::Tensor k = u(group.k_proj), v = u(group.v_proj);  // [B, T, Hk K], [B, T, Hv V]
   if (c.conv) {
     k = convolve(k, group.k_conv, group.k_conv_bias, group.prefix + "k_conv", pass);
     v = convolve(v, group.v_conv, group.v_conv_bias, group.prefix + "v_conv", pass);
@@ -239,23 +235,26 @@ at::Tensor MultiMixerLayer::places(const State& one, int64_t begin, int64_t end)
   return one.rows(index_, "mode", end)[0].narrow(0, begin, end - begin);
 }
 
-at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const {
-  // A gather and a scatter cost less than projecting tokens whose query nobody reads.
-  if (query.everywhere || tokens.all) return project(u, query.proj);
-  const int64_t B = u.size(0), T = u.size(1);
-  const at::Tensor q = project(u.view({B * T, -1}).index_select(0, tokens.index), query.proj);
+at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& tokens, const Projections& u) const {
+  const int64_t B = u.input().size(0), T = u.input().size(1);
+  // A gather and a scatter cost less than projecting tokens whose query nobody reads, where those are many.
+  if (query.everywhere || tokens.all || (u.input().is_cuda() && 2 * tokens.count > B * T)) return u(query.proj);
+  const at::Tensor q = u.rows(query.proj, tokens.index);
   return at::zeros({B * T, q.size(-1)}, q.options()).index_copy(0, tokens.index, q).view({B, T, -1});
 }
 
-at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, ForwardPass& pass) const {
+at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing, ForwardPass& pass) const {
   const LayerConfig& c = config_;
+  const Projections reads(normed);
+  const at::Tensor& u = reads.input();
   const int64_t B = u.size(0), T = u.size(1);
   LayerState* state = pass.state != nullptr ? &pass.state->layer(index_) : nullptr;
   static const TokenSet kEverything;
   std::vector<KeyValues> kvs;
-  for (const auto& g : groups_) kvs.push_back(project_kv(g, u, pass));
+  for (const auto& g : groups_) kvs.push_back(project_kv(g, reads, pass));
   if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_), pass);
   std::vector<at::Tensor> outputs;  // [B, T, output heads, V] each
+  std::vector<at::Tensor> rows;     // of each: the tokens that it answers for, undefined for all
   std::map<std::string, at::Tensor> projected;
   for (size_t m = 0; m < mixers_.size(); ++m) {
     const TokenSet& tokens = combines_all() ? kEverything : routing.tokens(names_, m, u.device());
@@ -267,12 +266,12 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
     if (auto it = projected.find(query.name); it != projected.end()) {
       q = it->second;
     } else {
-      q = project_query(query, tokens, u);
+      q = project_query(query, tokens, reads);
       if (query.everywhere) projected.emplace(query.name, q);
     }
     if (query.conv.defined()) q = convolve(q, query.conv, query.conv_bias, names_[m] + ".q_conv", pass);
     const KeyValues& kv = kvs[config_.share_kv ? 0 : m];
-    MixerInput input{u, q.view({B, T, c.num_heads, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
+    MixerInput input{u, reads, q.view({B, T, c.num_heads, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
                      kv.cached && mixers_[m]->keeps_tokens() ? &kv.cache : nullptr};
     if (state != nullptr && state->has(group_of(m).prefix + "keys")) {
       input.keep = [&](const std::string& slot, const at::Tensor& rows) { return keep(slot, rows, pass); };
@@ -283,24 +282,28 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& u, const Routing& routing, For
     if (T == 1 && state != nullptr && tokens.index.defined()) {
       part = at::zeros_like(part).index_copy(0, tokens.index, part.index_select(0, tokens.index));
     }
-    outputs.push_back(part);
+    // What looks back keeps its output for the backward pass; what does not stands first, to be written over.
+    const bool first = !combines_all() && mixers_[m]->advances_everywhere();
+    outputs.insert(first ? outputs.begin() : outputs.end(), part);
+    rows.insert(first ? rows.begin() : rows.end(), tokens.index);
   }
   at::Tensor o;
-  for (at::Tensor part : outputs) {
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    at::Tensor part = outputs[i];
     // mean: each output is head-normalised before the average; select: they are zero but for their own tokens.
     if (combines_all() && c.head_norm) part = ops::rms_norm(part, o_norm_, c.o_norm_eps());
-    o = o.defined() ? o + part : part;
+    o = !o.defined() ? part : combines_all() || !rows[i].defined() ? o + part : join_rows(o, part, rows[i]);
   }
   if (combines_all()) o = o / static_cast<double>(outputs.size());
-  return project(gated(o, u).reshape({B, T, c.output_width()}), o_proj_);
+  return project(gated(o, reads).reshape({B, T, c.output_width()}), o_proj_);
 }
 
 // Head norm and gate: o [B, T, output heads, V] -> the same, or its heads side by side.
-at::Tensor MultiMixerLayer::gated(const at::Tensor& o, const at::Tensor& u) const {
+at::Tensor MultiMixerLayer::gated(const at::Tensor& o, const Projections& u) const {
   const LayerConfig& c = config_;
   const bool norm = c.head_norm && !combines_all();
   if (!c.gate) return norm ? ops::rms_norm(o, o_norm_, c.o_norm_eps()) : o;
-  const at::Tensor gate = project(u, g_proj_).view(o.sizes());
+  const at::Tensor gate = u(g_proj_).view(o.sizes());
   const bool sigmoid = c.gate_activation == "sigmoid";
   if (norm && c.head_norm_groups > 0) {
     return ops::gated_rms_norm(o.flatten(2), gate.flatten(2), o_norm_, c.o_norm_eps(), /*gate_first=*/true, c.head_norm_groups);
@@ -311,7 +314,10 @@ at::Tensor MultiMixerLayer::gated(const at::Tensor& o, const at::Tensor& u) cons
 }
 
 at::Tensor MultiMixerLayer::feed_forward(const at::Tensor& h) const {
-  const auto whole = [this](const at::Tensor& x) { return project(ops::swiglu(project(x, gate_proj_), project(x, up_proj_)), down_proj_); };
+  const auto whole = [this](const at::Tensor& x) {
+    const Projections reads(x);
+    return project(ops::swiglu(reads(gate_proj_), reads(up_proj_)), down_proj_);
+  };
   const int64_t tokens = h.size(0) * h.size(1);
   if (at::GradMode::is_enabled() || tokens <= kFeedForwardTokens) return whole(h);
   // Nothing is kept for a backward pass, so the widest activations of the model need not stand for all tokens at once: less memory, and

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "oryx/mixers/mixer.h"
+#include "oryx/mixers/projections.h"
 #include "oryx/model/routing.h"
 
 namespace oryx {
@@ -71,11 +72,11 @@ class MultiMixerLayer {
   bool combines_all() const { return config_.combine == "mean"; }
   const KeyValueGroup& group_of(size_t mixer) const { return groups_[config_.share_kv ? 0 : mixer]; }
   at::Tensor keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const;
-  KeyValues project_kv(const KeyValueGroup& group, const at::Tensor& u, ForwardPass& pass) const;
-  at::Tensor project_query(const Query& query, const TokenSet& tokens, const at::Tensor& u) const;
+  KeyValues project_kv(const KeyValueGroup& group, const Projections& u, ForwardPass& pass) const;
+  at::Tensor project_query(const Query& query, const TokenSet& tokens, const Projections& u) const;
   at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::string& slot, ForwardPass& pass) const;
   at::Tensor mix(const at::Tensor& u, const Routing& routing, ForwardPass& pass) const;
-  at::Tensor gated(const at::Tensor& o, const at::Tensor& u) const;
+  at::Tensor gated(const at::Tensor& o, const Projections& u) const;
   at::Tensor feed_forward(const at::Tensor& h) const;
   std::pair<at::Tensor, at::Tensor> norm_before(const at::Tensor& delta, const at::Tensor& stream, const at::Tensor& weight) const;
   at::Tensor contribution(const at::Tensor& y, const at::Tensor& norm) const;
@@ -90,9 +91,6 @@ class MultiMixerLayer {
   std::vector<Query> queries_;          // one a mixer
   at::Tensor norm1_, norm2_, g_proj_, o_norm_, o_proj_, gate_proj_, up_proj_, down_proj_;
 };
-
-// y = x W^T with the weight cast to x's dtype. x [..., in], weight [out, in].
-at::Tensor project(const at::Tensor& x, const at::Tensor& weight);
 
 // What an RMSNorm with this parameter multiplies by: the weight, or 1 + weight (zero_centred_norm).
 at::Tensor norm_factor(const LayerConfig& config, const at::Tensor& weight);

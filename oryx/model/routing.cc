@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "oryx/model/device.h"
+
 namespace oryx {
 
 Routing::Routing(int64_t B, int64_t T, const std::string& mixer) : B_(B), T_(T), mixers_{mixer} {
@@ -29,8 +31,8 @@ const TokenSet& Routing::tokens(const std::vector<std::string>& layer_mixers, si
     std::vector<TokenSet> sets = split(layer_mixers);
     for (TokenSet& set : sets) {
       if (set.all) continue;
-      set.spans = set.spans->to(device);
-      set.index = set.index.to(device);
+      set.spans = to_device(*set.spans, device);
+      set.index = to_device(set.index, device);
     }
     it = cache_.emplace(key, std::move(sets)).first;
   }

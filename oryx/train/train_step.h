@@ -5,7 +5,7 @@
 
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
-#include "oryx/train/batch_source.h"
+#include "oryx/train/batch_feed.h"
 #include "oryx/train/optimizer.h"
 
 namespace oryx {
@@ -18,14 +18,23 @@ struct StepOptions {
 };
 
 struct StepResult {
-  double loss = 0;           // mean over the batches
-  double gradient_norm = 0;  // before clipping
   int64_t tokens = 0;
   double attention_share = 0;  // of the tokens, over all batches
-  bool skipped = false;        // loss or gradient not finite: the parameters are as before
+  double flops = 0;            // of the model: three times the forward pass's
+
+  // Known at once on the CPU, on a GPU after read(), which waits for the device.
+  double loss = 0;           // mean over the batches
+  double gradient_norm = 0;  // before clipping
+  bool skipped = false;      // loss or gradient not finite: the parameters are as before
+  void read();
+
+  at::Tensor record;  // on the device, until it is read: Optimizer::update
 };
 
-// Draws `options.accumulate` batches from `source` and steps. Random modes are functions of (seed, step, sequence).
+// Takes `options.accumulate` batches from the feed and steps.
+StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchFeed& feed, double lr, const StepOptions& options);
+
+// The same with batches drawn from `source`, and the result read. Random modes are functions of (seed, step, sequence).
 StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchSource& source, const ModelSchedule& schedule, double lr, uint64_t seed,
                       int64_t step, const StepOptions& options);
 

@@ -51,6 +51,7 @@ LanguageModel new_model(const TrainOptions& o) {
   model.initialize(static_cast<uint64_t>(o.seed));
   model.to(parse_device(o.device));
   model.requires_grad(true);
+  if (!model.device().is_cpu()) model.keep_copies();
   return model;
 }
 
@@ -69,13 +70,19 @@ class Run {
   TrainSummary loop() {
     ProgressBar bar("train", options_.steps, "steps", step_);
     const double start = now();
+    feed_.emplace(*task_.source, schedule_, model_, FeedOptions{static_cast<uint64_t>(options_.seed), step_, options_.accumulate});
+    begin_ = now();
     while (step_ < options_.steps && !summary_.interrupted) {
       one_step(bar);
       const bool last = step_ == options_.steps;
       summary_.interrupted = interrupted() && !last;
-      const bool due = last || (options_.validate_every > 0 && step_ % options_.validate_every == 0);
-      if (due && !summary_.interrupted) validate_safely(last);
-      if (last || summary_.interrupted || step_ % options_.save_every == 0) save();
+      const bool due = (last || (options_.validate_every > 0 && step_ % options_.validate_every == 0)) && !summary_.interrupted;
+      const bool saves = last || summary_.interrupted || step_ % options_.save_every == 0;
+      if (!due && !saves) continue;
+      stop_clock(bar);
+      if (due) validate_safely(last);
+      if (saves || summary_.interrupted) save();
+      begin_ = now();
     }
     bar.finish();
     summary_.step = step_;
@@ -105,33 +112,56 @@ class Run {
 
   void one_step(ProgressBar& bar) {
     const double lr = cosine_with_warmup(step_ + 1, options_.lr, options_.warmup_steps, options_.steps, options_.min_lr_ratio);
-    const double begin = now();
-    const StepResult r = train_step(model_, optimizer_, *task_.source, schedule_, lr, static_cast<uint64_t>(options_.seed), step_,
-                                    {options_.accumulate, options_.clip, options_.z_loss, options_.checkpoint_layers});
+    StepResult r = train_step(model_, optimizer_, *feed_, lr, {options_.accumulate, options_.clip, options_.z_loss, options_.checkpoint_layers});
     ++step_;
-    seconds_ += now() - begin;
-    tokens_ += r.tokens;
     all_tokens_ += options_.accumulate * options_.batch_size * options_.seq_len;
     summary_.tokens += r.tokens;
-    if (r.skipped) {
-      skip(r);
-      return;
+    pending_.push_back({step_, lr, std::move(r)});
+    const bool logs = step_ % options_.log_every == 0 || step_ == options_.steps;
+    // What a step did is looked at when it is asked for, or when so many are open that a run gone wrong must be noticed: reading waits for the device.
+    if (logs || on_cpu() || static_cast<int64_t>(pending_.size()) >= kMaxSkipped) read_steps(bar, logs);
+  }
+
+  bool on_cpu() const { return model_.device().is_cpu(); }
+
+  void read_steps(ProgressBar& bar, bool logs) {
+    for (Step& s : pending_) {
+      s.result.read();
+      tokens_ += s.result.tokens;
+      flops_ += s.result.flops;
+      if (s.result.skipped) {
+        skip(s.step, s.result);
+        continue;
+      }
+      skipped_in_a_row_ = 0;
+      summary_.last_loss = s.result.loss;
     }
-    skipped_in_a_row_ = 0;
-    summary_.last_loss = r.loss;
-    const double rate = static_cast<double>(tokens_) / seconds_;
-    bar.update(step_, fmt::format("loss {:.4f} | {} tokens/s", r.loss, human_count(rate)));
-    if (step_ % options_.log_every != 0 && step_ != options_.steps) return;
-    log({{"kind", "train"}, {"step", step_}, {"loss", r.loss}, {"lr", lr}, {"gradient_norm", r.gradient_norm}, {"attention_share", r.attention_share},
-         {"tokens", all_tokens_}, {"tokens_per_second", rate}});
-    seconds_ = 0;
+    const double seconds = seconds_ + now() - begin_, rate = static_cast<double>(tokens_) / seconds;
+    const Step last = std::move(pending_.back());
+    pending_.clear();
+    if (last.result.skipped) return;
+    bar.update(step_, fmt::format("loss {:.4f} | {} tokens/s", last.result.loss, human_count(rate)));
+    if (!logs) return;
+    Json line = {{"kind", "train"}, {"step", step_}, {"loss", last.result.loss}, {"lr", last.lr}, {"gradient_norm", last.result.gradient_norm},
+                 {"attention_share", last.result.attention_share}, {"tokens", all_tokens_}, {"tokens_per_second", rate},
+                 {"flops_per_token", flops_ / static_cast<double>(tokens_)}};
+    if (!on_cpu()) line["mfu"] = flops_ / seconds / kPeakFlops;
+    log(std::move(line));
+    begin_ = now();
+    seconds_ = flops_ = 0;
     tokens_ = 0;
   }
 
-  void skip(const StepResult& r) {
+  // Rates are of the time between two lines, without validations and saves: what the device still has to do counts before they begin.
+  void stop_clock(ProgressBar& bar) {
+    if (!pending_.empty()) read_steps(bar, false);
+    seconds_ += now() - begin_;
+  }
+
+  void skip(int64_t step, const StepResult& r) {
     // Written as text: JSON has no word for NaN.
-    log({{"kind", "skipped"}, {"step", step_}, {"loss", fmt::format("{}", r.loss)}, {"gradient_norm", fmt::format("{}", r.gradient_norm)}});
-    log::warn("step {} skipped: loss {}, gradient norm {}", step_, r.loss, r.gradient_norm);
+    log({{"kind", "skipped"}, {"step", step}, {"loss", fmt::format("{}", r.loss)}, {"gradient_norm", fmt::format("{}", r.gradient_norm)}});
+    log::warn("step {} skipped: loss {}, gradient norm {}", step, r.loss, r.gradient_norm);
     if (++skipped_in_a_row_ >= kMaxSkipped) {
       fail("{}: loss or gradient was not finite at {} steps in a row; lower lr, or look at the data", folder_.path().string(), kMaxSkipped);
     }
@@ -160,7 +190,7 @@ class Run {
   }
 
   void save() {
-    folder_.save(step_, model_, optimizer_, {{"step", step_}, {"tokens", all_tokens_}, {"optimizer_steps", optimizer_.steps()}, {"data", task_.source->position()}},
+    folder_.save(step_, model_, optimizer_, {{"step", step_}, {"tokens", all_tokens_}, {"optimizer_steps", optimizer_.steps()}, {"data", feed_->position()}},
                  task_.tokenizer.get(), options_.keep_checkpoints);
     write_report(folder_, options_, metrics_);
   }
@@ -177,7 +207,14 @@ class Run {
   Optimizer optimizer_;
   ModelSchedule schedule_;
   int64_t step_ = 0, skipped_in_a_row_ = 0, tokens_ = 0, all_tokens_ = 0;
-  double seconds_ = 0;
+  double seconds_ = 0, begin_ = 0, flops_ = 0;  // of the steps since the last line
+  struct Step {
+    int64_t step;
+    double lr;
+    StepResult result;
+  };
+  std::vector<Step> pending_;  // not looked at yet
+  std::optional<BatchFeed> feed_;
   std::vector<Json> metrics_;
   TrainSummary summary_;
 };

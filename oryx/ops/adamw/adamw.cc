@@ -154,6 +154,23 @@ void adamw_step(at::Tensor p, const at::Tensor& g, at::Tensor m, at::Tensor v, i
   adamw_step_all({std::move(p)}, {g}, {std::move(m)}, {std::move(v)}, step, options, grad_scale);
 }
 
+void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& o, double clip) {
+  using Signature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::IntArrayRef, at::Tensor&, const at::Tensor&,
+                         double, double, double, double, double, double);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::adamw_update", "").typed<Signature>();
+  const size_t n = lists.p.size();
+  TORCH_CHECK(lists.g.size() == n && lists.m.size() == n && lists.v.size() == n && lists.weight.size() == n && lists.decays.size() == n,
+              "adamw_update: lists of different lengths");
+  std::vector<at::Tensor> weight = lists.weight;
+  for (size_t i = 0; i < n; ++i) {
+    if (!weight[i].defined()) weight[i] = at::empty({0}, lists.p[i].options().dtype(at::kBFloat16));
+  }
+  const std::vector<int64_t> decays(lists.decays.begin(), lists.decays.end());
+  at::NoGradGuard no_grad;
+  at::AutoDispatchBelowADInplaceOrView guard;
+  op.call(lists.p, lists.g, lists.m, lists.v, weight, decays, control, loss, o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, clip);
+}
+
 double global_norm(const std::vector<at::Tensor>& gradients) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("oryx::global_norm", "").typed<decltype(global_norm_cpu)>();
@@ -172,6 +189,9 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
       "beta2, "
       "float eps, float weight_decay, float grad_scale=1) -> ()");
   m.def("global_norm(Tensor[] gradients) -> float");
+  m.def(
+      "adamw_update(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor(c!)[] v, Tensor(d!)[] weight, int[] decays, Tensor(e!) control, Tensor loss, float lr, "
+      "float beta1, float beta2, float eps, float weight_decay, float clip) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(oryx, CPU, m) {

@@ -25,6 +25,19 @@ void adamw_step_all(const std::vector<at::Tensor>& p, const std::vector<at::Tens
                     const std::vector<at::Tensor>& m, const std::vector<at::Tensor>& v, int64_t step,
                     const AdamwOptions& options, double grad_scale = 1);
 
+// A whole step decided on the device, so that the host need not wait for it: the global norm of the gradients, clipping to `clip` (0: none), and no update at
+// all where the norm or the loss is not finite. CUDA tensors only.
+struct AdamwUpdate {
+  std::vector<at::Tensor> p, m, v;  // float32
+  std::vector<at::Tensor> g;        // float32 or bfloat16
+  std::vector<at::Tensor> weight;   // bfloat16 copies of p that are written along, undefined where there is none
+  std::vector<bool> decays;
+};
+// control: float64 [kAdamwControl], zeros before the first step. After the call it holds loss, norm, 1 where the step was taken else 0, and the number of
+// steps taken (which is read: bias correction), and what is the kernels' own.
+constexpr int64_t kAdamwControl = 9;
+void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& options, double clip);
+
 // sqrt of the sum of all squares, accumulated in double in an order that does not depend on the number of threads.
 // Undefined gradients are passed over.
 double global_norm(const std::vector<at::Tensor>& gradients);

@@ -48,11 +48,52 @@ void adamw_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at::Tensor
     gradients.push_back(usable(g[i]));
     const at::Tensor& d = gradients.back();
     tensors.push_back({p[i].mutable_data_ptr<float>(), m[i].mutable_data_ptr<float>(), v[i].mutable_data_ptr<float>(), d.const_data_ptr(),
-                       nullptr, p[i].numel(), cuda::kernel_dtype("adamw_step", d)});
+                       nullptr, p[i].numel(), cuda::kernel_dtype("adamw_step", d), 0});
     for (const at::Tensor& t : {p[i], m[i], v[i]}) t.unsafeGetTensorImpl()->bump_version();
   }
   const OryxAdamwConstants constants = constants_of(step, options, grad_scale);
   cuda::check("adamw_step", oryx_adamw(tensors.data(), static_cast<int64_t>(tensors.size()), &constants, cuda::stream_of(p[0])));
+}
+
+// weight[i]: empty where p[i] has no bfloat16 copy.
+void adamw_update_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at::TensorList v, at::TensorList weight, at::IntArrayRef decays,
+                       at::Tensor& control, const at::Tensor& loss, double lr, double beta1, double beta2, double eps, double weight_decay, double clip) {
+  static_assert(sizeof(OryxAdamwControl) == kAdamwControl * sizeof(double));
+  TORCH_CHECK(!p.empty(), "adamw_update: no parameters");
+  const at::Device device = p[0].device();
+  const c10::cuda::CUDAGuard guard(device);
+  TORCH_CHECK(control.scalar_type() == at::kDouble && control.is_contiguous() && control.numel() == kAdamwControl && control.device() == device,
+              "adamw_update: control must be float64 [", kAdamwControl, "] on the parameters' device");
+  TORCH_CHECK(loss.scalar_type() == at::kFloat && loss.numel() == 1 && loss.device() == device,
+              "adamw_update: loss must be one float32 on the parameters' device");
+  std::vector<OryxAdamwTensor> tensors;
+  std::vector<at::Tensor> kept;
+  for (size_t i = 0; i < p.size(); ++i) {
+    check_adamw(p[i], g[i], m[i], v[i]);
+    TORCH_CHECK(p[i].scalar_type() == at::kFloat && p[i].device() == device, "adamw_update: p is ", p[i].scalar_type(), " on ", p[i].device(),
+                ", expected float32 on ", device);
+    void* copy = nullptr;
+    if (weight[i].numel() > 0) {
+      TORCH_CHECK(weight[i].scalar_type() == at::kBFloat16 && weight[i].sizes() == p[i].sizes() && weight[i].is_contiguous(),
+                  "adamw_update: a weight must be contiguous bfloat16 of its parameter's shape");
+      copy = weight[i].mutable_data_ptr();
+      weight[i].unsafeGetTensorImpl()->bump_version();
+    }
+    kept.push_back(usable(g[i]));
+    const at::Tensor& d = kept.back();
+    tensors.push_back({p[i].mutable_data_ptr<float>(), m[i].mutable_data_ptr<float>(), v[i].mutable_data_ptr<float>(), d.const_data_ptr(), copy,
+                       p[i].numel(), cuda::kernel_dtype("adamw_update", d), decays[i] != 0 ? 1 : 0});
+    for (const at::Tensor& t : {p[i], m[i], v[i]}) t.unsafeGetTensorImpl()->bump_version();
+  }
+  const auto count = static_cast<int64_t>(tensors.size());
+  const at::Tensor workspace = at::empty({oryx_sum_of_squares_workspace(tensors.data(), count)}, control.options());
+  const at::Tensor total = at::empty({}, control.options());
+  const OryxAdamwRates rates{lr, beta1, beta2, eps, weight_decay, clip};
+  auto* state = reinterpret_cast<OryxAdamwControl*>(control.mutable_data_ptr<double>());
+  const cudaStream_t stream = cuda::stream_of(control);
+  cuda::check("adamw_update", oryx_sum_of_squares(tensors.data(), count, workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>(), stream));
+  cuda::check("adamw_update", oryx_adamw_control(total.const_data_ptr<double>(), loss.const_data_ptr<float>(), &rates, state, stream));
+  cuda::check("adamw_update", oryx_adamw_controlled(tensors.data(), count, state, stream));
 }
 
 double global_norm_cuda(at::TensorList gradients) {
@@ -68,7 +109,7 @@ double global_norm_cuda(at::TensorList gradients) {
     }
     kept.push_back(usable(g));
     const at::Tensor& d = kept.back();
-    tensors.push_back({nullptr, nullptr, nullptr, d.const_data_ptr(), nullptr, d.numel(), cuda::kernel_dtype("global_norm", d)});
+    tensors.push_back({nullptr, nullptr, nullptr, d.const_data_ptr(), nullptr, d.numel(), cuda::kernel_dtype("global_norm", d), 0});
   }
   const auto count = static_cast<int64_t>(tensors.size());
   const auto options = gradients[0].options().dtype(at::kDouble);
@@ -83,6 +124,7 @@ double global_norm_cuda(at::TensorList gradients) {
 TORCH_LIBRARY_IMPL(oryx, CUDA, m) {
   m.impl("adamw_step", adamw_cuda);
   m.impl("global_norm", global_norm_cuda);
+  m.impl("adamw_update", adamw_update_cuda);
 }
 
 }  // namespace oryx::ops

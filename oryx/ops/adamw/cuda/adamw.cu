@@ -61,13 +61,10 @@ __device__ __forceinline__ bool aligned(const OryxAdamwTensor& t) {
   return (bits & 15) == 0;
 }
 
-__global__ __launch_bounds__(kThreads) void adamw(const __grid_constant__ List list,
-                                                  const __grid_constant__ OryxAdamwConstants c) {
-  const int index = find_tensor(list, blockIdx.x);
-  const OryxAdamwTensor t = list.tensor[index];  // a copy: its pointers stay in registers
+__device__ __forceinline__ void update_chunk(const List& list, const OryxAdamwTensor& t, int index, const OryxAdamwConstants& c) {
   const int64_t begin = static_cast<int64_t>(blockIdx.x - list.first_chunk[index]) * kChunk;
   const int64_t end = begin + kChunk < t.n ? begin + kChunk : t.n;
-  const int dtype = static_cast<int>(t.g_dtype);
+  const int dtype = t.g_dtype;
   constexpr int kUnits = kPerThread / 4;
   int64_t done = begin;  // up to here in packets
   if (aligned(t)) {
@@ -100,6 +97,38 @@ __global__ __launch_bounds__(kThreads) void adamw(const __grid_constant__ List l
   }
 }
 
+__global__ __launch_bounds__(kThreads) void adamw(const __grid_constant__ List list,
+                                                  const __grid_constant__ OryxAdamwConstants c) {
+  const int index = find_tensor(list, blockIdx.x);
+  const OryxAdamwTensor t = list.tensor[index];  // a copy: its pointers stay in registers
+  update_chunk(list, t, index, c);
+}
+
+__global__ __launch_bounds__(kThreads) void adamw_controlled(const __grid_constant__ List list, const OryxAdamwControl* control) {
+  if (control->taken == 0.0) return;
+  const int index = find_tensor(list, blockIdx.x);
+  const OryxAdamwTensor t = list.tensor[index];
+  OryxAdamwConstants c = control->constants;
+  if (t.decays == 0) c.keep = 1.0f;
+  update_chunk(list, t, index, c);
+}
+
+// One thread: everything in double, as the host does for the other form.
+__global__ void decide(const double* sum_of_squares, const float* loss, const __grid_constant__ OryxAdamwRates r, OryxAdamwControl* control) {
+  const double norm = sqrt(*sum_of_squares), value = loss != nullptr ? static_cast<double>(*loss) : 0.0;
+  const bool taken = isfinite(norm) && isfinite(value);
+  const double n = control->steps + (taken ? 1.0 : 0.0);
+  control->loss = value, control->norm = norm, control->taken = taken ? 1.0 : 0.0, control->steps = n;
+  OryxAdamwConstants& c = control->constants;
+  c.grad_scale = static_cast<float>(r.clip > 0 && norm > r.clip ? r.clip / norm : 1.0);
+  c.keep = static_cast<float>(1 - r.lr * r.weight_decay);
+  c.beta1 = static_cast<float>(r.beta1), c.one_less_beta1 = static_cast<float>(1 - r.beta1);
+  c.beta2 = static_cast<float>(r.beta2), c.one_less_beta2 = static_cast<float>(1 - r.beta2);
+  c.step_size = static_cast<float>(r.lr / (1 - pow(r.beta1, n)));
+  c.inverse_root = static_cast<float>(1 / sqrt(1 - pow(r.beta2, n)));
+  c.eps = static_cast<float>(r.eps);
+}
+
 // The sum over the block's threads, valid in thread 0.
 __device__ __forceinline__ double block_sum(double x) {
   __shared__ double sums[kThreads / 32];
@@ -121,12 +150,12 @@ __global__ __launch_bounds__(kThreads) void sum_of_squares(const __grid_constant
   for (int64_t i = begin + threadIdx.x * kPerThread; i < end; i += kThreads * kPerThread) {
     if (i + kPerThread <= end) {
       float g[kPerThread];
-      load_any(t.g, static_cast<int>(t.g_dtype), i, g);
+      load_any(t.g, t.g_dtype, i, g);
 #pragma unroll
       for (int k = 0; k < kPerThread; ++k) sum += static_cast<double>(g[k]) * g[k];
     } else {
       for (int64_t k = i; k < end; ++k) {
-        const double g = load_any(t.g, static_cast<int>(t.g_dtype), k);
+        const double g = load_any(t.g, t.g_dtype, k);
         sum += g * g;
       }
     }
@@ -174,6 +203,17 @@ int oryx_adamw(const OryxAdamwTensor* tensors, int64_t count, const OryxAdamwCon
   for_lists(tensors, count, [&](const List& list, unsigned chunks) {
     adamw<<<chunks, kThreads, 0, stream>>>(list, *constants);
   });
+  return cudaGetLastError();
+}
+
+int oryx_adamw_control(const double* sum_of_squares, const float* loss, const OryxAdamwRates* rates, OryxAdamwControl* control,
+                       cudaStream_t stream) {
+  decide<<<1, 1, 0, stream>>>(sum_of_squares, loss, *rates, control);
+  return cudaGetLastError();
+}
+
+int oryx_adamw_controlled(const OryxAdamwTensor* tensors, int64_t count, const OryxAdamwControl* control, cudaStream_t stream) {
+  for_lists(tensors, count, [&](const List& list, unsigned chunks) { adamw_controlled<<<chunks, kThreads, 0, stream>>>(list, control); });
   return cudaGetLastError();
 }
 

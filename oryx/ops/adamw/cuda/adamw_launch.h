@@ -12,13 +12,28 @@ struct OryxAdamwTensor {
   const void* g;
   void* weight;
   int64_t n;
-  int64_t g_dtype;  // 0 float32, 1 bfloat16
+  int32_t g_dtype;  // 0 float32, 1 bfloat16
+  int32_t decays;   // 0: without weight decay
 };
 // The step's constants, made in double.
 struct OryxAdamwConstants {
   float grad_scale, keep, beta1, one_less_beta1, beta2, one_less_beta2, step_size, inverse_root, eps;
 };
-// Updates p, m, v and weight of all `count` tensors (an array on the host), up to 400 a launch.
+// A step decided on the device. Rates and clipping as in adamw.h; `clip` 0: none.
+struct OryxAdamwRates {
+  double lr, beta1, beta2, eps, weight_decay, clip;
+};
+// What oryx_adamw_control leaves on the device. taken: 0 where loss or norm are not finite, and nothing is to be updated.
+struct OryxAdamwControl {
+  double loss, norm, taken, steps;  // steps: taken so far, this one included
+  struct OryxAdamwConstants constants;
+};
+// From the sum of squares of the gradients, the loss (float32; null: 0) and the steps taken before (control->steps, in place).
+int oryx_adamw_control(const double* sum_of_squares, const float* loss, const struct OryxAdamwRates* rates, struct OryxAdamwControl* control,
+                       cudaStream_t stream);
+// Updates as `control` (on the device) says; up to 400 tensors a launch.
+int oryx_adamw_controlled(const struct OryxAdamwTensor* tensors, int64_t count, const struct OryxAdamwControl* control, cudaStream_t stream);
+// Updates p, m, v and weight of all `count` tensors (an array on the host), up to 400 a launch. All decay as `constants` says.
 int oryx_adamw(const struct OryxAdamwTensor* tensors, int64_t count, const struct OryxAdamwConstants* constants,
                cudaStream_t stream);
 

@@ -1,0 +1,150 @@
+#include "oryx/mixers/projections.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace oryx {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+at::Tensor flat(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+
+at::Tensor unflat(const at::Tensor& y, const at::Tensor& x) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = y.size(-1);
+  return y.view(sizes);
+}
+
+at::Tensor cast(const at::Tensor& weight, const at::Tensor& x) { return weight.scalar_type() == x.scalar_type() ? weight : weight.to(x.scalar_type()); }
+
+// The sum of the shares of one activation's gradient, [rows, in].
+struct Sink : torch::CustomClassHolder {
+  at::Tensor sum;
+  void add_product(const at::Tensor& dy, const at::Tensor& weight) {
+    if (sum.defined()) {
+      sum.addmm_(dy, weight);
+    } else {
+      sum = at::mm(dy, weight);
+    }
+  }
+};
+
+Sink& sink_of(const c10::IValue& capsule) { return *static_cast<Sink*>(capsule.toCapsule().get()); }
+
+// x -> x. Its backward pass runs when those of all readers have run: the products' shares lie in the sink, the others' come as usual.
+struct FanOut : torch::autograd::Function<FanOut> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const c10::IValue& sink) {
+    ctx->saved_data["sink"] = sink;
+    ctx->set_materialize_grads(false);
+    return x;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::Tensor& sum = sink_of(ctx->saved_data["sink"]).sum;
+    at::Tensor total = grads[0];
+    if (sum.defined()) total = total.defined() ? sum.view(total.sizes()).add_(total) : sum;
+    sum.reset();
+    return {total, at::Tensor()};
+  }
+};
+
+enum class Form { kPlain, kRows, kWide };
+
+// Both halves of a float32 matrix in bfloat16: hi + lo has 16 bits of mantissa.
+at::Tensor halves(const at::Tensor& weight) {
+  const at::Tensor hi = weight.to(at::kBFloat16);
+  return at::cat({hi, (weight - hi).to(at::kBFloat16)});
+}
+
+at::Tensor wide_product(const at::Tensor& x, const at::Tensor& weight) {
+  if (x.scalar_type() != at::kBFloat16 || weight.scalar_type() != at::kFloat) return at::linear(x.to(weight.scalar_type()), weight);
+  const int64_t n = weight.size(0);
+  const at::Tensor both = at::mm(flat(x), halves(weight).t(), at::kFloat);  // [rows, 2 n]
+  return unflat(both.narrow(1, 0, n) + both.narrow(1, n, n), x);
+}
+
+struct Product : torch::autograd::Function<Product> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& index, const c10::IValue& sink,
+                            int64_t form) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->saved_data["sink"] = sink;
+    ctx->saved_data["form"] = form;
+    ctx->save_for_backward({x, weight, index.value_or(at::Tensor())});
+    ctx->set_materialize_grads(false);
+    if (form == static_cast<int64_t>(Form::kWide)) return wide_product(x, weight);
+    if (form == static_cast<int64_t>(Form::kRows)) return at::linear(flat(x).index_select(0, *index), cast(weight, x));
+    return at::linear(x, cast(weight, x));
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const at::Tensor none;
+    if (!grads[0].defined()) return {none, none, none, none, none};
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto saved = ctx->get_saved_variables();
+    const at::Tensor& weight = saved[1];
+    const auto form = static_cast<Form>(ctx->saved_data["form"].toInt());
+    const at::Tensor x = form == Form::kRows ? flat(saved[0]).index_select(0, saved[2]) : flat(saved[0]);
+    const at::Tensor dy = flat(grads[0]).to(x.scalar_type());
+    if (ctx->needs_input_grad(0)) {
+      Sink& sink = sink_of(ctx->saved_data["sink"]);
+      if (form == Form::kRows) {
+        // Each row at most once: taken out, added to, put back.
+        if (!sink.sum.defined()) sink.sum = at::zeros({saved[0].numel() / saved[0].size(-1), saved[0].size(-1)}, x.options());
+        sink.sum.index_copy_(0, saved[2], sink.sum.index_select(0, saved[2]).addmm_(dy, cast(weight, x)));
+      } else {
+        sink.add_product(dy, cast(weight, x));
+      }
+    }
+    at::Tensor d_weight;
+    if (ctx->needs_input_grad(1)) {
+      const bool exact = weight.scalar_type() == at::kFloat && x.scalar_type() == at::kBFloat16;
+      d_weight = exact ? at::mm(dy.t(), x, at::kFloat) : at::mm(dy.t(), x);
+    }
+    return {none, d_weight, none, none, none};
+  }
+};
+
+struct JoinRows : torch::autograd::Function<JoinRows> {
+  static at::Tensor forward(AutogradContext* ctx, at::Tensor o, const at::Tensor& part, const at::Tensor& index) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    o.flatten(0, 1).index_copy_(0, index, part.flatten(0, 1).index_select(0, index));
+    o.unsafeGetTensorImpl()->bump_version();  // a mixer that kept o for its own backward pass would then fail, not be wrong
+    ctx->mark_dirty({o});
+    return o;
+  }
+  // Neither mixer looks at the gradient of rows that are not its own.
+  static variable_list backward(AutogradContext*, variable_list grads) { return {grads[0], grads[0], at::Tensor()}; }
+};
+
+}  // namespace
+
+at::Tensor join_rows(const at::Tensor& o, const at::Tensor& part, const at::Tensor& index) {
+  if (!o.is_cuda() || !o.is_contiguous()) return o + part;
+  return JoinRows::apply(o, part, index);
+}
+
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight) { return at::linear(x, cast(weight, x)); }
+
+Projections::Projections(const at::Tensor& x) : x_(x) {
+  if (!x.is_cuda() || !at::GradMode::is_enabled() || !x.requires_grad()) return;
+  sink_ = c10::IValue::make_capsule(c10::make_intrusive<Sink>());
+  x_ = FanOut::apply(x, sink_);
+}
+
+at::Tensor Projections::operator()(const at::Tensor& weight) const {
+  return collects() ? Product::apply(x_, weight, std::optional<at::Tensor>(), sink_, static_cast<int64_t>(Form::kPlain)) : project(x_, weight);
+}
+
+at::Tensor Projections::rows(const at::Tensor& weight, const at::Tensor& index) const {
+  return collects() ? Product::apply(x_, weight, std::optional<at::Tensor>(index), sink_, static_cast<int64_t>(Form::kRows)) : project(flat(x_).index_select(0, index), weight);
+}
+
+at::Tensor Projections::wide(const at::Tensor& weight) const {
+  if (collects()) return Product::apply(x_, weight, std::optional<at::Tensor>(), sink_, static_cast<int64_t>(Form::kWide));
+  return x_.is_cuda() && !at::GradMode::is_enabled() ? wide_product(x_, weight) : at::linear(x_.to(weight.scalar_type()), weight);
+}
+
+}  // namespace oryx

@@ -1,0 +1,87 @@
+#include "oryx/train/batch_feed.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "oryx/model/routed_cost.h"
+
+namespace oryx {
+
+BatchFeed::BatchFeed(BatchSource& source, const ModelSchedule& schedule, const LanguageModel& model, const FeedOptions& options, int64_t ahead)
+    : source_(source), schedule_(schedule), model_(model), options_(options), ahead_(model.device().is_cpu() ? 0 : ahead), position_(source.position()) {
+  if (ahead_ > 0) thread_ = std::thread([this] { work(); });
+}
+
+BatchFeed::~BatchFeed() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  changed_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+FedBatch BatchFeed::draw() {
+  const at::NoGradGuard no_grad;
+  TrainBatch batch = source_.next();
+  if (drawn_ % options_.accumulate == 0) sequence_ = 0;
+  for (auto& piece : batch.pieces) {
+    piece.context.seed = options_.seed;
+    piece.context.step = static_cast<uint64_t>(options_.first_step + drawn_ / options_.accumulate);
+    piece.context.sequence += sequence_;
+  }
+  sequence_ += batch.pieces.size();
+  ++drawn_;
+  FedBatch fed;
+  fed.tokens = batch.input_ids.numel();
+  fed.input.input_ids = batch.input_ids;
+  fed.input.cu_seqlens = batch.cu_seqlens;
+  fed.input.routing = schedule_.route(batch.pieces, batch.input_ids.size(0), batch.input_ids.size(1));
+  fed.attention_share = attention_share(model_.config(), fed.input.routing);
+  fed.flops = pieces_flops(model_.config(), fed.input.routing, batch.pieces);
+  fed.position = source_.position();
+  fed.targets = to_device(batch.targets, model_.device());
+  model_.prepare(fed.input);
+  return fed;
+}
+
+void BatchFeed::work() {
+  try {
+    while (true) {
+      {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return stop_ || static_cast<int64_t>(ready_.size()) < ahead_; });
+        if (stop_) return;
+      }
+      FedBatch batch = draw();
+      {
+        const std::lock_guard lock(mutex_);
+        ready_.push_back(std::move(batch));
+      }
+      changed_.notify_all();
+    }
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    error_ = std::current_exception();
+    changed_.notify_all();
+  }
+}
+
+FedBatch BatchFeed::next() {
+  FedBatch batch;
+  if (ahead_ == 0) {
+    batch = draw();
+  } else {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return !ready_.empty() || error_; });
+    if (ready_.empty()) std::rethrow_exception(error_);
+    batch = std::move(ready_.front());
+    ready_.pop_front();
+    lock.unlock();
+    changed_.notify_all();
+  }
+  position_ = batch.position;
+  return batch;
+}
+
+}  // namespace oryx

@@ -1,0 +1,67 @@
+// Batches of a run, ready for the model: drawn, routed, checked and on the model's device. On a GPU a thread works ahead of the steps, so that the device
+// waits neither for data nor for the host.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+#include "oryx/model/language_model.h"
+#include "oryx/model/scheduling.h"
+#include "oryx/train/batch_source.h"
+
+namespace oryx {
+
+struct FeedOptions {
+  uint64_t seed = 0;       // of random modes
+  int64_t first_step = 0;  // random modes are functions of (seed, step, sequence)
+  int64_t accumulate = 1;  // batches a step
+};
+
+struct FedBatch {
+  ModelInput input;
+  at::Tensor targets;  // [rows, tokens] int64
+  int64_t tokens = 0;
+  double attention_share = 0;  // of the tokens
+  double flops = 0;            // of the model's forward pass, as docs/training.md counts them
+  Json position;               // of the source behind this batch
+};
+
+class BatchFeed {
+ public:
+  // `source` and `schedule` outlive the feed, and nobody else draws from the source meanwhile. A model on the CPU gets its batches drawn when they are
+  // asked for; `ahead` others wait in a queue.
+  BatchFeed(BatchSource& source, const ModelSchedule& schedule, const LanguageModel& model, const FeedOptions& options, int64_t ahead = 2);
+  ~BatchFeed();
+  BatchFeed(const BatchFeed&) = delete;
+  BatchFeed& operator=(const BatchFeed&) = delete;
+
+  // Throws what drawing it threw.
+  FedBatch next();
+  // Of the source, behind the last batch that next() gave.
+  const Json& position() const { return position_; }
+
+ private:
+  FedBatch draw();
+  void work();
+
+  BatchSource& source_;
+  const ModelSchedule& schedule_;
+  const LanguageModel& model_;
+  FeedOptions options_;
+  int64_t ahead_, drawn_ = 0;
+  uint64_t sequence_ = 0;  // counts through the batches of a step, so that no two sequences share their draws
+  Json position_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<FedBatch> ready_;
+  std::exception_ptr error_;
+  bool stop_ = false;
+  std::thread thread_;
+};
+
+}  // namespace oryx
