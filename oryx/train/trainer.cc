@@ -144,7 +144,7 @@ class Run {
     if (!logs) return;
     Json line = {{"kind", "train"}, {"step", step_}, {"loss", last.result.loss}, {"lr", last.lr}, {"gradient_norm", last.result.gradient_norm},
                  {"attention_share", last.result.attention_share}, {"tokens", all_tokens_}, {"tokens_per_second", rate},
-                 {"flops_per_token", flops_ / static_cast<double>(tokens_)}};
+                 {"flops_per_token", last.result.flops / static_cast<double>(last.result.tokens)}};
     if (!on_cpu()) line["mfu"] = flops_ / seconds / kPeakFlops;
     log(std::move(line));
     begin_ = now();
