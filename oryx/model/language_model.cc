@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 
 #include "oryx/common/error.h"
@@ -107,8 +108,11 @@ void LanguageModel::refresh_copies() {
 }
 
 void LanguageModel::initialize(uint64_t seed) {
-  at::NoGradGuard no_grad;
-  for (size_t i = 0; i < specs_.size(); ++i) draw(parameters_[i], specs_[i], seed, config_.num_layers);
+  // Each parameter has draws of its own, so that threads change nothing.
+  at::parallel_for(0, static_cast<int64_t>(specs_.size()), 1, [&](int64_t begin, int64_t end) {
+    const at::NoGradGuard no_grad;
+    for (int64_t i = begin; i < end; ++i) draw(parameters_[static_cast<size_t>(i)], specs_[static_cast<size_t>(i)], seed, config_.num_layers);
+  });
   refresh_copies();
 }
 

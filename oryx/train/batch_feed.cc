@@ -8,7 +8,7 @@
 namespace oryx {
 
 BatchFeed::BatchFeed(BatchSource& source, const ModelSchedule& schedule, const LanguageModel& model, const FeedOptions& options, int64_t ahead)
-    : source_(source), schedule_(schedule), model_(model), options_(options), ahead_(model.device().is_cpu() ? 0 : ahead), position_(source.position()) {
+    : source_(source), schedule_(schedule), model_(model), options_(options), ahead_(ahead >= 0 ? ahead : model.device().is_cpu() ? 0 : 2), position_(source.position()) {
   if (ahead_ > 0) thread_ = std::thread([this] { work(); });
 }
 

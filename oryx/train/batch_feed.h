@@ -32,9 +32,9 @@ struct FedBatch {
 
 class BatchFeed {
  public:
-  // `source` and `schedule` outlive the feed, and nobody else draws from the source meanwhile. A model on the CPU gets its batches drawn when they are
-  // asked for; `ahead` others wait in a queue.
-  BatchFeed(BatchSource& source, const ModelSchedule& schedule, const LanguageModel& model, const FeedOptions& options, int64_t ahead = 2);
+  // `source` and `schedule` outlive the feed, and nobody else draws from the source meanwhile. ahead: batches that a thread keeps ready; 0: none, a batch is
+  // drawn when it is asked for; -1: 2 for a model on a GPU, else 0.
+  BatchFeed(BatchSource& source, const ModelSchedule& schedule, const LanguageModel& model, const FeedOptions& options, int64_t ahead = -1);
   ~BatchFeed();
   BatchFeed(const BatchFeed&) = delete;
   BatchFeed& operator=(const BatchFeed&) = delete;
