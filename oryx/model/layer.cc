@@ -240,7 +240,7 @@ at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& to
   // A gather and a scatter cost less than projecting tokens whose query nobody reads, where those are many.
   if (query.everywhere || tokens.all || (u.input().is_cuda() && 2 * tokens.count > B * T)) return u(query.proj);
   const at::Tensor q = u.rows(query.proj, tokens.index);
-  return at::zeros({B * T, q.size(-1)}, q.options()).index_copy(0, tokens.index, q).view({B, T, -1});
+  return at::zeros({B * T, q.size(-1)}, q.options()).index_copy_(0, tokens.index, q).view({B, T, -1});
 }
 
 at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing, ForwardPass& pass) const {
