@@ -1,10 +1,10 @@
 """Checks and times the Hopper kernels of the gated delta rule (oryx/ops/gated_delta/cuda) without the rest of the library.
 
-    nvcc -std=c++20 -shared -Xcompiler -fPIC -gencode=arch=compute_90a,code=sm_90a -O3 -I. oryx/ops/gated_delta/cuda/*.cu -o gated_delta.so
-    python3 tools/gated_delta_cuda.py ./gated_delta.so [--peers flash_qla,fla]
+    nvcc -std=c++20 -I. -shared -Xcompiler -fPIC -gencode=arch=compute_90a,code=sm_90a -O3 -I. oryx/ops/gated_delta/cuda/*.cu -o gated_delta.so
+    python3 tools/gated_delta_cuda.py ./gated_delta.so [--peers flash_qla,fla] [--profile]
 
-Needs torch with CUDA on an H100 or H200. The check compares with the recurrence in float64 (norm of the difference over norm, limit 1e-2,
-outputs poisoned with NaN, every case run twice for equal bits) and exits 1 when a case fails. Times are medians of CUDA-event times over
+Needs torch with CUDA on an H100 or H200. The check compares with the recurrence in float64 and its gradients by autograd (norm of the
+difference over norm, limit 1e-2, gradients 2e-2; outputs poisoned with NaN, every case run twice for equal bits) and exits 1 when a case fails. Times are medians of CUDA-event times over
 random data; before each repetition 256 MB are overwritten (the L2) and the GPU sleeps, so that launches are queued.
 """
 import argparse
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 DEV, BF, P = "cuda", torch.bfloat16, ctypes.c_void_p
-POINTERS = "q k v g beta initial_state cu_seqlens wanted o final_state".split()
+POINTERS = "q k v g beta initial_state cu_seqlens wanted o final_state saved".split()
+GRADIENTS = "d_o d_final_state d_q d_k d_v d_g d_beta d_initial_state".split()
 SIZES = "B T N Hq Hk Hv segments rows".split()
 
 
@@ -24,49 +25,79 @@ class Arguments(ctypes.Structure):  # struct OryxGatedDelta
     _fields_ = [(n, P) for n in POINTERS] + [(n, ctypes.c_int32) for n in SIZES] + [("scale", ctypes.c_float), ("l2_eps", ctypes.c_float)]
 
 
+class Gradients(ctypes.Structure):  # struct OryxGatedDeltaGradients
+    _fields_ = [(n, P) for n in GRADIENTS]
+
+
 def load(path):
     lib = ctypes.CDLL(path)
-    lib.oryx_gated_delta_workspace.restype = ctypes.c_size_t
-    lib.oryx_gated_delta_workspace.argtypes = [P]
+    for name in ("workspace", "saved", "backward_workspace"):
+        f = getattr(lib, "oryx_gated_delta_" + name)
+        f.restype, f.argtypes = ctypes.c_size_t, [P]
     lib.oryx_gated_delta_forward.argtypes = [P, P, P]
+    lib.oryx_gated_delta_backward.argtypes = [P, P, P, P]
     return lib
 
 
-def prepare(lib, q, k, v, g, beta, init=None, cu=None, wanted=None, final=True, segments=0, rows=0, poison=True):
-    """A function that runs the forward pass, and its outputs."""
+def bytes_of(n, poison):
+    x = torch.empty(max(16, n), dtype=torch.uint8, device=DEV)
+    return x.fill_(255) if poison else x
+
+
+def prepare(lib, q, k, v, g, beta, init=None, cu=None, wanted=None, up=None, final=True, segments=0, rows=0, poison=True):
+    """Functions that run the forward and backward passes, and their outputs. up: gradients of o and of the final state (or None)."""
     B, T, Hq, _ = q.shape
     Hk, Hv = k.shape[2], v.shape[2]
     Hs = max(Hk, Hv)
     N = B if cu is None else len(cu) - 1
     o = torch.empty(B, T, max(Hq, Hs), 128, dtype=BF, device=DEV)
     S = torch.empty(N, Hs, 128, 128, device=DEV) if final else None
+    d = [*(torch.empty_like(x) for x in (q, k, v, g, beta)), None if init is None else torch.empty_like(init)] if up else []
     if poison:
-        o.fill_(float("nan"))
-        if final:
-            S.fill_(float("nan"))
-    tensors = [q, k, v, g, beta, init, cu, wanted, o, S]
-    a = Arguments(*[None if x is None else x.data_ptr() for x in tensors], B, T, N, Hq, Hk, Hv, segments, rows, 0.0, 1e-6)
-    scratch = torch.empty(max(16, lib.oryx_gated_delta_workspace(ctypes.byref(a))), dtype=torch.uint8, device=DEV)
-    if poison:
-        scratch.fill_(255)
-    tensors.append(scratch)
+        for x in [o, S, *d]:
+            if x is not None:
+                x.fill_(float("nan"))
+    tensors = [q, k, v, g, beta, init, cu, wanted, o, S, None]
+    size = (B, T, N, Hq, Hk, Hv, segments, rows, 0.0, 1e-6)
+    a = Arguments(*[None if x is None else x.data_ptr() for x in tensors], *size)
+    if up:
+        tensors[-1] = bytes_of(lib.oryx_gated_delta_saved(ctypes.byref(a)), poison)
+        a.saved = tensors[-1].data_ptr()
+    tensors.append(bytes_of(lib.oryx_gated_delta_workspace(ctypes.byref(a)), poison))
 
-    def run():
+    def forward():
         rc = lib.oryx_gated_delta_forward(ctypes.byref(a), tensors[-1].data_ptr(), torch.cuda.current_stream().cuda_stream)
         if rc:
             raise RuntimeError(f"cudaError_t {rc}")
-    return run, o, S
+    if not up:
+        return forward, None, o, S, d
+    scratch = bytes_of(lib.oryx_gated_delta_backward_workspace(ctypes.byref(a)), poison)
+    b = Gradients(*[None if x is None else x.data_ptr() for x in [*up, *d]])
+
+    def backward():
+        rc = lib.oryx_gated_delta_backward(ctypes.byref(a), ctypes.byref(b), scratch.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        if rc:
+            raise RuntimeError(f"cudaError_t {rc}")
+    return forward, backward, o, S, d
 
 
 def call(lib, *x, **kw):
-    run, o, S = prepare(lib, *x, **kw)
-    run()
+    forward, backward, o, S, d = prepare(lib, *x, **kw)
+    forward()
+    if backward:
+        backward()
     torch.cuda.synchronize()
-    return o, S
+    return [o, S, *d]
 
 
-def reference(q, k, v, g, beta, init=None, cu=None, wanted=None):
-    """The recurrence, token by token, in float64."""
+def reference(q, k, v, g, beta, init=None, cu=None, wanted=None, up=None):
+    """The recurrence, token by token, in float64: o, the final state and, given their gradients, those of the inputs."""
+    if up:
+        x = [None if t is None else t.double().requires_grad_() for t in (q, k, v, g, beta, init)]
+        o, S = reference(*x, cu, wanted)
+        given = [t for t in x if t is not None]
+        loss = (o * up[0].double()).sum() + (0 if up[1] is None else (S * up[1].double()).sum())
+        return [o.detach(), S.detach(), *torch.autograd.grad(loss, given)] + [None] * (6 - len(given))
     B, T, Hq, K = q.shape
     Hk, Hv = k.shape[2], v.shape[2]
     Hs = max(Hk, Hv)
@@ -81,13 +112,13 @@ def reference(q, k, v, g, beta, init=None, cu=None, wanted=None):
     S0 = torch.zeros(N, Hs, 128, 128, dtype=torch.float64, device=DEV) if init is None else init.double()
 
     def recur(q, k, v, g, b, S):
-        o = torch.empty_like(q)
+        o = [q[:, :0, :1, :1].expand(-1, -1, Ho, 128)]
         for t in range(q.shape[1]):
             S = S * g[:, t].exp()[..., None, None]
             r = v[:, t] - (S @ k[:, t][..., None])[..., 0]
             S = S + (b[:, t][..., None] * r)[..., None] * k[:, t][..., None, :]
-            o[:, t] = (S.repeat_interleave(Ho // Hs, 1) @ q[:, t][..., None])[..., 0]
-        return o, S
+            o.append((S.repeat_interleave(Ho // Hs, 1) @ q[:, t][..., None])[:, None, ..., 0])
+        return torch.cat(o, 1), S
     if cu is None:
         o, S = recur(q, k, v, g, beta, S0)
     else:
@@ -121,22 +152,30 @@ def check(lib):
             failed.append(name)
         print("ok  " if ok else "FAIL", name, text, flush=True)
 
-    def one(name, x, **kw):
-        o, S = call(lib, *x, **kw)
-        ro, rs = reference(*x, **{a: b for a, b in kw.items() if a in ("init", "cu", "wanted")})
-        o2, S2 = call(lib, *x, **kw)
-        e, same = (error(o, ro), error(S, rs)), torch.equal(o, o2) and torch.equal(S, S2)
-        verdict(name, max(e) < 1e-2 and e[0] == e[0] and same, f"o {e[0]:.2e} S {e[1]:.2e}{'' if same else ' bits differ'}")
+    def one(name, x, up=(True, True), **kw):
+        """Forward alone, then forward and backward; up: whether o and the final state have a gradient."""
+        B, T, Hs = x[3].shape
+        N = B if kw.get("cu") is None else len(kw["cu"]) - 1
+        shapes = ((B, T, max(x[0].shape[2], Hs), 128), BF), ((N, Hs, 128, 128), torch.float32)
+        up = [torch.randn(s, device=DEV).to(t) if u else None for (s, t), u in zip(shapes, up)]
+        r = reference(*x, **{a: b for a, b in kw.items() if a in ("init", "cu", "wanted")}, up=up)
+        plain, a, b = call(lib, *x, **kw), call(lib, *x, up=up, **kw), call(lib, *x, up=up, **kw)
+        names = "o S dq dk dv dg db dS0".split()
+        e = {n: error(y, z) for n, y, z in zip(names, a, r) if y is not None}
+        same = all(y is None or torch.equal(y, z) for y, z in zip(a, b)) and error(plain[0], a[0]) < 1e-5 and error(plain[1], a[1]) < 1e-5
+        ok = all(v < (1e-2 if n in ("o", "S") else 2e-2) for n, v in e.items())
+        verdict(name, ok and same, " ".join(f"{n} {v:.1e}" for n, v in e.items()) + ("" if same else " bits differ"))
 
     def state(n):
         return torch.randn(n, 2, 128, 128, device=DEV)
-    for T in (64, 1, 63, 65, 200, 1000):
+    for T in (64, 1, 63, 65, 200, 600):
         one(f"T{T}", inputs(2, T, 2, 2, 2))
     for rows in (64, 128):
         one(f"rows {rows}", inputs(2, 200, 2, 2, 2), rows=rows)
     one("initial state", inputs(2, 130, 2, 2, 2), init=state(2))
-    for s in (2, 3, 4, 5, 8):
-        one(f"{s} segments", inputs(2, 1000, 2, 2, 2, 0.1), segments=s, rows=64 * (1 + s % 2), init=state(2))
+    one("no gradient of the final state", inputs(2, 130, 2, 2, 2), up=(True, False))
+    for s in (2, 3, 4, 8):
+        one(f"{s} segments", inputs(2, 600, 2, 2, 2, 0.1), segments=s, rows=64 * (1 + s % 2), init=state(2))
     one("more segments than chunks", inputs(1, 70, 2, 2, 2), segments=3)
     one("Hv > Hk", inputs(2, 150, 2, 2, 4))
     one("Hq > Hs", inputs(2, 150, 8, 2, 2), segments=2)
@@ -156,12 +195,15 @@ def check(lib):
         x[3] = f(x[3])
         one(f"decay {name}", x, init=state(2))
         one(f"decay {name}, 2 segments", x, segments=2, init=state(2))
+    x = inputs(2, 150, 2, 2, 2)
+    x[4] = torch.where(torch.rand_like(x[4]) < 0.3, 0.0, x[4] * 2)
+    one("write strength from 0 to 2", x, init=state(2))
     x = inputs(2, 100, 2, 2, 2)
-    for t in x:
+    up = [torch.randn(2, 100, 2, 128, device=DEV).to(BF), torch.randn(2, 2, 128, 128, device=DEV)]
+    for t in [*x, *up]:
         t[1] = float("nan")
-    o, S = call(lib, *x)
-    ro, rs = reference(*[t[:1] for t in x])
-    verdict("a neighbour of NaN", error(o[:1], ro) < 1e-2 and error(S[:1], rs) < 1e-2)
+    found, expected = call(lib, *x, up=up), reference(*[t[:1] for t in x], up=[t[:1] for t in up])
+    verdict("a neighbour of NaN", all(error(a[:1], b) < 2e-2 for a, b in zip(found, expected) if a is not None))
     x = inputs(2, 100, 2, 2, 2)
     x[3][0, 50, 0] = float("nan")
     o, S = call(lib, *x)
@@ -185,19 +227,25 @@ def bench(fn, reps=20):
     return statistics.median(a.elapsed_time(b) for a, b in events)
 
 
-def times(lib, peers):
+def times(lib, peers, profile):
     x = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device=DEV)
     y = torch.empty_like(x)
     copy = 2 * x.numel() / bench(lambda: y.copy_(x)) / 1e9
     del x, y
-    print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s (floor: q, k, v, o once)")
+    print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s (floor: q, k, v, o once; backward: q, k, v, do, dq, dk, dv once)")
     for B, T in ((4, 8192), (1, 32768), (8, 2048)):
         for decay in (1.0, 1e-3):
             x = inputs(B, T, 16, 16, 16, decay)
-            run, o, _ = prepare(lib, *x, final=False, poison=False)
-            row = f"B{B} T{T} H16, decay x {decay:g}: floor {4 * B * T * 16 * 256 / copy / 1e9:.4f} ms, ours {bench(run):.4f}"
+            up = [torch.randn(B, T, 16, 128, device=DEV).to(BF), None]
+            one = B * T * 16 * 256 / copy / 1e9
+            plain, _, o, _, _ = prepare(lib, *x, final=False, poison=False)
+            saving, backward, _, _, d = prepare(lib, *x, up=up, final=False, poison=False)
+            row = f"B{B} T{T} H16, decay x {decay:g}: floor {4 * one:.4f} / {7 * one:.4f} ms, "
+            row += f"ours {bench(plain):.4f}, saving {bench(saving):.4f} / {bench(backward):.4f}"
+            if profile and decay == 1.0:
+                row += "".join(f"\n    {ms:.4f} {name}" for name, ms in kernels(lambda: (saving(), backward())))  # noqa: B023
             q, k = (F.normalize(t.float(), dim=-1).to(BF) for t in x[:2])
-            bb = x[4].to(BF)
+            leaves = [t.detach().requires_grad_() for t in (q, k, x[2], x[3], x[4].to(BF))]
             for peer in peers:
                 if peer == "flash_qla":
                     from flash_qla import chunk_gated_delta_rule as op
@@ -206,20 +254,38 @@ def times(lib, peers):
                     os.environ["FLA_FLASH_QLA"] = "0"
                     from fla.ops.gated_delta_rule import chunk_gated_delta_rule as op
                 with torch.no_grad():
-                    ms = bench(lambda: op(q, k, x[2], x[3], bb))  # noqa: B023
-                    run()
-                    row += f", {peer} {ms:.4f} (differs by {error(o, op(q, k, x[2], x[3], bb)[0]):.1e})"
+                    ms = bench(lambda: op(*leaves))  # noqa: B023
+                out = op(*leaves)[0]
+                back = bench(lambda: torch.autograd.grad(out, leaves, up[0], retain_graph=True))  # noqa: B023
+                dv = torch.autograd.grad(out, leaves, up[0])[2]
+                plain(), saving(), backward()
+                row += f", {peer} {ms:.4f} / {back:.4f} (differs by {error(o, out):.1e}, dv {error(d[2], dv):.1e})"
             print(row, flush=True)
+
+
+def kernels(fn):
+    """Mean milliseconds of each kernel that fn launches, in order of their first launch."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+    with record(activities=[ProfilerActivity.CUDA]) as p:
+        for _ in range(5):
+            fn()
+        torch.cuda.synchronize()
+    events, total = sorted((e for e in p.events() if "oryx" in e.name), key=lambda e: e.time_range.start), {}
+    for i, e in enumerate(events[:len(events) // 5]):
+        total[i] = e.name.replace("oryx::gated_delta_cuda::(anonymous namespace)::", "").split("(")[0].removeprefix("void ")
+    n = len(total)
+    return [(name, sum(e.device_time for e in events[i::n]) / 5000) for i, name in total.items()]
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("library")
     p.add_argument("--peers", default="")
+    p.add_argument("--profile", action="store_true")
     args = p.parse_args()
     library = load(args.library)
     bad = check(library)
     print("FAILED: " + ", ".join(bad) if bad else "all cases pass", flush=True)
-    if bad:
-        sys.exit(1)
-    times(library, [x for x in args.peers.split(",") if x])
+    times(library, [x for x in args.peers.split(",") if x], args.profile)
+    sys.exit(1 if bad else 0)

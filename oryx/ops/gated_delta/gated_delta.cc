@@ -32,9 +32,11 @@ Inputs widen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, cons
           wide(g), wide(beta), state.has_value() && state->defined() ? wide(*state) : at::Tensor()};
 }
 
-// The vector kernels are float32 on the CPU; the rest takes the chunked form, which runs anywhere.
+// The vector kernels are float32 on the CPU; what the CUDA kernels do not take goes the chunked form's way, which runs anywhere.
 bool by_kernels(const Inputs& x) {
-  if (x.g.is_cuda()) log::warn_once("gated_delta_rule: on CUDA by batched matrix products, slowly");
+  if (x.g.is_cuda()) {
+    log::warn_once("gated_delta_rule: on CUDA by batched matrix products, slowly (the kernels take bfloat16 with 128 key and value dimensions)");
+  }
   return x.g.is_cpu() && x.g.scalar_type() == at::kFloat;
 }
 
@@ -48,11 +50,37 @@ Gradients backward(const Problem& p, const Inputs& x, const Outputs& saved, cons
                        : gated_delta::chunked_backward(p, x, saved, d_o, d_final);
 }
 
+using DeviceForward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                                     const at::Tensor&, const Optional&, const Optional&, const Optional&,
+                                                                     std::optional<double>, double, bool);
+using DeviceBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&,
+    std::optional<double>, double, const at::Tensor&, const Optional&, const Optional&);
+
+const c10::OperatorHandle& device_operator(const char* name) {
+  static const auto forward = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::_gated_delta_rule", "");
+  static const auto backward = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::_gated_delta_rule_backward", "");
+  return std::string_view(name) == "forward" ? forward : backward;
+}
+
+// Returns o, the final state and, if `save`, what the backward pass takes as `saved`.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> device_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                              const at::Tensor& g, const at::Tensor& beta, const Optional& initial_state,
+                                                              const Optional& cu_seqlens, const Optional& spans, std::optional<double> scale,
+                                                              double l2_eps, bool save) {
+  static const auto op = device_operator("forward").typed<DeviceForward>();
+  return op.call(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps, save);
+}
+
 std::tuple<at::Tensor, at::Tensor> rule_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                             const at::Tensor& g, const at::Tensor& beta, const Optional& initial_state,
                                             const Optional& cu_seqlens, const Optional& spans,
                                             std::optional<double> scale, double l2_eps) {
   const at::NoGradGuard no_grad;
+  if (gated_delta::device_kernels_take(q, v)) {
+    const auto [o, final_state, saved] = device_forward(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps, /*save=*/false);
+    return {o, final_state};
+  }
   const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
   const Outputs out = forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/false);
   return {out.o.to(v.scalar_type()), out.final_state};
@@ -65,10 +93,18 @@ class Rule : public torch::autograd::Function<Rule> {
                                                 const at::Tensor& beta, const Optional& initial_state,
                                                 const Optional& cu_seqlens, const Optional& spans,
                                                 std::optional<double> scale, double l2_eps) {
-    const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Outputs out = ops::forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/true);
     const auto or_none = [](const Optional& x) { return x.value_or(at::Tensor()); };
+    ctx->set_materialize_grads(false);
+    if (gated_delta::device_kernels_take(q, v)) {
+      const auto [o, final_state, saved] = device_forward(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps, /*save=*/true);
+      ctx->save_for_backward({q, k, v, g, beta, or_none(initial_state), or_none(cu_seqlens), or_none(spans), saved, {}});
+      ctx->saved_data["scale"] = scale;
+      ctx->saved_data["l2_eps"] = l2_eps;
+      return {o, final_state};
+    }
+    const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+    const Outputs out = ops::forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/true);
     ctx->save_for_backward({q, k, v, g, beta, or_none(initial_state), or_none(cu_seqlens), or_none(spans),
                             out.chunk_states, out.residual});
     ctx->saved_data["scale"] = p.scale;
@@ -80,14 +116,24 @@ class Rule : public torch::autograd::Function<Rule> {
                                                  torch::autograd::variable_list up) {
     const auto s = ctx->get_saved_variables();
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Problem p = check(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["scale"].toDouble(),
-                            ctx->saved_data["l2_eps"].toDouble());
+    const at::Tensor none;
+    const double l2_eps = ctx->saved_data["l2_eps"].toDouble();
+    if (gated_delta::device_kernels_take(s[0], s[2])) {
+      static const auto op = device_operator("backward").typed<DeviceBackward>();
+      const auto [d_q, d_k, d_v, d_g, d_beta, d_state] =
+          op.call(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["scale"].toOptional<double>(), l2_eps, s[8],
+                  up[0], up[1]);
+      return {d_q, d_k, d_v, d_g, d_beta, s[5].defined() ? d_state : none, none, none, none, none};
+    }
+    const Problem p = check(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["scale"].toDouble(), l2_eps);
     const auto wide = s[3].scalar_type();
     const Outputs saved{{}, {}, s[8], s[9]};
-    const Gradients d = ops::backward(p, widen(s[0], s[1], s[2], s[3], s[4], s[5]), saved, up[0].to(wide).contiguous(),
-                                      up[1].to(wide).contiguous());
+    const auto upstream = [&](const at::Tensor& x, at::IntArrayRef shape) {
+      return x.defined() ? x.to(wide).contiguous() : at::zeros(shape, s[3].options());
+    };
+    const Gradients d = ops::backward(p, widen(s[0], s[1], s[2], s[3], s[4], s[5]), saved, upstream(up[0], {p.B, p.T, p.Ho, p.V}),
+                                      upstream(up[1], {p.N, p.Hs, p.V, p.K}));
     const auto narrow = s[0].scalar_type();
-    const at::Tensor none;
     return {d.q.to(narrow), d.k.to(narrow), d.v.to(narrow), d.g, d.beta, s[5].defined() ? d.state : none,
             none,           none,           none,           none};
   }
@@ -123,6 +169,11 @@ at::Tensor step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 
 }  // namespace
 
+bool gated_delta::device_kernels_take(const at::Tensor& q, const at::Tensor& v) {
+  return q.is_cuda() && q.scalar_type() == at::kBFloat16 && q.dim() == 4 && q.size(3) == 128 && v.dim() == 4 && v.size(3) == 128 &&
+         device_operator("forward").hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+}
+
 TORCH_LIBRARY_FRAGMENT(oryx, m) {
   m.def(
       "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state=None, "
@@ -130,6 +181,16 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
   m.def(
       "gated_delta_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float? scale=None, "
       "float l2_eps=1e-06) -> Tensor");
+}
+// The CUDA kernels (gated_delta_cuda.cc): gated_delta_rule dispatches to them what they take.
+TORCH_LIBRARY_FRAGMENT(oryx, m) {
+  m.def(
+      "_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? spans, "
+      "float? scale, float l2_eps, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_gated_delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, "
+      "Tensor? spans, float? scale, float l2_eps, Tensor saved, Tensor? d_o, Tensor? d_final_state) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(oryx, CPU, m) {
   m.impl("gated_delta_rule", rule_cpu);

@@ -78,17 +78,31 @@ void set_scale(std::string_view op, Problem& p, std::optional<double> scale, dou
   if (!(l2_eps >= 0)) fail("{}: l2_eps is {}, expected 0 or more", op, l2_eps);
 }
 
-void set_sequences(std::string_view op, Problem& p, const std::optional<at::Tensor>& cu_seqlens) {
-  if (!cu_seqlens.has_value() || !cu_seqlens->defined()) {
-    for (int64_t b = 0; b < p.B; ++b) p.sequences.push_back({b * p.T, (b + 1) * p.T});
-    return;
-  }
+// Sets N.
+void check_sequences(std::string_view op, Problem& p, const std::optional<at::Tensor>& cu_seqlens) {
+  p.N = p.B;
+  if (!cu_seqlens.has_value() || !cu_seqlens->defined()) return;
   const at::Tensor& cu = *cu_seqlens;
   if (cu.dim() != 1 || cu.scalar_type() != at::kInt || cu.numel() < 2) {
     fail("{}: cu_seqlens is {} {}, expected Int [sequences + 1]", op, type(cu), shape(cu));
   }
   if (p.B != 1) fail("{}: cu_seqlens packs documents in one row, but there are {} rows", op, p.B);
-  const at::Tensor host = cu.to(at::kCPU).contiguous();
+  p.N = cu.numel() - 1;
+}
+
+void check_spans(std::string_view op, const std::optional<at::Tensor>& spans) {
+  if (!spans.has_value() || !spans->defined()) return;
+  if (spans->dim() != 2 || spans->size(1) != 3 || spans->scalar_type() != at::kInt) {
+    fail("{}: spans is {} {}, expected Int [n, 3] (row, begin, end)", op, type(*spans), shape(*spans));
+  }
+}
+
+void set_sequences(std::string_view op, Problem& p, const std::optional<at::Tensor>& cu_seqlens) {
+  if (!cu_seqlens.has_value() || !cu_seqlens->defined()) {
+    for (int64_t b = 0; b < p.B; ++b) p.sequences.push_back({b * p.T, (b + 1) * p.T});
+    return;
+  }
+  const at::Tensor host = cu_seqlens->to(at::kCPU).contiguous();
   const int32_t* c = host.const_data_ptr<int32_t>();
   const int64_t n = host.numel() - 1;
   if (c[0] != 0 || c[n] != p.T) fail("{}: cu_seqlens runs from {} to {}, expected 0 to {}", op, c[0], c[n], p.T);
@@ -108,9 +122,6 @@ void set_chunks(Problem& p) {
 
 void set_wanted(std::string_view op, Problem& p, const std::optional<at::Tensor>& spans) {
   if (!spans.has_value() || !spans->defined()) return;
-  if (spans->dim() != 2 || spans->size(1) != 3 || spans->scalar_type() != at::kInt) {
-    fail("{}: spans is {} {}, expected Int [n, 3] (row, begin, end)", op, type(*spans), shape(*spans));
-  }
   const at::Tensor host = spans->to(at::kCPU).contiguous();
   const int32_t* s = host.const_data_ptr<int32_t>();
   // One more than B * T, so that no span at all is not taken for an absent mask.
@@ -125,18 +136,27 @@ void set_wanted(std::string_view op, Problem& p, const std::optional<at::Tensor>
 
 }  // namespace
 
-Problem check_arguments(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                        const at::Tensor& g, const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
-                        const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& spans,
-                        std::optional<double> scale, double l2_eps) {
+Problem check_shapes(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+                     const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+                     const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& spans,
+                     std::optional<double> scale, double l2_eps) {
   Problem p{};
   check_dtypes(op, q, k, v, g, beta);
   check_heads(op, p, 2, q, k, v, g, beta);
   p.B = q.size(0), p.T = q.size(1);
   set_scale(op, p, scale, l2_eps);
-  set_sequences(op, p, cu_seqlens);
-  p.N = static_cast<int64_t>(p.sequences.size());
+  check_sequences(op, p, cu_seqlens);
+  check_spans(op, spans);
   if (initial_state.has_value() && initial_state->defined()) check_state(op, p, q, *initial_state);
+  return p;
+}
+
+Problem check_arguments(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                        const at::Tensor& g, const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+                        const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& spans,
+                        std::optional<double> scale, double l2_eps) {
+  Problem p = check_shapes(op, q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+  set_sequences(op, p, cu_seqlens);
   set_chunks(p);
   set_wanted(op, p, spans);
   return p;

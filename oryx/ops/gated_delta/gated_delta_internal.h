@@ -39,6 +39,13 @@ Problem check_arguments(std::string_view op, const at::Tensor& q, const at::Tens
                         const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& spans,
                         std::optional<double> scale, double l2_eps);
 
+// The same without a look at the values of cu_seqlens and spans, which may be in the making on a device: sequences, chunks and wanted stay
+// empty, N is set.
+Problem check_shapes(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+                     const at::Tensor& beta, const std::optional<at::Tensor>& initial_state,
+                     const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& spans,
+                     std::optional<double> scale, double l2_eps);
+
 // The same for one token of each sequence (q, k, v three-dimensional).
 Problem check_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                    const at::Tensor& beta, const at::Tensor& state, std::optional<double> scale, double l2_eps);
@@ -63,6 +70,9 @@ struct Gradients {
 Outputs chunked_forward(const Problem& p, const Inputs& x, bool save);
 Gradients chunked_backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
                            const at::Tensor& d_final);
+
+// Whether the CUDA kernels (gated_delta_cuda.cc) are in this build and take these inputs: bfloat16 on a CUDA device, K = V = 128.
+bool device_kernels_take(const at::Tensor& q, const at::Tensor& v);
 
 // One token of each sequence (x.q [N, Hq, K] ...); updates the state in place whatever its strides. Returns o [N, Ho,
 // V].

@@ -1,4 +1,4 @@
-// What the kernels of the forward pass share: the chunk record that `prepare` writes and `recurrence` reads.
+// What the kernels share: the chunk record that `prepare` writes, the image of a state, and pieces of kernels.
 #pragma once
 
 #include "gated_delta_cuda.h"
@@ -43,11 +43,63 @@ __device__ __forceinline__ Sequence sequence(const Shape& s, int n) {
   return {begin, s.cu_seqlens[n + 1] - begin, s.chunk_offsets[n]};
 }
 
-cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, char* record, int32_t* chunk_offsets, cudaStream_t stream);
+// The chunk of a record: its first token and how many it has; count 0 when there is no such chunk (packed sequences: fewer than the bound).
+struct Place {
+  int token, count;
+};
+__device__ __forceinline__ Place place(const Shape& s, int chunk) {
+  if (s.cu_seqlens == nullptr) {
+    const int n = chunk / s.chunks, c = chunk % s.chunks;
+    return {n * s.T + c * kC, min(kC, s.T - c * kC)};
+  }
+  if (chunk >= s.chunk_offsets[s.N]) return {0, 0};
+  int lo = 0, hi = s.N;  // the last sequence whose first chunk is at or before this one
+  while (hi - lo > 1) {
+    const int mid = (lo + hi) / 2;
+    (s.chunk_offsets[mid] <= chunk ? lo : hi) = mid;
+  }
+  const int token = s.cu_seqlens[lo] + (chunk - s.chunk_offsets[lo]) * kC;
+  return {token, min(kC, s.cu_seqlens[lo + 1] - token)};
+}
 
-// mode 0: with outputs; 1: segments' N and M, without outputs. `maps`: tensor maps of q, k, v.
+// A state in bfloat16 as shared memory holds it: two panels of 64 columns (K), each 128 rows (V) of 128 swizzled bytes.
+constexpr int kStateBytes = 2 * kD * kD;
+constexpr int kStatePanel = kD * 128;
+
+constexpr int kPanel = kC * 128;  // 64 tokens of 64 elements
+
+// Where things lie in `saved` and in the workspaces.
+struct Plan {
+  Shape shape;
+  int rows;        // of S a block of the pass with outputs keeps
+  size_t records;  // in number
+  size_t states, maps_transposed, saved;         // in `saved`: chunk states, M^T of the segments; its size
+  size_t record, own, map, offsets, bytes;       // in the forward workspace
+  size_t d_states, d_own, d_offsets, d_q, d_k, d_v, d_g, d_bytes;  // in the backward workspace
+};
+Plan plan(const OryxGatedDelta& p);
+
+// [tokens, heads, 128] bfloat16 as boxes of 64 tokens of 64 elements of one head, rows of 128 bytes, swizzled.
+cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads);
+
+cudaError_t launch_offsets(const Shape& s, int32_t* chunk_offsets, cudaStream_t stream);
+// floor: the least |beta| that T is made with.
+cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, float floor, char* record, cudaStream_t stream);
+
+// mode 0: with outputs; 1: segments' N and M, without outputs. `maps`: tensor maps of q, k, v. states: S0 of the chunks, or null.
 cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode, int rows, const CUtensorMap* maps, const char* record,
-                              float* own, float* map, cudaStream_t stream);
-cudaError_t launch_combine(const Shape& s, float* own, const float* map, cudaStream_t stream);
+                              float* own, float* map, float* map_transposed, char* states, cudaStream_t stream);
+// own[i] += own[i - 1] map[i], i = 1 .. segments - 2; reverse: own[i] += own[i + 1] map[i], i = segments - 2 .. 1.
+cudaError_t launch_combine(const Shape& s, bool reverse, float* own, const float* map, cudaStream_t stream);
+
+// `maps`: tensor maps of q, k, d_o. Without outputs: the segments' N'.
+cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows,
+                                       const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, cudaStream_t stream);
+// `maps`: tensor maps of q, k, v, d_o, d_v (Hs heads). d_q, d_k: [B, T, Ho, 128], d_g [B, T, Ho]: not yet summed over heads.
+cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, int records, const CUtensorMap* maps,
+                                  const char* record, const char* states, const char* d_states, void* d_q, void* d_k, float* d_g,
+                                  cudaStream_t stream);
+// to[r, h] = sum over the `count` consecutive heads of from, [rows, heads * count, width].
+cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, bool wide, cudaStream_t stream);
 
 }  // namespace oryx::gated_delta_cuda

@@ -6,12 +6,9 @@ namespace {
 
 constexpr int kProcessors = 132;  // of the H100 and H200: only the choice of segments reads it
 
-struct Plan {
-  Shape shape;
-  int rows;        // of S a block of the pass with outputs keeps
-  size_t records;  // in number
-  size_t own, map, offsets, bytes;
-};
+size_t aligned(size_t bytes) { return (bytes + 127) / 128 * 128; }
+
+}  // namespace
 
 Plan plan(const OryxGatedDelta& p) {
   Plan r{};
@@ -39,11 +36,25 @@ Plan plan(const OryxGatedDelta& p) {
   if (p.segments != 0) s.segments = p.segments;
   if (p.rows != 0) r.rows = p.rows;
 
-  const size_t states = s.segments > 1 ? static_cast<size_t>(s.N) * s.Hs * s.segments * kD * kD * sizeof(float) : 0;
-  r.own = r.records * s.Hs * kRecordBytes;
-  r.map = r.own + states;
-  r.offsets = r.map + states;
-  r.bytes = r.offsets + (p.cu_seqlens == nullptr ? 0 : (static_cast<size_t>(p.N) + 1) * sizeof(int32_t));
+  const size_t segments = s.segments > 1 ? static_cast<size_t>(s.N) * s.Hs * s.segments * kD * kD * sizeof(float) : 0;
+  const size_t heads = r.records * s.Hs, offsets = p.cu_seqlens == nullptr ? 0 : (static_cast<size_t>(p.N) + 1) * sizeof(int32_t);
+  r.states = heads * kRecordBytes;
+  r.maps_transposed = r.states + heads * kStateBytes;
+  r.saved = r.maps_transposed + segments;
+  r.own = p.saved == nullptr ? heads * kRecordBytes : 0;
+  r.map = r.own + segments;
+  r.offsets = r.map + segments;
+  r.bytes = r.offsets + offsets;
+
+  const size_t tokens = static_cast<size_t>(p.B) * p.T;
+  const auto summed = [&](int heads_in, int heads_out, size_t width) { return heads_in == heads_out ? 0 : aligned(tokens * heads_in * width); };
+  r.d_own = heads * kStateBytes;
+  r.d_offsets = r.d_own + segments;
+  r.d_q = aligned(r.d_offsets + offsets);
+  r.d_k = r.d_q + summed(s.Ho, s.Hq, 2 * kD);
+  r.d_v = r.d_k + summed(s.Ho, s.Hk, 2 * kD);
+  r.d_g = r.d_v + summed(s.Hs, s.Hv, 2 * kD);
+  r.d_bytes = r.d_g + summed(s.Ho, s.Hs, sizeof(float));
   return r;
 }
 
@@ -67,20 +78,24 @@ cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-}  // namespace
 }  // namespace oryx::gated_delta_cuda
 
 using namespace oryx::gated_delta_cuda;
 
 extern "C" size_t oryx_gated_delta_workspace(const OryxGatedDelta* p) { return plan(*p).bytes; }
 
+extern "C" size_t oryx_gated_delta_saved(const OryxGatedDelta* p) { return plan(*p).saved; }
+
 extern "C" int oryx_gated_delta_forward(const OryxGatedDelta* p, void* workspace, cudaStream_t stream) {
   Plan r = plan(*p);
   if (r.shape.N == 0) return cudaSuccess;
-  char* record = static_cast<char*>(workspace);
-  float* own = reinterpret_cast<float*>(record + r.own);
-  float* map = reinterpret_cast<float*>(record + r.map);
-  int32_t* offsets = reinterpret_cast<int32_t*>(record + r.offsets);
+  char *const scratch = static_cast<char*>(workspace), *const saved = static_cast<char*>(p->saved);
+  char* const record = saved == nullptr ? scratch : saved;
+  char* const states = saved == nullptr ? nullptr : saved + r.states;
+  float* const maps_transposed = saved == nullptr ? nullptr : reinterpret_cast<float*>(saved + r.maps_transposed);
+  float* own = reinterpret_cast<float*>(scratch + r.own);
+  float* map = reinterpret_cast<float*>(scratch + r.map);
+  int32_t* offsets = reinterpret_cast<int32_t*>(scratch + r.offsets);
   r.shape.chunk_offsets = p->cu_seqlens == nullptr ? nullptr : offsets;
   const int64_t tokens = static_cast<int64_t>(p->B) * p->T;
   CUtensorMap maps[3] = {};
@@ -90,10 +105,12 @@ extern "C" int oryx_gated_delta_forward(const OryxGatedDelta* p, void* workspace
     if ((status = encode(&maps[1], p->k, tokens, p->Hk)) != cudaSuccess) return status;
     if ((status = encode(&maps[2], p->v, tokens, p->Hv)) != cudaSuccess) return status;
   }
-  if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), record, offsets, stream)) != cudaSuccess) return status;
+  if ((status = launch_offsets(r.shape, offsets, stream)) != cudaSuccess) return status;
+  const float floor = saved == nullptr ? 0.f : 1e-12f;
+  if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), floor, record, stream)) != cudaSuccess) return status;
   if (r.shape.segments > 1) {
-    if ((status = launch_recurrence(*p, r.shape, 1, 128, maps, record, own, map, stream)) != cudaSuccess) return status;
-    if (r.shape.segments > 2 && (status = launch_combine(r.shape, own, map, stream)) != cudaSuccess) return status;
+    if ((status = launch_recurrence(*p, r.shape, 1, 128, maps, record, own, map, maps_transposed, nullptr, stream)) != cudaSuccess) return status;
+    if (r.shape.segments > 2 && (status = launch_combine(r.shape, false, own, map, stream)) != cudaSuccess) return status;
   }
-  return launch_recurrence(*p, r.shape, 0, r.rows, maps, record, own, map, stream);
+  return launch_recurrence(*p, r.shape, 0, r.rows, maps, record, own, map, nullptr, states, stream);
 }

@@ -1,4 +1,6 @@
 // Per chunk and head, independent of the state: norms of k, T and the row factors (see gated_delta_cuda.h).
+#include <cstdio>
+
 #include "gated_delta_cuda_internal.cuh"
 
 namespace oryx::gated_delta_cuda {
@@ -13,10 +15,18 @@ struct Shared {
 };
 
 // Number of chunks before each packed sequence.
-__global__ void chunk_offsets_kernel(const int32_t* cu_seqlens, int N, int32_t* offsets) {
+__global__ void chunk_offsets_kernel(const int32_t* cu_seqlens, int N, int T, int32_t* offsets) {
   const int lane = threadIdx.x;
+  if (lane == 0 && (cu_seqlens[0] != 0 || cu_seqlens[N] != T)) {
+    printf("gated_delta_rule: cu_seqlens runs from %d to %d, expected 0 to %d\n", cu_seqlens[0], cu_seqlens[N], T);
+    __trap();
+  }
   int before = 0;
   for (int i = 0; i < N; i += 32) {
+    if (i + lane < N && cu_seqlens[i + lane] > cu_seqlens[i + lane + 1]) {
+      printf("gated_delta_rule: cu_seqlens falls from %d to %d at index %d\n", cu_seqlens[i + lane], cu_seqlens[i + lane + 1], i + lane + 1);
+      __trap();
+    }
     int c = i + lane < N ? (cu_seqlens[i + lane + 1] - cu_seqlens[i + lane] + kC - 1) / kC : 0;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -27,6 +37,16 @@ __global__ void chunk_offsets_kernel(const int32_t* cu_seqlens, int N, int32_t* 
     before += __shfl_sync(~0u, c, 31);
   }
   if (lane == 0) offsets[0] = 0;
+}
+
+__global__ void wanted_kernel(const int32_t* spans, int B, int T, uint8_t* wanted) {
+  const int row = spans[3 * blockIdx.x], begin = spans[3 * blockIdx.x + 1], end = spans[3 * blockIdx.x + 2];
+  if (row < 0 || row >= B || begin < 0 || begin > end || end > T) {
+    if (threadIdx.x == 0)
+      printf("gated_delta_rule: span %d is (row %d, %d to %d), outside of %d rows of %d tokens\n", blockIdx.x, row, begin, end, B, T);
+    __trap();
+  }
+  for (int t = begin + threadIdx.x; t < end; t += blockDim.x) wanted[static_cast<int64_t>(row) * T + t] = 1;
 }
 
 // d (16 x 8 n) += a (16 x 16 at `a`) b (16 x 8 n at `b`), tf32.
@@ -100,29 +120,15 @@ __device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t k, int bloc
 }
 
 __global__ void __launch_bounds__(128, 6)
-    prepare_kernel(Shape s, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g, const float* __restrict__ beta,
+    prepare_kernel(Shape s, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g, const float* __restrict__ beta, float floor,
                    char* __restrict__ record) {
   extern __shared__ __align__(128) char raw_shared[];
   Shared& sh = *reinterpret_cast<Shared*>(raw_shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int hs = blockIdx.x % s.Hs, chunk = blockIdx.x / s.Hs, hk = hs / (s.Hs / s.Hk);
 
-  int token, count;  // first token of the chunk and how many it has
-  if (s.cu_seqlens == nullptr) {
-    const int n = chunk / s.chunks, c = chunk % s.chunks;
-    token = n * s.T + c * kC;
-    count = min(kC, s.T - c * kC);
-  } else {
-    if (chunk >= s.chunk_offsets[s.N]) return;
-    int lo = 0, hi = s.N;  // the last sequence whose first chunk is at or before this one
-    while (hi - lo > 1) {
-      const int mid = (lo + hi) / 2;
-      (s.chunk_offsets[mid] <= chunk ? lo : hi) = mid;
-    }
-    const int c = chunk - s.chunk_offsets[lo];
-    token = s.cu_seqlens[lo] + c * kC;
-    count = min(kC, s.cu_seqlens[lo + 1] - token);
-  }
+  const auto [token, count] = place(s, chunk);
+  if (count == 0) return;
 
   const uint32_t ks = smem_address(sh.k);
 #pragma unroll
@@ -150,7 +156,8 @@ __global__ void __launch_bounds__(128, 6)
     sh.G[2 * lane + 1] = sum * kLog2e;
   } else if (warp < 3) {
     const int t = (warp - 1) * 32 + lane;
-    sh.beta[t] = t < count ? beta[static_cast<size_t>(token + t) * s.Hs + hs] : 0.f;
+    const float b = t < count ? beta[static_cast<size_t>(token + t) * s.Hs + hs] : 0.f;
+    sh.beta[t] = fabsf(b) < floor && t < count ? floor : b;
   }
   copy_wait();
   __syncthreads();
@@ -260,14 +267,24 @@ __global__ void __launch_bounds__(128, 6)
 
 }  // namespace
 
-cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, char* record, int32_t* chunk_offsets, cudaStream_t stream) {
-  if (s.cu_seqlens != nullptr) chunk_offsets_kernel<<<1, 32, 0, stream>>>(s.cu_seqlens, s.N, chunk_offsets);
-  if (records > 0) {
-    const cudaError_t status = cudaFuncSetAttribute(prepare_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-    if (status != cudaSuccess) return status;
-    prepare_kernel<<<s.Hs * records, 128, sizeof(Shared), stream>>>(s, static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, record);
-  }
+cudaError_t launch_offsets(const Shape& s, int32_t* chunk_offsets, cudaStream_t stream) {
+  if (s.cu_seqlens != nullptr) chunk_offsets_kernel<<<1, 32, 0, stream>>>(s.cu_seqlens, s.N, s.T, chunk_offsets);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, float floor, char* record, cudaStream_t stream) {
+  if (records == 0) return cudaSuccess;
+  const cudaError_t status = cudaFuncSetAttribute(prepare_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  if (status != cudaSuccess) return status;
+  prepare_kernel<<<s.Hs * records, 128, sizeof(Shared), stream>>>(s, static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, floor, record);
   return cudaGetLastError();
 }
 
 }  // namespace oryx::gated_delta_cuda
+
+extern "C" int oryx_gated_delta_wanted(const int32_t* spans, int32_t n, int32_t B, int32_t T, uint8_t* wanted, cudaStream_t stream) {
+  const cudaError_t status = cudaMemsetAsync(wanted, 0, static_cast<size_t>(B) * T, stream);
+  if (status != cudaSuccess || n == 0) return status;
+  oryx::gated_delta_cuda::wanted_kernel<<<n, 256, 0, stream>>>(spans, B, T, wanted);
+  return cudaGetLastError();
+}

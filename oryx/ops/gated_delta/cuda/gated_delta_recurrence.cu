@@ -1,16 +1,14 @@
 // The walk over the chunks of a sequence (see gated_delta_cuda.h), everything transposed: a warpgroup keeps 64 rows of S (float32) in
 // registers, so that S, V - exp(G) K S^T and U are left operands straight from registers and no product waits for shared memory written
 // by another. One more warp copies the inputs in, kStages chunks ahead.
-#include "gated_delta_cuda_internal.cuh"
+#include "gated_delta_walk.cuh"
 
 namespace oryx::gated_delta_cuda {
 namespace {
 
-constexpr int kStages = 3;
-constexpr int kPanel = kC * 128;  // 64 tokens of 64 elements
-
-template <int kRows, bool kOutput>
+template <int kRows, bool kOutput, bool kSave>
 struct Layout {
+  static constexpr int kStages = kRows == 128 && kSave ? 2 : 3;
   static constexpr int kWarps = kRows / 16;  // that compute S and O
   // With outputs a warpgroup computes P; registers are then traded, so the copying warp has three idle ones beside it.
   static constexpr int kThreads = 32 * kWarps + (kOutput ? 256 : 32);
@@ -23,7 +21,8 @@ struct Layout {
   static constexpr int kP = kLoaded;                      // P, then scale exp(G) / |q|
   static constexpr int kStage = kP + (kOutput ? kPanel + 1024 : 0);
   static constexpr int kOut = kStages * kStage;  // 64 tokens of 16 rows for each warp
-  static constexpr int kBarriers = kOut + (kOutput ? kWarps * kC * 32 : 0);
+  static constexpr int kState = kOut + (kOutput ? kWarps * kC * 32 : 0);  // 4 KiB for each warp
+  static constexpr int kBarriers = kState + (kSave ? kWarps * 4096 : 0);
   static constexpr int kBytes = kBarriers + 24 * kStages + 1024;  // and what aligning the start to 1024 may take
 };
 
@@ -31,111 +30,20 @@ struct Arguments {
   const float* initial;  // [N, Hs, 128, 128] or null
   float* own;            // [N, Hs, segments, 128, 128]
   float* map;
+  float* map_transposed;  // or null
   const char* record;
+  char* states;
   __nv_bfloat16* o;
   float* final_state;
   const uint8_t* wanted;
 };
 
-// Rows t >= count of `panels` panels become zero, so that what follows the sequence in memory (whatever it is) counts for nothing.
-__device__ __forceinline__ void clear_rows(uint32_t at, int panels, int count, int thread, int threads) {
-  for (int i = thread; i < panels * (kC - count) * 8; i += threads) {
-    const int unit = i % 8, row = count + i / 8 % (kC - count), panel = i / 8 / (kC - count);
-    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + panel * kPanel + row * 128 + unit * 16), "r"(0) : "memory");
-  }
-}
-
-__device__ __forceinline__ float2 load_shared2(uint32_t at) {
-  float2 r;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(at) : "memory");
-  return r;
-}
-__device__ __forceinline__ float load_shared(uint32_t at) {
-  float r;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(at) : "memory");
-  return r;
-}
-
-// A warp's 64 tokens of 16 rows of O: through shared memory, so that a token's 32 bytes leave together.
-__device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t staging, const Arguments& a, int token, int count, size_t stride,
-                                          int column, int lane) {
-  __syncwarp();
-#pragma unroll
-  for (int nn = 0; nn < 4; ++nn) {
-    const int t = 8 * (2 * nn + lane / 16) + lane % 8, h = lane / 8 % 2;
-    store_matrix_transposed(staging + t * 32 + ((h ^ (t >> 2 & 1)) << 4), ob[4 * nn], ob[4 * nn + 1], ob[4 * nn + 2], ob[4 * nn + 3]);
-  }
-  __syncwarp();
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int t = 16 * j + lane / 2, unit = lane % 2;
-    if (t < count) {
-      uint4 x;
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                   : "r"(staging + t * 32 + ((unit ^ (t >> 2 & 1)) << 4))
-                   : "memory");
-      if (a.wanted != nullptr && a.wanted[token + t] == 0) x = make_uint4(0, 0, 0, 0);
-      *reinterpret_cast<uint4*>(a.o + (token + t) * stride + column + 8 * unit) = x;
-    }
-  }
-}
-
-// By a warpgroup: P_tj = scale exp(G_t - G_j) q_t.k_j / (|q_t| |k_j|), j <= t, and scale exp(G_t) / |q_t|, both into the stage at `at`.
-template <int kQ, int kK, int kRecordAt, int kP>
-__device__ __forceinline__ void queries(uint32_t at, float scale, float eps, int warp, int lane) {
-  float d[32];
-  wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < 8; ++kk)
-    wgmma_64x64_shared(d, descriptor(at + kQ + kk / 4 * kPanel + kk % 4 * 32, 16, 1024),
-                       descriptor(at + kK + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
-  wgmma_commit();
-
-  float sum = 0.f;  // of half a row of q squared: lanes 2 r and 2 r + 1 have row r of the warp's 16
-  const uint32_t half = at + kQ + lane % 2 * kPanel + (16 * warp + lane / 2) * 128;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    uint32_t x[4];
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(half + ((i + lane) % 8) * 16)
-                 : "memory");
-#pragma unroll
-    for (int m = 0; m < 4; ++m) sum += low(x[m]) * low(x[m]) + high(x[m]) * high(x[m]);
-  }
-  // Both lanes of a row add the same two numbers in the same order.
-  const float other = __shfl_xor_sync(~0u, sum, 1);
-  const float inverse = scale * rsqrtf((lane % 2 == 0 ? sum + other : other + sum) + eps);
-  float f[2], G[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int t = 16 * warp + lane / 4 + 8 * h;
-    f[h] = __shfl_sync(~0u, inverse, 2 * (lane / 4 + 8 * h));
-    G[h] = load_shared(at + kRecordAt + 4 * (128 + t));
-    if (lane % 4 == 0) asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + kP + kPanel + 4 * t), "f"(f[h] * power2(G[h])) : "memory");
-  }
-  wgmma_wait<0>();
-  keep(d);
-#pragma unroll
-  for (int n = 0; n < 8; ++n) {
-    const int j = 8 * n + 2 * (lane % 4);
-    const float2 g = load_shared2(at + kRecordAt + 4 * (128 + j)), r = load_shared2(at + kRecordAt + 4 * (192 + j));
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int t = 16 * warp + lane / 4 + 8 * h;
-      const float p0 = j <= t ? f[h] * r.x * power2(G[h] - g.x) * d[4 * n + 2 * h] : 0.f;
-      const float p1 = j + 1 <= t ? f[h] * r.y * power2(G[h] - g.y) * d[4 * n + 2 * h + 1] : 0.f;
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + kP + t * 128 + ((n ^ (t & 7)) << 4) + lane % 4 * 4), "r"(pack(p0, p1)) : "memory");
-    }
-  }
-}
-
-template <int kRows, bool kOutput>
-__global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 && !kOutput ? 2 : 1)
+template <int kRows, bool kOutput, bool kSave>
+__global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows == 64 && !kOutput ? 2 : 1)
     recurrence_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                       const __grid_constant__ CUtensorMap v_map, const Shape s, const Arguments a) {
-  using L = Layout<kRows, kOutput>;
+  using L = Layout<kRows, kOutput, kSave>;
+  constexpr int kStages = L::kStages;
   extern __shared__ char raw_shared[];
   const uint32_t base = (smem_address(raw_shared) + 1023) & ~1023u;
   const uint32_t full = base + L::kBarriers, empty = full + 8 * kStages, ready = empty + 8 * kStages;
@@ -254,7 +162,12 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
 #pragma unroll
       for (int kk = 0; kk < 8; ++kk) wgmma_64x64(o, sb + 4 * kk, descriptor(at + L::kQ + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
       wgmma_commit();
-      store_out(ob, staging, a, token - kC, i > 0 ? kC : 0, static_cast<size_t>(s.Ho) * kD, ho * kD + rb * kRows + 16 * warp, lane);
+      if constexpr (kSave) {
+        if (ho % (s.Ho / s.Hs) == 0)
+          store_state(sb, base + L::kState + warp * 4096,
+                      a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * kStateBytes + (rb * kRows + 16 * warp) * 128, lane);
+      }
+      store_out(ob, staging, a.o, a.wanted, token - kC, i > 0 ? kC : 0, static_cast<size_t>(s.Ho) * kD, ho * kD + rb * kRows + 16 * warp, lane);
       wgmma_wait<1>();
     } else {
       wgmma_wait<0>();
@@ -344,7 +257,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
   }
   if constexpr (kOutput) {
     if (c1 > c0)
-      store_out(ob, staging, a, seq.begin + (c1 - 1) * kC, min(kC, seq.length - (c1 - 1) * kC), static_cast<size_t>(s.Ho) * kD,
+      store_out(ob, staging, a.o, a.wanted, seq.begin + (c1 - 1) * kC, min(kC, seq.length - (c1 - 1) * kC), static_cast<size_t>(s.Ho) * kD,
                 ho * kD + rb * kRows + 16 * warp, lane);
   }
 
@@ -358,23 +271,32 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, kRows == 64 
       for (int h = 0; h < 2; ++h)
         *reinterpret_cast<float2*>(to + (row + 8 * h) * kD + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
   }
+  if (is_map && a.map_transposed != nullptr) {
+    to = a.map_transposed + (segments + segment) * kD * kD;
+#pragma unroll
+    for (int j = 0; j < 64; ++j) to[(8 * (j / 4) + column + j % 2) * kD + row + j % 4 / 2 * 8] = S[j];
+  }
+  if constexpr (kSave) {
+    if (lane == 0) bulk_wait();
+  }
 }
 
-// own[i] += own[i - 1] map[i], i = 1 .. segments - 2: every segment's last state. A block has 16 rows of one head, a thread 4 x 4.
-// The maps, 64 KiB each, are copied in one ahead.
+// own[i] += own[i - 1] map[i], i = 1 .. segments - 2: every segment's last state; or in reverse, own[i] += own[i + 1] map[i]. A block has 16
+// rows of one head, a thread 4 x 4. The maps, 64 KiB each, are copied in one ahead.
 constexpr int kCombineRows = 16;
 constexpr int kMapBytes = kD * kD * 4;
 constexpr int kCombineBytes = 2 * kMapBytes + kD * kCombineRows * 4 + 16;
-__global__ void __launch_bounds__(kD) combine_kernel(int segments, float* __restrict__ own, const float* __restrict__ map) {
+__global__ void __launch_bounds__(kD) combine_kernel(int segments, bool reverse, float* __restrict__ own, const float* __restrict__ map) {
   extern __shared__ __align__(128) char raw_shared[];
   float* const maps = reinterpret_cast<float*>(raw_shared);
   float* const before = maps + 2 * kD * kD;  // [128][16]
   const uint32_t bar = smem_address(before + kD * kCombineRows), at_map = smem_address(maps);
   const int k = threadIdx.x % 32 * 4, r0 = threadIdx.x / 32 * 4;
   const size_t first = static_cast<size_t>(blockIdx.x) * segments * kD * kD, rows = (static_cast<size_t>(blockIdx.y) * kCombineRows + r0) * kD + k;
+  const auto segment = [&](int i) { return static_cast<size_t>(reverse ? segments - 1 - i : i) * kD * kD; };  // the i-th in the order of work
   const auto fetch = [&](int i) {
     barrier_expect(bar + 8 * (i & 1), kMapBytes);
-    bulk_load(at_map + (i & 1) * kMapBytes, map + first + static_cast<size_t>(i) * kD * kD, kMapBytes, bar + 8 * (i & 1));
+    bulk_load(at_map + (i & 1) * kMapBytes, map + first + segment(i), kMapBytes, bar + 8 * (i & 1));
   };
   if (threadIdx.x == 0) {
     barrier_init(bar, 1);
@@ -391,12 +313,12 @@ __global__ void __launch_bounds__(kD) combine_kernel(int segments, float* __rest
   };
   float4 sum[4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) sum[r] = *reinterpret_cast<const float4*>(own + first + rows + r * kD);
+  for (int r = 0; r < 4; ++r) sum[r] = *reinterpret_cast<const float4*>(own + first + segment(0) + rows + r * kD);
   keep_before(sum);
   __syncthreads();
   for (int i = 1; i < segments - 1; ++i) {
     const float* m = maps + (i & 1) * kD * kD;
-    float* at = own + first + static_cast<size_t>(i) * kD * kD + rows;
+    float* at = own + first + segment(i) + rows;
 #pragma unroll
     for (int r = 0; r < 4; ++r) sum[r] = *reinterpret_cast<const float4*>(at + r * kD);
     barrier_wait(bar + 8 * (i & 1), (i - 1) / 2 & 1);
@@ -421,10 +343,10 @@ __global__ void __launch_bounds__(kD) combine_kernel(int segments, float* __rest
   }
 }
 
-template <int kRows, bool kOutput>
+template <int kRows, bool kOutput, bool kSave>
 cudaError_t launch(const Shape& s, const CUtensorMap* maps, const Arguments& a, cudaStream_t stream) {
-  using L = Layout<kRows, kOutput>;
-  auto* kernel = recurrence_kernel<kRows, kOutput>;
+  using L = Layout<kRows, kOutput, kSave>;
+  auto* kernel = recurrence_kernel<kRows, kOutput, kSave>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
   const int heads = kOutput ? s.Ho : s.Hs;
@@ -436,16 +358,17 @@ cudaError_t launch(const Shape& s, const CUtensorMap* maps, const Arguments& a, 
 }  // namespace
 
 cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode, int rows, const CUtensorMap* maps, const char* record, float* own,
-                              float* map, cudaStream_t stream) {
-  const Arguments a{p.initial_state, own, map, record, static_cast<__nv_bfloat16*>(p.o), p.final_state, p.wanted};
-  if (mode == 1) return rows == 64 ? launch<64, false>(s, maps, a, stream) : launch<128, false>(s, maps, a, stream);
-  return rows == 64 ? launch<64, true>(s, maps, a, stream) : launch<128, true>(s, maps, a, stream);
+                              float* map, float* map_transposed, char* states, cudaStream_t stream) {
+  const Arguments a{p.initial_state, own, map, map_transposed, record, states, static_cast<__nv_bfloat16*>(p.o), p.final_state, p.wanted};
+  if (mode == 1) return rows == 64 ? launch<64, false, false>(s, maps, a, stream) : launch<128, false, false>(s, maps, a, stream);
+  if (states != nullptr) return rows == 64 ? launch<64, true, true>(s, maps, a, stream) : launch<128, true, true>(s, maps, a, stream);
+  return rows == 64 ? launch<64, true, false>(s, maps, a, stream) : launch<128, true, false>(s, maps, a, stream);
 }
 
-cudaError_t launch_combine(const Shape& s, float* own, const float* map, cudaStream_t stream) {
+cudaError_t launch_combine(const Shape& s, bool reverse, float* own, const float* map, cudaStream_t stream) {
   const cudaError_t status = cudaFuncSetAttribute(combine_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineBytes);
   if (status != cudaSuccess) return status;
-  combine_kernel<<<dim3(s.N * s.Hs, kD / kCombineRows), kD, kCombineBytes, stream>>>(s.segments, own, map);
+  combine_kernel<<<dim3(s.N * s.Hs, kD / kCombineRows), kD, kCombineBytes, stream>>>(s.segments, reverse, own, map);
   return cudaGetLastError();
 }
 
