@@ -1,4 +1,4 @@
-// The PTX of sm_90a that the gated delta kernels use: mbarriers, bulk and tensor copies, wgmma, ldmatrix and stmatrix.
+// The PTX of sm_90a that the Hopper kernels share: mbarriers, bulk and tensor copies, wgmma, ldmatrix and stmatrix.
 #pragma once
 
 #include <cuda.h>
@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-namespace oryx::gated_delta_cuda {
+namespace oryx::hopper {
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -172,4 +172,4 @@ __device__ __forceinline__ void wgmma_64x128_kn(float (&d)[64], const uint32_t* 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
-}  // namespace oryx::gated_delta_cuda
+}  // namespace oryx::hopper
