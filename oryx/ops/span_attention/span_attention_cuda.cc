@@ -1,11 +1,12 @@
 // span_attention on CUDA: which code serves which arguments.
 //
 //   plain causal (bfloat16, K = V = 64 or 128, every query, as many keys)          cuDNN, through libtorch
-//   any other spans, packing, lengths or window (bfloat16, K = V <= 256)           libtorch's flash attention over every query; rows outside
+//   spans, packing, lengths, windows (bfloat16, K = V = 64 or 128, on Hopper)      kernels of our own (cuda/)
+//   the same of other widths or chips (bfloat16, K = V <= 256)                     libtorch's flash attention over every query; rows outside
 //                                                                                  spans are cleared afterwards
 //   the rest (float32, float64, K != V)                                            blocks of batched matrix products (span_attention_any)
 //
-// The first two read no device data on the host: spans and bounds out of range are the caller's fault there.
+// The first three read no device data on the host: spans and bounds out of range are the caller's fault there (the kernels of our own clip them).
 #include <ATen/ATen.h>
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
@@ -16,6 +17,7 @@
 #include <torch/library.h>
 
 #include "oryx/common/log.h"
+#include "oryx/ops/span_attention/span_attention_hopper.h"
 #include "oryx/ops/span_attention/span_attention_internal.h"
 #include "oryx/ops/span_attention/span_attention_plan.h"
 
@@ -26,17 +28,12 @@ using OptionalTensor = std::optional<at::Tensor>;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Arguments {
-  at::Tensor q, k, v;
-  OptionalTensor spans, cu_seqlens, cu_seqlens_k, key_lengths;
-  int64_t window;
-  std::optional<double> scale;
-};
+using Arguments = AttentionArguments;
 
 bool is_plain(const Arguments& a) {
   const int64_t D = a.q.size(3);
   return a.q.scalar_type() == at::kBFloat16 && !a.spans && !a.cu_seqlens && !a.key_lengths && (a.window == 0 || a.window >= a.k.size(1)) &&
-         a.q.size(1) == a.k.size(1) && a.q.numel() > 0 && a.v.size(3) == D && (D == 64 || D == 128);
+         a.q.size(1) == a.k.size(1) && a.q.numel() > 0 && a.q.size(1) > 1 /* cuDNN refuses one query with one key */ && a.v.size(3) == D && (D == 64 || D == 128);
 }
 
 bool is_flash(const Arguments& a) {
@@ -74,6 +71,32 @@ at::Tensor plain(const Arguments& a) {
   return std::get<0>(at::_scaled_dot_product_cudnn_attention(heads_first(a.q), heads_first(a.k), heads_first(a.v), {}, false, 0.0, true, false, a.scale))
       .transpose(1, 2);
 }
+
+// ---- our own kernels
+struct SpanAttentionHopper : torch::autograd::Function<SpanAttentionHopper> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
+                            const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+                            int64_t window, std::optional<double> scale) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Arguments a = hopper_arguments({q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale});
+    const HopperAttention f = hopper_forward(a, true);
+    const auto or_none = [](const OptionalTensor& t) { return t.value_or(at::Tensor()); };
+    ctx->save_for_backward({a.q, a.k, a.v, f.o, f.lse, f.plan, or_none(a.spans), or_none(a.cu_seqlens), or_none(a.cu_seqlens_k), or_none(a.key_lengths)});
+    ctx->saved_data["window"] = window;
+    ctx->saved_data["scale"] = scale;
+    return f.o;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list s = ctx->get_saved_variables();
+    const auto optional = [&](size_t i) { return s[i].defined() ? OptionalTensor(s[i]) : OptionalTensor(); };
+    const Arguments a{s[0], s[1], s[2], optional(6), optional(7), optional(8), optional(9), ctx->saved_data["window"].toInt(),
+                      ctx->saved_data["scale"].toOptional<double>()};
+    const auto d = hopper_backward(a, {s[3], s[4], s[5]}, grads[0]);
+    const at::Tensor none;
+    return {d[0], d[1], d[2], none, none, none, none, none, none};
+  }
+};
 
 // ---- libtorch's flash attention over packed rows [tokens, H, D]; causal, aligned at the end of the keys.
 struct Packed {
@@ -150,6 +173,7 @@ at::Tensor span_attention_cuda(const at::Tensor& q, const at::Tensor& k, const a
   const Arguments a{q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale};
   check(a);
   if (is_plain(a)) return plain(a);
+  if (hopper_serves(a)) return hopper_forward(hopper_arguments(a), false).o;
   if (is_flash(a)) return std::get<0>(flash_forward(a, Packed(a)));
   return span_attention_any(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
 }
@@ -165,6 +189,7 @@ at::Tensor span_attention_cuda_autograd(const at::Tensor& q, const at::Tensor& k
   const Arguments a{q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale};
   check(a);
   if (is_plain(a)) return CudnnAttention::apply(q, k, v, scale);
+  if (hopper_serves(a)) return SpanAttentionHopper::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   if (is_flash(a) && !key_lengths) return FlashAttention::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, window, scale);
   return span_attention_any_autograd(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
 }
