@@ -1,0 +1,236 @@
+// One block that turns spans and bounds into work (span_attention_plan.cuh).
+#include <type_traits>
+
+#include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
+
+namespace oryx::span_attention_cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr size_t kMaxShared = 190 << 10;
+
+// Exclusive sum over the block's threads; total to all.
+__device__ int block_scan(int x, int* shared, int* total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int sum = x;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int y = __shfl_up_sync(~0u, sum, d);
+    if (lane >= d) sum += y;
+  }
+  if (lane == 31) shared[warp] = sum;
+  __syncthreads();
+  if (warp == 0) {
+    const int own = shared[lane];
+    int s = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int y = __shfl_up_sync(~0u, s, d);
+      if (lane >= d) s += y;
+    }
+    shared[lane] = s - own;
+    if (lane == 31) shared[32] = s;
+  }
+  __syncthreads();
+  const int before = shared[warp] + sum - x;
+  *total = shared[32];
+  __syncthreads();
+  return before;
+}
+
+// The last i in [0, n) with key(i) <= x; key rises, key(0) <= x.
+template <typename Key>
+__device__ int last_at_most(int n, int x, Key key) {
+  int lo = 0, hi = n;
+  while (hi - lo > 1) {
+    const int mid = (lo + hi) / 2;
+    if (key(mid) <= x) lo = mid;
+    else hi = mid;
+  }
+  return lo;
+}
+
+__device__ void mark_spans(const OryxSpanAttention& p, const Plan& plan) {
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < p.n_spans; i += kThreads / 32) {
+    const int row = p.spans[3 * i], begin = max(p.spans[3 * i + 1], 0), end = min(p.spans[3 * i + 2], p.Tq);
+    if (row < 0 || row >= p.B || begin >= end) continue;
+    uint8_t* from = plan.mask + static_cast<size_t>(row) * p.Tq;
+    const int64_t base = static_cast<int64_t>(row) * p.Tq;
+    const int first = min(end, static_cast<int>((base + begin + 15) / 16 * 16 - base));  // the first whole 16 bytes
+    const int last = max(first, static_cast<int>((base + end) / 16 * 16 - base));
+    for (int t = begin + lane; t < first; t += 32) from[t] = 1;
+    for (int t = first + 16 * lane; t < last; t += 512) *reinterpret_cast<uint4*>(from + t) = make_uint4(0x01010101, 0x01010101, 0x01010101, 0x01010101);
+    for (int t = last + lane; t < end; t += 32) from[t] = 1;
+  }
+}
+
+__device__ int marks(uint4 x) { return __popc(x.x) + __popc(x.y) + __popc(x.z) + __popc(x.w); }
+
+// Computed queries before query row g.
+__device__ int computed_before(const Plan& plan, int g) {
+  int n = plan.before[g / 16];
+  for (int i = g / 16 * 16; i < g; ++i) n += plan.mask[i];
+  return n;
+}
+
+__device__ Sequence sequence_of(const OryxSpanAttention& p, int s) {
+  Sequence r{};
+  if (p.cu_q != nullptr) {
+    const int32_t* cu_k = p.cu_k != nullptr ? p.cu_k : p.cu_q;
+    r.q_begin = min(max(p.cu_q[s], 0), p.Tq), r.queries = min(max(p.cu_q[s + 1], r.q_begin), p.Tq) - r.q_begin;
+    r.k_begin = min(max(cu_k[s], 0), p.Tk), r.keys = min(max(cu_k[s + 1], r.k_begin), p.Tk) - r.k_begin;
+  } else {
+    r.row = s, r.q_begin = s * p.Tq, r.queries = p.Tq;
+    r.keys = p.key_lengths != nullptr ? min(max(p.key_lengths[s], 0), p.Tk) : p.Tk;
+  }
+  r.shift = r.keys - r.queries;
+  return r;
+}
+
+constexpr int kSharedSequences = 256, kSharedTiles = 2048;
+
+// Marks and their sums are kept in shared memory while they are read (mask_here, before_here), where they fit.
+__global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention p, Plan plan, int slot_count, bool in_shared) {
+  extern __shared__ __align__(16) uint8_t shared_marks[];
+  __shared__ int scratch[33];
+  __shared__ __align__(16) Sequence shared_sequences[kSharedSequences];
+  __shared__ int shared_cost[kSharedTiles];
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  const int tid = threadIdx.x, queries = p.B * p.Tq;
+  const bool all = p.spans == nullptr;
+  uint8_t* const mask = plan.mask;
+  Sequence* const sequences = plan.sequences;
+  if (in_shared) plan.mask = shared_marks, plan.before = reinterpret_cast<int*>(shared_marks + (queries + 31) / 16 * 16);
+  if (p.N <= kSharedSequences) plan.sequences = shared_sequences;
+  for (int i = tid; i < slot_count / 4; i += kThreads) reinterpret_cast<int4*>(plan.rows)[i] = make_int4(-1, -1, -1, -1);
+  if (!all) {
+    for (int i = tid; i < (queries + 31) / 16; i += kThreads) reinterpret_cast<uint4*>(plan.mask)[i] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    mark_spans(p, plan);
+    __syncthreads();
+    int carry = 0;
+    for (int i0 = 0; i0 < queries / 16 + 1; i0 += kThreads) {
+      const int i = i0 + tid, here = i < queries / 16 + 1 ? marks(reinterpret_cast<const uint4*>(plan.mask)[i]) : 0;
+      int total;
+      const int before = block_scan(here, scratch, &total);
+      if (i < queries / 16 + 1) {
+        plan.before[i] = carry + before;
+        if (in_shared) reinterpret_cast<uint4*>(mask)[i] = reinterpret_cast<const uint4*>(plan.mask)[i];
+      }
+      carry += total;
+    }
+  }
+  __syncthreads();
+
+  int slot = 0, tiles = 0, blocks = 0;
+  for (int s0 = 0; s0 < p.N; s0 += kThreads) {
+    const int s = s0 + tid;
+    Sequence r{};
+    if (s < p.N) {
+      r = sequence_of(p, s);
+      r.count = all ? r.queries : computed_before(plan, r.q_begin + r.queries) - computed_before(plan, r.q_begin);
+      if (r.shift < 0) r.count = 0;  // more queries than keys: not in the contract
+    }
+    int n;
+    r.slot = slot + block_scan((r.count + kSmall - 1) / kSmall * kSmall, scratch, &n);
+    r.small = r.slot / kSmall;
+    slot += n;
+    r.tile = tiles + block_scan((r.count + kTile - 1) / kTile, scratch, &n);
+    tiles += n;
+    r.block = blocks + block_scan((r.keys + kKeys - 1) / kKeys, scratch, &n);
+    blocks += n;
+    if (s < p.N) sequences[s] = r;
+    if (s < p.N && p.N <= kSharedSequences) shared_sequences[s] = r;
+  }
+  __syncthreads();
+  const Sequence* seq = plan.sequences;
+
+  // rows
+  if (all) {
+    for (int g = tid; g < queries; g += kThreads) {
+      const Sequence& r = seq[last_at_most(p.N, g, [&](int i) { return seq[i].q_begin; })];
+      if (g - r.q_begin < r.count) plan.rows[r.slot + g - r.q_begin] = g;
+    }
+  } else {
+    for (int i = tid; i < (queries + 15) / 16; i += kThreads) {
+      const uint4 x = reinterpret_cast<const uint4*>(plan.mask)[i];
+      if (marks(x) == 0) continue;
+      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+      int s = last_at_most(p.N, 16 * i, [&](int j) { return seq[j].q_begin; }), before = plan.before[i];
+      int first = computed_before(plan, seq[s].q_begin);
+#pragma unroll
+      for (int b = 0; b < 16; ++b) {
+        if ((words[b / 4] >> (8 * (b % 4)) & 1) == 0) continue;
+        const int g = 16 * i + b;
+        while (s + 1 < p.N && seq[s + 1].q_begin <= g) first = computed_before(plan, seq[++s].q_begin);
+        if (g < seq[s].q_begin + seq[s].queries && seq[s].count > 0) plan.rows[seq[s].slot + before - first] = g;
+        ++before;
+      }
+    }
+  }
+  __syncthreads();
+
+  if (tiles <= kSharedTiles) plan.cost = shared_cost;
+  // forward tiles, sorted by batch row, then from the heaviest
+  for (int t = tid; t < tiles; t += kThreads) {
+    const int s = last_at_most(p.N, t, [&](int i) { return seq[i].tile; });
+    const Sequence r = seq[s];
+    Tile x{};
+    x.sequence = s;
+    x.slot = r.slot + (t - r.tile) * kTile;
+    x.count = min(kTile, r.count - (t - r.tile) * kTile);
+    const auto position = [&](int slot) { return (all ? slot - r.slot : plan.rows[slot] - r.q_begin) + r.shift; };
+    const int first = position(x.slot), last = position(x.slot + x.count - 1);
+    x.first_block = p.window > 0 ? max(0, first - p.window + 1) / kKeys : 0;
+    x.blocks = last / kKeys + 1 - x.first_block;
+    x.row_tile = p.cu_q != nullptr ? 0 : r.tile;
+    x.row_tiles = p.cu_q != nullptr ? tiles : (r.count + kTile - 1) / kTile;
+    plan.unsorted[t] = x;
+    plan.cost[t] = x.blocks;
+  }
+  __syncthreads();
+  for (int t = tid; t < tiles; t += kThreads) {
+    const Tile x = plan.unsorted[t];
+    int rank = x.row_tile;
+    for (int u = x.row_tile; u < x.row_tile + x.row_tiles; ++u) {
+      const int c = plan.cost[u];
+      rank += c > x.blocks || (c == x.blocks && u < t);
+    }
+    plan.tiles[rank] = x;
+  }
+  __syncthreads();
+
+  // The units beyond whole rounds of the multiprocessors are split along their keys, so that all finish together.
+  const int units = tiles * p.Hq, whole = units / p.processors * p.processors, i = tid;
+  const int unit = whole + i;
+  const int cost = unit < units ? plan.tiles[unit_of(plan, unit, p.Hq).tile].blocks : 0;
+  int work, n_pieces, n_parts, n_splits;
+  block_scan(cost, scratch, &work);
+  const int piece = max(kMinPiece, (work + 2 * p.processors - 1) / (2 * p.processors));
+  const int pieces = (cost + piece - 1) / piece, parts = pieces > 1 ? pieces : 0;
+  const int at = block_scan(pieces, scratch, &n_pieces), part = block_scan(parts, scratch, &n_parts);
+  const int split = block_scan(pieces > 1, scratch, &n_splits);
+  for (int j = 0; j < pieces; ++j) plan.pieces[at + j] = {unit, j * piece, min(piece, cost - j * piece), pieces > 1 ? part + j : -1};
+  if (pieces > 1) plan.splits[split] = {unit, part, pieces, 0};
+
+  if (tid == 0) *plan.counts = {tiles, whole, whole + n_pieces, n_splits, slot / kSmall, blocks, 0, 0};
+}
+
+}  // namespace
+}  // namespace oryx::span_attention_cuda
+
+using namespace oryx::span_attention_cuda;
+
+extern "C" int64_t oryx_span_attention_slots(const OryxSpanAttention* p) { return slots(*p); }
+extern "C" size_t oryx_span_attention_plan_bytes(const OryxSpanAttention* p) { return layout(*p, nullptr).bytes; }
+extern "C" int oryx_span_attention_plan(const OryxSpanAttention* p, void* memory, cudaStream_t stream) {
+  const size_t marks = p->spans == nullptr ? 0 : (static_cast<size_t>(p->B) * p->Tq + 31) / 16 * 16, bytes = marks + marks / 16 * 4 + 16;
+  const bool in_shared = marks > 0 && bytes <= kMaxShared;
+  if (in_shared) {
+    const cudaError_t status = cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status != cudaSuccess) return status;
+  }
+  plan_kernel<<<1, kThreads, in_shared ? bytes : 0, stream>>>(*p, layout(*p, memory), static_cast<int>(slots(*p)), in_shared);
+  return cudaGetLastError();
+}
