@@ -40,7 +40,7 @@ FedBatch BatchFeed::draw() {
   fed.attention_share = attention_share(model_.config(), fed.input.routing);
   fed.flops = pieces_flops(model_.config(), fed.input.routing, batch.pieces);
   fed.position = source_.position();
-  fed.targets = to_device(batch.targets, model_.device());
+  fed.targets = batch.targets;  // checked and sent by the loss, without waiting
   model_.prepare(fed.input);
   return fed;
 }
