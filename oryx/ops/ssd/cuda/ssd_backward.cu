@@ -59,6 +59,7 @@ Plan plan(const OryxSsd& p) {
   r.records = static_cast<int>(p.cu_seqlens == nullptr ? p.B * chunks : p.T / kC + p.N);
   const int64_t walks = static_cast<int64_t>(s.N) * s.Hs * (s.V / 64);
   s.segments = p.segments != 0 ? p.segments : choose_segments(walks, s.N > 0 ? r.records / s.N : 0);
+  s.pieces = s.N > 0 ? choose_pieces(walks, 2, s.segments, r.records / s.N) : 1;
   // Heads that share a key head and a query head; fewer where there would be too few blocks for the chip.
   r.heads = gcd(s.Ho / s.Hq, s.Ho / s.Hk);
   while (r.heads % 2 == 0 && static_cast<int64_t>(r.records) * (s.Ho / r.heads) < kProcessors * 7 / 4) r.heads /= 2;
@@ -72,8 +73,8 @@ Plan plan(const OryxSsd& p) {
   };
   r.state_bytes = static_cast<size_t>(r.records) * s.Hs * s.V * s.K * 2;
   r.states = take(2 * r.state_bytes);
-  r.segments = take(s.segments > 1 ? 2 * walks * s.segments * 64 * s.K * sizeof(float) : 0);
-  r.decays = take(s.segments > 1 ? 2 * walks * s.segments * sizeof(float) : 0);
+  r.segments = take(s.segments > 1 ? 2 * walks * s.segments * s.pieces * 64 * s.K * sizeof(float) : 0);
+  r.decays = take(s.segments > 1 ? 2 * walks * s.segments * s.pieces * sizeof(float) : 0);
   r.offsets = take(p.cu_seqlens == nullptr ? 0 : (static_cast<size_t>(p.N) + 1) * sizeof(int32_t));
   r.dq = take(units == static_cast<size_t>(s.Hq) ? 0 : tokens * units * s.K * sizeof(float));
   r.dk = take(units == static_cast<size_t>(s.Hk) ? 0 : tokens * units * s.K * sizeof(float));
@@ -112,7 +113,7 @@ extern "C" int oryx_ssd_backward(const OryxSsd* p, const OryxSsdGradients* g, vo
     Walk w{};
     w.directions = 2, w.dt_raw = p->dt_raw, w.dt_bias = p->dt_bias, w.A_log = p->A_log, w.wanted = p->wanted, w.chunk_offsets = offsets;
     w.start[0] = p->initial_state, w.start[1] = g->d_final_state, w.end[1] = g->d_initial_state;
-    const size_t pieces = static_cast<size_t>(s.N) * s.Hs * (s.V / 64) * s.segments;
+    const size_t pieces = static_cast<size_t>(s.N) * s.Hs * (s.V / 64) * s.segments * s.pieces;
     for (int i = 0; i < 2; ++i) {
       w.states[i] = reinterpret_cast<__nv_bfloat16*>(at + r.states + i * r.state_bytes);
       w.segments[i] = {floats(r.segments) + i * pieces * 64 * s.K, floats(r.decays) + i * pieces};

@@ -19,6 +19,7 @@ constexpr int kG = 0, kDt = 256, kTail = 512, kGamma = 768, kScalarBytes = 1024;
 struct Shape {
   int B, T, N, Hq, Hk, Hv, Hs, Ho, K, V;
   int segments;  // of a sequence
+  int pieces;    // of a segment, in the pass that finds what segments start from
   const int32_t* cu_seqlens;
 };
 
@@ -29,7 +30,7 @@ inline Shape make_shape(const OryxSsd& p) {
   s.Hs = p.Hk > p.Hv ? p.Hk : p.Hv;
   s.Ho = p.Hq > s.Hs ? p.Hq : s.Hs;
   s.cu_seqlens = p.cu_seqlens;
-  s.segments = 1;
+  s.segments = s.pieces = 1;
   return s;
 }
 
@@ -230,17 +231,17 @@ __device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t sta
   }
 }
 
-// What segments of a sequence start from: (n, state head, 64 rows of S, segment).
+// What segments of a sequence start from, by pieces: (n, state head, 64 rows of S, piece).
 struct Segments {
-  float* own;    // [.., 64, K] what the segment adds to the state
+  float* own;    // [.., 64, K] what the piece adds to the state
   float* decay;  // [..] log2 of its decay
 };
 
-// The state that the segment `segment` starts from; first is the index of the sequence's segment 0 (of these rows).
+// The state that the piece `piece` starts from; first is the index of the sequence's piece 0 (of these rows).
 template <int kK>
-__device__ __forceinline__ void segment_start(State<kK>& S, const Segments& g, size_t first, int segment, int warp, int lane) {
-  float f = 0.f;  // log2 of the decay of the segments between
-  for (int i = segment - 1; i >= 0; --i) {
+__device__ __forceinline__ void segment_start(State<kK>& S, const Segments& g, size_t first, int piece, int warp, int lane) {
+  float f = 0.f;  // log2 of the decay of the pieces between
+  for (int i = piece - 1; i >= 0; --i) {
     S.add(g.own + (first + i) * kC * kK, power2(f), warp, lane);
     f += g.decay[first + i];
   }
@@ -264,7 +265,7 @@ struct Walk {
   Segments segments[2];
 };
 
-// `only_segments`: a pass that fills `segments` for all but the last one. Maps: k, v, q, d_o.
+// `only_segments`: a pass that fills `segments` for all pieces but those of the last segment. Maps: k, v, q, d_o.
 cudaError_t launch_walk(const Shape& s, const Walk& w, bool only_segments, const CUtensorMap* maps, cudaStream_t stream);
 // Number of chunks before each packed sequence, [N + 1].
 cudaError_t launch_chunk_offsets(const Shape& s, int32_t* offsets, cudaStream_t stream);
@@ -275,6 +276,14 @@ inline int choose_segments(int64_t walks, int64_t chunks) {
   const int64_t most = chunks / 8, fit = kProcessors / walks;
   const int64_t n = fit < most ? fit : most;
   return n < 2 ? 1 : static_cast<int>(n);
+}
+
+// Pieces of each of these segments, so that the pass before (walks, directions) fills the chip too, two blocks a processor.
+inline int choose_pieces(int64_t walks, int directions, int segments, int64_t chunks) {
+  if (segments < 2) return 1;
+  const int64_t fit = 2 * kProcessors / (walks * directions * (segments - 1)), most = chunks / segments / 4;
+  const int64_t n = fit < most ? fit : most;
+  return n < 2 ? 1 : n > 4 ? 4 : static_cast<int>(n);
 }
 
 }  // namespace oryx::ssd_cuda

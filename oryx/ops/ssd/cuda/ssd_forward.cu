@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(512, 1)
     const size_t walk = (static_cast<size_t>(n) * s.Hs + hs) * blocks + rb;
     State<kK> S;
     S.clear();
-    if (segment > 0) segment_start(S, a.segments, walk * s.segments, segment, warp, lane);
+    if (segment > 0) segment_start(S, a.segments, walk * s.segments * s.pieces, segment * s.pieces, warp, lane);
     else if (a.initial != nullptr) S.add(a.initial + walk * 64 * kK, 1.f, warp, lane);
     for (int i = 0; i < chunks; ++i) {
       const int stage = i % kStages, turn = i % 2;
@@ -230,11 +230,16 @@ __global__ void wanted_kernel(const int32_t* spans, int B, int T, uint8_t* wante
   for (int t = begin + threadIdx.x; t < end; t += blockDim.x) wanted[static_cast<size_t>(row) * T + t] = 1;
 }
 
-int choose(const OryxSsd& p, const Shape& s) {
-  if (p.segments != 0) return p.segments;
-  const int64_t tokens = static_cast<int64_t>(p.B) * p.T;
-  return choose_segments(static_cast<int64_t>(s.N) * s.Ho * (s.V / 64), s.N > 0 ? tokens / s.N / kC : 0);
+Shape forward_shape(const OryxSsd& p) {
+  Shape s = make_shape(p);
+  const int64_t chunks = s.N > 0 ? static_cast<int64_t>(p.B) * p.T / s.N / kC : 0;
+  const auto walks = [&](int heads) { return static_cast<int64_t>(s.N) * heads * (s.V / 64); };
+  s.segments = p.segments != 0 ? p.segments : choose_segments(walks(s.Ho), chunks);
+  s.pieces = s.N > 0 ? choose_pieces(walks(s.Hs), 1, s.segments, chunks) : 1;
+  return s;
 }
+// Number of `Segments` entries.
+size_t entries(const Shape& s) { return s.segments > 1 ? static_cast<size_t>(s.N) * s.Hs * (s.V / 64) * s.segments * s.pieces : 0; }
 
 }  // namespace
 
@@ -262,15 +267,13 @@ cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads
 using namespace oryx::ssd_cuda;
 
 extern "C" size_t oryx_ssd_workspace(const OryxSsd* p) {
-  const Shape s = make_shape(*p);
-  const int segments = choose(*p, s);
-  return segments > 1 ? static_cast<size_t>(s.N) * s.Hs * (s.V / 64) * segments * (64 * s.K + 32) * sizeof(float) : 0;
+  const Shape s = forward_shape(*p);
+  return entries(s) * (64 * s.K + 1) * sizeof(float);
 }
 
 extern "C" int oryx_ssd_forward(const OryxSsd* p, void* workspace, cudaStream_t stream) {
-  Shape s = make_shape(*p);
+  const Shape s = forward_shape(*p);
   if (s.N == 0) return cudaSuccess;
-  s.segments = choose(*p, s);
   const int64_t tokens = static_cast<int64_t>(p->B) * p->T;
   CUtensorMap maps[4] = {};
   cudaError_t status = cudaSuccess;
@@ -279,8 +282,7 @@ extern "C" int oryx_ssd_forward(const OryxSsd* p, void* workspace, cudaStream_t 
     if ((status = encode(&maps[1], p->v, tokens, p->Hv, p->V)) != cudaSuccess) return status;
     if ((status = encode(&maps[2], p->q, tokens, p->Hq, p->K)) != cudaSuccess) return status;
   }
-  const size_t pieces = static_cast<size_t>(s.N) * s.Hs * (s.V / 64) * s.segments;
-  const Segments segments{static_cast<float*>(workspace), static_cast<float*>(workspace) + pieces * 64 * s.K};
+  const Segments segments{static_cast<float*>(workspace), static_cast<float*>(workspace) + entries(s) * 64 * s.K};
   if (s.segments > 1) {
     Walk w{};
     w.directions = 1, w.dt_raw = p->dt_raw, w.dt_bias = p->dt_bias, w.A_log = p->A_log;

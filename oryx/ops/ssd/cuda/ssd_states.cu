@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(192, 2)
   const int blocks = s.V / 64, rb = blockIdx.x % blocks, hs = blockIdx.x / blocks % s.Hs, n = blockIdx.x / blocks / s.Hs;
   const int direction = w.direction + blockIdx.z, segment = blockIdx.y, readers = direction == 0 ? 1 : s.Ho / s.Hs;
   const Sequence seq = sequence(s, n);
-  const Range range = segment_chunks(seq.length, direction == 0 ? segment : s.segments - 1 - segment, s.segments);
+  const int parts = kStore ? s.segments : s.segments * s.pieces;  // `segment` is one of them
+  const Range range = segment_chunks(seq.length, direction == 0 ? segment : parts - 1 - segment, parts);
   const int items = (range.last - range.first) * readers;
   const auto chunk_of = [&](int i) { return direction == 0 ? range.first + i : range.last - 1 - i / readers; };
 
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(192, 2)
     });
     return;
   }
-  const size_t first = static_cast<size_t>(blockIdx.x) * s.segments;  // of `segments`
+  const size_t first = static_cast<size_t>(blockIdx.x) * s.segments * s.pieces;  // of `segments`
   if (warp == 5) {  // scalars
     const float bias = w.dt_bias[hs], rate = log2_rate(w.A_log[hs]);
     const auto steps_of = [&](int i) {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(192, 2)
   State<kK> S;
   S.clear();
   if (segment > 0) {
-    if (kStore) segment_start(S, w.segments[direction], first, segment, warp, lane);
+    if (kStore) segment_start(S, w.segments[direction], first, segment * s.pieces, warp, lane);
   } else if (w.start[direction] != nullptr) {
     S.add(w.start[direction] + rows, 1.f, warp, lane);
   }
@@ -155,7 +156,7 @@ cudaError_t launch(const Shape& s, const Walk& w, const CUtensorMap* maps, cudaS
   const int bytes = Layout<kK, kStore>::kBytes;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(s.N * s.Hs * (s.V / 64), kStore ? s.segments : s.segments - 1, w.directions), 192, bytes, stream>>>(maps[0], maps[1], maps[2], maps[3],
+  kernel<<<dim3(s.N * s.Hs * (s.V / 64), kStore ? s.segments : (s.segments - 1) * s.pieces, w.directions), 192, bytes, stream>>>(maps[0], maps[1], maps[2], maps[3],
                                                                                                                  s, w);
   return cudaGetLastError();
 }
