@@ -18,7 +18,7 @@ import torch.nn.functional as F
 DEV, BF, P = "cuda", torch.bfloat16, ctypes.c_void_p
 POINTERS = "q k v g beta initial_state cu_seqlens wanted o final_state saved".split()
 GRADIENTS = "d_o d_final_state d_q d_k d_v d_g d_beta d_initial_state".split()
-SIZES = "B T N Hq Hk Hv segments rows".split()
+SIZES = "B T N Hq Hk Hv D segments rows".split()
 
 
 class Arguments(ctypes.Structure):  # struct OryxGatedDelta
@@ -46,19 +46,19 @@ def bytes_of(n, poison):
 
 def prepare(lib, q, k, v, g, beta, init=None, cu=None, wanted=None, up=None, final=True, segments=0, rows=0, poison=True):
     """Functions that run the forward and backward passes, and their outputs. up: gradients of o and of the final state (or None)."""
-    B, T, Hq, _ = q.shape
+    B, T, Hq, D = q.shape
     Hk, Hv = k.shape[2], v.shape[2]
     Hs = max(Hk, Hv)
     N = B if cu is None else len(cu) - 1
-    o = torch.empty(B, T, max(Hq, Hs), 128, dtype=BF, device=DEV)
-    S = torch.empty(N, Hs, 128, 128, device=DEV) if final else None
+    o = torch.empty(B, T, max(Hq, Hs), D, dtype=BF, device=DEV)
+    S = torch.empty(N, Hs, D, D, device=DEV) if final else None
     d = [*(torch.empty_like(x) for x in (q, k, v, g, beta)), None if init is None else torch.empty_like(init)] if up else []
     if poison:
         for x in [o, S, *d]:
             if x is not None:
                 x.fill_(float("nan"))
     tensors = [q, k, v, g, beta, init, cu, wanted, o, S, None]
-    size = (B, T, N, Hq, Hk, Hv, segments, rows, 0.0, 1e-6)
+    size = (B, T, N, Hq, Hk, Hv, D, segments, rows, 0.0, 1e-6)
     a = Arguments(*[None if x is None else x.data_ptr() for x in tensors], *size)
     if up:
         tensors[-1] = bytes_of(lib.oryx_gated_delta_saved(ctypes.byref(a)), poison)
@@ -109,10 +109,10 @@ def reference(q, k, v, g, beta, init=None, cu=None, wanted=None, up=None):
     q = normalise(q.double()).repeat_interleave(Ho // Hq, 2) * K**-0.5
     k = normalise(k.double()).repeat_interleave(Hs // Hk, 2)
     v, g, beta = v.double().repeat_interleave(Hs // Hv, 2), g.double(), beta.double()
-    S0 = torch.zeros(N, Hs, 128, 128, dtype=torch.float64, device=DEV) if init is None else init.double()
+    S0 = torch.zeros(N, Hs, K, K, dtype=torch.float64, device=DEV) if init is None else init.double()
 
     def recur(q, k, v, g, b, S):
-        o = [q[:, :0, :1, :1].expand(-1, -1, Ho, 128)]
+        o = [q[:, :0, :1, :1].expand(-1, -1, Ho, K)]
         for t in range(q.shape[1]):
             S = S * g[:, t].exp()[..., None, None]
             r = v[:, t] - (S @ k[:, t][..., None])[..., 0]
@@ -132,16 +132,16 @@ def reference(q, k, v, g, beta, init=None, cu=None, wanted=None, up=None):
     return o, S
 
 
-def error(a, b):
+def error(a, b, least=1e-30):
     a, b = a.double(), b.double()
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item() if torch.isfinite(a).all() else float("nan")
+    return ((a - b).norm() / b.norm().clamp_min(least)).item() if torch.isfinite(a).all() else float("nan")
 
 
-def inputs(B, T, Hq, Hk, Hv, decay=1.0):
+def inputs(B, T, Hq, Hk, Hv, decay=1.0, D=128):
     def r(*s):
         return torch.randn(*s, device=DEV)
     Hs = max(Hk, Hv)
-    return [*(r(B, T, h, 128).to(BF) for h in (Hq, Hk, Hv)), -F.softplus(r(B, T, Hs) - 3.0) * decay, torch.sigmoid(r(B, T, Hs))]
+    return [*(r(B, T, h, D).to(BF) for h in (Hq, Hk, Hv)), -F.softplus(r(B, T, Hs) - 3.0) * decay, torch.sigmoid(r(B, T, Hs))]
 
 
 def check(lib):
@@ -155,19 +155,21 @@ def check(lib):
     def one(name, x, up=(True, True), **kw):
         """Forward alone, then forward and backward; up: whether o and the final state have a gradient."""
         B, T, Hs = x[3].shape
+        D = x[0].shape[3]
         N = B if kw.get("cu") is None else len(kw["cu"]) - 1
-        shapes = ((B, T, max(x[0].shape[2], Hs), 128), BF), ((N, Hs, 128, 128), torch.float32)
+        shapes = ((B, T, max(x[0].shape[2], Hs), D), BF), ((N, Hs, D, D), torch.float32)
         up = [torch.randn(s, device=DEV).to(t) if u else None for (s, t), u in zip(shapes, up)]
         r = reference(*x, **{a: b for a, b in kw.items() if a in ("init", "cu", "wanted")}, up=up)
         plain, a, b = call(lib, *x, **kw), call(lib, *x, up=up, **kw), call(lib, *x, up=up, **kw)
         names = "o S dq dk dv dg db dS0".split()
-        e = {n: error(y, z) for n, y, z in zip(names, a, r) if y is not None}
+        # Where everything decays within a token dg is nothing but rounding: it counts from 1e-3 on.
+        e = {n: error(y, z, 1e-3 * z.numel()**0.5 if n == "dg" else 1e-30) for n, y, z in zip(names, a, r) if y is not None}
         same = all(y is None or torch.equal(y, z) for y, z in zip(a, b)) and error(plain[0], a[0]) < 1e-5 and error(plain[1], a[1]) < 1e-5
         ok = all(v < (1e-2 if n in ("o", "S") else 2e-2) for n, v in e.items())
         verdict(name, ok and same, " ".join(f"{n} {v:.1e}" for n, v in e.items()) + ("" if same else " bits differ"))
 
-    def state(n):
-        return torch.randn(n, 2, 128, 128, device=DEV)
+    def state(n, D=128):
+        return torch.randn(n, 2, D, D, device=DEV)
     for T in (64, 1, 63, 65, 200, 600):
         one(f"T{T}", inputs(2, T, 2, 2, 2))
     for rows in (64, 128):
@@ -187,6 +189,9 @@ def check(lib):
     init = state(len(lens))
     one("packed", x, cu=cu, init=init)
     one("packed, 3 segments", x, cu=cu, init=init, segments=3)
+    one("packed, 64 wide", inputs(1, sum(lens), 4, 2, 2, D=64), cu=cu, init=state(len(lens), 64))
+    for s in (1, 4):
+        one(f"64 wide, {s} segments", inputs(2, 500, 2, 2, 2, D=64), init=state(2, 64), segments=s)
     one("wanted", x, cu=cu, init=init, wanted=(torch.rand(1, sum(lens), device=DEV) > 0.6).to(torch.uint8))
     decays = dict(zero=lambda g: g * 0, strong=lambda g: g * 1e4, huge=lambda g: torch.where(torch.rand_like(g) < 0.1, -1e9, g),
                   infinite=lambda g: torch.where(torch.rand_like(g) < 0.1, float("-inf"), g))

@@ -122,6 +122,54 @@ TEST_F(Cuda, GatedDelta) {
       1e-4, 1e-3);
 }
 
+// The kernels' forms: bfloat16 q, k, v (the first three inputs), the rest float32.
+void expect_same_bf16(const Function& f, const Tensors& inputs) {
+  Tensors host, device;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const at::Tensor narrow = inputs[i].to(i < 3 ? at::kBFloat16 : at::kFloat);
+    host.push_back(narrow.to(at::kDouble).requires_grad_(true));
+    device.push_back(narrow.to(at::kCUDA).requires_grad_(true));
+  }
+  const Tensors expected = f(host), found = f(device), again = f(device);
+  Tensors up, up_device;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT_TRUE(at::equal(found[i], again[i])) << "output " << i << " differs from run to run";
+    EXPECT_LE(relative_error(found[i], expected[i]), 1e-2) << "output " << i;
+    up_device.push_back(at::randn_like(expected[i]).to(at::kCUDA, found[i].scalar_type()));
+    up.push_back(up_device.back().to(at::kCPU, at::kDouble));
+  }
+  torch::autograd::backward(expected, up);
+  const auto gradients = torch::autograd::grad(found, device, up_device), same = torch::autograd::grad(again, device, up_device);
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    EXPECT_TRUE(at::equal(gradients[i], same[i])) << "gradient of input " << i << " differs from run to run";
+    EXPECT_LE(relative_error(gradients[i], host[i].grad()), 2e-2) << "gradient of input " << i;
+  }
+}
+
+TEST_F(Cuda, GatedDeltaKernels) {
+  for (const int64_t D : {64, 128}) {
+    const auto state = [&](int64_t n, int64_t heads) { return random({n, heads, D, D}); };
+    // Grouped heads, packed documents of which one is empty, and a readout of some tokens; then rows, lengths that are no multiple of a chunk.
+    expect_same_bf16(
+        [](const Tensors& t) {
+          const auto r = gated_delta_rule(t[0], t[1], t[2], t[3], t[4], t[5], ints({0, 1, 70, 70, 200}, t[0]),
+                                          ints({0, 0, 30, 0, 60, 150}, t[0]).view({2, 3}));
+          return Tensors{r.o, r.final_state};
+        },
+        {random({1, 200, 4, D}), random({1, 200, 1, D}), random({1, 200, 2, D}), -random({1, 200, 2}).abs(), at::rand({1, 200, 2}, at::kDouble),
+         state(4, 2)});
+    for (const int64_t T : {63, 130, 1100}) {  // the last is cut into segments
+      expect_same_bf16(
+          [](const Tensors& t) {
+            const auto r = gated_delta_rule(t[0], t[1], t[2], t[3], t[4], t[5]);
+            return Tensors{r.o, r.final_state};
+          },
+          {random({2, T, 2, D}), random({2, T, 2, D}), random({2, T, 2, D}), -0.2 * random({2, T, 2}).abs(), at::rand({2, T, 2}, at::kDouble),
+           state(2, 2)});
+    }
+  }
+}
+
 TEST_F(Cuda, Ssd) {
   expect_same(
       [](const Tensors& t) {

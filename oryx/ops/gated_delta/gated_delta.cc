@@ -35,7 +35,7 @@ Inputs widen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, cons
 // The vector kernels are float32 on the CPU; what the CUDA kernels do not take goes the chunked form's way, which runs anywhere.
 bool by_kernels(const Inputs& x) {
   if (x.g.is_cuda()) {
-    log::warn_once("gated_delta_rule: on CUDA by batched matrix products, slowly (the kernels take bfloat16 with 128 key and value dimensions)");
+    log::warn_once("gated_delta_rule: on CUDA by batched matrix products, slowly (the kernels take bfloat16 with 64 or 128 key and as many value dimensions)");
   }
   return x.g.is_cpu() && x.g.scalar_type() == at::kFloat;
 }
@@ -170,7 +170,8 @@ at::Tensor step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 }  // namespace
 
 bool gated_delta::device_kernels_take(const at::Tensor& q, const at::Tensor& v) {
-  return q.is_cuda() && q.scalar_type() == at::kBFloat16 && q.dim() == 4 && q.size(3) == 128 && v.dim() == 4 && v.size(3) == 128 &&
+  return q.is_cuda() && q.scalar_type() == at::kBFloat16 && q.dim() == 4 && (q.size(3) == 64 || q.size(3) == 128) && v.dim() == 4 &&
+         v.size(3) == q.size(3) &&
          device_operator("forward").hasKernelForDispatchKey(c10::DispatchKey::CUDA);
 }
 

@@ -33,7 +33,7 @@ struct GatedDeltaResult {
 // h // (Hs / Hv). Ho = max(Hq, Hs) output heads; output head h reads query head h // (Ho / Hq) and state head h // (Ho / Hs).
 // o is [B, T, Ho, V].
 //
-// On a CUDA device bfloat16 inputs with K = V = 128 go to the kernels of cuda/ (docs/cuda.md), which do not wait for the device: the values of
+// On a CUDA device bfloat16 inputs with K = V = 64 or 128 go to the kernels of cuda/ (docs/cuda.md), which do not wait for the device: the values of
 // cu_seqlens and spans are then checked there, and bad ones end the program's use of the device.
 GatedDeltaResult gated_delta_rule(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                                   const at::Tensor& beta, const std::optional<at::Tensor>& initial_state = {},

@@ -39,7 +39,7 @@ struct Call {
     a.cu_seqlens = static_cast<const int32_t*>(cuda::read_or_null(cu_seqlens));
     a.wanted = static_cast<const uint8_t*>(cuda::read_or_null(wanted));
     const auto narrow = [](int64_t x) { return static_cast<int32_t>(x); };
-    a.B = narrow(p.B), a.T = narrow(p.T), a.N = narrow(p.N), a.Hq = narrow(p.Hq), a.Hk = narrow(p.Hk), a.Hv = narrow(p.Hv);
+    a.B = narrow(p.B), a.T = narrow(p.T), a.N = narrow(p.N), a.Hq = narrow(p.Hq), a.Hk = narrow(p.Hk), a.Hv = narrow(p.Hv), a.D = narrow(p.K);
     a.scale = p.scale == 0 ? FLT_MIN : static_cast<float>(p.scale), a.l2_eps = static_cast<float>(l2_eps);
   }
 

@@ -71,7 +71,7 @@ Outputs chunked_forward(const Problem& p, const Inputs& x, bool save);
 Gradients chunked_backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
                            const at::Tensor& d_final);
 
-// Whether the CUDA kernels (gated_delta_cuda.cc) are in this build and take these inputs: bfloat16 on a CUDA device, K = V = 128.
+// Whether the CUDA kernels (gated_delta_cuda.cc) are in this build and take these inputs: bfloat16 on a CUDA device, K = V = 64 or 128.
 bool device_kernels_take(const at::Tensor& q, const at::Tensor& v);
 
 // One token of each sequence (x.q [N, Hq, K] ...); updates the state in place whatever its strides. Returns o [N, Ho,

@@ -23,11 +23,11 @@ extern "C" int oryx_gated_delta_backward(const OryxGatedDelta* p, const OryxGate
   CUtensorMap maps[5] = {};  // q, k, v, d_o, d_v
   cudaError_t status = cudaSuccess;
   if (tokens > 0) {
-    if ((status = encode(&maps[0], p->q, tokens, s.Hq)) != cudaSuccess) return status;
-    if ((status = encode(&maps[1], p->k, tokens, s.Hk)) != cudaSuccess) return status;
-    if ((status = encode(&maps[2], p->v, tokens, s.Hv)) != cudaSuccess) return status;
-    if ((status = encode(&maps[3], d->d_o, tokens, s.Ho)) != cudaSuccess) return status;
-    if ((status = encode(&maps[4], d_v, tokens, s.Hs)) != cudaSuccess) return status;
+    if ((status = encode(&maps[0], p->q, tokens, s.Hq, s.D)) != cudaSuccess) return status;
+    if ((status = encode(&maps[1], p->k, tokens, s.Hk, s.D)) != cudaSuccess) return status;
+    if ((status = encode(&maps[2], p->v, tokens, s.Hv, s.D)) != cudaSuccess) return status;
+    if ((status = encode(&maps[3], d->d_o, tokens, s.Ho, s.D)) != cudaSuccess) return status;
+    if ((status = encode(&maps[4], d_v, tokens, s.Hs, s.D)) != cudaSuccess) return status;
   }
   const CUtensorMap walk[3] = {maps[0], maps[1], maps[3]};
   if ((status = launch_offsets(s, offsets, stream)) != cudaSuccess) return status;
@@ -41,9 +41,9 @@ extern "C" int oryx_gated_delta_backward(const OryxGatedDelta* p, const OryxGate
   if ((status = launch_backward_recurrence(*p, *d, s, true, r.rows, walk, saved, own, scratch, d_v, stream)) != cudaSuccess) return status;
   status = launch_backward_chunk(*p, *d, s, static_cast<int>(r.records), maps, saved, saved + r.states, scratch, d_q, d_k, d_g, stream);
   if (status != cudaSuccess) return status;
-  if (d_q != d->d_q && (status = launch_sum_heads(d_q, d->d_q, tokens, s.Hq, s.Ho / s.Hq, false, stream)) != cudaSuccess) return status;
-  if (d_k != d->d_k && (status = launch_sum_heads(d_k, d->d_k, tokens, s.Hk, s.Ho / s.Hk, false, stream)) != cudaSuccess) return status;
-  if (d_v != d->d_v && (status = launch_sum_heads(d_v, d->d_v, tokens, s.Hv, s.Hs / s.Hv, false, stream)) != cudaSuccess) return status;
-  if (d_g != d->d_g && (status = launch_sum_heads(d_g, d->d_g, tokens, s.Hs, s.Ho / s.Hs, true, stream)) != cudaSuccess) return status;
+  if (d_q != d->d_q && (status = launch_sum_heads(d_q, d->d_q, tokens, s.Hq, s.Ho / s.Hq, s.D, stream)) != cudaSuccess) return status;
+  if (d_k != d->d_k && (status = launch_sum_heads(d_k, d->d_k, tokens, s.Hk, s.Ho / s.Hk, s.D, stream)) != cudaSuccess) return status;
+  if (d_v != d->d_v && (status = launch_sum_heads(d_v, d->d_v, tokens, s.Hv, s.Hs / s.Hv, s.D, stream)) != cudaSuccess) return status;
+  if (d_g != d->d_g && (status = launch_sum_heads(d_g, d->d_g, tokens, s.Hs, s.Ho / s.Hs, 0, stream)) != cudaSuccess) return status;
   return cudaSuccess;
 }

@@ -1,33 +1,39 @@
-// What of the backward pass needs no walk (see gated_delta_cuda.h): dQ, dK, dg and dbeta of one chunk and output head a block, from S0, dS1 and
-// dV. Two warpgroups, each with 64 of the 128 columns: of V when U is made again, then of K. Two blocks share a multiprocessor, one computing
-// while the other waits for its inputs; to fit, results take the place of operands that are spent (see Layout).
+// What of the backward pass needs no walk (see gated_delta_cuda.h): dQ, dK, dg and dbeta of one chunk and output head at a time, from S0, dS1 and
+// dV. It is bound by memory, so a block stays on its multiprocessor and a warp copies the inputs of the next chunk in while four warpgroups
+// work on this one; results take the place of operands that are spent (see Layout). Each warpgroup makes 32 columns of U; then the first two
+// have dQ and half of dK's terms, the other two the rest of dK, each for 64 columns.
 //
 // With raw q and k and r = 1 / norm, the products are those of r dQ and r dK: the row and column factors r go into E and F once. Then
 // dq = r dQ - q r^2 (q.r dQ), the gradient through the normalisation, needs no more than the dot products that dg takes too.
-#include "gated_delta_walk.cuh"
+#include "gated_delta_tile.cuh"
 
 namespace oryx::gated_delta_cuda {
 namespace {
 
 struct Layout {
-  static constexpr int kState = 0;             // S0, then dS1
-  static constexpr int kK = kStateBytes;       // then dk
-  static constexpr int kQ = kK + 2 * kPanel;   // then dq
-  static constexpr int kV = kQ + 2 * kPanel;   // then V - exp(G) K S0^T, then U
-  static constexpr int kO = kV + 2 * kPanel;   // dO, then E in the first half, sums in the second
-  static constexpr int kW = kO + 2 * kPanel;   // dV, then F in the first half
-  static constexpr int kRows = kW + 2 * kPanel;  // G log2(e), 1 / |k|, 1 / |q|: 64 floats each
-  static constexpr int kWhole = kRows + 768;     // <S0, dS1>: a float for each warp
-  static constexpr int kBarriers = kWhole + 32;
-  static constexpr int kBytes = kBarriers + 16;
-  // Sums over half the columns, [two halves][64] floats each, in the second half of kO.
-  static constexpr int kSumQ = kO + kPanel, kSumE = kSumQ + 512, kSumEnd = kSumE + 512, kSumK = kSumEnd + 512;
+  static constexpr int kThreads = 640;  // a warp of the last 128 copies; registers are traded
+  static constexpr int kWarps = 16;
+  // One of two sets: the inputs of a chunk by token.
+  static constexpr int kK = 0;             // then dk
+  static constexpr int kQ = 2 * kPanel;    // then dq
+  static constexpr int kV = 4 * kPanel;    // then V - exp(G) K S0^T, then U, then half of r dK
+  static constexpr int kO = 6 * kPanel;    // dO, then E in the first half, sums in the second
+  static constexpr int kW = 8 * kPanel;    // dV, then F in the first half
+  static constexpr int kSet = 10 * kPanel;
+  static constexpr int kS0 = 2 * kSet;
+  static constexpr int kS1 = kS0 + kStateBytes;   // dS1
+  static constexpr int kRows = kS1 + kStateBytes;  // of each set: G log2(e), 1 / |k|: 64 floats each
+  static constexpr int kNorms = kRows + 1024;      // 1 / |q|
+  static constexpr int kWhole = kNorms + 256;      // <S0, dS1>: a float for each warp
+  static constexpr int kPlace = kWhole + 64;       // of each set: first token, tokens
+  static constexpr int kBarriers = kPlace + 16;
+  static constexpr int kBytes = kBarriers + 80;
+  // Sums over half the columns, [two halves][64] floats each.
+  static constexpr int kSumQ = kO + kPanel, kSumE = kSumQ + 512, kSumEnd = kSumE + 512, kSumK = kSumEnd + 512;  // kSumK: four
 };
-static_assert(2 * (Layout::kBytes + 1024) <= 228 * 1024);
+static_assert(Layout::kBytes <= 227 * 1024);
 
 struct Arguments {
-  const float* g;
-  const float* beta;
   const uint8_t* wanted;
   const char* record;
   const char* states;
@@ -38,46 +44,44 @@ struct Arguments {
   float* d_beta;       // [B, T, Hs]
 };
 
-__device__ __forceinline__ uint32_t load_word(uint32_t at) {
-  uint32_t r;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(at) : "memory");
-  return r;
-}
-__device__ __forceinline__ void store_word(uint32_t at, uint32_t x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
-__device__ __forceinline__ void store_float(uint32_t at, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory"); }
-__device__ __forceinline__ uint4 load_unit(uint32_t at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
-  return x;
-}
-__device__ __forceinline__ void store_unit(uint32_t at, const uint4& x) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
-}
-__device__ __forceinline__ float dot(uint32_t a, uint32_t b) { return low(a) * low(b) + high(a) * high(b); }
-
-// Where this thread's pair of columns 8 j + 2 (lane % 4) of row t lies in a panel.
-__device__ __forceinline__ uint32_t pair_at(uint32_t panel, int t, int j, int lane) {
-  return panel + t * 128 + ((j ^ (t & 7)) << 4) + lane % 4 * 4;
-}
-// Sums over the columns of a panel of d times the panel, rows t0 and t0 + 8, to `to` (64 floats).
-__device__ __forceinline__ void row_dots(const float (&d)[32], uint32_t panel, int t0, uint32_t to, int lane) {
-  float sum[2] = {0.f, 0.f};
-#pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t x = load_word(pair_at(panel, t0 + 8 * h, j, lane));
-      sum[h] += d[4 * j + 2 * h] * low(x) + d[4 * j + 2 * h + 1] * high(x);
-    }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    if (lane % 4 == 0) store_float(to + 4 * (t0 + 8 * h), sum[h]);
+// Which record and heads work item `index` is.
+struct Item {
+  int chunk, ho, hs;
+  size_t record;
+  __device__ Item(const Shape& s, int index) : chunk(index / s.Ho), ho(index % s.Ho), hs(ho / (s.Ho / s.Hs)) {
+    record = static_cast<size_t>(chunk) * s.Hs + hs;
   }
+};
+
+// dg of a chunk by one warp, two tokens a lane.
+__device__ __forceinline__ void store_decay_gradient(uint32_t at, uint32_t at_G, uint32_t at_whole, float first, int token, int count, int ho, int Ho,
+                                                     float* d_g, int lane) {
+  const auto sum = [&](int which) {
+    const float2 x0 = load_shared2(at + which + 8 * lane), x1 = load_shared2(at + which + 256 + 8 * lane);
+    return make_float2(x0.x + x1.x, x0.y + x1.y);
+  };
+  const float2 q = sum(Layout::kSumQ), e = sum(Layout::kSumE), end = sum(Layout::kSumEnd), k0 = sum(Layout::kSumK), k1 = sum(Layout::kSumK + 512);
+  const float own0 = q.x + 2.f * e.x - (k0.x + k1.x), own1 = q.y + 2.f * e.y - (k0.y + k1.y);
+  float after = own0 + own1, ends = end.x + end.y;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const float other = __shfl_down_sync(~0u, after, d);
+    if (lane + d < 32) after += other;
+    ends += __shfl_xor_sync(~0u, ends, d);
+  }
+  float whole = lane < Layout::kWarps ? load_shared(at_whole + 4 * lane) : 0.f;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) whole += __shfl_xor_sync(~0u, whole, d);
+  const float last = first * power2(load_shared(at_G + 4 * 63)) * whole + ends;
+  const float2 G = load_shared2(at_G + 8 * lane);
+  const float before = lane == 0 ? 0.f : load_shared(at_G + 8 * lane - 4);
+  constexpr float kLeast = -99.9f * kLog2e;  // what is decayed to nothing has no gradient, not that of the rounding of sums
+  float* const to = d_g + static_cast<size_t>(token + 2 * lane) * Ho + ho;
+  if (2 * lane < count) to[0] = G.x - before < kLeast ? 0.f : after + last;
+  if (2 * lane + 1 < count) to[Ho] = G.y - G.x < kLeast ? 0.f : after - own0 + last;
 }
 
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(Layout::kThreads, 1)
     backward_chunk_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                           const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap o_map,
                           const __grid_constant__ CUtensorMap w_map, const Shape s, const Arguments a) {
@@ -85,306 +89,313 @@ __global__ void __launch_bounds__(256, 2)
   extern __shared__ __align__(1024) char raw_shared[];
   const uint32_t base = smem_address(raw_shared);  // aligned to 1024: nothing else is in shared memory
   if ((base & 1023) != 0) __trap();
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, half = warp / 4;
-  const int ho = blockIdx.x % s.Ho, chunk = blockIdx.x / s.Ho, groups = s.Ho / s.Hs, hs = ho / groups;
-  const auto [token, count] = place(s, chunk);
-  if (count == 0) return;
-  const size_t record = static_cast<size_t>(chunk) * s.Hs + hs;
-  const char* const rows = a.record + record * kRecordBytes;
-  const float first = ho % groups == 0 ? 1.f : 0.f;  // what the state head has but once is this block's
-  const uint32_t bar = base + L::kBarriers;
-
+  const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
+  const int total = (s.cu_seqlens == nullptr ? s.N * s.chunks : s.chunk_offsets[s.N]) * s.Ho;
+  // Barriers: the sets' K and V there, their dO, dV and Q there, the sets free; S0 there, free; dS1 there, free.
+  const uint32_t full_a = base + L::kBarriers, full_b = full_a + 16, empty = full_b + 16, full_s0 = empty + 16, empty_s0 = full_s0 + 8,
+                 full_s1 = empty_s0 + 8, empty_s1 = full_s1 + 8;
   if (thread == 0) {
-    barrier_init(bar, 1);
-    barrier_init(bar + 8, 1);
+    for (int i = 0; i < 4; ++i) barrier_init(full_a + 8 * i, 1);
+    for (int i = 0; i < 2; ++i) barrier_init(empty + 8 * i, L::kWarps);
+    barrier_init(full_s0, 1);
+    barrier_init(empty_s0, L::kWarps);
+    barrier_init(full_s1, 1);
+    barrier_init(empty_s1, L::kWarps);
     barrier_init_fence();
-    const int hk = hs / (s.Hs / s.Hk), hv = hs / (s.Hs / s.Hv), hq = ho / (s.Ho / s.Hq);
-    barrier_expect(bar, kStateBytes + 4 * kPanel);
-    bulk_load(base + L::kState, a.states + record * kStateBytes, kStateBytes, bar);
-    barrier_expect(bar + 8, 6 * kPanel);
-    for (int p = 0; p < 2; ++p) tensor_load(base + L::kK + p * kPanel, &k_map, bar, 0, hk, token, p);
-    for (int p = 0; p < 2; ++p) tensor_load(base + L::kV + p * kPanel, &v_map, bar, 0, hv, token, p);
-    for (int p = 0; p < 2; ++p) tensor_load(base + L::kO + p * kPanel, &o_map, bar + 8, 0, ho, token, p);
-    for (int p = 0; p < 2; ++p) tensor_load(base + L::kW + p * kPanel, &w_map, bar + 8, 0, hs, token, p);
-    for (int p = 0; p < 2; ++p) tensor_load(base + L::kQ + p * kPanel, &q_map, bar + 8, 0, hq, token, p);
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(a.d_states + record * kStateBytes), "r"(kStateBytes) : "memory");
   }
-  if (thread < 128) store_float(base + L::kRows + 4 * thread, reinterpret_cast<const float*>(rows + kRecordRows)[128 + thread]);
+  if (s.D < kD) {  // what is not in memory
+    for (int i = thread; i < 2 * kStateBytes / 16; i += L::kThreads) store_unit(base + L::kS0 + 16 * i, make_uint4(0, 0, 0, 0));
+    fence_async_proxy();
+  }
+  __syncthreads();
 
+  if (warp >= L::kWarps) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (warp > L::kWarps || lane != 0) return;
+    for (int i = 0, index = blockIdx.x; index < total; ++i, index += gridDim.x) {
+      const Item item(s, index);
+      const auto [token, count] = place(s, item.chunk);
+      const int set = i % 2, hk = item.hs / (s.Hs / s.Hk), hv = item.hs / (s.Hs / s.Hv), hq = item.ho / (s.Ho / s.Hq);
+      const uint32_t at = base + set * L::kSet, a_bar = full_a + 8 * set, b_bar = full_b + 8 * set;
+      if (i >= 2) barrier_wait(empty + 8 * set, (i / 2 - 1) & 1);
+      store_word(base + L::kPlace + 8 * set, token);
+      store_word(base + L::kPlace + 8 * set + 4, count);
+      barrier_expect(a_bar, 4 * kPanel + 512);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kK + p * kPanel, &k_map, a_bar, 0, hk, token, p);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kV + p * kPanel, &v_map, a_bar, 0, hv, token, p);
+      bulk_load(base + L::kRows + 512 * set, a.record + item.record * kRecordBytes + kRecordRows + 512, 512, a_bar);
+      barrier_expect(b_bar, 6 * kPanel);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kQ + p * kPanel, &q_map, b_bar, 0, hq, token, p);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, b_bar, 0, item.ho, token, p);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kW + p * kPanel, &w_map, b_bar, 0, item.hs, token, p);
+      if (i >= 1) barrier_wait(empty_s0, (i - 1) & 1);
+      barrier_expect(full_s0, state_bytes(s.D));
+      bulk_load(base + L::kS0, a.states + item.record * state_bytes(s.D), state_bytes(s.D), full_s0);
+      if (i >= 1) barrier_wait(empty_s1, (i - 1) & 1);
+      barrier_expect(full_s1, state_bytes(s.D));
+      bulk_load(base + L::kS1, a.d_states + item.record * state_bytes(s.D), state_bytes(s.D), full_s1);
+    }
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 120;");
+  const int part = warp / 4, side = part / 2, half = part % 2;
   const int t0 = 16 * (warp % 4) + lane / 4;  // this thread's rows (tokens): this one and 8 further on
   const int column = 2 * (lane % 4);          // and its columns: this one and the next of every eight
   uint32_t tb[16];                            // T
+  const auto load_T = [&](int index) {
+    if (index >= total) return;
+    const char* const from = a.record + Item(s, index).record * kRecordBytes + kRecordT;
 #pragma unroll
-  for (int kk = 0; kk < 4; ++kk)
+    for (int kk = 0; kk < 4; ++kk)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int t = t0 + i % 2 * 8;
-      tb[4 * kk + i] = *reinterpret_cast<const uint32_t*>(rows + kRecordT + t * 128 + (((2 * kk + i / 2) ^ (t & 7)) << 4) + lane % 4 * 4);
-    }
-  __syncthreads();
-  const uint32_t at_G = base + L::kRows, at_rk = at_G + 256, at_rq = at_G + 512;
-  float G[2], rk[2];
+      for (int i = 0; i < 4; ++i) {
+        const int t = t0 + i % 2 * 8;
+        tb[4 * kk + i] = *reinterpret_cast<const uint32_t*>(from + t * 128 + (((2 * kk + i / 2) ^ (t & 7)) << 4) + lane % 4 * 4);
+      }
+  };
+  load_T(blockIdx.x);
+
+  for (int i = 0, index = blockIdx.x; index < total; ++i, index += gridDim.x) {
+    const Item item(s, index);
+    const int set = i % 2;
+    const uint32_t at = base + set * L::kSet, at_G = base + L::kRows + 512 * set, at_rk = at_G + 256, at_rq = base + L::kNorms;
+    const float first = item.ho % (s.Ho / s.Hs) == 0 ? 1.f : 0.f;  // what the state head has but once is this item's
+    barrier_wait(full_a + 8 * set, i / 2 & 1);
+    const int token = load_word(base + L::kPlace + 8 * set), count = load_word(base + L::kPlace + 8 * set + 4);
+    const bool unwanted = a.wanted != nullptr && thread / 8 < count && a.wanted[token + thread / 8] == 0;
+    float G[2], rk[2];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) G[h] = load_shared(at_G + 4 * (t0 + 8 * h)), rk[h] = load_shared(at_rk + 4 * (t0 + 8 * h));
-  barrier_wait(bar, 0);
-  if (count < kC || a.wanted != nullptr) {
-    barrier_wait(bar + 8, 0);
+    for (int h = 0; h < 2; ++h) G[h] = load_shared(at_G + 4 * (t0 + 8 * h)), rk[h] = load_shared(at_rk + 4 * (t0 + 8 * h));
     if (count < kC) {
-      clear_rows(base + L::kK, 10, count, thread, 256);  // K, Q, V, dO, dV
+      barrier_wait(full_b + 8 * set, i / 2 & 1);
+      clear_rows(at, 10, count, thread, 512);
+      fence_async_proxy();
+      named_barrier(1, 512);
     }
-    if (a.wanted != nullptr) {
-      const int t = thread / 4;
-      if (t < count && a.wanted[token + t] == 0)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) store_unit(base + L::kO + thread % 4 / 2 * kPanel + t * 128 + thread % 2 * 64 + i * 16, make_uint4(0, 0, 0, 0));
-    }
-    fence_async_proxy();
-    __syncthreads();
-  }
+    barrier_wait(full_s0, i & 1);
 
-  float x[32];
-  wgmma_fence();
+    float x[16];
+    wgmma_fence();
 #pragma unroll
-  for (int kk = 0; kk < 8; ++kk)
-    wgmma_ss<0, 0>(x, descriptor_nk(base + L::kK, kk, kPanel), descriptor_nk(base + L::kState + half * 64 * 128, kk, kStatePanel), kk > 0);
-  wgmma_commit();
-  barrier_wait(bar + 8, 0);
-  {
-    // 1 / |q|: four threads a row.
-    const int t = thread / 4, part = thread % 4;
-    float sum = 0.f;
+    for (int kk = 0; kk < 8; ++kk)
+      wgmma_64x32_ss(x, descriptor_nk(at + L::kK, kk, kPanel), descriptor_nk(base + L::kS0 + part * 32 * 128, kk, kStatePanel), kk > 0);
+    wgmma_commit();
+    barrier_wait(full_b + 8 * set, i / 2 & 1);
+    {
+      // 1 / |q|, eight threads a row; and rows of dO that are not wanted become zero.
+      const int t = thread / 8, eighth = thread % 8;
+      float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint4 u = load_unit(base + L::kQ + part / 2 * kPanel + t * 128 + (part % 2 * 4 + (i + t) % 4) * 16);
-      sum += dot(u.x, u.x) + dot(u.y, u.y) + dot(u.z, u.z) + dot(u.w, u.w);
+      for (int m = 0; m < 2; ++m) {
+        const uint32_t unit = eighth / 4 * kPanel + t * 128 + (eighth % 4 * 2 + m) * 16;
+        const uint4 u = load_unit(at + L::kQ + unit);
+        sum += dot(u.x, u.x) + dot(u.y, u.y) + dot(u.z, u.z) + dot(u.w, u.w);
+        if (unwanted) store_unit(at + L::kO + unit, make_uint4(0, 0, 0, 0));
+      }
+#pragma unroll
+      for (int d = 1; d < 8; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      if (eighth == 0) store_float(at_rq + 4 * t, rsqrtf(sum + s.l2_eps));
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (part == 0) store_float(at_rq + 4 * t, rsqrtf(sum + s.l2_eps));
-  }
-  wgmma_wait<0>();
-  keep(x);
+    wgmma_wait<0>();
+    keep(x);
 
-  // X = V - exp(G) K S0^T in V's place, then U = T X in X's.
-  const uint32_t mine = base + L::kV + half * kPanel;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float e = power2(G[h]) * rk[h];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t at = pair_at(mine, t0 + 8 * h, j, lane), v = load_word(at);
-      store_word(at, pack(low(v) - e * x[4 * j + 2 * h], high(v) - e * x[4 * j + 2 * h + 1]));
-    }
-  }
-  fence_async_proxy();
-  named_barrier(1 + half, 128);
-  keep(tb);
-  wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < 4; ++kk) wgmma_rs_kn(x, tb + 4 * kk, descriptor_kn(mine, kk), kk > 0);
-  wgmma_commit();
-  wgmma_wait<0>();
-  keep(x);
-  keep(tb);
-  named_barrier(1 + half, 128);
-#pragma unroll
-  for (int j = 0; j < 8; ++j)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) store_word(pair_at(mine, t0 + 8 * h, j, lane), pack(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]));
-  fence_async_proxy();
-  __syncthreads();
-
-  // The first warpgroup: E from dO U^T. The second: F and dbeta from dV U^T.
-  wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < 8; ++kk)
-    wgmma_ss<0, 0>(x, descriptor_nk(base + (half == 0 ? L::kO : L::kW), kk, kPanel), descriptor_nk(base + L::kV, kk, kPanel), kk > 0);
-  wgmma_commit();
-  float rq[2], scaled[2];  // of its rows: 1 / |q|; the factor of E or F
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    rq[h] = load_shared(at_rq + 4 * (t0 + 8 * h));
-    scaled[h] = half == 0 ? s.scale * rq[h] : -first * rk[h];
-  }
-  wgmma_wait<0>();
-  keep(x);
-  uint32_t eb[16];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float2 g = load_shared2(at_G + 4 * (8 * j + column)), r = load_shared2(at_rk + 4 * (8 * j + column));
+    // X = V - exp(G) K S0^T in V's place, then U = T X in X's.
+    const uint32_t at_V = at + L::kV + part / 2 * kPanel;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int t = t0 + 8 * h, last = t - half;  // the last column that counts
-      const float x0 = x[4 * j + 2 * h], x1 = x[4 * j + 2 * h + 1];
-      eb[2 * j + h] = pack(8 * j + column <= last ? scaled[h] * r.x * power2(G[h] - g.x) * x0 : 0.f,
-                           8 * j + column + 1 <= last ? scaled[h] * r.y * power2(G[h] - g.y) * x1 : 0.f);
-      if (half == 1 && first != 0.f && t / 2 == 4 * j + lane % 4 && t < count) {
-        const size_t i = static_cast<size_t>(token + t) * s.Hs + hs;
-        float b = a.beta[i];
-        if (fabsf(b) < 1e-12f) b = 1e-12f;
-        a.d_beta[i] = (t % 2 == 0 ? x0 : x1) / b / b;
+      const float e = power2(G[h]) * rk[h];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t to = pair_at(at_V, t0 + 8 * h, part % 2 * 4 + j, lane), v = load_word(to);
+        store_word(to, pack(low(v) - e * x[4 * j + 2 * h], high(v) - e * x[4 * j + 2 * h + 1]));
       }
     }
-  }
+    fence_async_proxy();
+    named_barrier(2 + part, 128);
+    keep(tb);
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < 4; ++kk) wgmma_64x32_rs_kn(x, tb + 4 * kk, descriptor_kn(at_V + part % 2 * 64, kk), kk > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    keep(x);
+    keep(tb);
+    named_barrier(2 + part, 128);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        store_word(pair_at(at_V, t0 + 8 * h, part % 2 * 4 + j, lane), pack(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]));
+    fence_async_proxy();
+    named_barrier(1, 512);
 
-  // r dQ = scale exp(G) r dO S0 + E K, r e = F K - exp(G) r dV S0
-  float q[32], k[32];
-  wgmma_fence();
+    // The first side: E from dO U^T, and r dQ begins as scale exp(G) r dO S0. The second: F and dbeta from dV U^T, and r e as -exp(G) r dV S0.
+    const uint32_t at_e = at + (side == 0 ? L::kO : L::kW);
+    float y[32];
+    wgmma_fence();
 #pragma unroll
-  for (int kk = 0; kk < 8; ++kk)
-    wgmma_ss<0, 1>(q, descriptor_nk(base + L::kO, kk, kPanel), descriptor_kn(base + L::kState + half * kStatePanel, kk), kk > 0);
+    for (int kk = 0; kk < 8; ++kk)
+      wgmma_64x32_ss(x, descriptor_nk(at_e, kk, kPanel), descriptor_nk(at + L::kV + half * 32 * 128, kk, kPanel), kk > 0);
+    wgmma_commit();
 #pragma unroll
-  for (int kk = 0; kk < 8; ++kk)
-    wgmma_ss<0, 1>(k, descriptor_nk(base + L::kW, kk, kPanel), descriptor_kn(base + L::kState + half * kStatePanel, kk), kk > 0);
-  wgmma_commit();
-  wgmma_wait<0>();
-  keep(q);
-  keep(k);
-  __syncthreads();  // dO, dV and S0 are spent
-  const uint32_t at_e = base + (half == 0 ? L::kO : L::kW);
+    for (int kk = 0; kk < 8; ++kk)
+      wgmma_ss<0, 1>(y, descriptor_nk(at_e, kk, kPanel), descriptor_kn(base + L::kS0 + half * kStatePanel, kk), kk > 0);
+    wgmma_commit();
+    float rq[2], scaled[2];  // of its rows: 1 / |q|; the factor of E or F
 #pragma unroll
-  for (int j = 0; j < 8; ++j)
+    for (int h = 0; h < 2; ++h) {
+      rq[h] = load_shared(at_rq + 4 * (t0 + 8 * h));
+      scaled[h] = side == 0 ? s.scale * rq[h] : -first * rk[h];
+    }
+    wgmma_wait<1>();
+    keep(x);
+    uint32_t eb[8];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) store_word(pair_at(at_e, t0 + 8 * h, j, lane), eb[2 * j + h]);
-  {
-    float whole = 0.f;
-    const char* const from = a.d_states + record * kStateBytes;
+    for (int j = 0; j < 4; ++j) {
+      const int c = 32 * half + 8 * j + column;
+      const float2 g = load_shared2(at_G + 4 * c), r = load_shared2(at_rk + 4 * c);
 #pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      uint4 d[4];
-#pragma unroll
-      for (int m = 0; m < 4; ++m) d[m] = *reinterpret_cast<const uint4*>(from + (256 * (i + m) + thread) * 16);
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const uint32_t at = base + L::kState + (256 * (i + m) + thread) * 16;
-        const uint4 u = load_unit(at);
-        whole += dot(u.x, d[m].x) + dot(u.y, d[m].y) + dot(u.z, d[m].z) + dot(u.w, d[m].w);
-        store_unit(at, d[m]);
+      for (int h = 0; h < 2; ++h) {
+        const int t = t0 + 8 * h, last = t - side;  // the last column that counts
+        const float x0 = x[4 * j + 2 * h], x1 = x[4 * j + 2 * h + 1];
+        eb[2 * j + h] = pack(c <= last ? scaled[h] * r.x * power2(G[h] - g.x) * x0 : 0.f,
+                             c + 1 <= last ? scaled[h] * r.y * power2(G[h] - g.y) * x1 : 0.f);
+        if (side == 1 && first != 0.f && t / 2 == c / 2 && t < count) {
+          // T's diagonal is b.
+          const uint32_t pair = warp % 4 == 0 ? tb[3 * h] : warp % 4 == 1 ? tb[4 + 3 * h] : warp % 4 == 2 ? tb[8 + 3 * h] : tb[12 + 3 * h];
+          const float b = t % 2 == 0 ? low(pair) : high(pair);
+          a.d_beta[static_cast<size_t>(token + t) * s.Hs + item.hs] = (t % 2 == 0 ? x0 : x1) / b / b;
+        }
       }
+    }
+    barrier_wait(full_s1, i & 1);
+    float whole = 0.f;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const uint4 u = load_unit(base + L::kS0 + (512 * m + thread) * 16), d = load_unit(base + L::kS1 + (512 * m + thread) * 16);
+      whole += dot(u.x, d.x) + dot(u.y, d.y) + dot(u.z, d.z) + dot(u.w, d.w);
     }
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) whole += __shfl_xor_sync(~0u, whole, d);
+    wgmma_wait<0>();
+    keep(y);
+    if (lane == 0) {
+      barrier_arrive(empty_s0);
+      if (side == 1) barrier_arrive(empty_s1);
+    }
+    named_barrier(1, 512);  // dO and dV are spent
     if (lane == 0) store_float(base + L::kWhole + 4 * warp, whole);
-  }
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float e = power2(G[h]), fq = s.scale * e * rq[h], fk = -first * e * rk[h];
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      q[4 * j + 2 * h] *= fq;
-      q[4 * j + 2 * h + 1] *= fq;
-      k[4 * j + 2 * h] *= fk;
-      k[4 * j + 2 * h + 1] *= fk;
+      for (int h = 0; h < 2; ++h) store_word(pair_at(at_e, t0 + 8 * h, half * 4 + j, lane), eb[2 * j + h]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float f = (side == 0 ? s.scale * rq[h] : -first * rk[h]) * power2(G[h]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) y[4 * j + 2 * h] *= f, y[4 * j + 2 * h + 1] *= f;
     }
-  }
-  fence_async_proxy();
-  __syncthreads();
-  keep(q);
-  keep(k);
-  wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < 4; ++kk) wgmma_ss<0, 1>(q, descriptor_nk(base + L::kO, kk, kPanel), descriptor_kn(base + L::kK + half * kPanel, kk), 1);
-#pragma unroll
-  for (int kk = 0; kk < 4; ++kk) wgmma_ss<0, 1>(k, descriptor_nk(base + L::kW, kk, kPanel), descriptor_kn(base + L::kK + half * kPanel, kk), 1);
-  wgmma_commit();
-  wgmma_wait<0>();
-  keep(q);
-  keep(k);
+    fence_async_proxy();
+    named_barrier(1, 512);
+    load_T(index + gridDim.x);
 
-  // r w = E^T Q + F^T K + exp(G_C - G) r U dS1 joins r e; the sums over columns that dg and the normalisation take are made on the way.
-  const uint32_t my_q = base + L::kQ + half * kPanel, my_k = base + L::kK + half * kPanel;
-  row_dots(k, my_k, t0, base + L::kSumE + 256 * half, lane);
-  keep(k);
-  wgmma_fence();
+    // r dQ += E K, r e += F K; r dK's other terms are shared out. On the way, the sums over columns that dg and the normalisation take.
+    const uint32_t my_q = at + L::kQ + half * kPanel, my_k = at + L::kK + half * kPanel, my_u = at + L::kV + half * kPanel;
+    if (side == 0) {
+      float z[32];  // exp(G_C - G) r U dS1 + E^T Q
+      keep(y);
+      wgmma_fence();
 #pragma unroll
-  for (int kk = 0; kk < 4; ++kk) wgmma_ss<1, 1>(k, descriptor_kn(base + L::kO, kk), descriptor_kn(my_q, kk), 1);
+      for (int kk = 0; kk < 4; ++kk) wgmma_ss<0, 1>(y, descriptor_nk(at_e, kk, kPanel), descriptor_kn(my_k, kk), 1);
+      wgmma_commit();
 #pragma unroll
-  for (int kk = 0; kk < 4; ++kk) wgmma_ss<1, 1>(k, descriptor_kn(base + L::kW, kk), descriptor_kn(my_k, kk), 1);
-  wgmma_commit();
-  row_dots(q, my_q, t0, base + L::kSumQ + 256 * half, lane);
-  __syncthreads();
-  uint32_t dq[16];
+      for (int kk = 0; kk < 8; ++kk)
+        wgmma_ss<0, 1>(z, descriptor_nk(at + L::kV, kk, kPanel), descriptor_kn(base + L::kS1 + half * kStatePanel, kk), kk > 0);
+      wgmma_commit();
+      wgmma_wait<1>();
+      keep(y);
+      row_dots(y, my_q, t0, at + L::kSumQ + 256 * half, lane);
+      wgmma_wait<0>();
+      keep(z);
+      if (lane == 0) barrier_arrive(empty_s1);
+      const float G_end = load_shared(at_G + 4 * 63);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int t = t0 + 8 * h;
-    const float f = (load_shared(base + L::kSumQ + 4 * t) + load_shared(base + L::kSumQ + 256 + 4 * t)) * rq[h] * rq[h];
+      for (int h = 0; h < 2; ++h) {
+        const float f = t0 + 8 * h < count ? first * power2(G_end - G[h]) * rk[h] : 0.f;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t u = load_word(pair_at(my_q, t, j, lane));
-      dq[2 * j + h] = pack(q[4 * j + 2 * h] - low(u) * f, q[4 * j + 2 * h + 1] - high(u) * f);
+        for (int j = 0; j < 8; ++j) z[4 * j + 2 * h] *= f, z[4 * j + 2 * h + 1] *= f;
+      }
+      row_dots(z, my_k, t0, at + L::kSumEnd + 256 * half, lane);
+      keep(z);
+      wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk) wgmma_ss<1, 1>(z, descriptor_kn(at + L::kO, kk), descriptor_kn(my_q, kk), 1);
+      wgmma_commit();
+      wgmma_wait<0>();
+      keep(z);
+      row_dots(z, my_k, t0, at + L::kSumK + 256 * half, lane);
+      named_barrier(6, 256);  // U is spent
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) store_word(pair_at(my_u, t0 + 8 * h, j, lane), pack(z[4 * j + 2 * h], z[4 * j + 2 * h + 1]));
+    } else {
+      keep(y);
+      wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk) wgmma_ss<0, 1>(y, descriptor_nk(at_e, kk, kPanel), descriptor_kn(my_k, kk), 1);
+      wgmma_commit();
+      wgmma_wait<0>();
+      keep(y);
+      row_dots(y, my_k, t0, at + L::kSumE + 256 * half, lane);
+      keep(y);
+      wgmma_fence();
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk) wgmma_ss<1, 1>(y, descriptor_kn(at + L::kW, kk), descriptor_kn(my_k, kk), 1);
+      wgmma_commit();
+      wgmma_wait<0>();
+      keep(y);
+      row_dots(y, my_k, t0, at + L::kSumK + 512 + 256 * half, lane);
     }
-  }
-  wgmma_fence();
+    named_barrier(1, 512);  // Q, K and the sums are whole
+    const uint32_t my = side == 0 ? my_q : my_k;
 #pragma unroll
-  for (int kk = 0; kk < 8; ++kk)
-    wgmma_ss<0, 1>(x, descriptor_nk(base + L::kV, kk, kPanel), descriptor_kn(base + L::kState + half * kStatePanel, kk), kk > 0);
-  wgmma_commit();
-  wgmma_wait<0>();
-  keep(x);
-  keep(k);
-  const float G_end = load_shared(at_G + 4 * 63);
+    for (int h = 0; h < 2; ++h) {
+      const int t = t0 + 8 * h;
+      float f;
+      if (side == 0) {
+        f = (load_shared(at + L::kSumQ + 4 * t) + load_shared(at + L::kSumQ + 256 + 4 * t)) * rq[h] * rq[h];
+      } else {
+        f = 0.f;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float f = t0 + 8 * h < count ? first * power2(G_end - G[h]) * rk[h] : 0.f;
+        for (int m = 0; m < 4; ++m) f += load_shared(at + L::kSumK + 256 * m + 4 * t);
+        f *= rk[h] * rk[h];
+      }
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      x[4 * j + 2 * h] *= f;
-      x[4 * j + 2 * h + 1] *= f;
-      k[4 * j + 2 * h] += x[4 * j + 2 * h];
-      k[4 * j + 2 * h + 1] += x[4 * j + 2 * h + 1];
-    }
-  }
-  row_dots(x, my_k, t0, base + L::kSumEnd + 256 * half, lane);
-  row_dots(k, my_k, t0, base + L::kSumK + 256 * half, lane);
-  __syncthreads();  // Q, K and the sums are whole
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int t = t0 + 8 * h;
-    const float f = (load_shared(base + L::kSumK + 4 * t) + load_shared(base + L::kSumK + 256 + 4 * t)) * rk[h] * rk[h];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t at = pair_at(my_k, t, j, lane), u = load_word(at);
-      store_word(at, pack(k[4 * j + 2 * h] - low(u) * f, k[4 * j + 2 * h + 1] - high(u) * f));
-      store_word(pair_at(my_q, t, j, lane), dq[2 * j + h]);
-    }
-  }
-  named_barrier(1 + half, 128);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int t = 16 * i + thread % 128 / 8, unit = thread % 8;
-    if (t < count) {
-      const size_t to = (static_cast<size_t>(token + t) * s.Ho + ho) * kD + half * 64 + unit * 8;
-      const uint32_t at = t * 128 + ((unit ^ (t & 7)) << 4);
-      *reinterpret_cast<uint4*>(a.d_q + to) = load_unit(my_q + at);
-      *reinterpret_cast<uint4*>(a.d_k + to) = load_unit(my_k + at);
-    }
-  }
-  if (warp == 0) {
-    const auto sum = [&](int which) {  // of this lane's two tokens
-      const float2 x0 = load_shared2(base + which + 8 * lane), x1 = load_shared2(base + which + 256 + 8 * lane);
-      return make_float2(x0.x + x1.x, x0.y + x1.y);
-    };
-    const float2 dq_sum = sum(L::kSumQ), e = sum(L::kSumE), end = sum(L::kSumEnd), dk_sum = sum(L::kSumK);
-    float after = (dq_sum.x + 2.f * e.x - dk_sum.x) + (dq_sum.y + 2.f * e.y - dk_sum.y), own = after, ends = end.x + end.y;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const float other = __shfl_down_sync(~0u, after, d);
-      if (lane + d < 32) after += other;
-      ends += __shfl_xor_sync(~0u, ends, d);
-    }
-    float whole = 0.f;
-#pragma unroll
-    for (int w = 0; w < 8; ++w) whole += load_shared(base + L::kWhole + 4 * w);
-    const float last = first * power2(G_end) * whole + ends;
-    const float d0 = after + last, d1 = d0 - own + (dq_sum.y + 2.f * e.y - dk_sum.y);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int t = 2 * lane + i;
-      if (t < count) {
-        const bool decayed = a.g[static_cast<size_t>(token + t) * s.Hs + hs] <= -100.f;
-        a.d_g[static_cast<size_t>(token + t) * s.Ho + ho] = decayed ? 0.f : i == 0 ? d0 : d1;
+      for (int j = 0; j < 8; ++j) {
+        const uint32_t to = pair_at(my, t, j, lane), u = load_word(to);
+        float d0 = y[4 * j + 2 * h] - low(u) * f, d1 = y[4 * j + 2 * h + 1] - high(u) * f;
+        if (side == 1) {
+          const uint32_t other = load_word(pair_at(my_u, t, j, lane));
+          d0 += low(other), d1 += high(other);
+        }
+        store_word(to, pack(d0, d1));
       }
     }
+    named_barrier(2 + part, 128);
+    __nv_bfloat16* const out = side == 0 ? a.d_q : a.d_k;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int t = 16 * m + thread % 128 / 8, unit = thread % 8;
+      if (t < count && half * 64 < s.D)
+        *reinterpret_cast<uint4*>(out + (static_cast<size_t>(token + t) * s.Ho + item.ho) * s.D + half * 64 + unit * 8) =
+            load_unit(my + t * 128 + ((unit ^ (t & 7)) << 4));
+    }
+    if (warp == 0) store_decay_gradient(at, at_G, base + L::kWhole, first, token, count, item.ho, s.Ho, a.d_g, lane);
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + 8 * set);
   }
 }
 
@@ -397,12 +408,12 @@ struct Sum {
 };
 
 // 8 bfloat16 a thread.
-__global__ void sum_heads_kernel(const uint4* from, uint4* to, int64_t n, int heads, int count) {
+__global__ void sum_heads_kernel(const uint4* from, uint4* to, int64_t n, int heads, int count, int units) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  const int64_t unit = i % (kD / 8), head = i / (kD / 8) % heads, row = i / (kD / 8) / heads;
+  const int64_t unit = i % units, head = i / units % heads, row = i / units / heads;
   float sum[8] = {};
-  for (int c = 0; c < count; ++c) Sum::add(sum, from[((row * heads + head) * count + c) * (kD / 8) + unit]);
+  for (int c = 0; c < count; ++c) Sum::add(sum, from[((row * heads + head) * count + c) * units + unit]);
   to[i] = make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
 }
 __global__ void sum_heads_kernel(const float* from, float* to, int64_t n, int count) {
@@ -421,16 +432,24 @@ cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaG
   if (records == 0) return cudaSuccess;
   const cudaError_t status = cudaFuncSetAttribute(backward_chunk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
   if (status != cudaSuccess) return status;
-  const Arguments a{p.g, p.beta, p.wanted, record, states, d_states, static_cast<__nv_bfloat16*>(d_q), static_cast<__nv_bfloat16*>(d_k), d_g, d.d_beta};
-  backward_chunk_kernel<<<records * s.Ho, 256, Layout::kBytes, stream>>>(maps[0], maps[1], maps[2], maps[3], maps[4], s, a);
+  static int processors = 0;
+  if (processors == 0) {
+    int device = 0;
+    cudaError_t found = cudaGetDevice(&device);
+    if (found == cudaSuccess) found = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (found != cudaSuccess) return found;
+  }
+  const int blocks = records * s.Ho < processors ? records * s.Ho : processors;
+  const Arguments a{p.wanted, record, states, d_states, static_cast<__nv_bfloat16*>(d_q), static_cast<__nv_bfloat16*>(d_k), d_g, d.d_beta};
+  backward_chunk_kernel<<<blocks, Layout::kThreads, Layout::kBytes, stream>>>(maps[0], maps[1], maps[2], maps[3], maps[4], s, a);
   return cudaGetLastError();
 }
 
-cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, bool wide, cudaStream_t stream) {
-  const int64_t n = rows * heads * (wide ? 1 : kD / 8), blocks = (n + 255) / 256;
+cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, int D, cudaStream_t stream) {
+  const int64_t n = rows * heads * (D == 0 ? 1 : D / 8), blocks = (n + 255) / 256;
   if (blocks == 0) return cudaSuccess;
-  if (wide) sum_heads_kernel<<<blocks, 256, 0, stream>>>(static_cast<const float*>(from), static_cast<float*>(to), n, count);
-  else sum_heads_kernel<<<blocks, 256, 0, stream>>>(static_cast<const uint4*>(from), static_cast<uint4*>(to), n, heads, count);
+  if (D == 0) sum_heads_kernel<<<blocks, 256, 0, stream>>>(static_cast<const float*>(from), static_cast<float*>(to), n, count);
+  else sum_heads_kernel<<<blocks, 256, 0, stream>>>(static_cast<const uint4*>(from), static_cast<uint4*>(to), n, heads, count, D / 8);
   return cudaGetLastError();
 }
 

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
   const uint32_t full = base + L::kBarriers, empty = full + 8 * kStages, ready = empty + 8 * kStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  const int blocks = kD / kRows, groups = kGrouped ? s.Ho / s.Hs : 1;
+  const int blocks = s.D == 64 ? 1 : kD / kRows, groups = kGrouped ? s.Ho / s.Hs : 1;
   const int rb = blockIdx.x % blocks, hs = blockIdx.x / blocks % s.Hs, n = blockIdx.x / blocks / s.Hs;
   const int segment = blockIdx.y + (kOutput ? 0 : 1);
   const Sequence seq = sequence(s, n);
@@ -129,12 +129,13 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
   const int panel = warp / 4;
   const int row = rb * kRows + 16 * warp + lane / 4;  // this thread's rows of dS: this one and 8 further on
   const int column = 2 * (lane % 4);                  // and its columns: this one and the next of every eight
-  const size_t state = (static_cast<size_t>(n) * s.Hs + hs) * kD * kD;
+  const size_t state = (static_cast<size_t>(n) * s.Hs + hs) * s.D * s.D;
   const size_t segments = (static_cast<size_t>(n) * s.Hs + hs) * s.segments;
 
   float S[64];
   {
     const float* from = nullptr;
+    const int width = segment == s.segments - 1 ? s.D : kD;  // of what a segment starts from
     if (segment == s.segments - 1) from = a.d_final == nullptr ? nullptr : a.d_final + state;
     else if (kOutput) from = a.own + (segments + segment + 1) * kD * kD;
 #pragma unroll
@@ -142,7 +143,8 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float2 x = make_float2(0.f, 0.f);
-        if (from != nullptr) x = *reinterpret_cast<const float2*>(from + (row + 8 * h) * kD + 8 * j + column);
+        if (from != nullptr && 8 * j < width && row + 8 * h < width)
+          x = *reinterpret_cast<const float2*>(from + (row + 8 * h) * width + 8 * j + column);
         S[4 * j + 2 * h] = x.x;
         S[4 * j + 2 * h + 1] = x.y;
       }
@@ -182,7 +184,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
       if constexpr (kOutput) {
         if (!kGrouped || g == 0)
           store_state(sb, base + L::kState + warp * 4096,
-                      a.d_states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * kStateBytes + (rb * kRows + 16 * warp) * 128, lane);
+                      a.d_states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_bytes(s.D) + (rb * kRows + 16 * warp) * 128, s.D, lane);
       }
 
       // dS = exp(G_C) dS1 + dO^T diag(scale exp(G)) Q
@@ -257,7 +259,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
     for (int kk = 0; kk < 4; ++kk) wgmma_64x128_kn(S, ws + 4 * kk, descriptor(at + L::kK + kk * 2048, kPanel, 1024), 1);
     wgmma_commit();
     if constexpr (kOutput)
-      store_out(wb, base + L::kOut + warp * kC * 32, a.d_v, nullptr, token, count, static_cast<size_t>(s.Hs) * kD, hs * kD + rb * kRows + 16 * warp,
+      store_out(wb, base + L::kOut + warp * kC * 32, a.d_v, nullptr, token, count, static_cast<size_t>(s.Hs) * s.D, hs * s.D + rb * kRows + 16 * warp,
                 lane);
     wgmma_wait<0>();
     keep(S);
@@ -270,12 +272,13 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
   float* to = nullptr;
   if (!kOutput) to = a.own + (segments + segment) * kD * kD;
   else if (a.d_initial != nullptr && segment == 0) to = a.d_initial + state;
+  const int width = kOutput ? s.D : kD;
   if (to != nullptr) {
 #pragma unroll
     for (int j = 0; j < 16; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(to + (row + 8 * h) * kD + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
+        if (8 * j < width) *reinterpret_cast<float2*>(to + (row + 8 * h) * width + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
   }
   if constexpr (kOutput) {
     if (lane == 0) bulk_wait();
@@ -288,7 +291,7 @@ cudaError_t launch(const Shape& s, const CUtensorMap* maps, const Arguments& a, 
   auto* kernel = backward_recurrence_kernel<kRows, kOutput, kGrouped>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(s.N * s.Hs * (kD / kRows), s.segments - (kOutput ? 0 : 1)), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], s, a);
+  kernel<<<dim3(s.N * s.Hs * (s.D == 64 ? 1 : kD / kRows), s.segments - (kOutput ? 0 : 1)), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], s, a);
   return cudaGetLastError();
 }
 

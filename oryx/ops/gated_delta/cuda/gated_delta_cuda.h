@@ -37,25 +37,25 @@ extern "C" {
 #endif
 
 // All pointers are device pointers; tensors are contiguous, their start aligned to 16 bytes, with the shapes and grouped heads of
-// ../gated_delta.h: Hs = max(Hk, Hv), Ho = max(Hq, Hs), K = V = 128 only. Every element of o and final_state is written.
+// ../gated_delta.h: Hs = max(Hk, Hv), Ho = max(Hq, Hs); K = V = D, 64 or 128 (64 runs as 128 with zeros that are not in memory). Every element of o and final_state is written.
 // With cu_seqlens, B = 1, cu_seqlens[0] = 0 and cu_seqlens[N] = T; sequences may be empty. The caller checks arguments; the values of cu_seqlens
 // and spans are checked on the device, where bad ones print a line and trap.
 struct OryxGatedDelta {
-  const void* q;               // [B, T, Hq, 128] bfloat16
-  const void* k;               // [B, T, Hk, 128] bfloat16
-  const void* v;               // [B, T, Hv, 128] bfloat16
+  const void* q;               // [B, T, Hq, D] bfloat16
+  const void* k;               // [B, T, Hk, D] bfloat16
+  const void* v;               // [B, T, Hv, D] bfloat16
   const float* g;              // [B, T, Hs] log decay
   const float* beta;           // [B, T, Hs]
-  const float* initial_state;  // [N, Hs, 128 (V), 128 (K)] or null: zeros
+  const float* initial_state;  // [N, Hs, D (V), D (K)] or null: zeros
   const int32_t* cu_seqlens;   // [N + 1] or null: N = B
   const uint8_t* wanted;       // [B, T], 0 where the readout is not wanted (o is zero there), or null: everywhere
-  void* o;                     // [B, T, Ho, 128] bfloat16
-  float* final_state;          // [N, Hs, 128, 128] or null
+  void* o;                     // [B, T, Ho, D] bfloat16
+  float* final_state;          // [N, Hs, D, D] or null
   void* saved;                 // what backward needs, written by forward (oryx_gated_delta_saved bytes); null: nothing is saved
-  int32_t B, T, N, Hq, Hk, Hv;
+  int32_t B, T, N, Hq, Hk, Hv, D;
   int32_t segments;  // pieces a sequence is cut into; 0: chosen from the shape
   int32_t rows;      // rows of S a block of the recurrence keeps, 64 or 128; 0: chosen from the shape
-  float scale;       // 0: 128^-1/2
+  float scale;       // 0: D^-1/2
   float l2_eps;
 };
 
@@ -66,7 +66,7 @@ int oryx_gated_delta_wanted(const int32_t* spans, int32_t n, int32_t B, int32_t 
 // head, and with segments 2 * 64 KiB for each segment, sequence and state head. cu_seqlens is not read here.
 size_t oryx_gated_delta_workspace(const struct OryxGatedDelta* p);
 
-// Bytes of `saved` (aligned to 128): 41984 for each chunk and state head, and with segments 64 KiB for each segment, sequence and state head.
+// Bytes of `saved` (aligned to 128): 41984 (D = 64: 17408) for each chunk and state head, and with segments 64 KiB for each segment, sequence and state head.
 size_t oryx_gated_delta_saved(const struct OryxGatedDelta* p);
 
 // Launches the forward pass on `stream`. Needs compute capability 9.0. Returns a cudaError_t.
@@ -74,14 +74,14 @@ int oryx_gated_delta_forward(const struct OryxGatedDelta* p, void* workspace, cu
 
 // All written in full but for the optional d_initial_state. d_o counts as zero where `wanted` is 0.
 struct OryxGatedDeltaGradients {
-  const void* d_o;             // [B, T, Ho, 128] bfloat16
-  const float* d_final_state;  // [N, Hs, 128, 128] or null: zeros
-  void* d_q;                   // [B, T, Hq, 128] bfloat16
-  void* d_k;                   // [B, T, Hk, 128] bfloat16
-  void* d_v;                   // [B, T, Hv, 128] bfloat16
+  const void* d_o;             // [B, T, Ho, D] bfloat16
+  const float* d_final_state;  // [N, Hs, D, D] or null: zeros
+  void* d_q;                   // [B, T, Hq, D] bfloat16
+  void* d_k;                   // [B, T, Hk, D] bfloat16
+  void* d_v;                   // [B, T, Hv, D] bfloat16
   float* d_g;                  // [B, T, Hs]
   float* d_beta;               // [B, T, Hs]
-  float* d_initial_state;      // [N, Hs, 128, 128] or null
+  float* d_initial_state;      // [N, Hs, D, D] or null
 };
 
 // The backward pass. p: as the forward pass had it, `saved` included; o and final_state are not read.

@@ -9,7 +9,7 @@ namespace oryx::gated_delta_cuda {
 using namespace oryx::hopper;
 
 constexpr int kC = 64;    // tokens of a chunk
-constexpr int kD = 128;   // K and V
+constexpr int kD = 128;   // K and V of the kernels
 constexpr float kLog2e = 1.4426950408889634f;
 // One record: T (64 x 64 bfloat16, 128-byte swizzle), then four times 64 floats: exp(G) rk, exp(G_C - G) rk, G log2(e), rk; rk = 1 / |k|.
 constexpr int kRecordT = 0;
@@ -18,6 +18,7 @@ constexpr int kRecordBytes = 9216;
 
 struct Shape {
   int B, T, N, Hq, Hk, Hv, Hs, Ho;
+  int D;            // K and V as they are in memory; beyond, zeros up to kD
   int chunks;       // of a sequence; packed: an upper bound over all sequences together
   int segments;     // of a sequence
   float scale, l2_eps;
@@ -62,9 +63,11 @@ __device__ __forceinline__ Place place(const Shape& s, int chunk) {
   return {token, min(kC, s.cu_seqlens[lo + 1] - token)};
 }
 
-// A state in bfloat16 as shared memory holds it: two panels of 64 columns (K), each 128 rows (V) of 128 swizzled bytes.
+// A state in bfloat16 as shared memory holds it: two panels of 64 columns (K), each 128 rows (V) of 128 swizzled bytes. With D = 64 only the
+// first 64 rows of the first panel are kept in device memory.
 constexpr int kStateBytes = 2 * kD * kD;
 constexpr int kStatePanel = kD * 128;
+__host__ __device__ constexpr int state_bytes(int D) { return 2 * D * D; }
 
 constexpr int kPanel = kC * 128;  // 64 tokens of 64 elements
 
@@ -79,8 +82,8 @@ struct Plan {
 };
 Plan plan(const OryxGatedDelta& p);
 
-// [tokens, heads, 128] bfloat16 as boxes of 64 tokens of 64 elements of one head, rows of 128 bytes, swizzled.
-cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads);
+// [tokens, heads, D] bfloat16 as boxes of 64 tokens of 64 elements of one head, rows of 128 bytes, swizzled.
+cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int D);
 
 cudaError_t launch_offsets(const Shape& s, int32_t* chunk_offsets, cudaStream_t stream);
 // floor: the least |beta| that T is made with.
@@ -95,11 +98,11 @@ cudaError_t launch_combine(const Shape& s, bool reverse, float* own, const float
 // `maps`: tensor maps of q, k, d_o. Without outputs: the segments' N'.
 cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows,
                                        const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, cudaStream_t stream);
-// `maps`: tensor maps of q, k, v, d_o, d_v (Hs heads). d_q, d_k: [B, T, Ho, 128], d_g [B, T, Ho]: not yet summed over heads.
+// `maps`: tensor maps of q, k, v, d_o, d_v (Hs heads). d_q, d_k: [B, T, Ho, D], d_g [B, T, Ho]: not yet summed over heads.
 cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, int records, const CUtensorMap* maps,
                                   const char* record, const char* states, const char* d_states, void* d_q, void* d_k, float* d_g,
                                   cudaStream_t stream);
-// to[r, h] = sum over the `count` consecutive heads of from, [rows, heads * count, width].
-cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, bool wide, cudaStream_t stream);
+// to[r, h] = sum over `count` consecutive heads of from, [rows, heads * count, D] bfloat16, or with D = 0 [rows, heads * count] float32.
+cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, int D, cudaStream_t stream);
 
 }  // namespace oryx::gated_delta_cuda

@@ -17,14 +17,15 @@ Plan plan(const OryxGatedDelta& p) {
   s.Hq = p.Hq, s.Hk = p.Hk, s.Hv = p.Hv;
   s.Hs = p.Hk > p.Hv ? p.Hk : p.Hv;
   s.Ho = p.Hq > s.Hs ? p.Hq : s.Hs;
-  s.scale = p.scale == 0.f ? 0.08838834764831845f : p.scale;
+  s.D = p.D;
+  s.scale = p.scale != 0.f ? p.scale : p.D == 64 ? 0.125f : 0.08838834764831845f;
   s.l2_eps = p.l2_eps;
   s.cu_seqlens = p.cu_seqlens;
   s.chunks = (p.T + kC - 1) / kC;
   r.records = p.cu_seqlens == nullptr ? static_cast<size_t>(p.B) * s.chunks : static_cast<size_t>(p.T / kC + p.N);
 
   // Enough blocks for the chip: first 128 rows a block, then 64, then segments (which cost a second pass).
-  const int walks = s.N * s.Ho, mean_chunks = static_cast<int>(r.records / (s.N > 0 ? s.N : 1));
+  const int walks = p.D == 64 ? (s.N * s.Ho + 1) / 2 : s.N * s.Ho, mean_chunks = static_cast<int>(r.records / (s.N > 0 ? s.N : 1));
   r.rows = walks * 4 >= kProcessors * 3 ? 128 : 64;
   s.segments = 1;
   if (walks * 4 <= kProcessors) {
@@ -35,11 +36,12 @@ Plan plan(const OryxGatedDelta& p) {
   }
   if (p.segments != 0) s.segments = p.segments;
   if (p.rows != 0) r.rows = p.rows;
+  if (p.D == 64) r.rows = 64;
 
   const size_t segments = s.segments > 1 ? static_cast<size_t>(s.N) * s.Hs * s.segments * kD * kD * sizeof(float) : 0;
   const size_t heads = r.records * s.Hs, offsets = p.cu_seqlens == nullptr ? 0 : (static_cast<size_t>(p.N) + 1) * sizeof(int32_t);
   r.states = heads * kRecordBytes;
-  r.maps_transposed = r.states + heads * kStateBytes;
+  r.maps_transposed = r.states + heads * state_bytes(p.D);
   r.saved = r.maps_transposed + segments;
   r.own = p.saved == nullptr ? heads * kRecordBytes : 0;
   r.map = r.own + segments;
@@ -48,18 +50,17 @@ Plan plan(const OryxGatedDelta& p) {
 
   const size_t tokens = static_cast<size_t>(p.B) * p.T;
   const auto summed = [&](int heads_in, int heads_out, size_t width) { return heads_in == heads_out ? 0 : aligned(tokens * heads_in * width); };
-  r.d_own = heads * kStateBytes;
+  r.d_own = heads * state_bytes(p.D);
   r.d_offsets = r.d_own + segments;
   r.d_q = aligned(r.d_offsets + offsets);
-  r.d_k = r.d_q + summed(s.Ho, s.Hq, 2 * kD);
-  r.d_v = r.d_k + summed(s.Ho, s.Hk, 2 * kD);
-  r.d_g = r.d_v + summed(s.Hs, s.Hv, 2 * kD);
+  r.d_k = r.d_q + summed(s.Ho, s.Hq, 2 * p.D);
+  r.d_v = r.d_k + summed(s.Ho, s.Hk, 2 * p.D);
+  r.d_g = r.d_v + summed(s.Hs, s.Hv, 2 * p.D);
   r.d_bytes = r.d_g + summed(s.Ho, s.Hs, sizeof(float));
   return r;
 }
 
-// [tokens, heads, 128] bfloat16 as boxes of 64 tokens of 64 elements of one head, rows of 128 bytes, swizzled.
-cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads) {
+cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int D) {
   static PFN_cuTensorMapEncodeTiled_v12000 encode_tiled = nullptr;
   if (encode_tiled == nullptr) {
     void* found = nullptr;
@@ -69,8 +70,8 @@ cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads
     if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
     encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
   }
-  const cuuint64_t sizes[4] = {64, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens), 2};
-  const cuuint64_t strides[3] = {2 * kD, static_cast<cuuint64_t>(heads) * 2 * kD, 128};
+  const cuuint64_t sizes[4] = {64, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens), static_cast<cuuint64_t>(D / 64)};
+  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(2 * D), static_cast<cuuint64_t>(heads) * 2 * D, 128};
   const cuuint32_t box[4] = {64, 1, kC, 1}, steps[4] = {1, 1, 1, 1};
   const CUresult status =
       encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -101,9 +102,9 @@ extern "C" int oryx_gated_delta_forward(const OryxGatedDelta* p, void* workspace
   CUtensorMap maps[3] = {};
   cudaError_t status = cudaSuccess;
   if (tokens > 0) {
-    if ((status = encode(&maps[0], p->q, tokens, p->Hq)) != cudaSuccess) return status;
-    if ((status = encode(&maps[1], p->k, tokens, p->Hk)) != cudaSuccess) return status;
-    if ((status = encode(&maps[2], p->v, tokens, p->Hv)) != cudaSuccess) return status;
+    if ((status = encode(&maps[0], p->q, tokens, p->Hq, p->D)) != cudaSuccess) return status;
+    if ((status = encode(&maps[1], p->k, tokens, p->Hk, p->D)) != cudaSuccess) return status;
+    if ((status = encode(&maps[2], p->v, tokens, p->Hv, p->D)) != cudaSuccess) return status;
   }
   if ((status = launch_offsets(r.shape, offsets, stream)) != cudaSuccess) return status;
   const float floor = saved == nullptr ? 0.f : 1e-12f;

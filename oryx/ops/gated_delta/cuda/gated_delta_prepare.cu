@@ -134,10 +134,10 @@ __global__ void __launch_bounds__(128, 6)
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int row = i * 8 + thread / 16, unit = thread % 16;
-    const bool valid = row < count;
+    const bool valid = row < count && unit * 8 < s.D;
     const size_t t = token + (valid ? row : 0);
     const uint32_t at = row * 256 + ((unit ^ (row & 7)) << 4);
-    copy16(ks + at, k + (t * s.Hk + hk) * kD + unit * 8, valid);
+    copy16(ks + at, k + (t * s.Hk + hk) * s.D + (valid ? unit * 8 : 0), valid);
   }
   if (warp == 0) {
     // exp(-100) is 0 in float32: what lies below says the same and would only cost the sums their digits. NaN stays.

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
   // What this block walks: heads, rows and chunks.
-  const int heads = kOutput ? s.Ho : s.Hs, blocks = kD / kRows;
+  const int heads = kOutput ? s.Ho : s.Hs, blocks = s.D == 64 ? 1 : kD / kRows;
   const int rb = blockIdx.x % blocks, head = blockIdx.x / blocks % heads, n = blockIdx.x / blocks / heads;
   const int ho = kOutput ? head : head * (s.Ho / s.Hs), hs = kOutput ? head / (s.Ho / s.Hs) : head;
   const bool is_map = !kOutput && blockIdx.y >= s.segments - 1;
@@ -113,12 +113,13 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
   const int panel = warp / 4;                               // 64 rows of this warpgroup
   const int row = rb * kRows + 16 * warp + lane / 4;        // this thread's rows of S: this one and 8 further on
   const int column = 2 * (lane % 4);                        // and its columns: this one and the next of every eight
-  const size_t state = (static_cast<size_t>(n) * s.Hs + hs) * kD * kD;
+  const size_t state = (static_cast<size_t>(n) * s.Hs + hs) * s.D * s.D;
   const size_t segments = (static_cast<size_t>(n) * s.Hs + hs) * s.segments;
 
   float S[64];
   {
     const float* from = nullptr;
+    const int width = segment == 0 ? s.D : kD;  // of what a segment starts from
     if (!is_map) {
       if (segment == 0) from = a.initial == nullptr ? nullptr : a.initial + state;
       else if (kOutput) from = a.own + (segments + segment - 1) * kD * kD;
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
       for (int h = 0; h < 2; ++h) {
         const int r = row + 8 * h, c = 8 * j + column;
         float2 x = make_float2(is_map && r == c ? 1.f : 0.f, is_map && r == c + 1 ? 1.f : 0.f);
-        if (from != nullptr) x = *reinterpret_cast<const float2*>(from + r * kD + c);
+        if (from != nullptr && c < width && r < width) x = *reinterpret_cast<const float2*>(from + r * width + c);
         S[4 * j + 2 * h] = x.x;
         S[4 * j + 2 * h + 1] = x.y;
       }
@@ -165,9 +166,9 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
       if constexpr (kSave) {
         if (ho % (s.Ho / s.Hs) == 0)
           store_state(sb, base + L::kState + warp * 4096,
-                      a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * kStateBytes + (rb * kRows + 16 * warp) * 128, lane);
+                      a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_bytes(s.D) + (rb * kRows + 16 * warp) * 128, s.D, lane);
       }
-      store_out(ob, staging, a.o, a.wanted, token - kC, i > 0 ? kC : 0, static_cast<size_t>(s.Ho) * kD, ho * kD + rb * kRows + 16 * warp, lane);
+      store_out(ob, staging, a.o, a.wanted, token - kC, i > 0 ? kC : 0, static_cast<size_t>(s.Ho) * s.D, ho * s.D + rb * kRows + 16 * warp, lane);
       wgmma_wait<1>();
     } else {
       wgmma_wait<0>();
@@ -257,19 +258,20 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
   }
   if constexpr (kOutput) {
     if (c1 > c0)
-      store_out(ob, staging, a.o, a.wanted, seq.begin + (c1 - 1) * kC, min(kC, seq.length - (c1 - 1) * kC), static_cast<size_t>(s.Ho) * kD,
-                ho * kD + rb * kRows + 16 * warp, lane);
+      store_out(ob, staging, a.o, a.wanted, seq.begin + (c1 - 1) * kC, min(kC, seq.length - (c1 - 1) * kC), static_cast<size_t>(s.Ho) * s.D,
+                ho * s.D + rb * kRows + 16 * warp, lane);
   }
 
   float* to = nullptr;
   if (!kOutput) to = (is_map ? a.map : a.own) + (segments + segment) * kD * kD;
   else if (a.final_state != nullptr && segment == s.segments - 1 && ho % (s.Ho / s.Hs) == 0) to = a.final_state + state;
+  const int width = kOutput ? s.D : kD;
   if (to != nullptr) {
 #pragma unroll
     for (int j = 0; j < 16; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(to + (row + 8 * h) * kD + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
+        if (8 * j < width) *reinterpret_cast<float2*>(to + (row + 8 * h) * width + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
   }
   if (is_map && a.map_transposed != nullptr) {
     to = a.map_transposed + (segments + segment) * kD * kD;
@@ -350,7 +352,7 @@ cudaError_t launch(const Shape& s, const CUtensorMap* maps, const Arguments& a, 
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
   const int heads = kOutput ? s.Ho : s.Hs;
-  kernel<<<dim3(s.N * heads * (kD / kRows), kOutput ? s.segments : 2 * s.segments - 3), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2],
+  kernel<<<dim3(s.N * heads * (s.D == 64 ? 1 : kD / kRows), kOutput ? s.segments : 2 * s.segments - 3), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2],
                                                                                                                         s, a);
   return cudaGetLastError();
 }

@@ -47,7 +47,7 @@ __device__ __forceinline__ void store_matrix_rows(uint32_t address, uint32_t a, 
 
 // A warp's 16 rows of a state (fragments of 16 x 16: `sb`) to its image in device memory, whose first of these rows is at `to`; `staging`:
 // 4 KiB of shared memory of the warp's own. Returns before the bytes have left: bulk_wait at the end.
-__device__ __forceinline__ void store_state(const uint32_t (&sb)[32], uint32_t staging, char* to, int lane) {
+__device__ __forceinline__ void store_state(const uint32_t (&sb)[32], uint32_t staging, char* to, int D, int lane) {
   if (lane == 0) bulk_wait_read();
   __syncwarp();
   const int r = lane % 16;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_state(const uint32_t (&sb)[32], uint32_t s
   __syncwarp();
   if (lane == 0) {
     bulk_store(to, staging, 2048);
-    bulk_store(to + kStatePanel, staging + 2048, 2048);
+    if (D == kD) bulk_store(to + kStatePanel, staging + 2048, 2048);
     bulk_commit();
   }
 }
