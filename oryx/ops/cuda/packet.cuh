@@ -174,9 +174,16 @@ constexpr int kReduceColumns = 16, kReduceSlices = 32;
 __device__ __forceinline__ float reduce_column(const float* partial, int64_t count, int64_t width, int64_t column) {
   __shared__ float sums[kReduceSlices][kReduceColumns + 1];
   float sum = 0.0f;
-  if (column < width) {
-#pragma unroll 4
-    for (int64_t row = threadIdx.y; row < count; row += kReduceSlices) sum += partial[row * width + column];
+  constexpr int kDeep = 16;  // loads in flight: few rows are summed, so what counts is how often they are waited for
+  for (int64_t first = threadIdx.y; first < count; first += kReduceSlices * kDeep) {
+    float values[kDeep];
+#pragma unroll
+    for (int k = 0; k < kDeep; ++k) {
+      const int64_t row = first + k * kReduceSlices;
+      values[k] = row < count && column < width ? partial[row * width + column] : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kDeep; ++k) sum += values[k];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();

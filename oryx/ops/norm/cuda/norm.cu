@@ -272,6 +272,8 @@ int forward(const Forward& a, cudaStream_t stream) {
     launch<T, kForm, 16, 1, 4>(a, stream);
   } else if (packets <= 64) {
     launch<T, kForm, 32, 2, 2>(a, stream);
+  } else if (kForm == kPlain && packets <= 96) {
+    launch<T, kPlain, 16, 6, 1>(a, stream);
   } else if (packets <= 128) {
     launch<T, kForm, 32, 4, 1>(a, stream);
   } else if (packets <= 256) {
