@@ -25,8 +25,8 @@ struct Layout {
   static constexpr int kRows = kS1 + kStateBytes;  // of each set: G log2(e), 1 / |k|: 64 floats each
   static constexpr int kNorms = kRows + 1024;      // 1 / |q|
   static constexpr int kWhole = kNorms + 256;      // <S0, dS1>: a float for each warp
-  static constexpr int kPlace = kWhole + 64;       // of each set: first token, tokens
-  static constexpr int kBarriers = kPlace + 16;
+  static constexpr int kItem = kWhole + 64;        // of each set: first token, tokens, output head, state head, the next item's record
+  static constexpr int kBarriers = kItem + 64;
   static constexpr int kBytes = kBarriers + 80;
   // Sums over half the columns, [two halves][64] floats each.
   static constexpr int kSumQ = kO + kPanel, kSumE = kSumQ + 512, kSumEnd = kSumE + 512, kSumK = kSumEnd + 512;  // kSumK: four
@@ -118,8 +118,12 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       const int set = i % 2, hk = item.hs / (s.Hs / s.Hk), hv = item.hs / (s.Hs / s.Hv), hq = item.ho / (s.Ho / s.Hq);
       const uint32_t at = base + set * L::kSet, a_bar = full_a + 8 * set, b_bar = full_b + 8 * set;
       if (i >= 2) barrier_wait(empty + 8 * set, (i / 2 - 1) & 1);
-      store_word(base + L::kPlace + 8 * set, token);
-      store_word(base + L::kPlace + 8 * set + 4, count);
+      const uint32_t at_item = base + L::kItem + 32 * set;
+      store_word(at_item, token);
+      store_word(at_item + 4, count);
+      store_word(at_item + 8, item.ho);
+      store_word(at_item + 12, item.hs);
+      store_word(at_item + 16, index + gridDim.x < total ? static_cast<int>(Item(s, index + gridDim.x).record) : -1);
       barrier_expect(a_bar, 4 * kPanel + 512);
       for (int p = 0; p < 2; ++p) tensor_load(at + L::kK + p * kPanel, &k_map, a_bar, 0, hk, token, p);
       for (int p = 0; p < 2; ++p) tensor_load(at + L::kV + p * kPanel, &v_map, a_bar, 0, hv, token, p);
@@ -138,31 +142,30 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 120;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
   const int part = warp / 4, side = part / 2, half = part % 2;
   const int t0 = 16 * (warp % 4) + lane / 4;  // this thread's rows (tokens): this one and 8 further on
   const int column = 2 * (lane % 4);          // and its columns: this one and the next of every eight
-  uint32_t tb[16];                            // T
-  const auto load_T = [&](int index) {
-    if (index >= total) return;
-    const char* const from = a.record + Item(s, index).record * kRecordBytes + kRecordT;
+  const uint32_t my_rows = tile_rows(warp, lane);
+  uint32_t tb[16];  // T
+  const auto load_T = [&](int64_t record) {
+    const char* const from = a.record + record * kRecordBytes + kRecordT + t0 * 128 + lane % 4 * 4;
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int t = t0 + i % 2 * 8;
-        tb[4 * kk + i] = *reinterpret_cast<const uint32_t*>(from + t * 128 + (((2 * kk + i / 2) ^ (t & 7)) << 4) + lane % 4 * 4);
-      }
+      for (int i = 0; i < 4; ++i)
+        tb[4 * kk + i] = *reinterpret_cast<const uint32_t*>(from + i % 2 * 1024 + (((2 * kk + i / 2) ^ (lane / 4)) << 4));
   };
-  load_T(blockIdx.x);
+  if (blockIdx.x < total) load_T(Item(s, blockIdx.x).record);
+  const uint32_t low_s0 = descriptor_low(base + L::kS0), low_s1 = descriptor_low(base + L::kS1);
 
   for (int i = 0, index = blockIdx.x; index < total; ++i, index += gridDim.x) {
-    const Item item(s, index);
     const int set = i % 2;
     const uint32_t at = base + set * L::kSet, at_G = base + L::kRows + 512 * set, at_rk = at_G + 256, at_rq = base + L::kNorms;
-    const float first = item.ho % (s.Ho / s.Hs) == 0 ? 1.f : 0.f;  // what the state head has but once is this item's
+    const uint32_t at_item = base + L::kItem + 32 * set;
     barrier_wait(full_a + 8 * set, i / 2 & 1);
-    const int token = load_word(base + L::kPlace + 8 * set), count = load_word(base + L::kPlace + 8 * set + 4);
+    const int token = load_word(at_item), count = load_word(at_item + 4), ho = load_word(at_item + 8), hs = load_word(at_item + 12);
+    const float first = ho == hs * (s.Ho / s.Hs) ? 1.f : 0.f;  // what the state head has but once is this item's
     const bool unwanted = a.wanted != nullptr && thread / 8 < count && a.wanted[token + thread / 8] == 0;
     float G[2], rk[2];
 #pragma unroll
@@ -175,23 +178,24 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     }
     barrier_wait(full_s0, i & 1);
 
+    const uint32_t low = descriptor_low(at);  // of this set; + bytes / 16
     float x[16];
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 8; ++kk)
-      wgmma_64x32_ss(x, descriptor_nk(at + L::kK, kk, kPanel), descriptor_nk(base + L::kS0 + part * 32 * 128, kk, kStatePanel), kk > 0);
+      wgmma_64x32_ss(x, tile_nk(low + L::kK / 16, kk, kPanel), tile_nk(low_s0 + part * (32 * 128 / 16), kk, kStatePanel), kk > 0);
     wgmma_commit();
     barrier_wait(full_b + 8 * set, i / 2 & 1);
     {
       // 1 / |q|, eight threads a row; and rows of dO that are not wanted become zero.
       const int t = thread / 8, eighth = thread % 8;
+      const uint32_t unit = at + eighth / 4 * kPanel + t * 128 + eighth % 4 * 32;
       float sum = 0.f;
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        const uint32_t unit = eighth / 4 * kPanel + t * 128 + (eighth % 4 * 2 + m) * 16;
-        const uint4 u = load_unit(at + L::kQ + unit);
-        sum += dot(u.x, u.x) + dot(u.y, u.y) + dot(u.z, u.z) + dot(u.w, u.w);
-        if (unwanted) store_unit(at + L::kO + unit, make_uint4(0, 0, 0, 0));
+        const uint4 u = load_unit(unit + L::kQ + 16 * m);
+        sum = dot(u.x, u.x, dot(u.y, u.y, dot(u.z, u.z, dot(u.w, u.w, sum))));
+        if (unwanted) store_unit(unit + L::kO + 16 * m, make_uint4(0, 0, 0, 0));
       }
 #pragma unroll
       for (int d = 1; d < 8; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
@@ -201,14 +205,17 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     keep(x);
 
     // X = V - exp(G) K S0^T in V's place, then U = T X in X's.
-    const uint32_t at_V = at + L::kV + part / 2 * kPanel;
+    const uint32_t at_x = (at + L::kV + part / 2 * kPanel + my_rows) ^ (part % 2 << 6);
+    {
+      const float e[2] = {power2(G[0]) * rk[0], power2(G[1]) * rk[1]};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float e = power2(G[h]) * rk[h];
+      for (int j = 0; j < 4; j += 2) {
+        uint32_t v[4];
+        load_tile(v, at_x, j);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t to = pair_at(at_V, t0 + 8 * h, part % 2 * 4 + j, lane), v = load_word(to);
-        store_word(to, pack(low(v) - e * x[4 * j + 2 * h], high(v) - e * x[4 * j + 2 * h + 1]));
+        for (int m = 0; m < 4; ++m)
+          v[m] = pack(hopper::low(v[m]) - e[m % 2] * x[4 * j + 2 * m], high(v[m]) - e[m % 2] * x[4 * j + 2 * m + 1]);
+        store_tile(at_x, j, v[0], v[1], v[2], v[3]);
       }
     }
     fence_async_proxy();
@@ -216,68 +223,77 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     keep(tb);
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < 4; ++kk) wgmma_64x32_rs_kn(x, tb + 4 * kk, descriptor_kn(at_V + part % 2 * 64, kk), kk > 0);
+    for (int kk = 0; kk < 4; ++kk) wgmma_64x32_rs_kn(x, tb + 4 * kk, tile_kn(low + (L::kV + part / 2 * kPanel + part % 2 * 64) / 16, kk), kk > 0);
     wgmma_commit();
     wgmma_wait<0>();
     keep(x);
     keep(tb);
     named_barrier(2 + part, 128);
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        store_word(pair_at(at_V, t0 + 8 * h, part % 2 * 4 + j, lane), pack(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]));
+    for (int j = 0; j < 4; j += 2)
+      store_tile(at_x, j, pack(x[4 * j], x[4 * j + 1]), pack(x[4 * j + 2], x[4 * j + 3]), pack(x[4 * j + 4], x[4 * j + 5]),
+                 pack(x[4 * j + 6], x[4 * j + 7]));
     fence_async_proxy();
     named_barrier(1, 512);
 
     // The first side: E from dO U^T, and r dQ begins as scale exp(G) r dO S0. The second: F and dbeta from dV U^T, and r e as -exp(G) r dV S0.
-    const uint32_t at_e = at + (side == 0 ? L::kO : L::kW);
+    const uint32_t low_e = low + (side == 0 ? L::kO : L::kW) / 16;
     float y[32];
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 8; ++kk)
-      wgmma_64x32_ss(x, descriptor_nk(at_e, kk, kPanel), descriptor_nk(at + L::kV + half * 32 * 128, kk, kPanel), kk > 0);
+      wgmma_64x32_ss(x, tile_nk(low_e, kk, kPanel), tile_nk(low + (L::kV + half * 32 * 128) / 16, kk, kPanel), kk > 0);
     wgmma_commit();
 #pragma unroll
-    for (int kk = 0; kk < 8; ++kk)
-      wgmma_ss<0, 1>(y, descriptor_nk(at_e, kk, kPanel), descriptor_kn(base + L::kS0 + half * kStatePanel, kk), kk > 0);
+    for (int kk = 0; kk < 8; ++kk) wgmma_ss<0, 1>(y, tile_nk(low_e, kk, kPanel), tile_kn(low_s0 + half * (kStatePanel / 16), kk), kk > 0);
     wgmma_commit();
-    float rq[2], scaled[2];  // of its rows: 1 / |q|; the factor of E or F
+    float r[2], scaled[2];  // of its rows: 1 / |q| or 1 / |k|; the factor of E or F
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      rq[h] = load_shared(at_rq + 4 * (t0 + 8 * h));
-      scaled[h] = side == 0 ? s.scale * rq[h] : -first * rk[h];
+      r[h] = side == 0 ? load_shared(at_rq + 4 * (t0 + 8 * h)) : rk[h];
+      scaled[h] = side == 0 ? s.scale * r[h] : -first * r[h];
     }
+    barrier_wait(full_s1, i & 1);
+    // <S0, dS1>: eight rows a warp, the diagonal of S0 dS1^T.
+    float square[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int kk = 0; kk < 8; kk += 2) {
+      uint32_t s0[4], s1[4];
+      const uint32_t from = base + L::kS0 + kk / 4 * kStatePanel + warp * 1024 + lane % 8 * 128 + ((kk % 4 * 2 + lane / 8) ^ lane % 8) * 16;
+      load_matrix(s0, from);
+      load_matrix(s1, from + (L::kS1 - L::kS0));
+      const uint32_t a0[4] = {s0[0], 0, s0[1], 0}, a1[4] = {s0[2], 0, s0[3], 0};
+      mma_bf16(square, a0, s1[0], s1[1]);
+      mma_bf16(square, a1, s1[2], s1[3]);
+    }
+    float whole = lane / 8 == lane % 4 ? square[lane / 4 % 2] : 0.f;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) whole += __shfl_xor_sync(~0u, whole, d);
     wgmma_wait<1>();
     keep(x);
     uint32_t eb[8];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int c = 32 * half + 8 * j + column;
-      const float2 g = load_shared2(at_G + 4 * c), r = load_shared2(at_rk + 4 * c);
+      const float2 g = load_shared2(at_G + 4 * c), q = load_shared2(at_rk + 4 * c);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int t = t0 + 8 * h, last = t - side;  // the last column that counts
-        const float x0 = x[4 * j + 2 * h], x1 = x[4 * j + 2 * h + 1];
-        eb[2 * j + h] = pack(c <= last ? scaled[h] * r.x * power2(G[h] - g.x) * x0 : 0.f,
-                             c + 1 <= last ? scaled[h] * r.y * power2(G[h] - g.y) * x1 : 0.f);
-        if (side == 1 && first != 0.f && t / 2 == c / 2 && t < count) {
-          // T's diagonal is b.
-          const uint32_t pair = warp % 4 == 0 ? tb[3 * h] : warp % 4 == 1 ? tb[4 + 3 * h] : warp % 4 == 2 ? tb[8 + 3 * h] : tb[12 + 3 * h];
-          const float b = t % 2 == 0 ? low(pair) : high(pair);
-          a.d_beta[static_cast<size_t>(token + t) * s.Hs + item.hs] = (t % 2 == 0 ? x0 : x1) / b / b;
-        }
+        const int last = t0 + 8 * h - side;  // the last column that counts
+        eb[2 * j + h] = pack(c <= last ? scaled[h] * q.x * power2(G[h] - g.x) * x[4 * j + 2 * h] : 0.f,
+                             c + 1 <= last ? scaled[h] * q.y * power2(G[h] - g.y) * x[4 * j + 2 * h + 1] : 0.f);
       }
     }
-    barrier_wait(full_s1, i & 1);
-    float whole = 0.f;
+    if (side == 1 && warp % 4 / 2 == half && lane / 8 == lane % 4 && first != 0.f) {
+      // The diagonal of dV U^T over that of T, squared.
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const uint4 u = load_unit(base + L::kS0 + (512 * m + thread) * 16), d = load_unit(base + L::kS1 + (512 * m + thread) * 16);
-      whole += dot(u.x, d.x) + dot(u.y, d.y) + dot(u.z, d.z) + dot(u.w, d.w);
+      for (int h = 0; h < 2; ++h) {
+        const float d0 = warp % 2 == 0 ? x[6 * h] : x[6 * h + 8], d1 = warp % 2 == 0 ? x[6 * h + 1] : x[6 * h + 9];
+        const uint32_t b0 = warp % 2 == 0 ? tb[3 * h] : tb[4 + 3 * h], b1 = warp % 2 == 0 ? tb[8 + 3 * h] : tb[12 + 3 * h], b = half == 0 ? b0 : b1;
+        const float inverse = __frcp_rn(lane / 4 % 2 == 0 ? hopper::low(b) : high(b));
+        if (t0 + 8 * h < count)
+          a.d_beta[static_cast<size_t>(token + t0 + 8 * h) * s.Hs + hs] = (lane / 4 % 2 == 0 ? d0 : d1) * inverse * inverse;
+      }
     }
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) whole += __shfl_xor_sync(~0u, whole, d);
     wgmma_wait<0>();
     keep(y);
     if (lane == 0) {
@@ -286,32 +302,36 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     }
     named_barrier(1, 512);  // dO and dV are spent
     if (lane == 0) store_float(base + L::kWhole + 4 * warp, whole);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) store_word(pair_at(at_e, t0 + 8 * h, half * 4 + j, lane), eb[2 * j + h]);
+    const uint32_t at_e = (at + (side == 0 ? L::kO : L::kW) + my_rows) ^ (half << 6);
+    store_tile(at_e, 0, eb[0], eb[1], eb[2], eb[3]);
+    store_tile(at_e, 2, eb[4], eb[5], eb[6], eb[7]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float f = (side == 0 ? s.scale * rq[h] : -first * rk[h]) * power2(G[h]);
+      const float f = scaled[h] * power2(G[h]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) y[4 * j + 2 * h] *= f, y[4 * j + 2 * h + 1] *= f;
     }
     fence_async_proxy();
     named_barrier(1, 512);
-    load_T(index + gridDim.x);
+    {
+      const int next = load_word(at_item + 16);
+      if (next >= 0) load_T(next);
+    }
 
     // r dQ += E K, r e += F K; r dK's other terms are shared out. On the way, the sums over columns that dg and the normalisation take.
-    const uint32_t my_q = at + L::kQ + half * kPanel, my_k = at + L::kK + half * kPanel, my_u = at + L::kV + half * kPanel;
+    const uint32_t my_q = at + L::kQ + half * kPanel + my_rows, my_k = at + L::kK + half * kPanel + my_rows,
+                   my_u = at + L::kV + half * kPanel + my_rows;
+    const uint32_t low_q = low + (L::kQ + half * kPanel) / 16, low_k = low + (L::kK + half * kPanel) / 16;
+    keep(y);
     if (side == 0) {
       float z[32];  // exp(G_C - G) r U dS1 + E^T Q
-      keep(y);
       wgmma_fence();
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) wgmma_ss<0, 1>(y, descriptor_nk(at_e, kk, kPanel), descriptor_kn(my_k, kk), 1);
+      for (int kk = 0; kk < 4; ++kk) wgmma_ss<0, 1>(y, tile_nk(low_e, kk, kPanel), tile_kn(low_k, kk), 1);
       wgmma_commit();
 #pragma unroll
       for (int kk = 0; kk < 8; ++kk)
-        wgmma_ss<0, 1>(z, descriptor_nk(at + L::kV, kk, kPanel), descriptor_kn(base + L::kS1 + half * kStatePanel, kk), kk > 0);
+        wgmma_ss<0, 1>(z, tile_nk(low + L::kV / 16, kk, kPanel), tile_kn(low_s1 + half * (kStatePanel / 16), kk), kk > 0);
       wgmma_commit();
       wgmma_wait<1>();
       keep(y);
@@ -330,21 +350,20 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       keep(z);
       wgmma_fence();
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) wgmma_ss<1, 1>(z, descriptor_kn(at + L::kO, kk), descriptor_kn(my_q, kk), 1);
+      for (int kk = 0; kk < 4; ++kk) wgmma_ss<1, 1>(z, tile_kn(low_e, kk), tile_kn(low_q, kk), 1);
       wgmma_commit();
       wgmma_wait<0>();
       keep(z);
       row_dots(z, my_k, t0, at + L::kSumK + 256 * half, lane);
       named_barrier(6, 256);  // U is spent
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) store_word(pair_at(my_u, t0 + 8 * h, j, lane), pack(z[4 * j + 2 * h], z[4 * j + 2 * h + 1]));
+      for (int j = 0; j < 8; j += 2)
+        store_tile(my_u, j, pack(z[4 * j], z[4 * j + 1]), pack(z[4 * j + 2], z[4 * j + 3]), pack(z[4 * j + 4], z[4 * j + 5]),
+                   pack(z[4 * j + 6], z[4 * j + 7]));
     } else {
-      keep(y);
       wgmma_fence();
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) wgmma_ss<0, 1>(y, descriptor_nk(at_e, kk, kPanel), descriptor_kn(my_k, kk), 1);
+      for (int kk = 0; kk < 4; ++kk) wgmma_ss<0, 1>(y, tile_nk(low_e, kk, kPanel), tile_kn(low_k, kk), 1);
       wgmma_commit();
       wgmma_wait<0>();
       keep(y);
@@ -352,47 +371,45 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       keep(y);
       wgmma_fence();
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) wgmma_ss<1, 1>(y, descriptor_kn(at + L::kW, kk), descriptor_kn(my_k, kk), 1);
+      for (int kk = 0; kk < 4; ++kk) wgmma_ss<1, 1>(y, tile_kn(low_e, kk), tile_kn(low_k, kk), 1);
       wgmma_commit();
       wgmma_wait<0>();
       keep(y);
       row_dots(y, my_k, t0, at + L::kSumK + 512 + 256 * half, lane);
     }
     named_barrier(1, 512);  // Q, K and the sums are whole
-    const uint32_t my = side == 0 ? my_q : my_k;
+    const uint32_t my = side == 0 ? my_q : my_k, sums = at + (side == 0 ? L::kSumQ : L::kSumK) + 4 * t0;
+    float f[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int t = t0 + 8 * h;
-      float f;
-      if (side == 0) {
-        f = (load_shared(at + L::kSumQ + 4 * t) + load_shared(at + L::kSumQ + 256 + 4 * t)) * rq[h] * rq[h];
-      } else {
-        f = 0.f;
+      f[h] = load_shared(sums + 32 * h) + load_shared(sums + 256 + 32 * h);
+      if (side == 1) f[h] += load_shared(sums + 512 + 32 * h) + load_shared(sums + 768 + 32 * h);
+      f[h] *= r[h] * r[h];
+    }
 #pragma unroll
-        for (int m = 0; m < 4; ++m) f += load_shared(at + L::kSumK + 256 * m + 4 * t);
-        f *= rk[h] * rk[h];
-      }
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t u[4], w[4] = {0, 0, 0, 0};
+      load_tile(u, my, j);
+      if (side == 1) load_tile(w, my_u, j);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const uint32_t to = pair_at(my, t, j, lane), u = load_word(to);
-        float d0 = y[4 * j + 2 * h] - low(u) * f, d1 = y[4 * j + 2 * h + 1] - high(u) * f;
-        if (side == 1) {
-          const uint32_t other = load_word(pair_at(my_u, t, j, lane));
-          d0 += low(other), d1 += high(other);
-        }
-        store_word(to, pack(d0, d1));
-      }
+      for (int m = 0; m < 4; ++m)
+        u[m] = pack(fmaf(-hopper::low(u[m]), f[m % 2], y[4 * j + 2 * m]) + hopper::low(w[m]),
+                    fmaf(-high(u[m]), f[m % 2], y[4 * j + 2 * m + 1]) + high(w[m]));
+      store_tile(my, j, u[0], u[1], u[2], u[3]);
     }
     named_barrier(2 + part, 128);
-    __nv_bfloat16* const out = side == 0 ? a.d_q : a.d_k;
+    {
+      const int t = thread % 128 / 8, unit = thread % 8;
+      const uint32_t from = at + (side == 0 ? L::kQ : L::kK) + half * kPanel + t * 128 + ((unit ^ (t & 7)) << 4);
+      char* to = reinterpret_cast<char*>((side == 0 ? a.d_q : a.d_k) + (static_cast<size_t>(token + t) * s.Ho + ho) * s.D + half * 64 + unit * 8);
+      const int stride = 32 * s.Ho * s.D;  // bytes of 16 tokens
+      if (half * 64 < s.D) {
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const int t = 16 * m + thread % 128 / 8, unit = thread % 8;
-      if (t < count && half * 64 < s.D)
-        *reinterpret_cast<uint4*>(out + (static_cast<size_t>(token + t) * s.Ho + item.ho) * s.D + half * 64 + unit * 8) =
-            load_unit(my + t * 128 + ((unit ^ (t & 7)) << 4));
+        for (int m = 0; m < 4; ++m)
+          if (t + 16 * m < count) *reinterpret_cast<uint4*>(to + static_cast<size_t>(m) * stride) = load_unit(from + 2048 * m);
+      }
     }
-    if (warp == 0) store_decay_gradient(at, at_G, base + L::kWhole, first, token, count, item.ho, s.Ho, a.d_g, lane);
+    if (warp == 0) store_decay_gradient(at, at_G, base + L::kWhole, first, token, count, ho, s.Ho, a.d_g, lane);
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + 8 * set);

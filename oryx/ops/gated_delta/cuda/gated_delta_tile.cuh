@@ -41,22 +41,29 @@ __device__ __forceinline__ uint4 load_unit(uint32_t at) {
 __device__ __forceinline__ void store_unit(uint32_t at, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
-__device__ __forceinline__ float dot(uint32_t a, uint32_t b) { return low(a) * low(b) + high(a) * high(b); }
+// sum + the products of two pairs
+__device__ __forceinline__ float dot(uint32_t a, uint32_t b, float sum) { return fmaf(low(a), low(b), fmaf(high(a), high(b), sum)); }
 
-// Where this thread's pair of columns 8 j + 2 (lane % 4) of row t lies in a panel.
-__device__ __forceinline__ uint32_t pair_at(uint32_t panel, int t, int j, int lane) {
-  return panel + t * 128 + ((j ^ (t & 7)) << 4) + lane % 4 * 4;
+// A tile of 64 rows (tokens) of 128 swizzled bytes by accumulator position: a warp has 16 rows, a matrix load or store moves two of their eight
+// 8-column blocks, j and j + 1 (j even), as the words of rows lane / 4 and lane / 4 + 8 of j, then of j + 1.
+__device__ __forceinline__ uint32_t tile_rows(int warp, int lane) {
+  return (16 * (warp % 4) + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
 }
-// Sums over the columns of a panel of d times the panel, rows t0 and t0 + 8, to `to` (64 floats).
-__device__ __forceinline__ void row_dots(const float (&d)[32], uint32_t panel, int t0, uint32_t to, int lane) {
+// rows: the tile's address + tile_rows
+__device__ __forceinline__ void load_tile(uint32_t (&r)[4], uint32_t rows, int j) { load_matrix(r, rows ^ (j << 4)); }
+__device__ __forceinline__ void store_tile(uint32_t rows, int j, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  store_matrix_rows(rows ^ (j << 4), a, b, c, d);
+}
+// Sums over the columns of a tile of d times the tile, rows t0 and t0 + 8, to `to` (64 floats).
+__device__ __forceinline__ void row_dots(const float (&d)[32], uint32_t rows, int t0, uint32_t to, int lane) {
   float sum[2] = {0.f, 0.f};
 #pragma unroll
-  for (int j = 0; j < 8; ++j)
+  for (int j = 0; j < 8; j += 2) {
+    uint32_t r[4];
+    load_tile(r, rows, j);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t x = load_word(pair_at(panel, t0 + 8 * h, j, lane));
-      sum[h] += d[4 * j + 2 * h] * low(x) + d[4 * j + 2 * h + 1] * high(x);
-    }
+    for (int m = 0; m < 4; ++m) sum[m % 2] = fmaf(d[4 * j + 2 * m], low(r[m]), fmaf(d[4 * j + 2 * m + 1], high(r[m]), sum[m % 2]));
+  }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
@@ -64,5 +71,12 @@ __device__ __forceinline__ void row_dots(const float (&d)[32], uint32_t panel, i
     if (lane % 4 == 0) store_float(to + 4 * (t0 + 8 * h), sum[h]);
   }
 }
+
+// The low word of a descriptor of rows of 128 bytes in groups of eight (see `descriptor`), which takes sums: bytes / 16 from the tile's start.
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address) { return (1u << 16) | (address >> 4); }
+__device__ __forceinline__ uint64_t descriptor_of(uint32_t low) { return static_cast<uint64_t>((1u << 30) | (1024 >> 4)) << 32 | low; }
+// From k-step kk on: operands stored n x k (m x k) in panels of 64 k of `bytes` each; k x n (k x m).
+__device__ __forceinline__ uint64_t tile_nk(uint32_t low, int kk, int bytes) { return descriptor_of(low + (kk / 4 * bytes + kk % 4 * 32) / 16); }
+__device__ __forceinline__ uint64_t tile_kn(uint32_t low, int kk) { return descriptor_of(low + kk * 128); }
 
 }  // namespace oryx::gated_delta_cuda
