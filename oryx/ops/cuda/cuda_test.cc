@@ -35,12 +35,11 @@ double relative_error(const at::Tensor& found, const at::Tensor& expected) {
   return ((a - b).norm() / b.norm().clamp_min(1e-30)).item<double>();  // NaN fails every comparison below
 }
 
-// Values and gradients of f on the GPU, from narrow copies of `inputs`, against float64 on the CPU.
-void expect_same(const Function& f, const Tensors& inputs, double value_limit = 2e-5, double gradient_limit = 5e-5,
-                 at::ScalarType narrow_type = at::kFloat) {
+// Values and gradients of f on the GPU against float64 on the CPU, from copies of `inputs`: the first `half` in bfloat16, the others in float32.
+void expect_same(const Function& f, const Tensors& inputs, double value_limit = 2e-5, double gradient_limit = 5e-5, size_t half = 0) {
   Tensors host, device;
   for (const at::Tensor& x : inputs) {
-    const at::Tensor narrow = x.to(narrow_type);
+    const at::Tensor narrow = x.to(host.size() < half ? at::kBFloat16 : at::kFloat);
     host.push_back(narrow.to(at::kDouble).requires_grad_(true));
     device.push_back(narrow.to(at::kCUDA).requires_grad_(true));
   }
@@ -50,9 +49,9 @@ void expect_same(const Function& f, const Tensors& inputs, double value_limit = 
   for (size_t i = 0; i < expected.size(); ++i) {
     EXPECT_TRUE(found[i].is_cuda());
     EXPECT_LE(relative_error(found[i], expected[i]), value_limit) << "output " << i;
-    const at::Tensor d = at::randn_like(expected[i]).to(narrow_type);
+    const at::Tensor d = at::randn_like(expected[i]).to(found[i].scalar_type());
     up.push_back(d.to(expected[i].scalar_type()));
-    up_device.push_back(d.to(at::kCUDA, found[i].scalar_type()));
+    up_device.push_back(d.to(at::kCUDA));
   }
   torch::autograd::backward(expected, up);
   torch::autograd::backward(found, up_device);
@@ -132,6 +131,55 @@ TEST_F(Cuda, Ssd) {
       1e-3);
 }
 
+// The kernels for bfloat16, every head dimension they have, heads grouped in every way.
+TEST_F(Cuda, SsdKernels) {
+  struct Case {
+    int64_t B, T, Hq, Hk, Hv, K, V;
+  };
+  for (const Case& c : std::vector<Case>{{2, 1, 2, 2, 2, 128, 128}, {2, 100, 1, 1, 4, 128, 64}, {1, 200, 2, 2, 2, 64, 64}, {1, 63, 4, 2, 2, 64, 128},
+                                         {1, 130, 2, 4, 2, 128, 128}}) {
+    const int64_t H = std::max(c.Hk, c.Hv);
+    expect_same(
+        [](const Tensors& t) {
+          const auto r = ssd(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]);
+          return Tensors{r.o, r.final_state};
+        },
+        {random({c.B, c.T, c.Hq, c.K}) * 0.3, random({c.B, c.T, c.Hk, c.K}) * 0.3, random({c.B, c.T, c.Hv, c.V}), random({c.B, c.T, H}), random({H}) - 3,
+         random({H}), random({H}), random({c.B, H, c.V, c.K})},
+        1e-2, 2e-2, 3);
+  }
+}
+
+// Packed documents, some of them empty, read out in spans; the kernels neither see nor touch what lies outside.
+TEST_F(Cuda, SsdKernelsPacked) {
+  for (const bool anywhere : {true, false}) {
+    expect_same(
+        [&](const Tensors& t) {
+          const at::Tensor spans = anywhere ? ints({0, 20, 90, 0, 128, 200, 0, 299, 300}, t[0]).view({3, 3}) : at::empty({0, 3}, t[0].options().dtype(at::kInt));
+          const auto r = ssd(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], ints({0, 0, 65, 65, 66, 300, 300}, t[0]), spans);
+          return Tensors{r.o, r.final_state};
+        },
+        {random({1, 300, 2, 64}) * 0.3, random({1, 300, 2, 64}) * 0.3, random({1, 300, 4, 64}), random({1, 300, 4}), random({4}) - 3, random({4}), random({4}),
+         random({6, 4, 64, 64})},
+        1e-2, 2e-2, 3);
+  }
+}
+
+TEST_F(Cuda, SsdKernelsRepeat) {
+  const auto half = [](at::IntArrayRef shape) { return at::randn(shape).to(at::kCUDA, at::kBFloat16).requires_grad_(true); };
+  const auto full = [](at::IntArrayRef shape) { return at::randn(shape).to(at::kCUDA).requires_grad_(true); };
+  const Tensors x = {half({2, 500, 1, 128}), half({2, 500, 1, 128}), half({2, 500, 8, 64}), full({2, 500, 8}), full({8}), full({8}), full({8})};
+  Tensors first;
+  for (int run = 0; run < 2; ++run) {
+    const auto r = ssd(x[0], x[1], x[2], x[3], x[4], x[5], x[6]);
+    Tensors all = torch::autograd::grad({r.o.to(at::kFloat).square().sum() + r.final_state.square().sum()}, x);
+    all.push_back(r.o);
+    all.push_back(r.final_state);
+    if (run == 0) first = all;
+    for (size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(at::equal(all[i], first[i])) << i;
+  }
+}
+
 TEST_F(Cuda, SpanAttention) {
   for (const int64_t window : {0, 7}) {
     expect_same(
@@ -172,7 +220,7 @@ TEST_F(Cuda, SpanAttentionBfloat16) {
         return Tensors{span_attention(t[0], t[1], t[2], spans, given(c.cu, t[0]), given(c.cu_k, t[0]), given(c.lengths, t[0]), c.window)};
       };
       const Tensors inputs = {random({c.B, c.Tq, c.Hq, D}), random({c.B, c.Tk, c.Hk, D}), random({c.B, c.Tk, c.Hk, D})};
-      expect_same(f, inputs, 1e-2, 2e-2, at::kBFloat16);
+      expect_same(f, inputs, 1e-2, 2e-2, 3);
     }
   }
 }
@@ -183,7 +231,7 @@ TEST_F(Cuda, SpanAttentionOddViews) {
     const at::Tensor q = t[0].slice(3, 1, 65), kv = t[1].transpose(1, 2);
     return Tensors{span_attention(q, kv.slice(3, 0, 64), kv.slice(3, 3, 67), ints({0, 5, 90}, t[0]).view({1, 3}))};
   };
-  expect_same(f, {random({1, 100, 4, 66}), random({1, 2, 100, 67})}, 1e-2, 2e-2, at::kBFloat16);
+  expect_same(f, {random({1, 100, 4, 66}), random({1, 2, 100, 67})}, 1e-2, 2e-2, 2);
   const at::Tensor x = at::randn({2, 40, 2, 64}, at::TensorOptions(at::kCUDA).dtype(at::kBFloat16));
   EXPECT_EQ(span_attention(x, x, x, at::zeros({0, 3}, x.options().dtype(at::kInt))).abs().sum().item<double>(), 0);
 }
