@@ -7,9 +7,10 @@
 // warpgroups have 64 keys each; scores are computed transposed (keys by slots), so that P^T and dS^T are the left operands of dv and dk straight
 // from registers, and dS goes through shared memory for dq, of which each warpgroup computes half the columns.
 //
-// dq is summed over key blocks in float32 in global memory: a warp for each half adds a staged tile by a bulk reduction once the block before it in
-// the sequence has added its own (a counter a tile, head and half), so the order, and with it every bit, is fixed. Items are taken in the order of
-// their place in the sequence, so that nobody waits for an item that no block has yet. The first block of a tile stores instead of adding.
+// dq is summed over key blocks in float32 in global memory: a warp for each half adds a staged tile by a bulk reduction once the block after it in
+// the sequence has added its own (a counter a tile, head and half), so the order, and with it every bit, is fixed. Blocks are taken from the last of
+// a sequence: a block begins with the tiles at its diagonal, which the later ones passed before, and nobody waits for an item that no block has yet.
+// The first block of a tile stores instead of adding. Few heads run at a time, so that queries, gradients and sums stay in the L2 cache.
 // finish_kernel rounds dq and scatters it to its rows; the copying warpgroup's idle warp zeroes the rows outside spans.
 #include <type_traits>
 
@@ -57,7 +58,7 @@ struct Work {
   int block, small, begin, end, keys, row, k_begin, key_head;
 };
 
-// The key blocks, those of the same place in their sequences side by side, each with the tiles of slots that see it.
+// The key blocks, each with the tiles of slots that see it.
 __device__ void plan_blocks(const Arguments& a) {
   const Sequence* seq = a.plan.sequences;
   const int blocks = a.plan.counts->blocks;
@@ -70,11 +71,6 @@ __device__ void plan_blocks(const Arguments& a) {
     }
     const Sequence r = seq[s];
     const int n = b - r.block, small = (r.count + kSmall - 1) / kSmall;
-    int rank = 0;
-    for (int u = 0; u < a.plan.sequence_count; ++u) {
-      const int other = (seq[u].keys + kKeys - 1) / kKeys;
-      rank += min(other, n) + (u < s && other > n);
-    }
     const auto position = [&](int i) { return a.plan.rows[r.slot + min(i, r.count - 1)] - r.q_begin + r.shift; };
     int lo = 0, hi = small;  // the first tile whose last query stands at the block or beyond
     while (lo < hi) {
@@ -92,7 +88,7 @@ __device__ void plan_blocks(const Arguments& a) {
       }
       x.end = lo;
     }
-    a.plan.blocks[rank] = x;
+    a.plan.blocks[b] = x;
   }
 }
 
@@ -161,10 +157,12 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
     const int item = atomicAdd(&a.plan.counts->next_block, 1), ring = round % 2;
     int words[8] = {-1, 0, 0, 0, 0, 0, 0, 0};
     if (item < items) {
-      const KeyBlock x = a.plan.blocks[item / a.Hk];
-      const Sequence s = a.plan.sequences[x.sequence];
+      // Sequence by sequence, in it chunk by chunk of its heads, in it blocks from the last, in it heads.
+      const Sequence s = a.plan.sequences[a.plan.blocks[item / a.Hk].sequence];
+      const int rest = item - s.block * a.Hk, blocks = (s.keys + kKeys - 1) / kKeys, chunk = rest / (blocks * s.heads), place = rest % (blocks * s.heads);
+      const KeyBlock x = a.plan.blocks[s.block + blocks - 1 - place / s.heads];
       words[0] = x.block, words[1] = s.small, words[2] = x.begin, words[3] = x.end;
-      words[4] = s.keys, words[5] = s.row, words[6] = s.k_begin, words[7] = item % a.Hk;
+      words[4] = s.keys, words[5] = s.row, words[6] = s.k_begin, words[7] = chunk * s.heads + place % s.heads;
     }
     if (round >= 2) barrier_wait(bars + 8 * (kWorkEmpty + ring), (round / 2 - 1) & 1);
 #pragma unroll
@@ -229,11 +227,8 @@ __device__ void add_loop(const Arguments& a, uint32_t base, int half) {
       for (int j = begin; j < end; ++j, ++at) {
         const int buffer = at % 2;
         const int64_t tile = static_cast<int64_t>(key_head * a.group + g) * tiles + small + j;
-        int first = 0;  // the first key block that sees the tile
-        if (a.window > 0) {
-          const int position = *reinterpret_cast<const int*>(a.records + tile * L::kRecord + 2 * L::kSmallMatrix + 4 * 192);
-          first = max(0, position - a.window + 1) / kKeys;
-        }
+        // The last key block that sees the tile adds first.
+        const int first = *reinterpret_cast<const int*>(a.records + tile * L::kRecord + 2 * L::kSmallMatrix + 4 * 193) / kKeys;
         barrier_wait(bars + 8 * (kDqFull + 2 * half + buffer), (at / 2) & 1);
         int* turn = a.turns + tile * 2 + half;
         float* to = a.dq_sum + tile * kSmall * D + half * (L::kHalf / 4);
@@ -241,13 +236,13 @@ __device__ void add_loop(const Arguments& a, uint32_t base, int half) {
         if (block == first) {
           bulk_store(to, from, L::kHalf);
         } else {
-          while (load_acquire(turn) != block - first) __nanosleep(20);
+          while (load_acquire(turn) != first - block) __nanosleep(20);
           bulk_add(to, from, L::kHalf);
         }
         bulk_commit();
         bulk_wait();
         __threadfence();
-        store_release(turn, block - first + 1);
+        store_release(turn, first - block + 1);
         barrier_arrive(bars + 8 * (kDqEmpty + 2 * half + buffer));
       }
     }
@@ -310,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();
 
   if (warp >= kWorkers / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");  // 24 x 128 + 240 x 256 are the registers that the block was started with
     const int role = warp - kWorkers / 32;
     if (role == 0 && lane == 0) copy_loop<D>(a, &k_map, &v_map, base);
     if ((role == 1 || role == 2) && lane == 0) add_loop<D>(a, base, role - 1);
@@ -345,99 +340,117 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < D / 2; ++i) dk[i] = dv[i] = 0.f;
     const int key = block * kKeys + 64 * group + row;  // of the thread: this one and 8 further on
 
-    for (int step = 0; step < steps; ++step, ++at) {
-      const int stage = at % kStages;
-      const uint32_t parity = (at / kStages) & 1;
-      const uint32_t q = base + L::kQ + stage * L::kSmallMatrix, d_o = base + L::kDo + stage * L::kSmallMatrix, ds = base + L::kDs + at % 2 * 2 * L::kSmallPanel;
-      const uint32_t stats = base + L::kStats + stage * kStatsStride;
-      float s[32], dp[32];
-      barrier_wait(bars + 8 * (kQFull + stage), parity);
+    // Scores of a step are issued behind the products of the step before.
+    float s[32];
+    const auto issue_scores = [&](int n, bool wait) {
+      const int stage = n % kStages;
+      const uint32_t q = base + L::kQ + stage * L::kSmallMatrix;
+      if (wait) barrier_wait(bars + 8 * (kQFull + stage), (n / kStages) & 1);
       wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < D / 16; ++kk)
-        wgmma_64x64_shared(s, descriptor(own_k + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024), descriptor(q + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), kk > 0);
+        if (kk == 0) product_shared_start(s, descriptor(own_k, 16, 1024), descriptor(q, 16, 1024));
+        else wgmma_64x64_shared(s, descriptor(own_k + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024), descriptor(q + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), 1);
+    };
+    if (steps > 0) {
+      issue_scores(at, true);
       wgmma_commit();
-      barrier_wait(bars + 8 * (kDoFull + stage), parity);
-#pragma unroll
-      for (int kk = 0; kk < D / 16; ++kk)
-        wgmma_64x64_shared(dp, descriptor(own_v + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024), descriptor(d_o + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), kk > 0);
-      wgmma_commit();
-      const int first = __shfl_sync(~0u, load_shared_int(stats + 4 * 192), 0), last = __shfl_sync(~0u, load_shared_int(stats + 4 * 193), 0);
-      wgmma_wait<1>();
+      wgmma_wait<0>();
       keep(s);
+      for (int left = steps; left > 0; --left) {
+        const int stage = at % kStages;
+        const uint32_t parity = (at / kStages) & 1;
+        const uint32_t q = base + L::kQ + stage * L::kSmallMatrix, d_o = base + L::kDo + stage * L::kSmallMatrix, ds = base + L::kDs + at % 2 * 2 * L::kSmallPanel;
+        const uint32_t stats = base + L::kStats + stage * kStatsStride;
+        float dp[32];
+        barrier_wait(bars + 8 * (kDoFull + stage), parity);
+        wgmma_fence();
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 lse = load_shared2(stats + 4 * (8 * j + column));
+        for (int kk = 0; kk < D / 16; ++kk)
+          if (kk == 0) product_shared_start(dp, descriptor(own_v, 16, 1024), descriptor(d_o, 16, 1024));
+          else wgmma_64x64_shared(dp, descriptor(own_v + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024), descriptor(d_o + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), 1);
+        wgmma_commit();
+        const int first = __shfl_sync(~0u, load_shared_int(stats + 4 * 192), 0), last = __shfl_sync(~0u, load_shared_int(stats + 4 * 193), 0);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_fast(fmaf(s[4 * j + i], c, i % 2 == 0 ? -lse.x : -lse.y));
+        for (int j = 0; j < 8; ++j) {
+          const float2 lse = load_shared2(stats + 4 * (8 * j + column));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_fast(fmaf(s[4 * j + i], c, i % 2 == 0 ? -lse.x : -lse.y));
+        }
+        if (first < (block + 1) * kKeys - 1 || (a.window > 0 && last - a.window >= block * kKeys)) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int position = load_shared_int(stats + 4 * (128 + 8 * j + column + i));
+              const int from = a.window > 0 ? position - a.window + 1 : 0;
+              if (key > position || key < from) s[4 * j + i] = 0.f;
+              if (key + 8 > position || key + 8 < from) s[4 * j + 2 + i] = 0.f;
+            }
+        }
+        uint32_t pb[16], sb[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i) pb[i] = pack(s[2 * i], s[2 * i + 1]);
+        wgmma_wait<0>();
+        keep(dp);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 delta = load_shared2(stats + 4 * (64 + 8 * j + column));
+#pragma unroll
+          for (int i = 0; i < 4; i += 2) sb[2 * j + i / 2] = pack(s[4 * j + i] * (dp[4 * j + i] - delta.x), s[4 * j + i + 1] * (dp[4 * j + i + 1] - delta.y));
+        }
+        keep(pb);
+        keep(sb);
+        keep(dv);
+        wgmma_fence();
+#pragma unroll
+        for (int kk = 0; kk < 4; ++kk) product_kn(dv, pb + 4 * kk, descriptor(d_o + kk * 2048, L::kSmallPanel, 1024), 1);
+        wgmma_commit();
+#pragma unroll
+        for (int jj = 0; jj < 4; ++jj) {
+          const int t = 8 * (2 * jj + lane / 16) + lane % 8, unit = 2 * (warp % 4) + lane / 8 % 2;
+          store_matrix_transposed(ds + group * L::kSmallPanel + t * 128 + ((unit ^ t % 8) << 4), sb[4 * jj], sb[4 * jj + 1], sb[4 * jj + 2], sb[4 * jj + 3]);
+        }
+        fence_async_proxy();
+        named_barrier(1, kWorkers);
+        float dq[D / 4];
+        wgmma_fence();
+#pragma unroll
+        for (int kk = 0; kk < 8; ++kk)
+          product_shared_kn(dq, descriptor(ds + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024),
+                            descriptor(base + L::kK + (D == 128 ? group * L::kPanel : group * 64) + kk * 2048, L::kPanel, 1024), kk > 0);
+        wgmma_commit();
+        keep(dk);
+        wgmma_fence();
+#pragma unroll
+        for (int kk = 0; kk < 4; ++kk) product_kn(dk, sb + 4 * kk, descriptor(q + kk * 2048, L::kSmallPanel, 1024), 1);
+        wgmma_commit();
+        wgmma_wait<2>();
+        keep(dv);
+        keep(pb);
+        if (lane == 0) barrier_arrive(bars + 8 * (kDoEmpty + stage));
+        // After the last step: of whatever the stage holds, for nothing. A branch here would make the compiler serialize the products.
+        issue_scores(at + 1, left > 1);
+        wgmma_commit();
+        const int buffer = at % 2, dq_bar = 2 * group + buffer;
+        if (at >= 2) barrier_wait(bars + 8 * (kDqEmpty + dq_bar), (at / 2 - 1) & 1);
+        wgmma_wait<2>();
+        keep(dq);
+#pragma unroll
+        for (int i = 0; i < D / 16; ++i)
+          store_shared16(base + L::kDq + dq_bar * L::kHalf + i * 2048 + thread * 16,
+                         make_uint4(__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]), __float_as_uint(dq[4 * i + 2]), __float_as_uint(dq[4 * i + 3])));
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(bars + 8 * (kDqFull + dq_bar));
+        wgmma_wait<1>();
+        keep(dk);
+        keep(sb);
+        if (lane == 0) barrier_arrive(bars + 8 * (kQEmpty + stage));
+        wgmma_wait<0>();
+        keep(s);
+        ++at;
       }
-      if (first < (block + 1) * kKeys - 1 || (a.window > 0 && last - a.window >= block * kKeys)) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int position = load_shared_int(stats + 4 * (128 + 8 * j + column + i));
-            const int from = a.window > 0 ? position - a.window + 1 : 0;
-            if (key > position || key < from) s[4 * j + i] = 0.f;
-            if (key + 8 > position || key + 8 < from) s[4 * j + 2 + i] = 0.f;
-          }
-      }
-      uint32_t pb[16], sb[16];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) pb[i] = pack(s[2 * i], s[2 * i + 1]);
-      wgmma_wait<0>();
-      keep(dp);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 delta = load_shared2(stats + 4 * (64 + 8 * j + column));
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) sb[2 * j + i / 2] = pack(s[4 * j + i] * (dp[4 * j + i] - delta.x), s[4 * j + i + 1] * (dp[4 * j + i + 1] - delta.y));
-      }
-      keep(pb);
-      keep(sb);
-      keep(dv);
-      wgmma_fence();
-#pragma unroll
-      for (int kk = 0; kk < 4; ++kk) product_kn(dv, pb + 4 * kk, descriptor(d_o + kk * 2048, L::kSmallPanel, 1024), 1);
-      wgmma_commit();
-#pragma unroll
-      for (int jj = 0; jj < 4; ++jj) {
-        const int t = 8 * (2 * jj + lane / 16) + lane % 8, unit = 2 * (warp % 4) + lane / 8 % 2;
-        store_matrix_transposed(ds + group * L::kSmallPanel + t * 128 + ((unit ^ t % 8) << 4), sb[4 * jj], sb[4 * jj + 1], sb[4 * jj + 2], sb[4 * jj + 3]);
-      }
-      fence_async_proxy();
-      named_barrier(1, kWorkers);
-      float dq[D / 4];
-      wgmma_fence();
-#pragma unroll
-      for (int kk = 0; kk < 8; ++kk)
-        product_shared_kn(dq, descriptor(ds + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024),
-                          descriptor(base + L::kK + (D == 128 ? group * L::kPanel : group * 64) + kk * 2048, L::kPanel, 1024), kk > 0);
-      wgmma_commit();
-      keep(dk);
-      wgmma_fence();
-#pragma unroll
-      for (int kk = 0; kk < 4; ++kk) product_kn(dk, sb + 4 * kk, descriptor(q + kk * 2048, L::kSmallPanel, 1024), 1);
-      wgmma_commit();
-      wgmma_wait<2>();
-      keep(dv);
-      keep(pb);
-      if (lane == 0) barrier_arrive(bars + 8 * (kDoEmpty + stage));
-      const int buffer = at % 2, dq_bar = 2 * group + buffer;
-      if (at >= 2) barrier_wait(bars + 8 * (kDqEmpty + dq_bar), (at / 2 - 1) & 1);
-      wgmma_wait<1>();
-      keep(dq);
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i)
-        store_shared16(base + L::kDq + dq_bar * L::kHalf + i * 2048 + thread * 16,
-                       make_uint4(__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]), __float_as_uint(dq[4 * i + 2]), __float_as_uint(dq[4 * i + 3])));
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(bars + 8 * (kDqFull + dq_bar));
-      wgmma_wait<0>();
-      keep(dk);
-      keep(sb);
-      if (lane == 0) barrier_arrive(bars + 8 * (kQEmpty + stage));
     }
 
     named_barrier(1, kWorkers);  // nobody reads K and V any more

@@ -43,7 +43,7 @@ struct Arguments {
 template <int D>
 struct Layout {
   static constexpr int kPanels = D / 64, kPanel = 128 * 128, kMatrix = kPanels * kPanel;
-  static constexpr int kQ = 0, kK = kMatrix, kV = kK + kStages * kMatrix, kWork = kV + kStages * kMatrix;
+  static constexpr int kQ = 0, kK = 2 * kMatrix, kV = kK + kStages * kMatrix, kWork = kV + kStages * kMatrix;
   static constexpr int kBarriers = kWork + 2 * 64;
   static constexpr int kBytes = kBarriers + 8 * (4 * kStages + 4) + 1024;
 };
@@ -156,6 +156,44 @@ __device__ __forceinline__ void softmax(float (&s)[64], float (&m)[2], float (&l
   }
 }
 
+// An item as a warpgroup sees it. All but `last` is the same for all lanes, which the compiler must know to keep products in flight.
+struct Item {
+  int count, slot, head, first_block, blocks, part, keys;
+  int low_key, high_key;  // the keys of the warpgroup's first and last query
+  int last[2];            // of the thread's two rows
+  __device__ int mine(int group) const { return min(64, count - 64 * group); }  // slots of the warpgroup
+};
+
+// Takes the next item and starts loading its queries.
+template <int D>
+__device__ __forceinline__ Item take_item(const Arguments& a, uint32_t base, int round, int group, int row, int thread) {
+  using L = Layout<D>;
+  const uint32_t work_full = base + L::kBarriers + 8 * 4 * kStages, work = base + L::kWork + round % 2 * 64;
+  barrier_wait(work_full + 8 * (round % 2), (round / 2) & 1);
+  const auto field = [&](int i) { return __shfl_sync(~0u, load_shared_int(work + 4 * i), 0); };
+  Item x;
+  x.count = field(0), x.slot = field(1) + 64 * group, x.head = field(3), x.first_block = field(4), x.blocks = field(5), x.part = field(6), x.keys = field(8);
+  const int shift = field(2), mine = x.mine(group);
+  __syncwarp();
+  if (thread % 32 == 0) barrier_arrive(work_full + 16 + 8 * (round % 2));
+  x.low_key = x.high_key = x.last[0] = x.last[1] = 0;
+  if (mine <= 0) return x;
+  const int* rows = a.plan.rows + x.slot;
+  const uint32_t to = base + L::kQ + round % 2 * L::kMatrix + group * 64 * 128;
+#pragma unroll
+  for (int i = 0; i < D / 16; ++i) {
+    const int r = (thread + 128 * i) / (D / 8), unit = (thread + 128 * i) % (D / 8);
+    const bool valid = r < mine;
+    const int g = valid ? rows[r] : 0;
+    const __nv_bfloat16* from = a.q + g / a.Tq * a.q_row + g % a.Tq * a.q_token + x.head * a.q_head + unit * 8;
+    copy16(to + unit / 8 * L::kPanel + r * 128 + ((unit % 8 ^ r % 8) << 4), from, valid);
+  }
+  x.low_key = rows[0] + shift, x.high_key = rows[mine - 1] + shift;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) x.last[h] = row + 8 * h < mine ? rows[row + 8 * h] + shift : x.high_key;
+  return x;
+}
+
 template <int D>
 __global__ void __launch_bounds__(kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Arguments a) {
@@ -183,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // combine_kernel
 
   if (warp >= kWorkers / 32) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");  // 40 x 128 + 232 x 256 are the registers that the block was started with
     if (warp == kWorkers / 32) {
       if (lane == 0) copy_loop<D>(a, &k_map, &v_map, base);
     } else if (a.zero) {
@@ -191,26 +229,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   const int group = warp / 4, row = warp % 4 * 16 + lane / 4, column = 2 * (lane % 4), thread = threadIdx.x % 128;
-  const uint32_t own_q = base + L::kQ + group * 64 * 128;  // the warpgroup's 64 rows of each panel
   const float c = a.scale * 1.4426950408889634f;
   if (group == 1) barrier_arrive_named(2, kWorkers);  // the first turn is the first warpgroup's
 
   int at = 0;  // key blocks so far
-  for (int round = 0;; ++round) {
-    const int ring = round % 2;
-    const uint32_t work = base + L::kWork + 64 * ring;
-    barrier_wait(work_full + 8 * ring, (round / 2) & 1);
-    // The same for all lanes, which the compiler must know to keep products in flight.
-    const auto field = [&](int i) { return __shfl_sync(~0u, load_shared_int(work + 4 * i), 0); };
-    const int count = field(0), slot = field(1) + 64 * group, shift = field(2), head = field(3);
-    const int first_block = field(4), blocks = field(5), part = field(6), keys = field(8);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(work_empty + 8 * ring);
-    if (count == 0) break;
-    const int mine = min(64, count - 64 * group);  // slots of this warpgroup
-    const bool both = count > 64;
+  Item item = take_item<D>(a, base, 0, group, row, thread);
+  for (int round = 0; item.count > 0; ++round) {
+    const int mine = item.mine(group), blocks = item.blocks, first_block = item.first_block;
+    const bool both = item.count > 64;
     if (mine <= 0) {  // the other warpgroup works alone
       for (int i = 0; i < blocks; ++i, ++at) {
         const int stage = at % kStages;
@@ -219,28 +247,19 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_wait(v_full + 8 * stage, (at / kStages) & 1);
         if (lane == 0) barrier_arrive(v_empty + 8 * stage);
       }
+      named_barrier(4 + group, 128);  // nobody loads queries where another warp still reads results
+      item = take_item<D>(a, base, round + 1, group, row, thread);
       continue;
     }
-
-    // queries
-    const int* rows = a.plan.rows + slot;
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-      const int r = (thread + 128 * i) / (D / 8), unit = (thread + 128 * i) % (D / 8);
-      const bool valid = r < mine;
-      const int g = valid ? rows[r] : 0;
-      const __nv_bfloat16* from = a.q + g / a.Tq * a.q_row + g % a.Tq * a.q_token + head * a.q_head + unit * 8;
-      copy16(own_q + unit / 8 * L::kPanel + r * 128 + ((unit % 8 ^ r % 8) << 4), from, valid);
-    }
-    const int low_key = rows[0] + shift, high_key = rows[mine - 1] + shift;  // the keys of the first and last query
-    int last[2], first[2];                                                   // seen keys of the thread's two rows
+    const uint32_t own_q = base + L::kQ + round % 2 * L::kMatrix + group * 64 * 128;  // the warpgroup's 64 rows of each panel
+    const int* rows = a.plan.rows + item.slot;
+    int last[2], first[2];  // seen keys of the thread's two rows, from its first column
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int r = row + 8 * h;
-      last[h] = (r < mine ? rows[r] + shift : high_key) - first_block * kKeys - column;
+      last[h] = item.last[h] - first_block * kKeys - column;
       first[h] = a.window > 0 ? last[h] - a.window + 1 : INT_MIN;
     }
-    const int whole_until = low_key + 1, whole_from = a.window > 0 ? high_key - a.window + 1 : 0;  // keys that every row sees
+    const int whole_until = item.low_key + 1, whole_from = a.window > 0 ? item.high_key - a.window + 1 : 0;  // keys that every row sees
     copy_wait();
     fence_async_proxy();
     named_barrier(4 + group, 128);
@@ -296,8 +315,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       round_probabilities();
       ++at;
     }
+    Item next;
     {
-      const int stage = at % kStages, in_use = keys - (first_block + blocks - 1) * kKeys;
+      const int stage = at % kStages, in_use = item.keys - (first_block + blocks - 1) * kKeys;
       barrier_wait(v_full + 8 * stage, (at / kStages) & 1);
       if (in_use < kKeys) {
         clear_rows(base + L::kV + stage * L::kMatrix, L::kPanels, kKeys, in_use, thread, 128);
@@ -308,6 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       keep(p);
       wgmma_fence();
       add_values<D>(o, p, base + L::kV + stage * L::kMatrix);
+      next = take_item<D>(a, base, round + 1, group, row, thread);
       wgmma_wait<0>();
       keep(o);
       if (lane == 0) barrier_arrive(v_empty + 8 * stage);
@@ -322,8 +343,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       inverse[h] = l[h] == 0.f ? 0.f : 1.f / l[h];  // 0: a piece none of whose keys the row sees
       lse[h] = l[h] == 0.f ? -INFINITY : m[h] * c + log2f(l[h]);
     }
-    if (part >= 0) {
-      float* to = a.parts + static_cast<size_t>(part) * kTile * (D + 1);
+    if (item.part >= 0) {
+      float* to = a.parts + static_cast<size_t>(item.part) * kTile * (D + 1);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int r = 64 * group + row + 8 * h;
@@ -332,10 +353,10 @@ __global__ void __launch_bounds__(kThreads, 1)
           *reinterpret_cast<float2*>(to + r * D + 8 * j + column) = make_float2(o[4 * j + 2 * h] * inverse[h], o[4 * j + 2 * h + 1] * inverse[h]);
         if (column == 0) to[kTile * D + r] = lse[h];
       }
-      named_barrier(4 + group, 128);  // nobody loads the next queries before all have read these
+      item = next;
       continue;
     }
-    named_barrier(4 + group, 128);
+    named_barrier(4 + group, 128);  // all warps' products have read the queries
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = row + 8 * h;
@@ -343,7 +364,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int j = 0; j < D / 8; ++j)
         store_shared4(own_q + j / 8 * L::kPanel + r * 128 + ((j % 8 ^ r % 8) << 4) + 2 * column,
                       pack(o[4 * j + 2 * h] * inverse[h], o[4 * j + 2 * h + 1] * inverse[h]));
-      if (column == 0 && a.lse != nullptr && r < mine) a.lse[head * a.slots + slot + r] = lse[h];
+      if (column == 0 && a.lse != nullptr && r < mine) a.lse[item.head * a.slots + item.slot + r] = lse[h];
     }
     named_barrier(4 + group, 128);
 #pragma unroll
@@ -351,9 +372,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int r = (thread + 128 * i) / (D / 8), unit = (thread + 128 * i) % (D / 8);
       if (r >= mine) continue;
       const uint4 x = load_shared16(own_q + unit / 8 * L::kPanel + r * 128 + ((unit % 8 ^ r % 8) << 4));
-      *reinterpret_cast<uint4*>(a.o + (static_cast<int64_t>(rows[r]) * a.Hq + head) * D + unit * 8) = x;
+      *reinterpret_cast<uint4*>(a.o + (static_cast<int64_t>(rows[r]) * a.Hq + item.head) * D + unit * 8) = x;
     }
-    named_barrier(4 + group, 128);
+    item = next;
   }
 }
 

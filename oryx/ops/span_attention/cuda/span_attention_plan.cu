@@ -7,10 +7,11 @@ namespace oryx::span_attention_cuda {
 namespace {
 
 constexpr int kThreads = 1024;
+constexpr int kCache = 20 << 20;
 constexpr size_t kMaxShared = 190 << 10;
 
-// Exclusive sum over the block's threads; total to all.
-__device__ int block_scan(int x, int* shared, int* total) {
+// Exclusive sum over the block's threads; total to all. Not inlined: the kernel runs its code once, so its time is that of fetching the code.
+__device__ __noinline__ int block_scan(int x, int* shared, int* total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int sum = x;
 #pragma unroll
@@ -42,6 +43,7 @@ __device__ int block_scan(int x, int* shared, int* total) {
 template <typename Key>
 __device__ int last_at_most(int n, int x, Key key) {
   int lo = 0, hi = n;
+#pragma unroll 1
   while (hi - lo > 1) {
     const int mid = (lo + hi) / 2;
     if (key(mid) <= x) lo = mid;
@@ -52,6 +54,7 @@ __device__ int last_at_most(int n, int x, Key key) {
 
 __device__ void mark_spans(const OryxSpanAttention& p, const Plan& plan) {
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int i = threadIdx.x / 32; i < p.n_spans; i += kThreads / 32) {
     const int row = p.spans[3 * i], begin = max(p.spans[3 * i + 1], 0), end = min(p.spans[3 * i + 2], p.Tq);
     if (row < 0 || row >= p.B || begin >= end) continue;
@@ -59,8 +62,11 @@ __device__ void mark_spans(const OryxSpanAttention& p, const Plan& plan) {
     const int64_t base = static_cast<int64_t>(row) * p.Tq;
     const int first = min(end, static_cast<int>((base + begin + 15) / 16 * 16 - base));  // the first whole 16 bytes
     const int last = max(first, static_cast<int>((base + end) / 16 * 16 - base));
+#pragma unroll 1
     for (int t = begin + lane; t < first; t += 32) from[t] = 1;
+#pragma unroll 1
     for (int t = first + 16 * lane; t < last; t += 512) *reinterpret_cast<uint4*>(from + t) = make_uint4(0x01010101, 0x01010101, 0x01010101, 0x01010101);
+#pragma unroll 1
     for (int t = last + lane; t < end; t += 32) from[t] = 1;
   }
 }
@@ -68,9 +74,10 @@ __device__ void mark_spans(const OryxSpanAttention& p, const Plan& plan) {
 __device__ int marks(uint4 x) { return __popc(x.x) + __popc(x.y) + __popc(x.z) + __popc(x.w); }
 
 // Computed queries before query row g.
-__device__ int computed_before(const Plan& plan, int g) {
-  int n = plan.before[g / 16];
-  for (int i = g / 16 * 16; i < g; ++i) n += plan.mask[i];
+__device__ __noinline__ int computed_before(const int* before, const uint8_t* mask, int g) {
+  int n = before[g / 16];
+#pragma unroll 1
+  for (int i = g / 16 * 16; i < g; ++i) n += mask[i];
   return n;
 }
 
@@ -91,7 +98,7 @@ __device__ Sequence sequence_of(const OryxSpanAttention& p, int s) {
 constexpr int kSharedSequences = 256, kSharedTiles = 2048;
 
 // Marks and their sums are kept in shared memory while they are read (mask_here, before_here), where they fit.
-__global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention p, Plan plan, int slot_count, bool in_shared) {
+__global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention p, Plan plan, bool in_shared) {
   extern __shared__ __align__(16) uint8_t shared_marks[];
   __shared__ int scratch[33];
   __shared__ __align__(16) Sequence shared_sequences[kSharedSequences];
@@ -103,13 +110,14 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   Sequence* const sequences = plan.sequences;
   if (in_shared) plan.mask = shared_marks, plan.before = reinterpret_cast<int*>(shared_marks + (queries + 31) / 16 * 16);
   if (p.N <= kSharedSequences) plan.sequences = shared_sequences;
-  for (int i = tid; i < slot_count / 4; i += kThreads) reinterpret_cast<int4*>(plan.rows)[i] = make_int4(-1, -1, -1, -1);
   if (!all) {
+#pragma unroll 1
     for (int i = tid; i < (queries + 31) / 16; i += kThreads) reinterpret_cast<uint4*>(plan.mask)[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     mark_spans(p, plan);
     __syncthreads();
     int carry = 0;
+#pragma unroll 1
     for (int i0 = 0; i0 < queries / 16 + 1; i0 += kThreads) {
       const int i = i0 + tid, here = i < queries / 16 + 1 ? marks(reinterpret_cast<const uint4*>(plan.mask)[i]) : 0;
       int total;
@@ -124,14 +132,19 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   __syncthreads();
 
   int slot = 0, tiles = 0, blocks = 0;
+#pragma unroll 1
   for (int s0 = 0; s0 < p.N; s0 += kThreads) {
     const int s = s0 + tid;
     Sequence r{};
     if (s < p.N) {
       r = sequence_of(p, s);
-      r.count = all ? r.queries : computed_before(plan, r.q_begin + r.queries) - computed_before(plan, r.q_begin);
+      r.count = all ? r.queries : computed_before(plan.before, plan.mask, r.q_begin + r.queries) - computed_before(plan.before, plan.mask, r.q_begin);
       if (r.shift < 0) r.count = 0;  // more queries than keys: not in the contract
     }
+    // As many key heads as find room in a part of the L2 cache with their queries, their gradients and the sums of dq.
+    r.heads = static_cast<int>(min(static_cast<int64_t>(p.Hk), static_cast<int64_t>(kCache) / (max(r.count, 1) * static_cast<int64_t>(p.D) * 8 * (p.Hq / p.Hk))));
+    r.heads = max(r.heads, 1);
+    while (p.Hk % r.heads != 0) --r.heads;
     int n;
     r.slot = slot + block_scan((r.count + kSmall - 1) / kSmall * kSmall, scratch, &n);
     r.small = r.slot / kSmall;
@@ -146,26 +159,47 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   __syncthreads();
   const Sequence* seq = plan.sequences;
 
-  // rows
+  // Rows, four slots a thread where they are consecutive; the slots that fill up a sequence's last 64 hold -1.
   if (all) {
-    for (int g = tid; g < queries; g += kThreads) {
-      const Sequence& r = seq[last_at_most(p.N, g, [&](int i) { return seq[i].q_begin; })];
-      if (g - r.q_begin < r.count) plan.rows[r.slot + g - r.q_begin] = g;
+#pragma unroll 1
+    for (int i = 4 * tid; i < slot; i += 4 * kThreads) {
+      const Sequence& r = seq[last_at_most(p.N, i, [&](int j) { return seq[j].slot; })];
+      const int t = i - r.slot, g = r.q_begin + t, n = r.count - t;
+      *reinterpret_cast<int4*>(plan.rows + i) = make_int4(n > 0 ? g : -1, n > 1 ? g + 1 : -1, n > 2 ? g + 2 : -1, n > 3 ? g + 3 : -1);
     }
   } else {
+#pragma unroll 1
+    for (int s = tid / 32; s < p.N; s += kThreads / 32) {
+#pragma unroll 1
+      for (int i = seq[s].count + tid % 32; i < (seq[s].count + kSmall - 1) / kSmall * kSmall; i += 32) plan.rows[seq[s].slot + i] = -1;
+    }
+#pragma unroll 1
     for (int i = tid; i < (queries + 15) / 16; i += kThreads) {
       const uint4 x = reinterpret_cast<const uint4*>(plan.mask)[i];
       if (marks(x) == 0) continue;
-      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-      int s = last_at_most(p.N, 16 * i, [&](int j) { return seq[j].q_begin; }), before = plan.before[i];
-      int first = computed_before(plan, seq[s].q_begin);
-#pragma unroll
+      int s = last_at_most(p.N, 16 * i, [&](int j) { return seq[j].q_begin; });
+      int first = computed_before(plan.before, plan.mask, seq[s].q_begin), to = plan.before[i] - first;
+      if (s + 1 == p.N || seq[s + 1].q_begin >= 16 * i + 16) {  // of one sequence
+        const int end = seq[s].q_begin + (seq[s].count > 0 ? seq[s].queries : 0);
+        int* rows = plan.rows + seq[s].slot;
+        // A byte's mark is its lowest bit: four marks to four bits.
+        const auto bits = [](uint32_t word) { return (word * 0x01020408u >> 24) & 15u; };
+        uint32_t left = bits(x.x) | bits(x.y) << 4 | bits(x.z) << 8 | bits(x.w) << 12;
+#pragma unroll 1
+        for (; left != 0; left &= left - 1) {
+          const int g = 16 * i + __ffs(left) - 1;
+          if (g < end) rows[to++] = g;
+        }
+        continue;
+      }
+      to += first;
+#pragma unroll 1
       for (int b = 0; b < 16; ++b) {
-        if ((words[b / 4] >> (8 * (b % 4)) & 1) == 0) continue;
+        if (plan.mask[16 * i + b] == 0) continue;
         const int g = 16 * i + b;
-        while (s + 1 < p.N && seq[s + 1].q_begin <= g) first = computed_before(plan, seq[++s].q_begin);
-        if (g < seq[s].q_begin + seq[s].queries && seq[s].count > 0) plan.rows[seq[s].slot + before - first] = g;
-        ++before;
+        while (s + 1 < p.N && seq[s + 1].q_begin <= g) first = computed_before(plan.before, plan.mask, seq[++s].q_begin);
+        if (g < seq[s].q_begin + seq[s].queries && seq[s].count > 0) plan.rows[seq[s].slot + to - first] = g;
+        ++to;
       }
     }
   }
@@ -173,6 +207,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
 
   if (tiles <= kSharedTiles) plan.cost = shared_cost;
   // forward tiles, sorted by batch row, then from the heaviest
+#pragma unroll 1
   for (int t = tid; t < tiles; t += kThreads) {
     const int s = last_at_most(p.N, t, [&](int i) { return seq[i].tile; });
     const Sequence r = seq[s];
@@ -190,9 +225,11 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
     plan.cost[t] = x.blocks;
   }
   __syncthreads();
+#pragma unroll 1
   for (int t = tid; t < tiles; t += kThreads) {
     const Tile x = plan.unsorted[t];
     int rank = x.row_tile;
+#pragma unroll 1
     for (int u = x.row_tile; u < x.row_tile + x.row_tiles; ++u) {
       const int c = plan.cost[u];
       rank += c > x.blocks || (c == x.blocks && u < t);
@@ -211,6 +248,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   const int pieces = (cost + piece - 1) / piece, parts = pieces > 1 ? pieces : 0;
   const int at = block_scan(pieces, scratch, &n_pieces), part = block_scan(parts, scratch, &n_parts);
   const int split = block_scan(pieces > 1, scratch, &n_splits);
+#pragma unroll 1
   for (int j = 0; j < pieces; ++j) plan.pieces[at + j] = {unit, j * piece, min(piece, cost - j * piece), pieces > 1 ? part + j : -1};
   if (pieces > 1) plan.splits[split] = {unit, part, pieces, 0};
 
@@ -231,6 +269,6 @@ extern "C" int oryx_span_attention_plan(const OryxSpanAttention* p, void* memory
     const cudaError_t status = cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (status != cudaSuccess) return status;
   }
-  plan_kernel<<<1, kThreads, in_shared ? bytes : 0, stream>>>(*p, layout(*p, memory), static_cast<int>(slots(*p)), in_shared);
+  plan_kernel<<<1, kThreads, in_shared ? bytes : 0, stream>>>(*p, layout(*p, memory), in_shared);
   return cudaGetLastError();
 }

@@ -14,7 +14,7 @@ constexpr int kMinPiece = 4; // key blocks of the smallest piece of a split tile
 struct alignas(16) Sequence {
   int row, q_begin, queries, shift;     // q_begin: row of q in all rows, b * Tq + t
   int k_begin, keys, slot, count;       // k_begin: token of batch row `row`; slot, count: its computed queries
-  int tile, small, block, pad;          // before it: forward tiles, backward tiles, key blocks
+  int tile, small, block, heads;        // before it: forward tiles, backward tiles, key blocks; heads: key heads that run together, backward
 };
 
 struct alignas(16) Tile {
