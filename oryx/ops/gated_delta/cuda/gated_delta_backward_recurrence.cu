@@ -1,6 +1,9 @@
 // The walk of the backward pass over the chunks of a sequence, last to first (see gated_delta_cuda.h): a warpgroup keeps 64 rows (of V) of dS,
 // float32, in registers, and everything is transposed as in gated_delta_recurrence.cu. A warpgroup beside it makes P and clears the rows of
 // dO that count for nothing; one more warp copies the inputs in. Several output heads of one state head are taken one after another.
+//
+// It waits for its own chain of products more than for memory, so it gets about half of the chip, and backward_chunk runs beside it: the copying
+// warp counts in `done` what has been written of a chunk.
 #include "gated_delta_walk.cuh"
 
 namespace oryx::gated_delta_cuda {
@@ -32,7 +35,9 @@ struct Arguments {
   char* d_states;
   __nv_bfloat16* d_v;  // [B, T, Hs, 128]
   float* d_initial;    // or null
+  uint32_t* done;      // of each record: row blocks whose dV and dS1 are written
   const uint8_t* wanted;
+  int merged;          // segments that one walk with outputs takes
 };
 
 // Rows of dO that are not wanted become zero. wanted: of this thread's row.
@@ -58,11 +63,12 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
 
   const int blocks = s.D == 64 ? 1 : kD / kRows, groups = kGrouped ? s.Ho / s.Hs : 1;
   const int rb = blockIdx.x % blocks, hs = blockIdx.x / blocks % s.Hs, n = blockIdx.x / blocks / s.Hs;
-  const int segment = blockIdx.y + (kOutput ? 0 : 1);
+  // The walk's segments: [first, last).
+  const int first = kOutput ? blockIdx.y * a.merged : blockIdx.y + 1, last = kOutput ? min(s.segments, first + a.merged) : first + 1;
   const Sequence seq = sequence(s, n);
   const int chunks = (seq.length + kC - 1) / kC;
-  const int c0 = static_cast<int>(static_cast<int64_t>(chunks) * segment / s.segments);
-  const int c1 = static_cast<int>(static_cast<int64_t>(chunks) * (segment + 1) / s.segments);
+  const int c0 = static_cast<int>(static_cast<int64_t>(chunks) * first / s.segments);
+  const int c1 = static_cast<int>(static_cast<int64_t>(chunks) * last / s.segments);
   const int steps = (c1 - c0) * groups;
 
   if (threadIdx.x == 0) {
@@ -72,6 +78,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
       barrier_init(ready + 8 * i, 4);
     }
     barrier_init_fence();
+    if constexpr (kOutput) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   }
   __syncthreads();
 
@@ -79,18 +86,30 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (warp == L::kCopyWarp && lane == 0) {
       const int hk = hs / (s.Hs / s.Hk);
+      const auto record = [&](int i) { return static_cast<size_t>(seq.first_chunk + c1 - 1 - i / groups) * s.Hs + hs; };
+      const auto spent = [&](int i) { barrier_wait(empty + 8 * (i % kStages), (i / kStages) & 1); };
+      const auto count_done = [&](int i) {
+        if (i % groups == groups - 1) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.done + record(i)) : "memory");
+      };
       for (int i = 0; i < steps; ++i) {
         const int stage = i % kStages, c = c1 - 1 - i / groups, ho = hs * groups + i % groups, hq = ho / (s.Ho / s.Hq);
         const uint32_t at = base + stage * L::kStage, bar = full + 8 * stage;
-        if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) & 1);
+        if (i >= kStages) spent(i - kStages);
         barrier_expect(bar, L::kLoaded);
         const int token = seq.begin + c * kC;
         tensor_load(at + L::kQ, &q_map, bar, 0, hq, token, 0);
         tensor_load(at + L::kQ + kPanel, &q_map, bar, 0, hq, token, 1);
         tensor_load(at + L::kK, &k_map, bar, 0, hk, token, 0);
         tensor_load(at + L::kK + kPanel, &k_map, bar, 0, hk, token, 1);
-        bulk_load(at + L::kRecord, a.record + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * kRecordBytes, kRecordBytes, bar);
+        bulk_load(at + L::kRecord, a.record + record(i) * kRecordBytes, kRecordBytes, bar);
         for (int p = 0; p < kRows / 64; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, bar, 0, ho, token, rb * (kRows / 64) + p);
+        if (kOutput && i >= kStages) count_done(i - kStages);
+      }
+      if constexpr (kOutput) {
+        for (int i = max(0, steps - kStages); i < steps; ++i) {
+          spent(i);
+          count_done(i);
+        }
       }
     }
     return;
@@ -135,9 +154,9 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
   float S[64];
   {
     const float* from = nullptr;
-    const int width = segment == s.segments - 1 ? s.D : kD;  // of what a segment starts from
-    if (segment == s.segments - 1) from = a.d_final == nullptr ? nullptr : a.d_final + state;
-    else if (kOutput) from = a.own + (segments + segment + 1) * kD * kD;
+    const int width = last == s.segments ? s.D : kD;  // of what a segment starts from
+    if (last == s.segments) from = a.d_final == nullptr ? nullptr : a.d_final + state;
+    else if (kOutput) from = a.own + (segments + last) * kD * kD;
 #pragma unroll
     for (int j = 0; j < 16; ++j)
 #pragma unroll
@@ -266,12 +285,16 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
     keep(ws);
 #pragma unroll
     for (int j = 0; j < 32; ++j) sb[j] = pack(S[2 * j], S[2 * j + 1]);
+    if constexpr (kOutput) {
+      if (lane == 0) bulk_wait();
+      __syncwarp();  // what the warp has written of this chunk is in memory once its stage is free
+    }
     if (lane == 0) barrier_arrive(empty + 8 * stage);
   }
 
   float* to = nullptr;
-  if (!kOutput) to = a.own + (segments + segment) * kD * kD;
-  else if (a.d_initial != nullptr && segment == 0) to = a.d_initial + state;
+  if (!kOutput) to = a.own + (segments + first) * kD * kD;
+  else if (a.d_initial != nullptr && first == 0) to = a.d_initial + state;
   const int width = kOutput ? s.D : kD;
   if (to != nullptr) {
 #pragma unroll
@@ -279,9 +302,6 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         if (8 * j < width) *reinterpret_cast<float2*>(to + (row + 8 * h) * width + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
-  }
-  if constexpr (kOutput) {
-    if (lane == 0) bulk_wait();
   }
 }
 
@@ -291,7 +311,7 @@ cudaError_t launch(const Shape& s, const CUtensorMap* maps, const Arguments& a, 
   auto* kernel = backward_recurrence_kernel<kRows, kOutput, kGrouped>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(s.N * s.Hs * (s.D == 64 ? 1 : kD / kRows), s.segments - (kOutput ? 0 : 1)), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], s, a);
+  kernel<<<dim3(s.N * s.Hs * (s.D == 64 ? 1 : kD / kRows), kOutput ? (s.segments + a.merged - 1) / a.merged : s.segments - 1), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], s, a);
   return cudaGetLastError();
 }
 
@@ -303,9 +323,10 @@ cudaError_t launch(const Shape& s, bool output, int rows, const CUtensorMap* map
 
 }  // namespace
 
-cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows,
-                                       const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, cudaStream_t stream) {
-  const Arguments a{d.d_final_state, own, record, d_states, static_cast<__nv_bfloat16*>(d_v), d.d_initial_state, p.wanted};
+cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows, int merged,
+                                       const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, uint32_t* done,
+                                       cudaStream_t stream) {
+  const Arguments a{d.d_final_state, own, record, d_states, static_cast<__nv_bfloat16*>(d_v), d.d_initial_state, done, p.wanted, merged};
   return s.Ho == s.Hs ? launch<false>(s, output, rows, maps, a, stream) : launch<true>(s, output, rows, maps, a, stream);
 }
 
