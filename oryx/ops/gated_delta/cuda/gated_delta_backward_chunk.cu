@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       if (half * 64 < s.D) {
 #pragma unroll
         for (int m = 0; m < 4; ++m)
-          if (t + 16 * m < count) *reinterpret_cast<uint4*>(to + static_cast<size_t>(m) * stride) = load_unit(from + 2048 * m);
+          if (t + 16 * m < count) store_global(to + static_cast<size_t>(m) * stride, load_unit(from + 2048 * m));
       }
     }
     if (warp == 0) store_decay_gradient(at, at_G, base + L::kWhole, first, token, count, ho, s.Ho, a.d_g, lane);

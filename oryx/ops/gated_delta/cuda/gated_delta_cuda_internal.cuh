@@ -79,7 +79,7 @@ struct Plan {
   size_t states, maps_transposed, saved;         // in `saved`: chunk states, M^T of the segments; its size
   size_t record, own, map, offsets, bytes;       // in the forward workspace
   size_t d_states, d_own, d_offsets, d_done, d_order, d_q, d_k, d_v, d_g, d_bytes;  // in the backward workspace
-  int d_rows, merged;  // of the backward walk: as `rows`; segments that one of its blocks takes
+  int d_rows, merged, d_blocks;  // of the backward walk: as `rows`; segments that one walk takes; blocks, which take one walk after another
 };
 Plan plan(const OryxGatedDelta& p);
 
@@ -96,10 +96,10 @@ cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode,
 // own[i] += own[i - 1] map[i], i = 1 .. segments - 2; reverse: own[i] += own[i + 1] map[i], i = segments - 2 .. 1.
 cudaError_t launch_combine(const Shape& s, bool reverse, float* own, const float* map, cudaStream_t stream);
 
-// order: the records' chunks in the order in which the backward walk comes to them; zero: done [records, Hs] and the counter behind it.
-cudaError_t launch_order(const Shape& s, int records, int merged, int32_t* order, uint32_t* done, cudaStream_t stream);
+// order: the records' chunks in the order in which the backward walk comes to them, `together` sequences (or their pieces) at a time; zero: done [records, Hs] and the counter behind it.
+cudaError_t launch_order(const Shape& s, int records, int merged, int together, int32_t* order, uint32_t* done, cudaStream_t stream);
 // `maps`: tensor maps of q, k, d_o. Without outputs: the segments' N'.
-cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows, int merged,
+cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows, int merged, int blocks,
                                        const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, uint32_t* done,
                                        cudaStream_t stream);
 // Runs beside launch_backward_recurrence, launched right before it in the stream: a chunk is taken up when its count in `done` is row_blocks.

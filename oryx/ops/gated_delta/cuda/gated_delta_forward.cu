@@ -54,6 +54,9 @@ Plan plan(const OryxGatedDelta& p) {
   while (r.merged < s.segments && state_walks * ((s.segments + r.merged - 1) / r.merged) > half) ++r.merged;
   r.d_rows = p.rows != 0 ? p.rows : state_walks * ((s.segments + r.merged - 1) / r.merged) * 2 <= half ? 64 : 128;
   if (p.D == 64) r.d_rows = 64;
+  // Those of some sequences' (or pieces') heads at a time, as far as all heads of one fit.
+  const int heads_blocks = s.Hs * (p.D == 64 ? 1 : kD / r.d_rows);
+  r.d_blocks = heads_blocks > half ? half : half / heads_blocks * heads_blocks;
 
   const size_t tokens = static_cast<size_t>(p.B) * p.T;
   const auto summed = [&](int heads_in, int heads_out, size_t width) { return heads_in == heads_out ? 0 : aligned(tokens * heads_in * width); };
