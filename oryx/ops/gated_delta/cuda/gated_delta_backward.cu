@@ -12,6 +12,8 @@ extern "C" int oryx_gated_delta_backward(const OryxGatedDelta* p, const OryxGate
   char *const scratch = static_cast<char*>(workspace), *const saved = static_cast<char*>(p->saved);
   float* const own = reinterpret_cast<float*>(scratch + r.d_own);
   int32_t* const offsets = reinterpret_cast<int32_t*>(scratch + r.d_offsets);
+  uint32_t* const done = reinterpret_cast<uint32_t*>(scratch + r.d_done);
+  int32_t* const order = reinterpret_cast<int32_t*>(scratch + r.d_order);
   s.chunk_offsets = p->cu_seqlens == nullptr ? nullptr : offsets;
   // Gradients of heads that several others read: of each reader first.
   void* const d_q = s.Ho == s.Hq ? d->d_q : scratch + r.d_q;
@@ -32,14 +34,18 @@ extern "C" int oryx_gated_delta_backward(const OryxGatedDelta* p, const OryxGate
   const CUtensorMap walk[3] = {maps[0], maps[1], maps[3]};
   if ((status = launch_offsets(s, offsets, stream)) != cudaSuccess) return status;
   if (s.segments > 1) {
-    if ((status = launch_backward_recurrence(*p, *d, s, false, 128, walk, saved, own, scratch, d_v, stream)) != cudaSuccess) return status;
+    if ((status = launch_backward_recurrence(*p, *d, s, false, 128, 1, 1 << 30, walk, saved, own, scratch, d_v, done, stream)) != cudaSuccess) return status;
     if (s.segments > 2) {
       const float* maps_transposed = reinterpret_cast<const float*>(saved + r.maps_transposed);
       if ((status = launch_combine(s, true, own, maps_transposed, stream)) != cudaSuccess) return status;
     }
   }
-  if ((status = launch_backward_recurrence(*p, *d, s, true, r.rows, walk, saved, own, scratch, d_v, stream)) != cudaSuccess) return status;
-  status = launch_backward_chunk(*p, *d, s, static_cast<int>(r.records), maps, saved, saved + r.states, scratch, d_q, d_k, d_g, stream);
+  const int row_blocks = s.D == 64 ? 1 : kD / r.d_rows;
+  if ((status = launch_order(s, static_cast<int>(r.records), r.merged, r.d_blocks / (s.Hs * row_blocks), order, done, stream)) != cudaSuccess) return status;
+  status = launch_backward_recurrence(*p, *d, s, true, r.d_rows, r.merged, r.d_blocks, walk, saved, own, scratch, d_v, done, stream);
+  if (status != cudaSuccess) return status;
+  status = launch_backward_chunk(*p, *d, s, static_cast<int>(r.records), maps, saved, saved + r.states, scratch, order, done, row_blocks, d_q, d_k,
+                                 d_g, stream);
   if (status != cudaSuccess) return status;
   if (d_q != d->d_q && (status = launch_sum_heads(d_q, d->d_q, tokens, s.Hq, s.Ho / s.Hq, s.D, stream)) != cudaSuccess) return status;
   if (d_k != d->d_k && (status = launch_sum_heads(d_k, d->d_k, tokens, s.Hk, s.Ho / s.Hk, s.D, stream)) != cudaSuccess) return status;

@@ -25,7 +25,7 @@ struct Layout {
   static constexpr int kRows = kS1 + kStateBytes;  // of each set: G log2(e), 1 / |k|: 64 floats each
   static constexpr int kNorms = kRows + 1024;      // 1 / |q|
   static constexpr int kWhole = kNorms + 256;      // <S0, dS1>: a float for each warp
-  static constexpr int kItem = kWhole + 64;        // of each set: first token, tokens, output head, state head, the next item's record
+  static constexpr int kItem = kWhole + 64;        // of each set: first token, tokens, output head, state head, record; token -1: no more
   static constexpr int kBarriers = kItem + 64;
   static constexpr int kBytes = kBarriers + 80;
   // Sums over half the columns, [two halves][64] floats each.
@@ -38,20 +38,27 @@ struct Arguments {
   const char* record;
   const char* states;
   const char* d_states;
+  const int32_t* order;  // [records] chunks
+  uint32_t* done;        // [records, Hs] row blocks of dV and dS1 that are written, then the next item to be taken
+  int row_blocks, records;
   __nv_bfloat16* d_q;  // [B, T, Ho, 128]
   __nv_bfloat16* d_k;  // [B, T, Ho, 128]
   float* d_g;          // [B, T, Ho]
   float* d_beta;       // [B, T, Hs]
 };
 
-// Which record and heads work item `index` is.
+// Which chunk and heads work item `index` is.
 struct Item {
-  int chunk, ho, hs;
-  size_t record;
-  __device__ Item(const Shape& s, int index) : chunk(index / s.Ho), ho(index % s.Ho), hs(ho / (s.Ho / s.Hs)) {
-    record = static_cast<size_t>(chunk) * s.Hs + hs;
-  }
+  int chunk, ho, hs, record;
+  __device__ Item(const Shape& s, const int32_t* order, int index)
+      : chunk(order[index / s.Ho]), ho(index % s.Ho), hs(ho / (s.Ho / s.Hs)), record(chunk * s.Hs + hs) {}
 };
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t x;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
 
 // dg of a chunk by one warp, two tokens a lane.
 __device__ __forceinline__ void store_decay_gradient(uint32_t at, uint32_t at_G, uint32_t at_whole, float first, int token, int count, int ho, int Ho,
@@ -112,32 +119,43 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
   if (warp >= L::kWarps) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (warp > L::kWarps || lane != 0) return;
-    for (int i = 0, index = blockIdx.x; index < total; ++i, index += gridDim.x) {
-      const Item item(s, index);
+    uint32_t* const counter = a.done + static_cast<size_t>(a.records) * s.Hs;
+    int next = atomicAdd(counter, 1);
+    for (int i = 0;; ++i) {
+      const int index = next;
+      if (i >= 2) barrier_wait(empty + 8 * (i % 2), (i / 2 - 1) & 1);
+      if (index >= total) {
+        store_word(base + L::kItem + 32 * (i % 2), ~0u);
+        barrier_arrive(full_a + 8 * (i % 2));
+        break;
+      }
+      next = atomicAdd(counter, 1);
+      const Item item(s, a.order, index);
       const auto [token, count] = place(s, item.chunk);
       const int set = i % 2, hk = item.hs / (s.Hs / s.Hk), hv = item.hs / (s.Hs / s.Hv), hq = item.ho / (s.Ho / s.Hq);
       const uint32_t at = base + set * L::kSet, a_bar = full_a + 8 * set, b_bar = full_b + 8 * set;
-      if (i >= 2) barrier_wait(empty + 8 * set, (i / 2 - 1) & 1);
       const uint32_t at_item = base + L::kItem + 32 * set;
       store_word(at_item, token);
       store_word(at_item + 4, count);
       store_word(at_item + 8, item.ho);
       store_word(at_item + 12, item.hs);
-      store_word(at_item + 16, index + gridDim.x < total ? static_cast<int>(Item(s, index + gridDim.x).record) : -1);
+      store_word(at_item + 16, item.record);
       barrier_expect(a_bar, 4 * kPanel + 512);
       for (int p = 0; p < 2; ++p) tensor_load(at + L::kK + p * kPanel, &k_map, a_bar, 0, hk, token, p);
       for (int p = 0; p < 2; ++p) tensor_load(at + L::kV + p * kPanel, &v_map, a_bar, 0, hv, token, p);
-      bulk_load(base + L::kRows + 512 * set, a.record + item.record * kRecordBytes + kRecordRows + 512, 512, a_bar);
+      bulk_load(base + L::kRows + 512 * set, a.record + static_cast<size_t>(item.record) * kRecordBytes + kRecordRows + 512, 512, a_bar);
       barrier_expect(b_bar, 6 * kPanel);
       for (int p = 0; p < 2; ++p) tensor_load(at + L::kQ + p * kPanel, &q_map, b_bar, 0, hq, token, p);
       for (int p = 0; p < 2; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, b_bar, 0, item.ho, token, p);
+      while (load_acquire(a.done + item.record) < a.row_blocks) __nanosleep(100);
+      asm volatile("fence.proxy.async;" ::: "memory");
       for (int p = 0; p < 2; ++p) tensor_load(at + L::kW + p * kPanel, &w_map, b_bar, 0, item.hs, token, p);
       if (i >= 1) barrier_wait(empty_s0, (i - 1) & 1);
       barrier_expect(full_s0, state_bytes(s.D));
-      bulk_load(base + L::kS0, a.states + item.record * state_bytes(s.D), state_bytes(s.D), full_s0);
+      bulk_load(base + L::kS0, a.states + static_cast<size_t>(item.record) * state_bytes(s.D), state_bytes(s.D), full_s0);
       if (i >= 1) barrier_wait(empty_s1, (i - 1) & 1);
       barrier_expect(full_s1, state_bytes(s.D));
-      bulk_load(base + L::kS1, a.d_states + item.record * state_bytes(s.D), state_bytes(s.D), full_s1);
+      bulk_load(base + L::kS1, a.d_states + static_cast<size_t>(item.record) * state_bytes(s.D), state_bytes(s.D), full_s1);
     }
     return;
   }
@@ -156,15 +174,16 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       for (int i = 0; i < 4; ++i)
         tb[4 * kk + i] = *reinterpret_cast<const uint32_t*>(from + i % 2 * 1024 + (((2 * kk + i / 2) ^ (lane / 4)) << 4));
   };
-  if (blockIdx.x < total) load_T(Item(s, blockIdx.x).record);
   const uint32_t low_s0 = descriptor_low(base + L::kS0), low_s1 = descriptor_low(base + L::kS1);
 
-  for (int i = 0, index = blockIdx.x; index < total; ++i, index += gridDim.x) {
+  for (int i = 0;; ++i) {
     const int set = i % 2;
     const uint32_t at = base + set * L::kSet, at_G = base + L::kRows + 512 * set, at_rk = at_G + 256, at_rq = base + L::kNorms;
     const uint32_t at_item = base + L::kItem + 32 * set;
     barrier_wait(full_a + 8 * set, i / 2 & 1);
-    const int token = load_word(at_item), count = load_word(at_item + 4), ho = load_word(at_item + 8), hs = load_word(at_item + 12);
+    const int token = load_word(at_item);
+    if (token < 0) break;
+    const int count = load_word(at_item + 4), ho = load_word(at_item + 8), hs = load_word(at_item + 12);
     const float first = ho == hs * (s.Ho / s.Hs) ? 1.f : 0.f;  // what the state head has but once is this item's
     const bool unwanted = a.wanted != nullptr && thread / 8 < count && a.wanted[token + thread / 8] == 0;
     float G[2], rk[2];
@@ -176,6 +195,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       fence_async_proxy();
       named_barrier(1, 512);
     }
+    load_T(load_word(at_item + 16));
     barrier_wait(full_s0, i & 1);
 
     const uint32_t low = descriptor_low(at);  // of this set; + bytes / 16
@@ -313,10 +333,6 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     }
     fence_async_proxy();
     named_barrier(1, 512);
-    {
-      const int next = load_word(at_item + 16);
-      if (next >= 0) load_T(next);
-    }
 
     // r dQ += E K, r e += F K; r dK's other terms are shared out. On the way, the sums over columns that dg and the normalisation take.
     const uint32_t my_q = at + L::kQ + half * kPanel + my_rows, my_k = at + L::kK + half * kPanel + my_rows,
@@ -406,7 +422,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       if (half * 64 < s.D) {
 #pragma unroll
         for (int m = 0; m < 4; ++m)
-          if (t + 16 * m < count) *reinterpret_cast<uint4*>(to + static_cast<size_t>(m) * stride) = load_unit(from + 2048 * m);
+          if (t + 16 * m < count) store_global(to + static_cast<size_t>(m) * stride, load_unit(from + 2048 * m));
       }
     }
     if (warp == 0) store_decay_gradient(at, at_G, base + L::kWhole, first, token, count, ho, s.Ho, a.d_g, lane);
@@ -414,6 +430,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     __syncwarp();
     if (lane == 0) barrier_arrive(empty + 8 * set);
   }
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // this kernel ends after the walk
 }
 
 struct Sum {
@@ -444,8 +461,8 @@ __global__ void sum_heads_kernel(const float* from, float* to, int64_t n, int co
 }  // namespace
 
 cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, int records, const CUtensorMap* maps,
-                                  const char* record, const char* states, const char* d_states, void* d_q, void* d_k, float* d_g,
-                                  cudaStream_t stream) {
+                                  const char* record, const char* states, const char* d_states, const int32_t* order, uint32_t* done, int row_blocks,
+                                  void* d_q, void* d_k, float* d_g, cudaStream_t stream) {
   if (records == 0) return cudaSuccess;
   const cudaError_t status = cudaFuncSetAttribute(backward_chunk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kBytes);
   if (status != cudaSuccess) return status;
@@ -457,9 +474,14 @@ cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaG
     if (found != cudaSuccess) return found;
   }
   const int blocks = records * s.Ho < processors ? records * s.Ho : processors;
-  const Arguments a{p.wanted, record, states, d_states, static_cast<__nv_bfloat16*>(d_q), static_cast<__nv_bfloat16*>(d_k), d_g, d.d_beta};
-  backward_chunk_kernel<<<blocks, Layout::kThreads, Layout::kBytes, stream>>>(maps[0], maps[1], maps[2], maps[3], maps[4], s, a);
-  return cudaGetLastError();
+  const Arguments a{p.wanted, record, states, d_states, order, done, row_blocks, records, static_cast<__nv_bfloat16*>(d_q), static_cast<__nv_bfloat16*>(d_k), d_g, d.d_beta};
+  cudaLaunchAttribute beside{};
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(Layout::kThreads), config.dynamicSmemBytes = Layout::kBytes, config.stream = stream;
+  config.attrs = &beside, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, backward_chunk_kernel, maps[0], maps[1], maps[2], maps[3], maps[4], s, a);
 }
 
 cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, int D, cudaStream_t stream) {

@@ -78,7 +78,8 @@ struct Plan {
   size_t records;  // in number
   size_t states, maps_transposed, saved;         // in `saved`: chunk states, M^T of the segments; its size
   size_t record, own, map, offsets, bytes;       // in the forward workspace
-  size_t d_states, d_own, d_offsets, d_q, d_k, d_v, d_g, d_bytes;  // in the backward workspace
+  size_t d_states, d_own, d_offsets, d_done, d_order, d_q, d_k, d_v, d_g, d_bytes;  // in the backward workspace
+  int d_rows, merged, d_blocks;  // of the backward walk: as `rows`; segments that one walk takes; blocks, which take one walk after another
 };
 Plan plan(const OryxGatedDelta& p);
 
@@ -95,13 +96,17 @@ cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode,
 // own[i] += own[i - 1] map[i], i = 1 .. segments - 2; reverse: own[i] += own[i + 1] map[i], i = segments - 2 .. 1.
 cudaError_t launch_combine(const Shape& s, bool reverse, float* own, const float* map, cudaStream_t stream);
 
+// order: the records' chunks in the order in which the backward walk comes to them, `together` sequences (or their pieces) at a time; zero: done [records, Hs] and the counter behind it.
+cudaError_t launch_order(const Shape& s, int records, int merged, int together, int32_t* order, uint32_t* done, cudaStream_t stream);
 // `maps`: tensor maps of q, k, d_o. Without outputs: the segments' N'.
-cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows,
-                                       const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, cudaStream_t stream);
+cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows, int merged, int blocks,
+                                       const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, uint32_t* done,
+                                       cudaStream_t stream);
+// Runs beside launch_backward_recurrence, launched right before it in the stream: a chunk is taken up when its count in `done` is row_blocks.
 // `maps`: tensor maps of q, k, v, d_o, d_v (Hs heads). d_q, d_k: [B, T, Ho, D], d_g [B, T, Ho]: not yet summed over heads.
 cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, int records, const CUtensorMap* maps,
-                                  const char* record, const char* states, const char* d_states, void* d_q, void* d_k, float* d_g,
-                                  cudaStream_t stream);
+                                  const char* record, const char* states, const char* d_states, const int32_t* order, uint32_t* done, int row_blocks,
+                                  void* d_q, void* d_k, float* d_g, cudaStream_t stream);
 // to[r, h] = sum over `count` consecutive heads of from, [rows, heads * count, D] bfloat16, or with D = 0 [rows, heads * count] float32.
 cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, int D, cudaStream_t stream);
 

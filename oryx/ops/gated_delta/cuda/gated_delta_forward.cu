@@ -48,11 +48,23 @@ Plan plan(const OryxGatedDelta& p) {
   r.offsets = r.map + segments;
   r.bytes = r.offsets + offsets;
 
+  // Half of the chip for the walk, which backward_chunk runs beside.
+  const int state_walks = s.N * s.Hs, half = kProcessors / 2;
+  r.merged = 1;
+  while (r.merged < s.segments && state_walks * ((s.segments + r.merged - 1) / r.merged) > half) ++r.merged;
+  r.d_rows = p.rows != 0 ? p.rows : state_walks * ((s.segments + r.merged - 1) / r.merged) * 2 <= half ? 64 : 128;
+  if (p.D == 64) r.d_rows = 64;
+  // Those of some sequences' (or pieces') heads at a time, as far as all heads of one fit.
+  const int heads_blocks = s.Hs * (p.D == 64 ? 1 : kD / r.d_rows);
+  r.d_blocks = heads_blocks > half ? half : half / heads_blocks * heads_blocks;
+
   const size_t tokens = static_cast<size_t>(p.B) * p.T;
   const auto summed = [&](int heads_in, int heads_out, size_t width) { return heads_in == heads_out ? 0 : aligned(tokens * heads_in * width); };
   r.d_own = heads * state_bytes(p.D);
   r.d_offsets = r.d_own + segments;
-  r.d_q = aligned(r.d_offsets + offsets);
+  r.d_done = aligned(r.d_offsets + offsets);
+  r.d_order = r.d_done + (heads + 1) * sizeof(uint32_t);
+  r.d_q = aligned(r.d_order + r.records * sizeof(int32_t));
   r.d_k = r.d_q + summed(s.Ho, s.Hq, 2 * p.D);
   r.d_v = r.d_k + summed(s.Ho, s.Hk, 2 * p.D);
   r.d_g = r.d_v + summed(s.Hs, s.Hv, 2 * p.D);

@@ -39,6 +39,35 @@ __global__ void chunk_offsets_kernel(const int32_t* cu_seqlens, int N, int T, in
   if (lane == 0) offsets[0] = 0;
 }
 
+// One thread a chunk: its place is the number of chunks that the walks come to before it, `together` walks taking their steps side by side.
+__global__ void order_kernel(const Shape s, int records, int merged, int together, int32_t* order, uint32_t* done) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  for (int64_t k = i; k < static_cast<int64_t>(records) * s.Hs + 1; k += gridDim.x * blockDim.x) done[k] = 0;
+  if (i >= (s.cu_seqlens == nullptr ? records : s.chunk_offsets[s.N])) return;
+  const auto chunks_of = [&](int n) { return s.cu_seqlens == nullptr ? s.chunks : s.chunk_offsets[n + 1] - s.chunk_offsets[n]; };
+  const auto bound = [&](int chunks, int walk) {  // the first chunk of a walk
+    return static_cast<int>(static_cast<int64_t>(chunks) * min(walk * merged, s.segments) / s.segments);
+  };
+  const int walks = (s.segments + merged - 1) / merged;
+  int n = 0, c = i;  // the sequence and the chunk within it
+  while (c >= chunks_of(n)) c -= chunks_of(n++);
+  int walk = 0;
+  while (c >= bound(chunks_of(n), walk + 1)) ++walk;
+  const int step = bound(chunks_of(n), walk + 1) - 1 - c;
+  const int own = (n * walks + walk) / together;
+  int before = 0;
+  for (int m = 0; m < s.N; ++m) {
+    const int chunks = chunks_of(m);
+    for (int w = 0; w < walks; ++w) {
+      const int length = bound(chunks, w + 1) - bound(chunks, w);
+      const int round = (m * walks + w) / together;
+      if (round < own) before += length;
+      if (round == own) before += min(length, step) + (length > step && (m < n || (m == n && w < walk)) ? 1 : 0);
+    }
+  }
+  order[before] = i;
+}
+
 __global__ void wanted_kernel(const int32_t* spans, int B, int T, uint8_t* wanted) {
   const int row = spans[3 * blockIdx.x], begin = spans[3 * blockIdx.x + 1], end = spans[3 * blockIdx.x + 2];
   if (row < 0 || row >= B || begin < 0 || begin > end || end > T) {
@@ -269,6 +298,11 @@ __global__ void __launch_bounds__(128, 6)
 
 cudaError_t launch_offsets(const Shape& s, int32_t* chunk_offsets, cudaStream_t stream) {
   if (s.cu_seqlens != nullptr) chunk_offsets_kernel<<<1, 32, 0, stream>>>(s.cu_seqlens, s.N, s.T, chunk_offsets);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_order(const Shape& s, int records, int merged, int together, int32_t* order, uint32_t* done, cudaStream_t stream) {
+  order_kernel<<<(records + 127) / 128 + 1, 128, 0, stream>>>(s, records, merged, together > 0 ? together : 1, order, done);
   return cudaGetLastError();
 }
 

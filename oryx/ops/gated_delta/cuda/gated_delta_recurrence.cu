@@ -163,11 +163,6 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
 #pragma unroll
       for (int kk = 0; kk < 8; ++kk) wgmma_64x64(o, sb + 4 * kk, descriptor(at + L::kQ + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
       wgmma_commit();
-      if constexpr (kSave) {
-        if (ho % (s.Ho / s.Hs) == 0)
-          store_state(sb, base + L::kState + warp * 4096,
-                      a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_bytes(s.D) + (rb * kRows + 16 * warp) * 128, s.D, lane);
-      }
       store_out(ob, staging, a.o, a.wanted, token - kC, i > 0 ? kC : 0, static_cast<size_t>(s.Ho) * s.D, ho * s.D + rb * kRows + 16 * warp, lane);
       wgmma_wait<1>();
     } else {
@@ -203,6 +198,11 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) wgmma_64x64(u, xb + 4 * kk, descriptor(at + L::kRecord + kRecordT + kk * 32, 16, 1024), kk > 0);
     wgmma_commit();
+    if constexpr (kSave) {
+      if (ho % (s.Ho / s.Hs) == 0)
+        store_state(sb, base + L::kState + warp * 4096,
+                    a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_bytes(s.D) + (rb * kRows + 16 * warp) * 128, s.D, lane);
+    }
     const float decay = power2(load_shared(at + L::kRecord + kRecordRows + 4 * 191));
 #pragma unroll
     for (int j = 0; j < 64; ++j) S[j] *= decay;
