@@ -7,8 +7,8 @@
 // warpgroups have 64 keys each; scores are computed transposed (keys by slots), so that P^T and dS^T are the left operands of dv and dk straight
 // from registers, and dS goes through shared memory for dq, of which each warpgroup computes half the columns.
 //
-// dq is summed over key blocks in float32 in global memory: a warp for each half adds a staged tile by a bulk reduction once the block after it in
-// the sequence has added its own (a counter a tile, head and half), so the order, and with it every bit, is fixed. Blocks are taken from the last of
+// dq is summed over key blocks in float32 in global memory: one of two warps adds a staged tile by a bulk reduction once the block after it in
+// the sequence has added its own (a counter a tile and head), so the order, and with it every bit, is fixed. Blocks are taken from the last of
 // a sequence: a block begins with the tiles at its diagonal, which the later ones passed before, and nobody waits for an item that no block has yet.
 // The first block of a tile stores instead of adding. Few heads run at a time, so that queries, gradients and sums stay in the L2 cache.
 // finish_kernel rounds dq and scatters it to its rows; the copying warpgroup's idle warp zeroes the rows outside spans.
@@ -31,7 +31,7 @@ struct Arguments {
   __nv_bfloat16 *dq, *dk, *dv;
   char* records;
   float* dq_sum;
-  int* turns;  // [Hq][tiles][2]
+  int* turns;  // [Hq][tiles]
   int64_t q_row, q_token, q_head;
   int64_t slots;
   int Tq, Tk, Hq, Hk, group, queries, window;
@@ -52,7 +52,7 @@ struct Layout {
 };
 
 // Barriers, 8 bytes each, from kBarriers.
-constexpr int kKvFull = 0, kKvEmpty = 1, kQFull = 2, kQEmpty = 4, kDoFull = 6, kDoEmpty = 8, kDqFull = 10, kDqEmpty = 14, kWorkFull = 18, kWorkEmpty = 20;
+constexpr int kKvFull = 0, kKvEmpty = 1, kQFull = 2, kQEmpty = 4, kDoFull = 6, kDoEmpty = 8, kDqFull = 10, kDqEmpty = 12, kWorkFull = 14, kWorkEmpty = 16;
 
 struct Work {
   int block, small, begin, end, keys, row, k_begin, key_head;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const Arguments a) {
     }
   }
   if (thread >= kSmall) return;
-  if (thread < 2) a.turns[(head * (a.slots / kSmall) + m) * 2 + thread] = 0;
+  if (thread == 0) a.turns[head * (a.slots / kSmall) + m] = 0;
   // Positions: the sequence is the last whose slots begin at the tile or before it.
   int lo = 0, hi = a.plan.sequence_count;
   while (hi - lo > 1) {
@@ -208,9 +208,9 @@ __device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
 
-// One thread for a warpgroup's half of dq.
+// One thread for every other step's dq: its way to the L2 cache and back, which the next block's turn waits for, takes longer than a step.
 template <int D>
-__device__ void add_loop(const Arguments& a, uint32_t base, int half) {
+__device__ void add_loop(const Arguments& a, uint32_t base, int buffer) {
   using L = Layout<D>;
   const uint32_t bars = base + L::kBarriers;
   const int tiles = a.slots / kSmall;
@@ -225,25 +225,23 @@ __device__ void add_loop(const Arguments& a, uint32_t base, int half) {
     if (block < 0) break;
     for (int g = 0; g < a.group; ++g) {
       for (int j = begin; j < end; ++j, ++at) {
-        const int buffer = at % 2;
+        if (at % 2 != buffer) continue;
         const int64_t tile = static_cast<int64_t>(key_head * a.group + g) * tiles + small + j;
         // The last key block that sees the tile adds first.
         const int first = *reinterpret_cast<const int*>(a.records + tile * L::kRecord + 2 * L::kSmallMatrix + 4 * 193) / kKeys;
-        barrier_wait(bars + 8 * (kDqFull + 2 * half + buffer), (at / 2) & 1);
-        int* turn = a.turns + tile * 2 + half;
-        float* to = a.dq_sum + tile * kSmall * D + half * (L::kHalf / 4);
-        const uint32_t from = base + L::kDq + (2 * half + buffer) * L::kHalf;
-        if (block == first) {
-          bulk_store(to, from, L::kHalf);
-        } else {
+        int* turn = a.turns + tile;
+        float* to = a.dq_sum + tile * kSmall * D;
+        const uint32_t from = base + L::kDq + buffer * 2 * L::kHalf;
+        if (block != first) {
           while (load_acquire(turn) != first - block) __nanosleep(20);
-          bulk_add(to, from, L::kHalf);
         }
+        barrier_wait(bars + 8 * (kDqFull + buffer), (at / 2) & 1);
+        if (block == first) bulk_store(to, from, 2 * L::kHalf);
+        else bulk_add(to, from, 2 * L::kHalf);
         bulk_commit();
         bulk_wait();
-        __threadfence();
         store_release(turn, first - block + 1);
-        barrier_arrive(bars + 8 * (kDqEmpty + 2 * half + buffer));
+        barrier_arrive(bars + 8 * (kDqEmpty + buffer));
       }
     }
   }
@@ -257,7 +255,7 @@ __device__ void zero_rows(const Arguments& a, int bytes, int warp, int warps, in
   }
 }
 
-// 64 rows of `x` times `factor` into a warpgroup's rows of a matrix of panels, swizzled.
+// 64 rows of `x` times `factor` into panels of 64 rows, swizzled.
 template <int D>
 __device__ __forceinline__ void stage_rows(const float (&x)[D / 2], float factor, uint32_t at, int row, int column) {
 #pragma unroll
@@ -265,7 +263,7 @@ __device__ __forceinline__ void stage_rows(const float (&x)[D / 2], float factor
     const int r = row + 8 * h;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
-      store_shared4(at + j / 8 * Layout<D>::kPanel + r * 128 + ((j % 8 ^ r % 8) << 4) + 2 * column,
+      store_shared4(at + j / 8 * Layout<D>::kSmallPanel + r * 128 + ((j % 8 ^ r % 8) << 4) + 2 * column,
                     pack(x[4 * j + 2 * h] * factor, x[4 * j + 2 * h + 1] * factor));
   }
 }
@@ -274,7 +272,7 @@ __device__ __forceinline__ void write_rows(__nv_bfloat16* to, size_t stride, uin
 #pragma unroll
   for (int i = 0; i < D / 16; ++i) {
     const int r = (thread + 128 * i) / (D / 8), unit = (thread + 128 * i) % (D / 8);
-    if (r < rows) *reinterpret_cast<uint4*>(to + r * stride + unit * 8) = load_shared16(at + unit / 8 * Layout<D>::kPanel + r * 128 + ((unit % 8 ^ r % 8) << 4));
+    if (r < rows) *reinterpret_cast<uint4*>(to + r * stride + unit * 8) = load_shared16(at + unit / 8 * Layout<D>::kSmallPanel + r * 128 + ((unit % 8 ^ r % 8) << 4));
   }
 }
 
@@ -293,12 +291,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(bars + 8 * (kDoFull + i), 1);
       barrier_init(bars + 8 * (kQEmpty + i), kWorkers / 32);
       barrier_init(bars + 8 * (kDoEmpty + i), kWorkers / 32);
+      barrier_init(bars + 8 * (kDqFull + i), kWorkers / 32);
+      barrier_init(bars + 8 * (kDqEmpty + i), 1);
       barrier_init(bars + 8 * (kWorkFull + i), 1);
       barrier_init(bars + 8 * (kWorkEmpty + i), kWorkers / 32 + 2);
-    }
-    for (int i = 0; i < 4; ++i) {
-      barrier_init(bars + 8 * (kDqFull + i), 4);
-      barrier_init(bars + 8 * (kDqEmpty + i), 1);
     }
     barrier_init_fence();
   }
@@ -432,17 +428,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         // After the last step: of whatever the stage holds, for nothing. A branch here would make the compiler serialize the products.
         issue_scores(at + 1, left > 1);
         wgmma_commit();
-        const int buffer = at % 2, dq_bar = 2 * group + buffer;
-        if (at >= 2) barrier_wait(bars + 8 * (kDqEmpty + dq_bar), (at / 2 - 1) & 1);
+        const int buffer = at % 2;
+        if (at >= 2) barrier_wait(bars + 8 * (kDqEmpty + buffer), (at / 2 - 1) & 1);
         wgmma_wait<2>();
         keep(dq);
 #pragma unroll
         for (int i = 0; i < D / 16; ++i)
-          store_shared16(base + L::kDq + dq_bar * L::kHalf + i * 2048 + thread * 16,
+          store_shared16(base + L::kDq + (2 * buffer + group) * L::kHalf + i * 2048 + thread * 16,
                          make_uint4(__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]), __float_as_uint(dq[4 * i + 2]), __float_as_uint(dq[4 * i + 3])));
         fence_async_proxy();
         __syncwarp();
-        if (lane == 0) barrier_arrive(bars + 8 * (kDqFull + dq_bar));
+        if (lane == 0) barrier_arrive(bars + 8 * (kDqFull + buffer));
         wgmma_wait<1>();
         keep(dk);
         keep(sb);
@@ -453,17 +449,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 
-    named_barrier(1, kWorkers);  // nobody reads K and V any more
-    stage_rows<D>(dv, 1.f, own_v, row, column);
-    stage_rows<D>(dk, a.scale, own_k, row, column);
+    if (in_use < kKeys) fence_async_proxy();  // rows were cleared
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bars + 8 * kKvEmpty);  // the next keys are on their way while these leave by way of dq's two buffers
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (at + i >= 2) barrier_wait(bars + 8 * (kDqEmpty + (at + i) % 2), ((at + i) / 2 - 1) & 1);
+    const uint32_t out = base + L::kDq + group * L::kHalf;  // of the first buffer; in the second 2 kHalf further on
+    stage_rows<D>(dv, 1.f, out, row, column);
+    stage_rows<D>(dk, a.scale, out + 2 * L::kHalf, row, column);
     named_barrier(2 + group, 128);
     const size_t stride = static_cast<size_t>(a.Hk) * D;
     const size_t to = (static_cast<size_t>(batch) * a.Tk + k_begin + block * kKeys + 64 * group) * stride + key_head * D;
-    write_rows<D>(a.dv + to, stride, own_v, in_use - 64 * group, thread);
-    write_rows<D>(a.dk + to, stride, own_k, in_use - 64 * group, thread);
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(bars + 8 * kKvEmpty);
+    write_rows<D>(a.dv + to, stride, out, in_use - 64 * group, thread);
+    write_rows<D>(a.dk + to, stride, out + 2 * L::kHalf, in_use - 64 * group, thread);
   }
 }
 
@@ -498,7 +497,7 @@ Scratch scratch_of(const OryxSpanAttention& p) {
   Scratch r{};
   r.sums = tiles * (p.D == 64 ? Layout<64>::kRecord : Layout<128>::kRecord);
   r.turns = r.sums + tiles * kSmall * p.D * sizeof(float);
-  r.bytes = r.turns + tiles * 2 * sizeof(int);
+  r.bytes = r.turns + tiles * sizeof(int);
   return r;
 }
 

@@ -242,17 +242,16 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   const int units = tiles * p.Hq, whole = units / p.processors * p.processors, i = tid;
   const int unit = whole + i;
   const int cost = unit < units ? plan.tiles[unit_of(plan, unit, p.Hq).tile].blocks : 0;
-  int work, n_pieces, n_parts, n_splits;
+  int work, n_pieces, n;
   block_scan(cost, scratch, &work);
   const int piece = max(kMinPiece, (work + 2 * p.processors - 1) / (2 * p.processors));
   const int pieces = (cost + piece - 1) / piece, parts = pieces > 1 ? pieces : 0;
-  const int at = block_scan(pieces, scratch, &n_pieces), part = block_scan(parts, scratch, &n_parts);
-  const int split = block_scan(pieces > 1, scratch, &n_splits);
+  const int at = block_scan(pieces, scratch, &n_pieces), part = block_scan(parts, scratch, &n);
+  const int split = block_scan(pieces > 1, scratch, &n);
 #pragma unroll 1
-  for (int j = 0; j < pieces; ++j) plan.pieces[at + j] = {unit, j * piece, min(piece, cost - j * piece), pieces > 1 ? part + j : -1};
-  if (pieces > 1) plan.splits[split] = {unit, part, pieces, 0};
-
-  if (tid == 0) *plan.counts = {tiles, whole, whole + n_pieces, n_splits, slot / kSmall, blocks, 0, 0};
+  for (int j = 0; j < pieces; ++j) plan.pieces[at + j] = {unit, j * piece, min(piece, cost - j * piece), part + j, split, pieces, part, 0};
+  if (tid < 2 * p.processors) plan.arrived[tid] = 0;
+  if (tid == 0) *plan.counts = {tiles, whole, whole + n_pieces, slot / kSmall, blocks, 0, 0};
 }
 
 }  // namespace
