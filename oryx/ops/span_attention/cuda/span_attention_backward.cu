@@ -27,10 +27,6 @@ constexpr int kThreads = 384, kWorkers = 256;
 // Barriers, 8 bytes each, from kBarriers.
 constexpr int kKvFull = 0, kKvEmpty = 1, kQFull = 2, kQEmpty = 4, kDoFull = 6, kDoEmpty = 8, kDqFull = 10, kDqEmpty = 12, kWorkFull = 14, kWorkEmpty = 16;
 
-struct Work {
-  int block, small, begin, end, keys, row, k_begin, key_head;
-};
-
 template <int D>
 __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CUtensorMap* v_map, uint32_t base) {
   using L = Layout<D>;
@@ -39,7 +35,7 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
   int at = 0;
   for (int round = 0;; ++round) {
     const int item = atomicAdd(&a.plan.counts->next_block, 1), ring = round % 2;
-    int words[8] = {-1, 0, 0, 0, 0, 0, 0, 0};
+    int words[8] = {-1, 0, 0, 0, 0, 0, 0, 0};  // block, backward tiles before the sequence, [begin, end) of its, keys, batch row, first key, key head
     if (item < items) {
       // Sequence by sequence, in it chunk by chunk of its heads, in it blocks from the last, in it heads.
       const Sequence s = a.plan.sequences[a.plan.blocks[item / a.Hk].sequence];
