@@ -158,7 +158,10 @@ struct FlashAttention : torch::autograd::Function<FlashAttention> {
                                                  s[1].size(0) / B, 0.0, true, s[5], s[6], ctx->saved_data["scale"].toOptional<double>(), left,
                                                  left ? std::optional<int64_t>(0) : std::nullopt);
     const auto rows = [&](const at::Tensor& x) { return x.unflatten(0, {B, -1}); };
-    return {rows(std::get<0>(d)), rows(std::get<1>(d)), rows(std::get<2>(d)), none, none, none, none, none};
+    // Keys behind the last sequence get no gradient, and are not written.
+    const at::Tensor used = (at::arange(s[1].size(0), s[8].options()) < s[8].select(0, -1)).view({-1, 1, 1});
+    const auto keys = [&](const at::Tensor& x) { return rows(at::where(used, x, at::zeros({}, x.options()))); };
+    return {rows(std::get<0>(d)), keys(std::get<1>(d)), keys(std::get<2>(d)), none, none, none, none, none};
   }
 };
 

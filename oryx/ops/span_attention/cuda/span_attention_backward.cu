@@ -7,13 +7,14 @@
 // warpgroups have 64 keys each; scores are computed transposed (keys by slots), so that P^T and dS^T are the left operands of dv and dk straight
 // from registers, and dS goes through shared memory for dq, of which each warpgroup computes half the columns.
 //
-// dq is summed over key blocks in float32 in global memory: a warp for each half adds a staged tile by a bulk reduction once the block after it in
-// the sequence has added its own (a counter a tile, head and half), so the order, and with it every bit, is fixed. Blocks are taken from the last of
+// dq is summed over key blocks in float32 in global memory: one of two warps adds a staged tile by a bulk reduction once the block after it in
+// the sequence has added its own (a counter a tile and head), so the order, and with it every bit, is fixed. Blocks are taken from the last of
 // a sequence: a block begins with the tiles at its diagonal, which the later ones passed before, and nobody waits for an item that no block has yet.
 // The first block of a tile stores instead of adding. Few heads run at a time, so that queries, gradients and sums stay in the L2 cache.
 // finish_kernel rounds dq and scatters it to its rows; the copying warpgroup's idle warp zeroes the rows outside spans.
 #include <type_traits>
 
+#include "oryx/ops/span_attention/cuda/span_attention_backward.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_encode.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_products.cuh"
@@ -21,131 +22,10 @@
 namespace oryx::span_attention_cuda {
 namespace {
 
-constexpr int kThreads = 384, kWorkers = 256, kStages = 2;
-constexpr int kStatsBytes = 784, kStatsStride = 896;  // lse[64], delta[64], position[64], first and last position
-
-struct Arguments {
-  Plan plan;
-  const __nv_bfloat16 *q, *o, *d_o;
-  const float* lse;
-  __nv_bfloat16 *dq, *dk, *dv;
-  char* records;
-  float* dq_sum;
-  int* turns;  // [Hq][tiles][2]
-  int64_t q_row, q_token, q_head;
-  int64_t slots;
-  int Tq, Tk, Hq, Hk, group, queries, window;
-  float scale;
-  bool zero;
-};
-
-template <int D>
-struct Layout {
-  static constexpr int kPanels = D / 64;
-  static constexpr int kPanel = 128 * 128, kMatrix = kPanels * kPanel;  // keys
-  static constexpr int kSmallPanel = 64 * 128, kSmallMatrix = kPanels * kSmallPanel;  // slots
-  static constexpr int kHalf = 64 * D * 2;  // of dq in float32, a warpgroup's columns
-  static constexpr int kK = 0, kV = kMatrix, kQ = 2 * kMatrix, kDo = kQ + kStages * kSmallMatrix, kDs = kDo + kStages * kSmallMatrix;
-  static constexpr int kDq = kDs + 2 * 2 * kSmallPanel, kStats = kDq + 2 * 2 * kHalf, kWork = kStats + kStages * kStatsStride;
-  static constexpr int kBarriers = kWork + 2 * 32, kBytes = kWork + 256 + 1024;
-  static constexpr int kRecord = 2 * kSmallMatrix + 1024;
-};
+constexpr int kThreads = 384, kWorkers = 256;
 
 // Barriers, 8 bytes each, from kBarriers.
-constexpr int kKvFull = 0, kKvEmpty = 1, kQFull = 2, kQEmpty = 4, kDoFull = 6, kDoEmpty = 8, kDqFull = 10, kDqEmpty = 14, kWorkFull = 18, kWorkEmpty = 20;
-
-struct Work {
-  int block, small, begin, end, keys, row, k_begin, key_head;
-};
-
-// The key blocks, each with the tiles of slots that see it.
-__device__ void plan_blocks(const Arguments& a) {
-  const Sequence* seq = a.plan.sequences;
-  const int blocks = a.plan.counts->blocks;
-  for (int b = blockIdx.x * blockDim.x + threadIdx.x; b < blocks; b += gridDim.x * blockDim.x) {
-    int s = 0, end = a.plan.sequence_count;
-    while (end - s > 1) {
-      const int mid = (s + end) / 2;
-      if (seq[mid].block <= b) s = mid;
-      else end = mid;
-    }
-    const Sequence r = seq[s];
-    const int n = b - r.block, small = (r.count + kSmall - 1) / kSmall;
-    const auto position = [&](int i) { return a.plan.rows[r.slot + min(i, r.count - 1)] - r.q_begin + r.shift; };
-    int lo = 0, hi = small;  // the first tile whose last query stands at the block or beyond
-    while (lo < hi) {
-      const int mid = (lo + hi) / 2;
-      if (position(mid * kSmall + kSmall - 1) >= n * kKeys) hi = mid;
-      else lo = mid + 1;
-    }
-    KeyBlock x{s, n, lo, small};
-    if (a.window > 0) {  // the first tile whose first query sees no key of the block any more
-      hi = small;
-      while (lo < hi) {
-        const int mid = (lo + hi) / 2;
-        if (position(mid * kSmall) - a.window + 1 >= (n + 1) * kKeys) hi = mid;
-        else lo = mid + 1;
-      }
-      x.end = lo;
-    }
-    a.plan.blocks[b] = x;
-  }
-}
-
-template <int D>
-__global__ void __launch_bounds__(256) prepare_kernel(const Arguments a) {
-  using L = Layout<D>;
-  const int m = blockIdx.x, head = static_cast<int>(blockIdx.y) - 1, thread = threadIdx.x;
-  if (head < 0) {
-    if (m == 0 && thread == 0) a.plan.counts->next_block = 0;
-    plan_blocks(a);
-    return;
-  }
-  if (m >= a.plan.counts->small) return;
-  char* record = a.records + (head * (a.slots / kSmall) + m) * L::kRecord;
-  float* stats = reinterpret_cast<float*>(record + 2 * L::kSmallMatrix);
-  constexpr int kLanes = D / 8;  // threads of a row, 16 bytes each
-  const int unit = thread % kLanes;
-#pragma unroll 2
-  for (int r = thread / kLanes; r < kSmall; r += 256 / kLanes) {
-    const int g = a.plan.rows[m * kSmall + r];
-    uint4 q = make_uint4(0, 0, 0, 0), d_o = q, o = q;
-    if (g >= 0) {
-      const size_t at = (static_cast<size_t>(g) * a.Hq + head) * D + unit * 8;
-      q = *reinterpret_cast<const uint4*>(a.q + g / a.Tq * a.q_row + g % a.Tq * a.q_token + head * a.q_head + unit * 8);
-      d_o = *reinterpret_cast<const uint4*>(a.d_o + at);
-      o = *reinterpret_cast<const uint4*>(a.o + at);
-    }
-    const int to = unit / 8 * L::kSmallPanel + r * 128 + ((unit % 8 ^ r % 8) << 4);
-    *reinterpret_cast<uint4*>(record + to) = q;
-    *reinterpret_cast<uint4*>(record + L::kSmallMatrix + to) = d_o;
-    const uint32_t x[4] = {o.x, o.y, o.z, o.w}, y[4] = {d_o.x, d_o.y, d_o.z, d_o.w};
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum += low(x[i]) * low(y[i]) + high(x[i]) * high(y[i]);
-#pragma unroll
-    for (int d = kLanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-    if (unit == 0) {
-      stats[64 + r] = sum;
-      stats[r] = g >= 0 ? a.lse[head * a.slots + m * kSmall + r] : INFINITY;
-    }
-  }
-  if (thread >= kSmall) return;
-  if (thread < 2) a.turns[(head * (a.slots / kSmall) + m) * 2 + thread] = 0;
-  // Positions: the sequence is the last whose slots begin at the tile or before it.
-  int lo = 0, hi = a.plan.sequence_count;
-  while (hi - lo > 1) {
-    const int mid = (lo + hi) / 2;
-    if (a.plan.sequences[mid].small <= m) lo = mid;
-    else hi = mid;
-  }
-  const Sequence s = a.plan.sequences[lo];
-  const int g = a.plan.rows[m * kSmall + thread], first = (m - s.small) * kSmall;
-  int* positions = reinterpret_cast<int*>(stats) + 128;
-  positions[thread] = g >= 0 ? g - s.q_begin + s.shift : -1;
-  if (thread == 0) positions[64] = a.plan.rows[m * kSmall] - s.q_begin + s.shift;
-  if (thread == 1) positions[65] = a.plan.rows[s.slot + min(first + kSmall, s.count) - 1] - s.q_begin + s.shift;
-}
+constexpr int kKvFull = 0, kKvEmpty = 1, kQFull = 2, kQEmpty = 4, kDoFull = 6, kDoEmpty = 8, kDqFull = 10, kDqEmpty = 12, kWorkFull = 14, kWorkEmpty = 16;
 
 template <int D>
 __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CUtensorMap* v_map, uint32_t base) {
@@ -155,7 +35,7 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
   int at = 0;
   for (int round = 0;; ++round) {
     const int item = atomicAdd(&a.plan.counts->next_block, 1), ring = round % 2;
-    int words[8] = {-1, 0, 0, 0, 0, 0, 0, 0};
+    int words[8] = {-1, 0, 0, 0, 0, 0, 0, 0};  // block, backward tiles before the sequence, [begin, end) of its, keys, batch row, first key, key head
     if (item < items) {
       // Sequence by sequence, in it chunk by chunk of its heads, in it blocks from the last, in it heads.
       const Sequence s = a.plan.sequences[a.plan.blocks[item / a.Hk].sequence];
@@ -208,9 +88,9 @@ __device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
 }
 
-// One thread for a warpgroup's half of dq.
+// One thread for every other step's dq: its way to the L2 cache and back, which the next block's turn waits for, takes longer than a step.
 template <int D>
-__device__ void add_loop(const Arguments& a, uint32_t base, int half) {
+__device__ void add_loop(const Arguments& a, uint32_t base, int buffer) {
   using L = Layout<D>;
   const uint32_t bars = base + L::kBarriers;
   const int tiles = a.slots / kSmall;
@@ -225,25 +105,23 @@ __device__ void add_loop(const Arguments& a, uint32_t base, int half) {
     if (block < 0) break;
     for (int g = 0; g < a.group; ++g) {
       for (int j = begin; j < end; ++j, ++at) {
-        const int buffer = at % 2;
+        if (at % 2 != buffer) continue;
         const int64_t tile = static_cast<int64_t>(key_head * a.group + g) * tiles + small + j;
         // The last key block that sees the tile adds first.
         const int first = *reinterpret_cast<const int*>(a.records + tile * L::kRecord + 2 * L::kSmallMatrix + 4 * 193) / kKeys;
-        barrier_wait(bars + 8 * (kDqFull + 2 * half + buffer), (at / 2) & 1);
-        int* turn = a.turns + tile * 2 + half;
-        float* to = a.dq_sum + tile * kSmall * D + half * (L::kHalf / 4);
-        const uint32_t from = base + L::kDq + (2 * half + buffer) * L::kHalf;
-        if (block == first) {
-          bulk_store(to, from, L::kHalf);
-        } else {
+        int* turn = a.turns + tile;
+        float* to = a.dq_sum + tile * kSmall * D;
+        const uint32_t from = base + L::kDq + buffer * 2 * L::kHalf;
+        if (block != first) {
           while (load_acquire(turn) != first - block) __nanosleep(20);
-          bulk_add(to, from, L::kHalf);
         }
+        barrier_wait(bars + 8 * (kDqFull + buffer), (at / 2) & 1);
+        if (block == first) bulk_store(to, from, 2 * L::kHalf);
+        else bulk_add(to, from, 2 * L::kHalf);
         bulk_commit();
         bulk_wait();
-        __threadfence();
         store_release(turn, first - block + 1);
-        barrier_arrive(bars + 8 * (kDqEmpty + 2 * half + buffer));
+        barrier_arrive(bars + 8 * (kDqEmpty + buffer));
       }
     }
   }
@@ -257,7 +135,7 @@ __device__ void zero_rows(const Arguments& a, int bytes, int warp, int warps, in
   }
 }
 
-// 64 rows of `x` times `factor` into a warpgroup's rows of a matrix of panels, swizzled.
+// 64 rows of `x` times `factor` into panels of 64 rows, swizzled.
 template <int D>
 __device__ __forceinline__ void stage_rows(const float (&x)[D / 2], float factor, uint32_t at, int row, int column) {
 #pragma unroll
@@ -265,7 +143,7 @@ __device__ __forceinline__ void stage_rows(const float (&x)[D / 2], float factor
     const int r = row + 8 * h;
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
-      store_shared4(at + j / 8 * Layout<D>::kPanel + r * 128 + ((j % 8 ^ r % 8) << 4) + 2 * column,
+      store_shared4(at + j / 8 * Layout<D>::kSmallPanel + r * 128 + ((j % 8 ^ r % 8) << 4) + 2 * column,
                     pack(x[4 * j + 2 * h] * factor, x[4 * j + 2 * h + 1] * factor));
   }
 }
@@ -274,7 +152,7 @@ __device__ __forceinline__ void write_rows(__nv_bfloat16* to, size_t stride, uin
 #pragma unroll
   for (int i = 0; i < D / 16; ++i) {
     const int r = (thread + 128 * i) / (D / 8), unit = (thread + 128 * i) % (D / 8);
-    if (r < rows) *reinterpret_cast<uint4*>(to + r * stride + unit * 8) = load_shared16(at + unit / 8 * Layout<D>::kPanel + r * 128 + ((unit % 8 ^ r % 8) << 4));
+    if (r < rows) *reinterpret_cast<uint4*>(to + r * stride + unit * 8) = load_shared16(at + unit / 8 * Layout<D>::kSmallPanel + r * 128 + ((unit % 8 ^ r % 8) << 4));
   }
 }
 
@@ -293,12 +171,10 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(bars + 8 * (kDoFull + i), 1);
       barrier_init(bars + 8 * (kQEmpty + i), kWorkers / 32);
       barrier_init(bars + 8 * (kDoEmpty + i), kWorkers / 32);
+      barrier_init(bars + 8 * (kDqFull + i), kWorkers / 32);
+      barrier_init(bars + 8 * (kDqEmpty + i), 1);
       barrier_init(bars + 8 * (kWorkFull + i), 1);
       barrier_init(bars + 8 * (kWorkEmpty + i), kWorkers / 32 + 2);
-    }
-    for (int i = 0; i < 4; ++i) {
-      barrier_init(bars + 8 * (kDqFull + i), 4);
-      barrier_init(bars + 8 * (kDqEmpty + i), 1);
     }
     barrier_init_fence();
   }
@@ -432,17 +308,17 @@ __global__ void __launch_bounds__(kThreads, 1)
         // After the last step: of whatever the stage holds, for nothing. A branch here would make the compiler serialize the products.
         issue_scores(at + 1, left > 1);
         wgmma_commit();
-        const int buffer = at % 2, dq_bar = 2 * group + buffer;
-        if (at >= 2) barrier_wait(bars + 8 * (kDqEmpty + dq_bar), (at / 2 - 1) & 1);
+        const int buffer = at % 2;
+        if (at >= 2) barrier_wait(bars + 8 * (kDqEmpty + buffer), (at / 2 - 1) & 1);
         wgmma_wait<2>();
         keep(dq);
 #pragma unroll
         for (int i = 0; i < D / 16; ++i)
-          store_shared16(base + L::kDq + dq_bar * L::kHalf + i * 2048 + thread * 16,
+          store_shared16(base + L::kDq + (2 * buffer + group) * L::kHalf + i * 2048 + thread * 16,
                          make_uint4(__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]), __float_as_uint(dq[4 * i + 2]), __float_as_uint(dq[4 * i + 3])));
         fence_async_proxy();
         __syncwarp();
-        if (lane == 0) barrier_arrive(bars + 8 * (kDqFull + dq_bar));
+        if (lane == 0) barrier_arrive(bars + 8 * (kDqFull + buffer));
         wgmma_wait<1>();
         keep(dk);
         keep(sb);
@@ -453,40 +329,20 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
 
-    named_barrier(1, kWorkers);  // nobody reads K and V any more
-    stage_rows<D>(dv, 1.f, own_v, row, column);
-    stage_rows<D>(dk, a.scale, own_k, row, column);
+    if (in_use < kKeys) fence_async_proxy();  // rows were cleared
+    __syncwarp();
+    if (lane == 0) barrier_arrive(bars + 8 * kKvEmpty);  // the next keys are on their way while these leave by way of dq's two buffers
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (at + i >= 2) barrier_wait(bars + 8 * (kDqEmpty + (at + i) % 2), ((at + i) / 2 - 1) & 1);
+    const uint32_t out = base + L::kDq + group * L::kHalf;  // of the first buffer; in the second 2 kHalf further on
+    stage_rows<D>(dv, 1.f, out, row, column);
+    stage_rows<D>(dk, a.scale, out + 2 * L::kHalf, row, column);
     named_barrier(2 + group, 128);
     const size_t stride = static_cast<size_t>(a.Hk) * D;
     const size_t to = (static_cast<size_t>(batch) * a.Tk + k_begin + block * kKeys + 64 * group) * stride + key_head * D;
-    write_rows<D>(a.dv + to, stride, own_v, in_use - 64 * group, thread);
-    write_rows<D>(a.dk + to, stride, own_k, in_use - 64 * group, thread);
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(bars + 8 * kKvEmpty);
-  }
-}
-
-// dq of the slots, rounded, to its rows.
-template <int D>
-__global__ void __launch_bounds__(256) finish_kernel(const Arguments a) {
-  constexpr int kRow = D / 2 + 4;  // words of a row in shared memory
-  __shared__ __align__(16) uint32_t tile[kSmall * kRow];
-  const int m = blockIdx.x, head = blockIdx.y, thread = threadIdx.x;
-  if (m >= a.plan.counts->small) return;
-  const float4* from = reinterpret_cast<const float4*>(a.dq_sum + (head * (a.slots / kSmall) + m) * kSmall * D);
-  const int half = thread / 128, t = thread % 128, row = t / 32 * 16 + t % 32 / 4, column = half * D / 2 + 2 * (t % 4);
-#pragma unroll
-  for (int i = 0; i < D / 16; ++i) {
-    const float4 x = from[half * (D / 16) * 128 + i * 128 + t];
-    tile[row * kRow + (column + 8 * i) / 2] = pack(x.x * a.scale, x.y * a.scale);
-    tile[(row + 8) * kRow + (column + 8 * i) / 2] = pack(x.z * a.scale, x.w * a.scale);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < D / 32; ++i) {
-    const int r = (thread + 256 * i) / (D / 8), unit = (thread + 256 * i) % (D / 8), g = a.plan.rows[m * kSmall + r];
-    if (g >= 0) *reinterpret_cast<uint4*>(a.dq + (static_cast<size_t>(g) * a.Hq + head) * D + unit * 8) = *reinterpret_cast<uint4*>(tile + r * kRow + unit * 4);
+    write_rows<D>(a.dv + to, stride, out, in_use - 64 * group, thread);
+    write_rows<D>(a.dk + to, stride, out + 2 * L::kHalf, in_use - 64 * group, thread);
   }
 }
 
@@ -498,7 +354,7 @@ Scratch scratch_of(const OryxSpanAttention& p) {
   Scratch r{};
   r.sums = tiles * (p.D == 64 ? Layout<64>::kRecord : Layout<128>::kRecord);
   r.turns = r.sums + tiles * kSmall * p.D * sizeof(float);
-  r.bytes = r.turns + tiles * 2 * sizeof(int);
+  r.bytes = r.turns + tiles * sizeof(int);
   return r;
 }
 

@@ -10,8 +10,8 @@
 // other's. Scores, sums and O are float32 in registers; P is rounded to bfloat16 for its product. Queries are gathered slot by slot: a tile may hold
 // any queries of a sequence, and each row has its own last (and, with a window, first) key; blocks that all rows see whole are not masked.
 //
-// Which block takes a tile when depends on time, but no sum does: the bits of the result do not vary. Tiles that were split leave partial results,
-// which combine_kernel adds up in the order of the keys. The copying warpgroup's idle warps zero the rows of o outside spans meanwhile.
+// Which block takes a tile when depends on time, but no sum does: the bits of the result do not vary. Tiles that were split leave partial results;
+// whoever finishes the last piece adds them up, in the order of the keys. The copying warpgroup's idle warps zero the rows of o outside spans meanwhile.
 #include <type_traits>
 
 #include "oryx/ops/span_attention/cuda/span_attention_encode.cuh"
@@ -25,8 +25,9 @@ constexpr int kStages = 2, kThreads = 384;
 constexpr int kWorkers = 256;  // threads of the two warpgroups that compute
 
 struct Work {  // an item, as the copying thread hands it out
-  int count, slot, shift, head, first_block, blocks, part, unit, keys, row, key_head, k_begin;
+  int count, slot, shift, head, first_block, blocks, part, split, keys, pieces, first_part, row, key_head, k_begin;
 };
+constexpr int kWorkWords = 11;  // of which the warpgroups read so many
 
 struct Arguments {
   Plan plan;
@@ -49,15 +50,13 @@ struct Layout {
 };
 
 __device__ Work make_work(const Arguments& a, int item, int whole) {
-  int unit = item, begin = 0, blocks = -1, part = -1;
-  if (item >= whole) {
-    const Piece x = a.plan.pieces[item - whole];
-    unit = x.unit, begin = x.begin, blocks = x.blocks, part = x.part;
-  }
-  const Unit u = unit_of(a.plan, unit, a.Hq);
+  Piece piece{item, 0, -1, 0, 0, 1, 0, 0};
+  if (item >= whole) piece = a.plan.pieces[item - whole];
+  const Unit u = unit_of(a.plan, piece.unit, a.Hq);
   const Tile t = a.plan.tiles[u.tile];
   const Sequence s = a.plan.sequences[t.sequence];
-  return {t.count, t.slot, s.shift - s.q_begin, u.head, t.first_block + begin, blocks < 0 ? t.blocks : blocks, part, unit, s.keys, s.row, u.head / a.group, s.k_begin};
+  return {t.count, t.slot, s.shift - s.q_begin, u.head, t.first_block + piece.begin, piece.blocks < 0 ? t.blocks : piece.blocks, piece.part, piece.split, s.keys,
+          piece.pieces, piece.first, s.row, u.head / a.group, s.k_begin};
 }
 
 template <int D>
@@ -66,18 +65,25 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
   const uint32_t k_full = base + L::kBarriers, k_empty = k_full + 8 * kStages, v_full = k_empty + 8 * kStages, v_empty = v_full + 8 * kStages;
   const uint32_t work_full = v_empty + 8 * kStages, work_empty = work_full + 16;
   const int items = a.plan.counts->items, whole = a.plan.counts->whole;
-  int at = 0;
-  for (int round = 0;; ++round) {
+  // Claims an item, writes it for the warpgroups.
+  const auto claim = [&](int round) {
     const int item = atomicAdd(&a.plan.counts->next_item, 1), ring = round % 2;
     Work w{};
     if (item < items) w = make_work(a, item, whole);
     if (round >= 2) barrier_wait(work_empty + 8 * ring, (round / 2 - 1) & 1);
-    const int words[12] = {w.count, w.slot, w.shift, w.head, w.first_block, w.blocks, w.part, w.unit, w.keys, w.row, w.key_head, w.k_begin};
+    const int words[kWorkWords] = {w.count, w.slot, w.shift, w.head, w.first_block, w.blocks, w.part, w.split, w.keys, w.pieces, w.first_part};
 #pragma unroll
-    for (int i = 0; i < 12; ++i) store_shared4(base + L::kWork + 64 * ring + 4 * i, words[i]);
+    for (int i = 0; i < kWorkWords; ++i) store_shared4(base + L::kWork + 64 * ring + 4 * i, words[i]);
     barrier_arrive(work_full + 8 * ring);
-    if (item >= items) break;
+    return w;
+  };
+  int at = 0;
+  Work w = claim(0);
+  for (int round = 0; w.count > 0; ++round) {
+    Work next{};
     for (int i = 0; i < w.blocks; ++i, ++at) {
+      // Some blocks early: reading the plan takes as long as a block, and the next queries are loaded before this item ends.
+      if (i == max(0, w.blocks - 3)) next = claim(round + 1);
       const int stage = at % kStages, token = w.k_begin + (w.first_block + i) * kKeys;
       const uint32_t parity = (at / kStages - 1) & 1;
       if (at >= kStages) barrier_wait(k_empty + 8 * stage, parity);
@@ -89,6 +95,7 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
       for (int j = 0; j < L::kPanels; ++j)
         tensor_load(base + L::kV + stage * L::kMatrix + j * L::kPanel, v_map, v_full + 8 * stage, 64 * j, w.key_head, token, w.row);
     }
+    w = next;
   }
 }
 
@@ -158,7 +165,7 @@ __device__ __forceinline__ void softmax(float (&s)[64], float (&m)[2], float (&l
 
 // An item as a warpgroup sees it. All but `last` is the same for all lanes, which the compiler must know to keep products in flight.
 struct Item {
-  int count, slot, head, first_block, blocks, part, keys;
+  int count, slot, head, first_block, blocks, part, split, keys, pieces, first_part;
   int low_key, high_key;  // the keys of the warpgroup's first and last query
   int last[2];            // of the thread's two rows
   __device__ int mine(int group) const { return min(64, count - 64 * group); }  // slots of the warpgroup
@@ -172,7 +179,8 @@ __device__ __forceinline__ Item take_item(const Arguments& a, uint32_t base, int
   barrier_wait(work_full + 8 * (round % 2), (round / 2) & 1);
   const auto field = [&](int i) { return __shfl_sync(~0u, load_shared_int(work + 4 * i), 0); };
   Item x;
-  x.count = field(0), x.slot = field(1) + 64 * group, x.head = field(3), x.first_block = field(4), x.blocks = field(5), x.part = field(6), x.keys = field(8);
+  x.count = field(0), x.slot = field(1) + 64 * group, x.head = field(3), x.first_block = field(4), x.blocks = field(5), x.part = field(6);
+  x.split = field(7), x.keys = field(8), x.pieces = field(9), x.first_part = field(10);
   const int shift = field(2), mine = x.mine(group);
   __syncwarp();
   if (thread % 32 == 0) barrier_arrive(work_full + 16 + 8 * (round % 2));
@@ -218,7 +226,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   wait_for_plan();
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // combine_kernel
 
   if (warp >= kWorkers / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");  // 40 x 128 + 232 x 256 are the registers that the block was started with
@@ -343,18 +350,47 @@ __global__ void __launch_bounds__(kThreads, 1)
       inverse[h] = l[h] == 0.f ? 0.f : 1.f / l[h];  // 0: a piece none of whose keys the row sees
       lse[h] = l[h] == 0.f ? -INFINITY : m[h] * c + log2f(l[h]);
     }
-    if (item.part >= 0) {
-      float* to = a.parts + static_cast<size_t>(item.part) * kTile * (D + 1);
+    if (item.pieces > 1) {
+      // A float4 a thread side by side: o in the order of the accumulators, then the two rows' logarithms.
+      constexpr int kHalf = (D / 8 + 1) * 128;
+      float4* parts = reinterpret_cast<float4*>(a.parts);
+      float4* own = parts + static_cast<size_t>(2 * item.part + group) * kHalf + thread;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int r = 64 * group + row + 8 * h;
-#pragma unroll
-        for (int j = 0; j < D / 8; ++j)
-          *reinterpret_cast<float2*>(to + r * D + 8 * j + column) = make_float2(o[4 * j + 2 * h] * inverse[h], o[4 * j + 2 * h + 1] * inverse[h]);
-        if (column == 0) to[kTile * D + r] = lse[h];
+      for (int i = 0; i < D / 8; ++i)
+        own[i * 128] = make_float4(o[4 * i] * inverse[0], o[4 * i + 1] * inverse[0], o[4 * i + 2] * inverse[1], o[4 * i + 3] * inverse[1]);
+      own[D / 8 * 128] = make_float4(lse[0], lse[1], 0.f, 0.f);
+      __threadfence();
+      named_barrier(4 + group, 128);
+      const uint32_t flag = base + L::kWork + 64 * group + 60;
+      if (thread == 0) store_shared4(flag, atomicAdd(a.plan.arrived + 2 * item.split + group, 1) == item.pieces - 1);
+      named_barrier(4 + group, 128);
+      if (__shfl_sync(~0u, load_shared_int(flag), 0) == 0) {
+        item = next;
+        continue;
       }
-      item = next;
-      continue;
+      // The last to arrive adds up all pieces, in their order.
+      __threadfence();
+      const float4* all = parts + static_cast<size_t>(2 * item.first_part + group) * kHalf + thread;
+      float top[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
+      for (int n = 0; n < item.pieces; ++n) {
+        const float4 x = __ldcg(all + static_cast<size_t>(n) * 2 * kHalf + D / 8 * 128);
+        top[0] = fmaxf(top[0], x.x), top[1] = fmaxf(top[1], x.y);
+      }
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) o[i] = 0.f;
+      for (int n = 0; n < item.pieces; ++n) {
+        const float4* from = all + static_cast<size_t>(n) * 2 * kHalf;
+        const float4 x = __ldcg(from + D / 8 * 128);
+        const float w[2] = {top[0] == -INFINITY ? 0.f : exp2_fast(x.x - top[0]), top[1] == -INFINITY ? 0.f : exp2_fast(x.y - top[1])};
+        total[0] += w[0], total[1] += w[1];
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) {
+          const float4 y = __ldcg(from + i * 128);
+          o[4 * i] += w[0] * y.x, o[4 * i + 1] += w[0] * y.y, o[4 * i + 2] += w[1] * y.z, o[4 * i + 3] += w[1] * y.w;
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) inverse[h] = 1.f / total[h], lse[h] = top[h] + log2f(total[h]);
     }
     named_barrier(4 + group, 128);  // all warps' products have read the queries
 #pragma unroll
@@ -378,37 +414,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Adds up the pieces of split tiles; a warp a slot.
-template <int D>
-__global__ void __launch_bounds__(256) combine_kernel(const Arguments a) {
-  const int i = blockIdx.x / 8, lane = threadIdx.x % 32;
-  wait_for_plan();
-  if (i >= a.plan.counts->splits) return;
-  const Split split = a.plan.splits[i];
-  const Unit unit = unit_of(a.plan, split.unit, a.Hq);
-  const Tile tile = a.plan.tiles[unit.tile];
-  for (int r = blockIdx.x % 8 * 16 + threadIdx.x / 32; r < min(tile.count, blockIdx.x % 8 * 16 + 16); r += 8) {
-    const float* parts = a.parts + static_cast<size_t>(split.part) * kTile * (D + 1);
-    constexpr size_t stride = kTile * (D + 1);
-    float top = -INFINITY;
-    for (int n = 0; n < split.pieces; ++n) top = fmaxf(top, parts[n * stride + kTile * D + r]);
-    float total = 0.f, sum[D / 32] = {};
-    for (int n = 0; n < split.pieces; ++n) {
-      const float w = exp2f(parts[n * stride + kTile * D + r] - top);
-      total += w;
-#pragma unroll
-      for (int j = 0; j < D / 64; ++j) {
-        const float2 x = *reinterpret_cast<const float2*>(parts + n * stride + r * D + 64 * j + 2 * lane);
-        sum[2 * j] += w * x.x, sum[2 * j + 1] += w * x.y;
-      }
-    }
-    __nv_bfloat16* to = a.o + (static_cast<int64_t>(a.plan.rows[tile.slot + r]) * a.Hq + unit.head) * D;
-#pragma unroll
-    for (int j = 0; j < D / 64; ++j) *reinterpret_cast<uint32_t*>(to + 64 * j + 2 * lane) = pack(sum[2 * j] / total, sum[2 * j + 1] / total);
-    if (lane == 0 && a.lse != nullptr) a.lse[unit.head * a.slots + tile.slot + r] = top + log2f(total);
-  }
-}
-
 template <int D>
 int launch(const OryxSpanAttention& p, void* memory, void* scratch, cudaStream_t stream) {
   Arguments a{};
@@ -429,9 +434,7 @@ int launch(const OryxSpanAttention& p, void* memory, void* scratch, cudaStream_t
   cudaLaunchConfig_t config{};
   config.attrs = &early, config.numAttrs = 1, config.stream = stream;
   config.gridDim = p.processors, config.blockDim = kThreads, config.dynamicSmemBytes = Layout<D>::kBytes;
-  if ((status = cudaLaunchKernelEx(&config, forward_kernel<D>, k_map, v_map, a)) != cudaSuccess) return status;
-  config.gridDim = p.processors * 8, config.blockDim = 256, config.dynamicSmemBytes = 0;
-  return cudaLaunchKernelEx(&config, combine_kernel<D>, a);
+  return cudaLaunchKernelEx(&config, forward_kernel<D>, k_map, v_map, a);
 }
 
 }  // namespace
@@ -440,7 +443,7 @@ int launch(const OryxSpanAttention& p, void* memory, void* scratch, cudaStream_t
 using namespace oryx::span_attention_cuda;
 
 extern "C" size_t oryx_span_attention_forward_bytes(const OryxSpanAttention* p) {
-  return static_cast<size_t>(max_parts(*p)) * kTile * (p->D + 1) * sizeof(float);
+  return static_cast<size_t>(max_parts(*p)) * kTile * (p->D + 8) * sizeof(float);
 }
 extern "C" int oryx_span_attention_forward(const OryxSpanAttention* p, void* plan, void* scratch, cudaStream_t stream) {
   return p->D == 64 ? launch<64>(*p, plan, scratch, stream) : launch<128>(*p, plan, scratch, stream);

@@ -10,33 +10,33 @@ constexpr int kThreads = 1024;
 constexpr int kCache = 20 << 20;
 constexpr size_t kMaxShared = 190 << 10;
 
-// Exclusive sum over the block's threads; total to all. Not inlined: the kernel runs its code once, so its time is that of fetching the code.
-__device__ __noinline__ int block_scan(int x, int* shared, int* total) {
+struct Scan {
+  int3 before, total;
+};
+// Exclusive sums over the block's threads. Not inlined: the kernel runs its code once, so fetching the code counts.
+__device__ __noinline__ Scan block_scan(int3 x) {
+  __shared__ int3 sums[33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int sum = x;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int y = __shfl_up_sync(~0u, sum, d);
-    if (lane >= d) sum += y;
-  }
-  if (lane == 31) shared[warp] = sum;
-  __syncthreads();
-  if (warp == 0) {
-    const int own = shared[lane];
-    int s = own;
+  const auto warp_scan = [&](int3 v) {
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const int y = __shfl_up_sync(~0u, s, d);
-      if (lane >= d) s += y;
+      const int3 y = make_int3(__shfl_up_sync(~0u, v.x, d), __shfl_up_sync(~0u, v.y, d), __shfl_up_sync(~0u, v.z, d));
+      if (lane >= d) v = make_int3(v.x + y.x, v.y + y.y, v.z + y.z);
     }
-    shared[lane] = s - own;
-    if (lane == 31) shared[32] = s;
+    return v;
+  };
+  const int3 sum = warp_scan(x);
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  if (warp == 0) {
+    const int3 own = sums[lane], s = warp_scan(own);
+    sums[lane] = make_int3(s.x - own.x, s.y - own.y, s.z - own.z);
+    if (lane == 31) sums[32] = s;
   }
   __syncthreads();
-  const int before = shared[warp] + sum - x;
-  *total = shared[32];
+  const int3 base = sums[warp], total = sums[32];
   __syncthreads();
-  return before;
+  return {make_int3(base.x + sum.x - x.x, base.y + sum.y - x.y, base.z + sum.z - x.z), total};
 }
 
 // The last i in [0, n) with key(i) <= x; key rises, key(0) <= x.
@@ -100,11 +100,10 @@ constexpr int kSharedSequences = 256, kSharedTiles = 2048;
 // Marks and their sums are kept in shared memory while they are read (mask_here, before_here), where they fit.
 __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention p, Plan plan, bool in_shared) {
   extern __shared__ __align__(16) uint8_t shared_marks[];
-  __shared__ int scratch[33];
   __shared__ __align__(16) Sequence shared_sequences[kSharedSequences];
   __shared__ int shared_cost[kSharedTiles];
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  const int tid = threadIdx.x, queries = p.B * p.Tq;
+  const int tid = threadIdx.x, queries = p.B * p.Tq, sixteens = (queries + 15) / 16;
   const bool all = p.spans == nullptr;
   uint8_t* const mask = plan.mask;
   Sequence* const sequences = plan.sequences;
@@ -118,16 +117,15 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
     __syncthreads();
     int carry = 0;
 #pragma unroll 1
-    for (int i0 = 0; i0 < queries / 16 + 1; i0 += kThreads) {
-      const int i = i0 + tid, here = i < queries / 16 + 1 ? marks(reinterpret_cast<const uint4*>(plan.mask)[i]) : 0;
-      int total;
-      const int before = block_scan(here, scratch, &total);
-      if (i < queries / 16 + 1) {
-        plan.before[i] = carry + before;
-        if (in_shared) reinterpret_cast<uint4*>(mask)[i] = reinterpret_cast<const uint4*>(plan.mask)[i];
-      }
-      carry += total;
+    for (int i0 = 0; i0 < sixteens; i0 += kThreads) {
+      const int i = i0 + tid;
+      const uint4 x = i < sixteens ? reinterpret_cast<const uint4*>(plan.mask)[i] : make_uint4(0, 0, 0, 0);
+      const Scan scan = block_scan(make_int3(marks(x), 0, 0));
+      if (i < sixteens) plan.before[i] = carry + scan.before.x;
+      if (i < sixteens && in_shared) reinterpret_cast<uint4*>(mask)[i] = x;
+      carry += scan.total.x;
     }
+    if (tid == 0) plan.before[sixteens] = carry;
   }
   __syncthreads();
 
@@ -140,19 +138,14 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
       r = sequence_of(p, s);
       r.count = all ? r.queries : computed_before(plan.before, plan.mask, r.q_begin + r.queries) - computed_before(plan.before, plan.mask, r.q_begin);
       if (r.shift < 0) r.count = 0;  // more queries than keys: not in the contract
+      // As many key heads as find room in a part of the L2 cache with their queries, their gradients and the sums of dq.
+      const float room = static_cast<float>(kCache) / (static_cast<float>(max(r.count, 1)) * static_cast<float>(p.D * 8 * (p.Hq / p.Hk)));
+      r.heads = max(1, static_cast<int>(fminf(room, static_cast<float>(p.Hk))));
+      while (p.Hk % r.heads != 0) --r.heads;
     }
-    // As many key heads as find room in a part of the L2 cache with their queries, their gradients and the sums of dq.
-    r.heads = static_cast<int>(min(static_cast<int64_t>(p.Hk), static_cast<int64_t>(kCache) / (max(r.count, 1) * static_cast<int64_t>(p.D) * 8 * (p.Hq / p.Hk))));
-    r.heads = max(r.heads, 1);
-    while (p.Hk % r.heads != 0) --r.heads;
-    int n;
-    r.slot = slot + block_scan((r.count + kSmall - 1) / kSmall * kSmall, scratch, &n);
-    r.small = r.slot / kSmall;
-    slot += n;
-    r.tile = tiles + block_scan((r.count + kTile - 1) / kTile, scratch, &n);
-    tiles += n;
-    r.block = blocks + block_scan((r.keys + kKeys - 1) / kKeys, scratch, &n);
-    blocks += n;
+    const Scan scan = block_scan(make_int3((r.count + kSmall - 1) / kSmall * kSmall, (r.count + kTile - 1) / kTile, (r.keys + kKeys - 1) / kKeys));
+    r.slot = slot + scan.before.x, r.small = r.slot / kSmall, r.tile = tiles + scan.before.y, r.block = blocks + scan.before.z;
+    slot += scan.total.x, tiles += scan.total.y, blocks += scan.total.z;
     if (s < p.N) sequences[s] = r;
     if (s < p.N && p.N <= kSharedSequences) shared_sequences[s] = r;
   }
@@ -174,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
       for (int i = seq[s].count + tid % 32; i < (seq[s].count + kSmall - 1) / kSmall * kSmall; i += 32) plan.rows[seq[s].slot + i] = -1;
     }
 #pragma unroll 1
-    for (int i = tid; i < (queries + 15) / 16; i += kThreads) {
+    for (int i = tid; i < sixteens; i += kThreads) {
       const uint4 x = reinterpret_cast<const uint4*>(plan.mask)[i];
       if (marks(x) == 0) continue;
       int s = last_at_most(p.N, 16 * i, [&](int j) { return seq[j].q_begin; });
@@ -207,6 +200,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
 
   if (tiles <= kSharedTiles) plan.cost = shared_cost;
   // forward tiles, sorted by batch row, then from the heaviest
+  Tile own{};
 #pragma unroll 1
   for (int t = tid; t < tiles; t += kThreads) {
     const int s = last_at_most(p.N, t, [&](int i) { return seq[i].tile; });
@@ -221,13 +215,13 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
     x.blocks = last / kKeys + 1 - x.first_block;
     x.row_tile = p.cu_q != nullptr ? 0 : r.tile;
     x.row_tiles = p.cu_q != nullptr ? tiles : (r.count + kTile - 1) / kTile;
-    plan.unsorted[t] = x;
+    plan.unsorted[t] = own = x;
     plan.cost[t] = x.blocks;
   }
   __syncthreads();
 #pragma unroll 1
   for (int t = tid; t < tiles; t += kThreads) {
-    const Tile x = plan.unsorted[t];
+    const Tile x = t == tid && tiles <= kThreads ? own : plan.unsorted[t];
     int rank = x.row_tile;
 #pragma unroll 1
     for (int u = x.row_tile; u < x.row_tile + x.row_tiles; ++u) {
@@ -242,17 +236,14 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   const int units = tiles * p.Hq, whole = units / p.processors * p.processors, i = tid;
   const int unit = whole + i;
   const int cost = unit < units ? plan.tiles[unit_of(plan, unit, p.Hq).tile].blocks : 0;
-  int work, n_pieces, n_parts, n_splits;
-  block_scan(cost, scratch, &work);
-  const int piece = max(kMinPiece, (work + 2 * p.processors - 1) / (2 * p.processors));
-  const int pieces = (cost + piece - 1) / piece, parts = pieces > 1 ? pieces : 0;
-  const int at = block_scan(pieces, scratch, &n_pieces), part = block_scan(parts, scratch, &n_parts);
-  const int split = block_scan(pieces > 1, scratch, &n_splits);
+  const int work = block_scan(make_int3(cost, 0, 0)).total.x, piece = max(kMinPiece, (work + 2 * p.processors - 1) / (2 * p.processors));
+  const int pieces = (cost + piece - 1) / piece;
+  const Scan scan = block_scan(make_int3(pieces, pieces > 1 ? pieces : 0, pieces > 1));
+  const int at = scan.before.x, part = scan.before.y, split = scan.before.z;
 #pragma unroll 1
-  for (int j = 0; j < pieces; ++j) plan.pieces[at + j] = {unit, j * piece, min(piece, cost - j * piece), pieces > 1 ? part + j : -1};
-  if (pieces > 1) plan.splits[split] = {unit, part, pieces, 0};
-
-  if (tid == 0) *plan.counts = {tiles, whole, whole + n_pieces, n_splits, slot / kSmall, blocks, 0, 0};
+  for (int j = 0; j < pieces; ++j) plan.pieces[at + j] = {unit, j * piece, min(piece, cost - j * piece), part + j, split, pieces, part, 0};
+  if (tid < 2 * p.processors) plan.arrived[tid] = 0;
+  if (tid == 0) *plan.counts = {tiles, whole, whole + scan.total.x, slot / kSmall, blocks, 0, 0};
 }
 
 }  // namespace

@@ -28,17 +28,13 @@ struct alignas(16) KeyBlock {
 
 // A piece of a unit (a tile of one head) at the end of the list: key blocks [begin, begin + blocks) of the tile's.
 struct alignas(16) Piece {
-  int unit, begin, blocks, part;  // part: where the partial result goes, -1: the unit is whole
-};
-
-// A unit that was split: pieces' parts are [part, part + pieces).
-struct alignas(16) Split {
-  int unit, part, pieces, pad;
+  int unit, begin, blocks, part;  // part: where the partial result goes
+  int split, pieces, first, pad;  // the unit's place among those that are split, its pieces, the part of the first; pieces 1: the unit is whole
 };
 
 struct Counts {
-  int tiles, whole, items, splits;          // forward: units [0, whole) are items themselves, then come pieces
-  int small, blocks, next_item, next_block; // next_*: what the persistent kernels take next
+  int tiles, whole, items;                   // forward: units [0, whole) are items themselves, then come pieces
+  int small, blocks, next_item, next_block;  // next_*: what the persistent kernels take next
 };
 
 struct Plan {
@@ -47,7 +43,7 @@ struct Plan {
   Tile *unsorted, *tiles;
   int* cost;
   Piece* pieces;
-  Split* splits;
+  int* arrived;         // of each split unit and half tile, the pieces that are done
   KeyBlock* blocks;     // filled by the backward pass
   int* rows;      // [slots]
   int* before;    // computed queries before every 16th query row
@@ -80,7 +76,7 @@ inline Plan layout(const OryxSpanAttention& p, void* memory) {
   take(r.tiles, max_tiles(p));
   take(r.cost, max_tiles(p));
   take(r.pieces, max_parts(p));
-  take(r.splits, p.processors);
+  take(r.arrived, 2 * p.processors);
   take(r.blocks, max_blocks(p));
   take(r.rows, slots(p));
   if (p.spans != nullptr) {
