@@ -169,15 +169,89 @@ TEST_F(GenerateEval, RecallAndNeedle) {
   EXPECT_THAT(needle.out, HasSubstr("question"));
 }
 
+TEST_F(GenerateEval, LanguageModelTasksAndRetrieval) {
+  const auto data = file("tasks");
+  for (const char* folder : {"piqa", "lambada_openai", "winogrande", "squad", "kv"}) make_folders(data / folder);
+  write_file(data / "piqa" / "validation.jsonl",
+             "{\"goal\": \"dry boots\", \"sol1\": \"newspaper\", \"sol2\": \"wet sand\", \"label\": 0}\n\n"
+             "{\"goal\": \"keep bread\", \"sol1\": \"in the rain\", \"sol2\": \"in a cloth\", \"label\": 1}\n");
+  write_file(data / "lambada_openai" / "test.jsonl", "{\"text\": \"the rain came and she ran back for the key\"}");
+  write_file(data / "squad" / "xquad_en.jsonl", "{\"context\": \"Ana has a boat.\", \"question\": \"Who has a boat?\", \"answers\": [{\"text\": \"Ana\"}]}\n");
+  write_file(data / "kv" / "kv_retrieval_2_keys.jsonl", "{\"ordered_kv_records\": [[\"a\", \"1\"], [\"b\", \"2\"]], \"key\": \"a\", \"value\": \"1\"}\n");
+  const std::string json = file("tasks.json").string();
+  const auto piqa = eval("piqa", {"--data", data.string(), "--json", json});
+  ASSERT_EQ(piqa.exit_code, 0) << piqa.err;
+  EXPECT_THAT(piqa.out, HasSubstr("acc_norm"));
+  const Json j = parse_json(read_file(json), json);
+  ASSERT_EQ(j["rows"].size(), 2u);  // linear, attention
+  for (const auto& row : j["rows"]) {
+    EXPECT_EQ(row["examples"], 2);
+    for (const char* key : {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "attention_share", "flops_per_token", "state_bytes"}) EXPECT_TRUE(row.contains(key)) << key;
+  }
+  EXPECT_EQ(j["rows"][1]["attention_share"], 1.0);
+  const auto lambada = eval("lambada", {"--data", data.string(), "--schedule", "linear"});
+  ASSERT_EQ(lambada.exit_code, 0) << lambada.err;
+  const auto squad = eval("squad", {"--data", data.string(), "--max-new-tokens", "4", "--kv", "bounded:2+16", "--schedule", "question", "--schedule",
+                                    "linear,surprise(attention=0.2),attention@gen", "--json", json});
+  ASSERT_EQ(squad.exit_code, 0) << squad.err;
+  const Json s = parse_json(read_file(json), json);
+  EXPECT_EQ(s["rows"][0]["kv"], "bounded:2+16");
+  EXPECT_GT(s["rows"][0]["attention_share"].get<double>(), 0.3);
+  ASSERT_EQ(eval("kv_retrieval", {"--data", data.string(), "--keys", "2", "--max-new-tokens", "2", "--schedule", "linear"}).exit_code, 0);
+
+  expect_error(eval("piqa", {}), "--data is missing");
+  expect_error(eval("piqa", {"--data", "/nowhere"}), "/nowhere/piqa: there is no such folder; --data is the folder");
+  expect_error(eval("boolq", {"--data", data.string()}), "boolq: there is no such folder");
+  expect_error(eval("piqa", {"--data", data.string(), "--split", "test"}), "holds no test.jsonl");
+  expect_error(eval("winogrande", {"--data", data.string()}), "holds no validation.jsonl");
+  write_file(data / "winogrande" / "validation.jsonl", "{\"sentence\": \"no blank\", \"option1\": \"a\", \"option2\": \"b\", \"answer\": \"1\"}");
+  expect_error(eval("winogrande", {"--data", data.string()}), "line 1: 'sentence' has no blank");
+  write_file(data / "piqa" / "bad.jsonl", "{\"goal\": 3, \"sol1\": \"a\", \"sol2\": \"b\", \"label\": 0}\n");
+  expect_error(eval("piqa", {"--data", data.string(), "--split", "bad"}), "bad.jsonl: line 1: 'goal' is 3, expected a string");
+  write_file(data / "piqa" / "bad.jsonl", "{\"goal\": \"g\", \"sol1\": \"a\", \"sol2\": \"b\", \"label\": 2}\n");
+  expect_error(eval("piqa", {"--data", data.string(), "--split", "bad"}), "number 2 of 2 choices");
+  write_file(data / "piqa" / "bad.jsonl", "not json\n");
+  expect_error(eval("piqa", {"--data", data.string(), "--split", "bad"}), "line 1: not valid JSON");
+}
+
+TEST_F(GenerateEval, KeysAndValuesMayBeBoundedOrDropped) {
+  const std::vector<std::string> options = {"--prompt", "Some words to read before the rest", "--max-new-tokens", "30", "--schedule", "attention", "--json"};
+  auto with = [&](const std::string& kv) {
+    auto all = options;
+    all.insert(all.end(), {"--kv", kv});
+    return generate(all);
+  };
+  const auto kept = with("keep"), wide = with("bounded:4+1000"), tight = with("bounded:2+8");
+  ASSERT_EQ(kept.exit_code, 0) << kept.err;
+  ASSERT_EQ(wide.exit_code, 0) << wide.err;
+  ASSERT_EQ(tight.exit_code, 0) << tight.err;
+  EXPECT_EQ(parse_json(wide.out, "wide")["ids"], parse_json(kept.out, "kept")["ids"]);
+  const Json k = parse_json(kept.out, "kept")["stats"], t = parse_json(tight.out, "tight")["stats"];
+  EXPECT_EQ(t["state_bytes"]["total"], t["predicted_state_bytes"]["total"]);
+  EXPECT_LT(t["state_bytes"]["tokens"].get<int64_t>(), k["state_bytes"]["tokens"].get<int64_t>() / 4);
+  expect_error(with("drop"), "keys and values were dropped");
+  expect_error(with("bounded:-1+4"), "expected keep, drop or bounded:F+W");
+  expect_error(with("bounded:4+0"), "W at least 1");
+  const auto linear = generate({"--prompt", "abc", "--max-new-tokens", "4", "--schedule", "attention@prompt,linear@gen", "--kv", "drop", "--json"});
+  ASSERT_EQ(linear.exit_code, 0) << linear.err;
+  EXPECT_EQ(parse_json(linear.out, "linear")["stats"]["state_bytes"]["tokens"], 0);
+  const auto inspect = run({"inspect", "130m", "--context", "1000,100000", "--kv", "bounded:4+1024", "--json"});
+  ASSERT_EQ(inspect.exit_code, 0) << inspect.err;
+  const Json state = parse_json(inspect.out, "inspect")["state_bytes"];
+  EXPECT_LT(state[1]["tokens"].get<double>(), 1.1 * state[0]["tokens"].get<double>());
+  expect_error(run({"inspect", "130m", "--kv", "some"}), "keys and values 'some'");
+}
+
 TEST_F(GenerateEval, EvalHelpListsTheTasks) {
   const auto r = run({"eval", "--help"});
   EXPECT_EQ(r.exit_code, 0);
-  for (const char* word : {"perplexity", "recall", "needle", "haystack"}) EXPECT_THAT(r.out, HasSubstr(word));
+  for (const char* word : {"perplexity", "recall", "needle", "haystack", "lambada", "hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "boolq",
+                           "winogrande", "squad", "nq", "triviaqa", "kv_retrieval"}) EXPECT_THAT(r.out, HasSubstr(word));
   EXPECT_THAT(run({"eval", "recall", "--help"}).out, HasSubstr("--key-symbols"));
 }
 
 TEST_F(GenerateEval, EvalBadInput) {
-  expect_error(run({"eval"}), "expected one of: needle, perplexity, recall");
+  expect_error(run({"eval"}), "expected one of: arc_challenge, arc_easy, boolq");
   expect_error(run({"eval", "perplexty"}), "Did you mean 'perplexity'?");
   expect_error(eval("perplexity", {}), "--data is missing");
   expect_error(eval("perplexity", {"--data", "/nowhere"}), "/nowhere");
@@ -191,6 +265,9 @@ TEST_F(GenerateEval, EvalBadInput) {
   expect_error(eval("needle", {"--kind", "essay_nunber"}), "Did you mean 'essay_number'?");
   expect_error(eval("needle", {"--kind", "essay_word"}), "needs --hay");
   expect_error(eval("needle", {"--lengths", "20"}), "too short");
+  expect_error(eval("needle", {"--kv", "bounded:4"}), "expected keep, drop or bounded:F+W");
+  expect_error(eval("needle", {"--schedule", "part(attention=answer)", "--examples", "1"}), "known: needle, question");
+  expect_error(eval("perplexity", {"--data", text().string(), "--schedule", "part(attention=question)"}), "not known here; known: none");
   expect_error(run({"eval", "needle", model().string()}), "has no tokeniser");
   write_file(file("junk.tok"), "no token file");
   expect_error(eval("perplexity", {"--data", file("junk.tok").string()}), "junk.tok");

@@ -9,6 +9,7 @@
 #include "oryx/common/json.h"
 #include "oryx/eval/task.h"
 #include "oryx/model/config.h"
+#include "oryx/report/chart.h"
 
 namespace oryx {
 
@@ -16,6 +17,7 @@ struct BenchResult {
   EvalTable table;
   Json options;
   std::string note = {};  // a line below the table
+  std::vector<Chart> charts = {};  // for a report
 };
 
 struct BenchModel {
@@ -63,13 +65,14 @@ struct StateBenchOptions {
   BenchModel model;
   std::string schedule = "linear";
   std::vector<int64_t> contexts = {1024, 8192, 32768};
-  std::vector<int64_t> checkpoint_every = {0, 4096};  // tokens; the context is read in pieces of 1,024, and checkpoints stand at the ends of pieces
+  std::vector<int64_t> checkpoint_every = {1024, 4096, 16384};  // tokens; the context is read in pieces of at most 1,024, at whose ends checkpoints stand
   bool keep_rows = false;
   int64_t repeat = 3;
 };
-// Going back, forking and resuming against reading the context again. Rows, for each context and sparsity of checkpoints: action, ms (median),
-// rerun_ms (reading the context again with the same checkpoints and ring), relative_time (rerun_ms over ms), and bytes: state_bytes (recurrent, tails and rows),
-// checkpoint_bytes, ring_bytes.
+// Going back, forking and resuming against reading the context again. Each context is read once for all its rows, with the closest checkpoints, and the trims,
+// on forks of that state, are timed under ever fewer of them. Rows: context, action, checkpoint_every (null where it plays no part; 0: none), ms (median),
+// rerun_ms (reading the context again), relative_time (rerun_ms over ms), scanned tokens (an upper bound), and bytes: state_bytes (recurrent, tails and
+// rows), checkpoint_bytes, ring_bytes.
 BenchResult bench_state(const StateBenchOptions& options);
 
 struct AttentionBenchOptions {

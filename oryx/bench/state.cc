@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <span>
 
@@ -30,6 +31,8 @@ struct TemporaryFile {
   }
 };
 
+constexpr const char* kReadAgain = "read again";
+
 class StateBench {
  public:
   explicit StateBench(const StateBenchOptions& o) : o_(o), config_(o.model.config()), schedule_(config_, o.schedule), model_(config_, o.model.compute()) {
@@ -39,45 +42,58 @@ class StateBench {
     for (auto& id : ids_) id = static_cast<int32_t>(rng.below(static_cast<uint64_t>(config_.vocab_size)));
   }
 
-  // Rows for one context and one sparsity of checkpoints.
-  void measure(int64_t context, int64_t every, std::vector<Json>& rows) {
-    Session session = read(context, every, kRing);
-    const double again = ms(o_.repeat, [&] { (void)read(context, every, kRing); });
-    const StateBytes bytes = session.state().bytes();
-    const auto add = [&](const std::string& what, double time) {
+  void measure(int64_t context, std::vector<Json>& rows) {
+    std::vector<int64_t> sparsities = o_.checkpoint_every;
+    std::erase_if(sparsities, [&](int64_t every) { return every == 0 || every > context; });
+    std::sort(sparsities.begin(), sparsities.end());
+    sparsities.push_back(0);
+    const auto start = std::chrono::steady_clock::now();
+    const Session session = read(context, sparsities.front(), kRing);
+    const double once = 1e3 * std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    // The first reading of a context is the slowest; a long one is not repeated for that.
+    const double again = once * static_cast<double>(o_.repeat) > kLongestMs ? once : ms(o_.repeat, [&] { (void)read(context, sparsities.front(), kRing); });
+    State state = session.state().fork({0});
+    const auto add = [&](const std::string& what, const Json& every, double time, int64_t scanned) {
+      const StateBytes bytes = state.bytes();
       rows.push_back({{"context", context},
-                      {"checkpoint_every", every},
                       {"action", what},
+                      {"checkpoint_every", every},
                       {"ms", time},
                       {"relative_time", again / time},
                       {"rerun_ms", again},
+                      {"scanned", scanned},
                       {"state_bytes", bytes.recurrent + bytes.tails + bytes.tokens},
                       {"checkpoint_bytes", bytes.checkpoints},
                       {"ring_bytes", bytes.ring}});
     };
-    add("read again", again);
-    add("read, no ring", ms(o_.repeat, [&] { (void)read(context, every, 0); }));
-    add(fmt::format("drop a draft of {}", kDecoded), back(session, context, kDecoded));
-    // Where no rows are kept, not every position can be reached.
-    const auto trim = [&](const std::string& what, int64_t length) {
-      if (session.state().reachable(0, length) == length) add(what, back(session, length, 0));
-    };
-    trim("trim by 32", context - 32);
-    trim("trim by a quarter", context - context / 4 - 1);
-    add("fork 4", ms(o_.repeat, [&] { (void)session.state().fork({0, 0, 0, 0}); }));
-    const TemporaryFile file;
-    add("save", ms(o_.repeat, [&] { save_state(model_, session.state(), file.path); }));
-    add("load", ms(o_.repeat, [&] { (void)load_state(model_, file.path); }));
+    add(kReadAgain, {}, again, context);
+    add(fmt::format("drop a draft of {}", kDecoded), {}, drop_draft(state, context), 0);
+    add("fork 4", {}, ms(o_.repeat, [&] { (void)state.fork({0, 0, 0, 0}); }), 0);
+    {
+      const TemporaryFile file;
+      add("save", {}, ms(o_.repeat, [&] { save_state(model_, state, file.path); }), 0);
+      add("load", {}, ms(o_.repeat, [&] { (void)load_state(model_, file.path); }), 0);
+    }
+    for (const int64_t every : sparsities) {
+      state.thin_checkpoints(every);
+      // As far behind a checkpoint as there is: the token before one, or, without any, near the end.
+      const auto& held = state.checkpoints()[0];
+      const int64_t length = held.empty() ? context - 33 : held.back() - 1;
+      const int64_t from = held.size() > 1 ? held[held.size() - 2] : 0;
+      // Where no rows are kept, not every position can be reached.
+      if (state.reachable(0, length) == length) add("trim, at worst", every, trim(state, length), length - from);
+    }
   }
 
  private:
   static constexpr int64_t kDecoded = 4, kRing = 4, kPiece = 1024;
+  static constexpr double kLongestMs = 60000;
 
   SessionOptions options(int64_t context, int64_t every, int64_t ring) const {
     SessionOptions s;
     s.prompt_length = context;
     s.tokens = context + kDecoded;
-    s.piece = kPiece;
+    s.piece = every > 0 ? std::min(every, kPiece) : kPiece;
     s.state.checkpoint_every = every;
     s.state.ring = ring;
     s.state.keep_rows = o_.keep_rows;
@@ -92,15 +108,21 @@ class StateBench {
 
   static double ms(int64_t repeat, const std::function<void()>& f) { return 1e3 * time_repeated(0, repeat, f).median(); }
 
-  // Median time of a trim to `length` after `decoded` tokens more; the session holds its context again afterwards.
-  double back(Session& session, int64_t length, int64_t decoded) const {
-    const int64_t context = session.length();
-    const auto extend = [&](int64_t count) { (void)session.extend(std::span(ids_).subspan(static_cast<size_t>(session.length()), static_cast<size_t>(count))); };
+  double drop_draft(const State& state, int64_t context) const {
     Times times;
     for (int64_t i = 0; i < o_.repeat; ++i) {
-      for (int64_t t = 0; t < decoded; ++t) extend(1);
-      times.seconds.push_back(time_repeated(0, 1, [&] { session.trim(length); }).median());
-      if (length < context) extend(context - length);
+      Session session(model_, schedule_, options(context, 0, kRing), state.fork({0}));
+      for (int64_t t = 0; t < kDecoded; ++t) (void)session.extend(std::span(ids_).subspan(static_cast<size_t>(context + t), 1));
+      times.seconds.push_back(time_repeated(0, 1, [&] { session.trim(context); }).median());
+    }
+    return 1e3 * times.median();
+  }
+
+  double trim(const State& state, int64_t length) const {
+    Times times;
+    for (int64_t i = 0; i < o_.repeat; ++i) {
+      State fork = state.fork({0});
+      times.seconds.push_back(time_repeated(0, 1, [&] { fork.trim(0, length, model_); }).median());
     }
     return 1e3 * times.median();
   }
@@ -112,6 +134,29 @@ class StateBench {
   std::vector<int32_t> ids_;
 };
 
+// Milliseconds of each action against the context, and of the worst trim against the bytes of checkpoints.
+std::vector<Chart> charts(const std::vector<Json>& rows) {
+  Chart time{.title = "Going back and forth against reading the context again", .x_label = "tokens of context", .y_label = "ms", .log_x = true, .log_y = true};
+  Chart sparse{.title = "What checkpoints cost and save: the worst trim", .x_label = "MiB of checkpoints", .y_label = "ms", .log_y = true};
+  const auto series = [](Chart& chart, const std::string& name) -> Series& {
+    for (Series& s : chart.series) {
+      if (s.name == name) return s;
+    }
+    return chart.series.emplace_back(Series{name});
+  };
+  for (const Json& row : rows) {
+    const double context = row["context"].get<double>(), ms = row["ms"].get<double>();
+    std::string action = row["action"].get<std::string>();
+    if (!row["checkpoint_every"].is_null()) {
+      series(sparse, fmt::format("{} tokens", row["context"].dump())).points.emplace_back(row["checkpoint_bytes"].get<double>() / (1 << 20), ms);
+      const auto every = row["checkpoint_every"].get<int64_t>();
+      action += every > 0 ? fmt::format(", checkpoints every {}", every) : ", without checkpoints";
+    }
+    series(time, action).points.emplace_back(context, ms);
+  }
+  return {time, sparse};
+}
+
 }  // namespace
 
 BenchResult bench_state(const StateBenchOptions& o) {
@@ -121,17 +166,17 @@ BenchResult bench_state(const StateBenchOptions& o) {
   }
   StateBench bench(o);
   BenchResult result;
-  for (const int64_t context : o.contexts) {
-    for (const int64_t every : o.checkpoint_every) bench.measure(context, every, result.table.rows);
-  }
+  for (const int64_t context : o.contexts) bench.measure(context, result.table.rows);
   result.table.columns = {{"context", "context", cell_text()},
-                          {"checkpoint_every", "checkpoints every", cell_text()},
                           {"action", "action", cell_text()},
+                          {"checkpoint_every", "checkpoints every", [](const Json& j) { return j.get<int64_t>() == 0 ? std::string("none") : j.dump(); }},
+                          {"scanned", "tokens scanned", cell_text()},
                           {"ms", "ms", cell_fixed(2)},
                           {"relative_time", "read again / this", cell_fixed(1)},
                           {"state_bytes", "state", cell_bytes()},
                           {"checkpoint_bytes", "checkpoints", cell_bytes()},
                           {"ring_bytes", "ring", cell_bytes()}};
+  result.charts = charts(result.table.rows);
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedule", o.schedule}, {"contexts", o.contexts},
                     {"checkpoint_every", o.checkpoint_every}, {"keep_rows", o.keep_rows}, {"repeat", o.repeat}};
   return result;

@@ -7,37 +7,60 @@
 #include "oryx/common/file.h"
 #include "oryx/common/interrupt.h"
 #include "oryx/common/progress.h"
+#include "oryx/report/report.h"
 
 namespace oryx::cli {
 
 namespace {
 
-void report(const std::string& name, const BenchResult& result, const Json& machine, const std::string& json) {
+struct Outputs {
+  std::string json, report;
+};
+
+std::string machine_text(const Json& machine) {
+  return fmt::format("{}, {} threads of {} cores, load {:.1f} at the start, libtorch {}", machine["processor"].get<std::string>(), machine["threads"].dump(),
+                     machine["cores"].dump(), machine["load_average"].is_null() ? 0.0 : machine["load_average"].get<double>(),
+                     machine["libtorch"].get<std::string>());
+}
+
+void write_report(const std::string& name, const BenchResult& result, const Json& machine, const std::string& path) {
+  Report report("oryx bench " + name);
+  report.text(machine_text(machine));
+  report.code(result.options.dump());
+  for (const Chart& chart : result.charts) report.chart(chart);
+  const auto cells = table_cells(result.table);
+  report.table(cells.front(), {cells.begin() + 1, cells.end()});
+  report.write(path);
+}
+
+void report(const std::string& name, const BenchResult& result, const Json& machine, const Outputs& out) {
   check_finite(result.table);
-  print("{}, {} threads of {} cores, load {:.1f} at the start, libtorch {}\n", machine["processor"].get<std::string>(), machine["threads"].dump(),
-        machine["cores"].dump(), machine["load_average"].is_null() ? 0.0 : machine["load_average"].get<double>(),
-        machine["libtorch"].get<std::string>());
+  print("{}\n", machine_text(machine));
   write(format_table(result.table));
   if (!result.note.empty()) print("{}\n", result.note);
   flush();
-  if (json.empty()) return;
+  if (!out.report.empty()) write_report(name, result, machine, out.report);
+  if (out.json.empty()) return;
   const Json all = {{"benchmark", name}, {"machine", machine}, {"options", result.options}, {"rows", result.table.rows}};
-  write_file(json, all.dump(2) + "\n");
+  write_file(out.json, all.dump(2) + "\n");
 }
 
-// Adds --json and what runs the benchmark.
+// Adds --json, --report and what runs the benchmark.
 template <class Options>
 void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(const Options&)) {
-  auto json = std::make_shared<std::string>();
-  app.add_option("--json", *json, "write the results there too")->type_name("FILE");
-  app.callback([o, json, bench, name = app.get_name()] {
+  auto out = std::make_shared<Outputs>();
+  app.add_option("--json", out->json, "write the results there too")->type_name("FILE");
+  app.add_option("--report", out->report, "write the results there too, as HTML with charts where there are any")->type_name("FILE");
+  app.callback([o, out, bench, name = app.get_name()] {
     // Found out before the work, not after it.
-    if (!json->empty() && !std::filesystem::is_directory(std::filesystem::absolute(*json).parent_path())) {
-      fail("{}: cannot write, there is no such folder", *json);
+    for (const auto& path : {out->json, out->report}) {
+      if (!path.empty() && !std::filesystem::is_directory(std::filesystem::absolute(path).parent_path())) {
+        fail("{}: cannot write, there is no such folder", path);
+      }
     }
     catch_interrupts();
     const Json machine = describe_machine();
-    report(name, bench(*o), machine, *json);
+    report(name, bench(*o), machine, *out);
   });
 }
 
@@ -89,7 +112,7 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   auto t = std::make_shared<StateBenchOptions>();
   add_model(state, t->model, t->schedule);
   add_list(state, "--contexts", t->contexts, "tokens before, ascending");
-  state.add_option("--checkpoint-every", t->checkpoint_every, "tokens between checkpoints; 0: none but the start")
+  state.add_option("--checkpoint-every", t->checkpoint_every, "tokens between checkpoints; each context is timed with every one of them, and with none")
       ->delimiter(',')->check(CLI::Range(int64_t{0}, int64_t{1} << 30))->capture_default_str()->type_name("N,N,...");
   state.add_flag("--keep-rows", t->keep_rows, "keep rows also where no mixer looks back");
   add_count(state, "--repeat", t->repeat, "runs of each action");

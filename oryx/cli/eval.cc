@@ -64,7 +64,7 @@ void run(Options& o) {
   write_file(o.json, report.dump(2) + "\n");
 }
 
-ORYX_COMMAND(eval, "measure a model: perplexity, recall, needle", [](CLI::App& app) {
+ORYX_COMMAND(eval, "measure a model: perplexity, recall, needle, language-model tasks, retrieval", [](CLI::App& app) {
   app.require_subcommand(1);
   for (const EvalTaskKind& kind : eval_tasks()) {
     CLI::App& task = *app.add_subcommand(kind.name, kind.summary);

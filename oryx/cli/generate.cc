@@ -19,7 +19,7 @@ namespace {
 
 struct Options {
   ModelArguments model;
-  std::string prompt, prompt_file, schedule;
+  std::string prompt, prompt_file, schedule, kv = "keep";
   bool has_prompt = false, json = false, stats = false;
   GenerateOptions generate;
 };
@@ -65,6 +65,7 @@ void print_stats(const GenerateStats& s) {
 }
 
 void run(Options o) {
+  set_kv(o.generate.state, o.kv);
   const LoadedModel loaded = load(o.model);
   if (!loaded.tokenizer) fail("{}: has no tokeniser; give one with --tokenizer", loaded.name);
   const ModelSchedule schedule(loaded.model->config(), o.schedule);
@@ -91,7 +92,7 @@ void run(Options o) {
   show(decoder.finish());
   if (o.json) {
     const Json json = {{"prompt", prompt}, {"text", text},       {"ids", out.ids}, {"stop", to_string(out.stop)},
-                       {"schedule", schedule.text()}, {"stats", stats_json(out.stats)}};
+                       {"schedule", schedule.text()}, {"kv", kv_text(o.generate.state)}, {"stats", stats_json(out.stats)}};
     write(json.dump(2) + "\n");
   } else if (!text.ends_with('\n')) {
     write("\n");
@@ -114,6 +115,8 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_option("--min-p", o->generate.sampling.min_p, "leave out tokens less likely than this times the likeliest")->capture_default_str();
   app.add_option("--seed", o->generate.sampling.seed, "of the draws, and of a random schedule")->type_name("N")->capture_default_str();
   app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory")->type_name("N")->capture_default_str();
+  app.add_option("--kv", o->kv, "keys and values: keep, drop, or bounded:F+W, those of the first F and the last W tokens (docs/state.md)")
+      ->type_name("POLICY")->capture_default_str();
   app.add_flag("--json", o->json, "print one JSON object at the end instead of the text");
   app.add_flag("--stats", o->stats, "print speed, share of attention and state bytes to standard error");
   app.callback([o, prompt] {

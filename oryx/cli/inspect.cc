@@ -17,7 +17,8 @@ namespace {
 struct Options {
   std::vector<std::string> arguments;  // the subject, then key=value
   std::vector<int64_t> contexts = {1024, 8192, 32768, 131072};
-  std::string family, precision = "float32";
+  std::string family, precision = "float32", kv = "keep";
+  StateOptions state;
   bool list = false, keys = false, json = false;
 
   at::ScalarType compute() const { return precision == "bfloat16" ? at::kBFloat16 : at::kFloat; }
@@ -81,7 +82,7 @@ void inspect_folder(const Options& o, const std::string& path) {
   const auto config = load_options<ModelConfig>(folder / "config.json");
   const SafetensorsReader file(folder / "model.safetensors");
   check_parameters(LanguageModel::parameter_specs(config), file);
-  Json report = model_report(folder.string(), config, o.contexts, o.compute());
+  Json report = model_report(folder.string(), config, o.contexts, o.compute(), o.state);
   const Json tensors = tensors_report(file);
   report["checkpoint"] = {
       {"file", file.path()}, {"tensors", tensors["count"]}, {"bytes", tensors["bytes"]}, {"matches_config", true}};
@@ -93,7 +94,7 @@ void inspect_folder(const Options& o, const std::string& path) {
 
 void inspect_subject(const Options& o, const std::string& subject, const std::vector<std::string>& overrides) {
   if (is_preset(subject))
-    return show(o, model_report(subject, config_of_preset(subject, overrides), o.contexts, o.compute()), model_text);
+    return show(o, model_report(subject, config_of_preset(subject, overrides), o.contexts, o.compute(), o.state), model_text);
   if (is_folder(subject)) {
     refuse_overrides(subject, overrides, "name its config.json to try other values");
     return inspect_folder(o, subject);
@@ -106,10 +107,11 @@ void inspect_subject(const Options& o, const std::string& subject, const std::ve
   }
   const bool file = path || exists(subject);
   const ModelConfig config = file ? config_of_file(subject, overrides) : config_of_preset(subject, overrides);
-  show(o, model_report(subject, config, o.contexts, o.compute()), model_text);
+  show(o, model_report(subject, config, o.contexts, o.compute(), o.state), model_text);
 }
 
 void inspect(Options o) {
+  set_kv(o.state, o.kv);
   const std::string subject = take_subject(o.arguments);
   const int wanted = int{!subject.empty()} + int{!o.family.empty()} + o.keys + o.list;
   if (wanted != 1) {
@@ -137,6 +139,9 @@ ORYX_COMMAND(inspect, "parameters, FLOPs and state bytes of a model, by part and
       ->capture_default_str();
   app.add_option("--precision", o->precision, "of activations: the type of tails, keys and values")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
+      ->capture_default_str();
+  app.add_option("--kv", o->kv, "keys and values that a state holds: keep, drop, or bounded:F+W, those of the first F and the last W tokens")
+      ->type_name("POLICY")
       ->capture_default_str();
   app.add_option("--family", o->family, "the variants of a size, matched in parameters by intermediate_size")
       ->type_name("SIZE");

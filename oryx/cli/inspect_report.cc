@@ -72,12 +72,12 @@ Json parameters_json(const ModelConfig& config) {
   return {{"total", r.total}, {"parts", parts}, {"modes", modes_json(config, r)}};
 }
 
-Json state_json(const ModelConfig& config, int64_t context, at::ScalarType compute) {
+Json state_json(const ModelConfig& config, int64_t context, at::ScalarType compute, const StateOptions& options) {
   constexpr double kMost = 4.6e18;  // 2^62
   if (static_cast<double>(state_bytes(config, 1, compute).tokens) * static_cast<double>(context) > kMost) {
     fail("the state of {} tokens would pass {:.1e} bytes; ask for a shorter --context", context, kMost);
   }
-  const StateBytes b = state_bytes(config, context, compute);
+  const StateBytes b = state_bytes(config, context, compute, options);
   return {
       {"context", context}, {"recurrent", b.recurrent}, {"tails", b.tails}, {"tokens", b.tokens}, {"total", b.total()}};
 }
@@ -128,19 +128,21 @@ ModelConfig variant_of(const std::string& size, const std::string& variant, cons
 }  // namespace
 
 Json model_report(const std::string& name, ModelConfig config, const std::vector<int64_t>& contexts,
-                  at::ScalarType compute) {
+                  at::ScalarType compute, const StateOptions& options) {
   Json flops = Json::array(), state = Json::array();
   for (const auto& mode : single_modes(config)) {
     for (const int64_t context : contexts) {
-      flops.push_back({{"mode", mode}, {"context", context}, {"flops", token_flops(config, mode, context)}});
+      const int64_t seen = options.bound.on() ? std::min(context, options.bound.first + options.bound.window) : context;
+      flops.push_back({{"mode", mode}, {"context", context}, {"flops", token_flops(config, mode, seen)}});
     }
   }
-  for (const int64_t context : contexts) state.push_back(state_json(config, context, compute));
+  for (const int64_t context : contexts) state.push_back(state_json(config, context, compute, options));
   return {{"name", name},
           {"config", options_json(config)},
           {"parameters", parameters_json(config)},
           {"flops_per_token", flops},
           {"state_dtype", compute == at::kBFloat16 ? "bfloat16" : "float32"},
+          {"kv", kv_text(options)},
           {"state_bytes", state}};
 }
 
@@ -160,8 +162,9 @@ std::string model_text(const Json& report) {
                               p["modes"].get<std::vector<Json>>()});
   out += "\nforward FLOPs of a token that sees so many tokens (training: three times as much)\n" +
          flops_text(report["flops_per_token"]);
-  out += fmt::format("\nstate of one sequence of so many tokens ({} tails, keys and values; recurrent float32)\n",
-                     report["state_dtype"].get<std::string>());
+  const auto kv = report["kv"].get<std::string>();
+  out += fmt::format("\nstate of one sequence of so many tokens ({} tails, keys and values{}; recurrent float32)\n",
+                     report["state_dtype"].get<std::string>(), kv == "keep" ? "" : ", " + kv);
   return out + format_table({{{"context", "tokens", cell_grouped()},
                               {"recurrent", "recurrent", cell_bytes()},
                               {"tails", "convolution tails", cell_bytes()},

@@ -11,14 +11,15 @@
 #include "oryx/common/json.h"
 #include "oryx/io/safetensors.h"
 #include "oryx/model/config.h"
+#include "oryx/state/state.h"
 
 namespace oryx::cli {
 
 // Parameters by part and by mode, forward FLOPs of a token by mode and context, bytes of state by context. `contexts`
-// are lengths in tokens; `compute` is the type of activations, in which tails, keys and values are kept. Throws Error
+// are lengths in tokens; `compute` is the type of activations, in which tails, keys and values are kept; `state` says which of them. Throws Error
 // when the bytes pass 2^62.
 Json model_report(const std::string& name, ModelConfig config, const std::vector<int64_t>& contexts,
-                  at::ScalarType compute);
+                  at::ScalarType compute, const StateOptions& state = {});
 std::string model_text(const Json& report);
 
 // The variants of one size, each with the intermediate_size that matches the parameters of the Oryx (Gated DeltaNet) of

@@ -10,41 +10,26 @@
 #include "oryx/common/error.h"
 #include "oryx/common/progress.h"
 #include "oryx/data/text_source.h"
+#include "oryx/eval/completion.h"
 #include "oryx/eval/task.h"
-#include "oryx/generate/session.h"
 #include "oryx/model/scheduling.h"
 
 namespace oryx {
 
 namespace {
 
-constexpr const char* kQuestion = "question";
 constexpr size_t kHayBytes = size_t{4} << 20;  // text read for the hay at most
-
-void check_schedule(const ModelConfig& config, const std::string& schedule) {
-  if (schedule != kQuestion) {
-    ModelSchedule(config, schedule);
-    return;
-  }
-  const auto mixers = config.mixers();
-  if (std::find(mixers.begin(), mixers.end(), "attention") == mixers.end()) {
-    fail("schedule 'question' puts the question into attention, but the model's mixers are {}", fmt::join(mixers, ", "));
-  }
-}
-
-ModelSchedule schedule_for(const ModelConfig& config, const Tokenizer& tokenizer, const std::string& schedule, const NeedleExample& e) {
-  if (schedule != kQuestion) return {config, schedule};
-  const size_t question = tokenizer.encode("\n\n" + e.question).size();
-  return {config, fmt::format("linear,attention@-{}:", question)};
-}
 
 // One example: prompt and answer go in, the logits before each answer token are compared with it.
 void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleExample& e, const NeedleEvaluation& o, NeedleResult& r) {
-  const ModelSchedule schedule = schedule_for(model.config(), tokenizer, o.schedule, e);
+  const auto length = static_cast<int64_t>(e.ids.size()), question = static_cast<int64_t>(tokenizer.encode("\n\n" + e.question).size());
+  const ModelSchedule schedule = question_schedule(model.config(), o.schedule, question);
   std::vector<int32_t> ids = e.ids;
   ids.insert(ids.end(), e.answer_ids.begin(), e.answer_ids.end() - 1);
   const auto answer = static_cast<int64_t>(e.answer_ids.size()), tokens = static_cast<int64_t>(ids.size());
-  Session session(model, schedule, {static_cast<int64_t>(e.ids.size()), tokens, o.prefill_piece, o.seed});
+  SessionOptions options{length, tokens, o.prefill_piece, o.seed, o.state};
+  options.facts = gather_facts(model, schedule, e.ids, {{"question", {{length - question, length}}}, {"needle", {{e.needle_begin, e.needle_end}}}});
+  Session session(model, schedule, options);
   const at::Tensor hidden = session.extend(ids, answer);                                                    // [A, D]
   const at::Tensor log_p = model.logits(hidden).to(at::kFloat).log_softmax(-1);                             // [A, V]
   const at::Tensor wanted = at::tensor(std::vector<int64_t>(e.answer_ids.begin(), e.answer_ids.end()), at::kLong).to(log_p.device());  // [A]
@@ -53,7 +38,11 @@ void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleE
   r.nll_sum += sum;
   r.answer_tokens += answer;
   r.prompt_tokens += static_cast<int64_t>(e.ids.size());
-  r.attention_share += session.attention_share();
+  ModePiece piece{.row = 0, .column = 0, .length = tokens, .start = 0, .context = {}};
+  piece.context.prompt_length = length;
+  piece.context.seed = o.seed;
+  piece.context.facts = options.facts;
+  r.cost.add(model, schedule.route({piece}, 1, tokens), tokens, o.state, first_pass_flops(model.config(), schedule, length));
   r.correct += at::equal(log_p.argmax(-1), wanted) ? 1 : 0;
   ++r.examples;
 }
@@ -62,14 +51,13 @@ void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleE
 
 NeedleResult evaluate_needle(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleTask& task, const NeedleEvaluation& o) {
   at::NoGradGuard no_grad;
-  check_schedule(model.config(), o.schedule);
+  check_question_schedule(model.config(), o.schedule);
   if (o.examples < 1 || o.prefill_piece < 1) fail("needle: {} examples in pieces of {}, expected at least one of each", o.examples, o.prefill_piece);
   NeedleResult r;
   for (int64_t i = 0; i < o.examples; ++i) {
     score(model, tokenizer, task.example(o.length, o.depth, o.seed, o.first_index + static_cast<uint64_t>(i)), o, r);
     if (o.progress) o.progress(r.examples, r.accuracy());
   }
-  r.attention_share /= static_cast<double>(r.examples);
   return r;
 }
 
@@ -91,60 +79,93 @@ class NeedleEvalTask : public EvalTask {
   void describe(Fields& f) override {
     f.add("lengths", lengths_, "tokens of the prompt at most", at_least(1));
     f.add("depths", depths_, "where the needle stands: 0 the beginning, 1 the end of the hay", between(0, 1));
-    f.add("kind", kind_, "the hay", {{"noise", NeedleKind::noise}, {"essay_number", NeedleKind::essay_number}, {"essay_word", NeedleKind::essay_word}});
+    f.add("kind", kinds_, "the haystacks", one_of({"noise", "essay_number", "essay_word"}));
     f.add("hay", hay_, "text for the essay kinds: a .txt or .jsonl, or a folder of them");
     f.add("examples", examples_, "prompts for each length and depth", at_least(1));
+    f.add("kv", kv_, "keys and values that the state holds: keep, drop, or bounded:F+W (docs/state.md)");
     f.add("piece", piece_, "tokens of one pass over the prompt at most", at_least(1));
     f.add("seed", seed_, "of the prompts", at_least(0));
   }
 
   EvalTable run(const EvalSubject& subject, const std::vector<std::string>& schedules) override {
     if (subject.tokenizer == nullptr) fail("{}: has no tokeniser, which needle-in-a-haystack is written with", subject.name);
-    if (kind_ != NeedleKind::noise && hay_.empty()) fail("needle: --kind {} needs --hay, a folder of text", to_string(kind_));
-    const auto& config = subject.model.config();
-    auto list = schedules;
-    if (list.empty()) {
-      list = single_modes(config);
-      if (has_attention_choice(config)) list.insert(list.begin(), kQuestion);
+    std::vector<std::string> hay;
+    for (const auto& kind : kinds_) {
+      if (kind == "noise" || !hay.empty()) continue;
+      if (hay_.empty()) fail("needle: --kind {} needs --hay, a folder of text", kind);
+      hay = read_hay(hay_);
     }
-    for (const auto& s : list) check_schedule(config, s);
-    const NeedleTask task(*subject.tokenizer, kind_, kind_ == NeedleKind::noise ? std::vector<std::string>{} : read_hay(hay_));
-    for (const int64_t length : lengths_) task.example(length, 0, static_cast<uint64_t>(seed_), 0);  // refused before the work begins
+    const auto& config = subject.model.config();
+    const auto list = schedules.empty() ? question_schedules(config) : schedules;
+    for (const auto& s : list) check_question_schedule(config, s);
+    std::vector<NeedleTask> tasks;
+    for (const auto& kind : kinds_) {
+      tasks.emplace_back(*subject.tokenizer, parse_needle_kind(kind), kind == "noise" ? std::vector<std::string>{} : hay);
+      for (const int64_t length : lengths_) tasks.back().example(length, 0, static_cast<uint64_t>(seed_), 0);  // refused before the work begins
+    }
     EvalTable table{columns(), {}};
     for (const auto& s : list) {
-      for (const int64_t length : lengths_) {
-        for (const double depth : depths_) table.rows.push_back(evaluate(subject, task, s, length, depth));
+      for (size_t k = 0; k < kinds_.size(); ++k) {
+        for (const int64_t length : lengths_) {
+          for (const double depth : depths_) table.rows.push_back(evaluate(subject, tasks[k], kinds_[k], s, length, depth));
+        }
       }
     }
     return table;
   }
 
+  void validate() const override {
+    if (kinds_.empty()) fail("needle: no kind of haystack");
+    (void)state();
+  }
+
  private:
-  Json evaluate(const EvalSubject& subject, const NeedleTask& task, const std::string& schedule, int64_t length, double depth) const {
-    ProgressBar bar(fmt::format("{}, {} tokens, depth {:g}", schedule, length, depth), examples_, "prompts");
+  StateOptions state() const {
+    StateOptions options;
+    set_kv(options, kv_);
+    return options;
+  }
+
+  Json evaluate(const EvalSubject& subject, const NeedleTask& task, const std::string& kind, const std::string& schedule, int64_t length, double depth) const {
+    ProgressBar bar(fmt::format("{}, {}, {} tokens, depth {:g}", schedule, kind, length, depth), examples_, "prompts");
     NeedleEvaluation e{.schedule = schedule, .length = length, .depth = depth, .examples = examples_, .seed = static_cast<uint64_t>(seed_)};
     e.prefill_piece = piece_;
+    e.state = state();
     e.progress = [&](int64_t done, double accuracy) { bar.update(done, fmt::format("found {:.0f}%", 100 * accuracy)); };
     const NeedleResult r = evaluate_needle(subject.model, *subject.tokenizer, task, e);
-    return {{"schedule", schedule},          {"length", length},       {"depth", depth},
-            {"accuracy", r.accuracy()},      {"nats", r.nats()},       {"attention_share", r.attention_share},
-            {"examples", r.examples},        {"prompt_tokens", static_cast<double>(r.prompt_tokens) / static_cast<double>(r.examples)}};
+    const double p = r.accuracy(), n = static_cast<double>(r.examples);
+    return {{"schedule", schedule},
+            {"kind", kind},
+            {"length", length},
+            {"depth", depth},
+            {"accuracy", p},
+            {"accuracy_stderr", n > 1 ? std::sqrt(p * (1 - p) / (n - 1)) : 0.0},
+            {"nats", r.nats()},
+            {"attention_share", r.cost.attention_share},
+            {"flops_per_token", r.cost.flops_per_token},
+            {"state_bytes", static_cast<int64_t>(std::llround(r.cost.state_bytes))},
+            {"kv", kv_text(e.state)},
+            {"examples", r.examples},
+            {"prompt_tokens", static_cast<double>(r.prompt_tokens) / n}};
   }
 
   static std::vector<EvalColumn> columns() {
     return {{"schedule", "schedule", cell_text()},
+            {"kind", "hay", cell_text()},
             {"length", "length", cell_text()},
             {"depth", "depth", cell_text()},
             {"accuracy", "found", cell_percent()},
             {"nats", "nats/token", cell_fixed(3)},
             {"attention_share", "attention", cell_percent()},
+            {"flops_per_token", "FLOPs/token", cell_count()},
+            {"state_bytes", "state", cell_bytes()},
             {"examples", "prompts", cell_text()}};
   }
 
   std::vector<int64_t> lengths_{256, 512, 1024};
   std::vector<double> depths_{0, 0.25, 0.5, 0.75, 1};
-  NeedleKind kind_ = NeedleKind::noise;
-  std::string hay_;
+  std::vector<std::string> kinds_{"noise"};
+  std::string hay_, kv_ = "keep";
   int64_t examples_ = 8, piece_ = 1024, seed_ = 0;
 };
 

@@ -7,12 +7,14 @@
 
 #include "oryx/data/synthetic.h"
 #include "oryx/data/tokenizer.h"
+#include "oryx/eval/likelihood.h"
 #include "oryx/model/language_model.h"
 
 namespace oryx {
 
 struct NeedleEvaluation {
-  // A schedule's text, or "question": question and answer in attention, the model's first mixer before them.
+  // A schedule's text, or "question": question and answer in attention, the model's first mixer before them. The prompt's parts "question" and "needle" are
+  // known to the policy `part`.
   std::string schedule = "attention";
   int64_t length = 512;   // tokens of the prompt at most
   double depth = 0.5;     // of the needle, in [0, 1]
@@ -20,6 +22,7 @@ struct NeedleEvaluation {
   uint64_t seed = 0;
   uint64_t first_index = 0;
   int64_t prefill_piece = 1024;  // tokens of one pass at most
+  StateOptions state = {};       // what is kept of keys and values
   std::function<void(int64_t examples, double accuracy)> progress = {};
 };
 
@@ -28,7 +31,7 @@ struct NeedleResult {
   double nll_sum = 0;           // nats, over all answer tokens
   int64_t answer_tokens = 0;
   int64_t prompt_tokens = 0;    // of all examples
-  double attention_share = 0;   // of all (token, layer) pairs, those in mixer `attention`
+  EvalCost cost;
 
   double accuracy() const { return static_cast<double>(correct) / static_cast<double>(examples); }
   double nats() const { return nll_sum / static_cast<double>(answer_tokens); }

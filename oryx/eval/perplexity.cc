@@ -15,7 +15,9 @@
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
 #include "oryx/model/inspect.h"
+#include "oryx/generate/facts.h"
 #include "oryx/model/routed_cost.h"
+#include "oryx/model/surprise.h"
 
 namespace oryx {
 
@@ -31,14 +33,32 @@ ModePiece window_piece(int64_t column, int64_t length, int64_t window, const Per
   return p;
 }
 
+// The scores of each window of a batch, where the schedule asks for them.
+class WindowFacts {
+ public:
+  WindowFacts(const LanguageModel& model, const ModelSchedule& schedule, const EvalBatch& batch) : batch_(batch) {
+    if (!needs_surprise(schedule.needs())) return;
+    scores_ = token_surprise(model, batch.input_ids, batch.bounds.size() > 2 ? std::optional(batch.cu_seqlens) : std::nullopt);
+  }
+  std::shared_ptr<const TokenFacts> of(size_t window) const {
+    auto facts = std::make_shared<TokenFacts>();
+    if (!scores_.empty()) facts->surprise.assign(scores_.begin() + batch_.bounds[window], scores_.begin() + batch_.bounds[window + 1]);
+    return facts;
+  }
+
+ private:
+  const EvalBatch& batch_;
+  std::vector<float> scores_;
+};
+
 // What windows cost, by length where the schedule gives the same spans every time.
 class CostMeter {
  public:
   CostMeter(const ModelConfig& config, const ModelSchedule& schedule, const PerplexityOptions& options)
       : config_(config), schedule_(schedule), options_(options) {}
 
-  void add(int64_t length, int64_t window) {
-    const Cost cost = schedule_.is_random() ? measure(length, window) : cached(length, window);
+  void add(int64_t length, int64_t window, const std::shared_ptr<const TokenFacts>& facts) {
+    const Cost cost = schedule_.is_random() ? measure(length, window, facts) : cached(length, window, facts);
     const auto tokens = static_cast<double>(length);
     attention_ += cost.attention * tokens;
     flops_ += cost.flops;
@@ -51,13 +71,16 @@ class CostMeter {
   struct Cost {
     double attention, flops;
   };
-  Cost measure(int64_t length, int64_t window) const {
-    const Routings routings = schedule_.route({window_piece(0, length, window, options_)}, 1, length);
-    return {oryx::attention_share(config_, routings), options_.count_flops ? routed_flops(config_, routings) : 0};
+  Cost measure(int64_t length, int64_t window, const std::shared_ptr<const TokenFacts>& facts) const {
+    ModePiece piece = window_piece(0, length, window, options_);
+    piece.context.facts = facts;
+    const Routings routings = schedule_.route({piece}, 1, length);
+    const double flops = options_.count_flops ? routed_flops(config_, routings) + first_pass_flops(config_, schedule_, length) : 0;
+    return {oryx::attention_share(config_, routings), flops};
   }
-  const Cost& cached(int64_t length, int64_t window) {
+  const Cost& cached(int64_t length, int64_t window, const std::shared_ptr<const TokenFacts>& facts) {
     auto it = by_length_.find(length);
-    if (it == by_length_.end()) it = by_length_.emplace(length, measure(length, window)).first;
+    if (it == by_length_.end()) it = by_length_.emplace(length, measure(length, window, facts)).first;
     return it->second;
   }
 
@@ -101,10 +124,12 @@ class ByteCounter {
 };
 
 // Sum of the batch's losses, in nats.
-double score(const LanguageModel& model, const ModelSchedule& schedule, const EvalBatch& batch, int64_t first_window, const PerplexityOptions& o) {
+double score(const LanguageModel& model, const ModelSchedule& schedule, const EvalBatch& batch, const WindowFacts& facts, int64_t first_window,
+             const PerplexityOptions& o) {
   std::vector<ModePiece> pieces;
   for (size_t i = 0; i + 1 < batch.bounds.size(); ++i) {
     pieces.push_back(window_piece(batch.bounds[i], batch.bounds[i + 1] - batch.bounds[i], first_window + static_cast<int64_t>(i), o));
+    pieces.back().context.facts = facts.of(i);
   }
   ModelInput input;
   input.input_ids = batch.input_ids;
@@ -137,12 +162,13 @@ PerplexityResult evaluate_perplexity(const LanguageModel& model, const ModelSche
   reader.rewind();
   while (const auto batch = reader.next()) {
     check_interrupt();
-    r.nll_sum += score(model, schedule, *batch, r.windows, options);
+    const WindowFacts facts(model, schedule, *batch);
+    r.nll_sum += score(model, schedule, *batch, facts, r.windows, options);
     r.targets += batch->kept_targets;
     r.text_bytes += bytes.count(*batch);
     for (size_t i = 0; i + 1 < batch->bounds.size(); ++i) {
       const int64_t length = batch->bounds[i + 1] - batch->bounds[i];
-      cost.add(length, r.windows++);
+      cost.add(length, r.windows++, facts.of(i));
       r.longest = std::max(r.longest, length);
     }
     if (options.progress) options.progress(r.targets, r.nats());

@@ -164,8 +164,41 @@ TEST(Needle, IsTheWholeModelsAnswer) {
     EXPECT_EQ(r.answer_tokens, answer);
     EXPECT_EQ(r.prompt_tokens, prompt);
     EXPECT_EQ(r.correct, 0);
-    EXPECT_NEAR(r.attention_share, static_cast<double>(question + answer - 1) / static_cast<double>(T - 1), 1e-12);
+    EXPECT_NEAR(r.cost.attention_share, static_cast<double>(question + answer - 1) / static_cast<double>(T - 1), 1e-12);
   }
+}
+
+// The prompt's parts are the task's to name, and a first pass is made and counted where a schedule asks for scores.
+TEST(Needle, PartsAndSurpriseAreKnown) {
+  const auto tokenizer = make_byte_tokenizer();
+  const auto m = make_random(config_of(tokenizer->vocab_size()));
+  const NeedleTask task(*tokenizer, NeedleKind::noise);
+  const NeedleExample e = task.example(400, 0.3, 5, 0);
+  const auto T = static_cast<double>(e.ids.size() + e.answer_ids.size() - 1);
+  const auto share = [&](const std::string& schedule) {
+    return evaluate_needle(*m, *tokenizer, task, {.schedule = schedule, .length = 400, .depth = 0.3, .examples = 1, .seed = 5}).cost;
+  };
+  EXPECT_NEAR(share("part(attention=needle)").attention_share, static_cast<double>(e.needle_end - e.needle_begin) / T, 1e-12);
+  EXPECT_NEAR(share("part(attention=question),attention@gen").attention_share, share("question").attention_share, 1e-12);
+  const EvalCost surprise = share("surprise(attention=0.1)"), linear = share("linear");
+  EXPECT_NEAR(surprise.attention_share, std::round(0.1 * static_cast<double>(e.ids.size())) / T, 1e-12);
+  EXPECT_GT(surprise.flops_per_token, 1.9 * linear.flops_per_token);
+  EXPECT_THAT(error_of([&] { share("part(attention=answer)"); }), HasSubstr("part 'answer' of the prompt is not known here; known: needle, question"));
+}
+
+// A bounded state that holds every token that is looked at gives the same; one that dropped the needle is another matter.
+TEST(Needle, KeysAndValuesMayBeBounded) {
+  const auto tokenizer = make_byte_tokenizer();
+  const auto m = make_random(config_of(tokenizer->vocab_size()));
+  const NeedleTask task(*tokenizer, NeedleKind::noise);
+  NeedleEvaluation o{.schedule = "attention", .length = 400, .examples = 2};
+  const NeedleResult kept = evaluate_needle(*m, *tokenizer, task, o);
+  set_kv(o.state, "bounded:4+1000");
+  EXPECT_NEAR(evaluate_needle(*m, *tokenizer, task, o).nll_sum / kept.nll_sum, 1, 1e-6);
+  set_kv(o.state, "bounded:4+40");
+  const NeedleResult bound = evaluate_needle(*m, *tokenizer, task, o);
+  EXPECT_GT(std::abs(bound.nll_sum / kept.nll_sum - 1), 1e-4);
+  EXPECT_LT(bound.cost.state_bytes, 0.5 * kept.cost.state_bytes);
 }
 
 // Greedy generation of a model that says one token for ever finds an answer of that token only.

@@ -38,13 +38,18 @@ CellFormat cell_bytes() {
   return [](const Json& j) { return human_bytes(j.get<double>()); };
 }
 
-std::string format_table(const EvalTable& table) {
+std::vector<std::vector<std::string>> table_cells(const EvalTable& table) {
   std::vector<std::vector<std::string>> lines(1);
   for (const auto& c : table.columns) lines[0].push_back(c.title);
   for (const auto& row : table.rows) {
     auto& line = lines.emplace_back();
     for (const auto& c : table.columns) line.push_back(cell(c, row));
   }
+  return lines;
+}
+
+std::string format_table(const EvalTable& table) {
+  const auto lines = table_cells(table);
   std::string out;
   std::vector<size_t> widths(table.columns.size(), 0);
   for (const auto& line : lines) {

@@ -35,6 +35,8 @@ struct EvalTable {
 
 // Aligned text: a line of titles and one a row. null shows as "-".
 std::string format_table(const EvalTable& table);
+// Its cells as text, the titles first.
+std::vector<std::vector<std::string>> table_cells(const EvalTable& table);
 // Throws Error when a number in the rows is not finite (JSON has no way to say it).
 void check_finite(const EvalTable& table);
 

@@ -8,6 +8,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
+#include "oryx/generate/facts.h"
 #include "oryx/model/inspect.h"
 
 namespace oryx {
@@ -27,12 +28,13 @@ void check(const ModelConfig& config, std::span<const int32_t> prompt, const Gen
   const int64_t room = std::numeric_limits<int32_t>::max() - static_cast<int64_t>(prompt.size());
   if (o.max_new_tokens > room) fail("max_new_tokens is {}, expected at most {} after this prompt", o.max_new_tokens, room);
   o.sampling.validate();
+  o.state.validate();
 }
 
 class Decoder {
  public:
   Decoder(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options)
-      : model_(model), options_(options), session_(model, schedule, session_options(prompt, options)) {
+      : model_(model), options_(options), session_(model, schedule, session_options(model, schedule, prompt, options)) {
     out_.stats.prompt_tokens = static_cast<int64_t>(prompt.size());
     out_.stats.predicted = session_.plan();
   }
@@ -61,14 +63,14 @@ class Decoder {
     out_.stop = stop;
     out_.stats.attention_share = session_.attention_share();
     out_.stats.state = session_.state().bytes();
-    out_.stats.predicted_state = state_bytes(model_.config(), session_.length(), model_.compute_dtype());
+    out_.stats.predicted_state = state_bytes(model_.config(), session_.length(), model_.compute_dtype(), options_.state);
     return std::move(out_);
   }
 
  private:
-  static SessionOptions session_options(std::span<const int32_t> prompt, const GenerateOptions& o) {
+  static SessionOptions session_options(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& o) {
     const auto length = static_cast<int64_t>(prompt.size());
-    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed)};
+    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), o.state, gather_facts(model, schedule, prompt)};
   }
 
   void advance(std::span<const int32_t> ids) {

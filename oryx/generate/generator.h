@@ -20,6 +20,7 @@ struct GenerateOptions {
   int32_t eos_id = -1;           // ends the text and is not part of it; -1: nothing does
   int64_t vocab_size = 0;        // only tokens below are drawn: a model's vocabulary may be padded beyond its tokeniser's; 0: all
   SamplingOptions sampling = {};
+  StateOptions state = {};       // what is kept of keys and values, among others
 };
 
 enum class StopReason { kEos, kLength, kCallback, kInterrupted };

@@ -56,7 +56,15 @@ MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece,
   // float32 even where activations are shorter: norms, softmax and recurrences work in it.
   plan.activations = 4 * (piece * values + 2 * config.vocab_size);
   // Attention rotates a copy of one layer's cached keys, in float32 on the way.
-  if (plan.state.tokens > 0) plan.activations += (4 + static_cast<int64_t>(at::elementSize(compute))) * tokens * key_width;
+  const RowBound bound = state.row_bound(LanguageModel::refill_tokens(config));
+  const int64_t attended = bound.on() ? std::min(tokens, state.bound.first + state.bound.window + piece) : tokens;
+  if (plan.state.tokens > 0) plan.activations += (4 + static_cast<int64_t>(at::elementSize(compute))) * attended * key_width;
+  if (bound.on() && plan.state.tokens > 0) {
+    // What is reserved beyond the rows held, so that they stand side by side; and a call's rows beside the past's, in one layer.
+    const int64_t held = std::min(tokens, bound.first + bound.last), row = plan.state.tokens / held;
+    const int64_t pages = std::min(RowStore::region_pages(bound, state.page_tokens), (tokens + state.page_tokens - 1) / state.page_tokens);
+    plan.activations += row * std::max<int64_t>(0, pages * state.page_tokens - held) + (attended * row) / std::max<int64_t>(1, config.num_layers);
+  }
   return plan;
 }
 
@@ -88,6 +96,7 @@ std::vector<std::shared_ptr<const Routing>> Session::route(int64_t start, int64_
   ModePiece piece{.row = 0, .column = 0, .length = count, .start = start, .context = {}};
   piece.context.prompt_length = options_.prompt_length;
   piece.context.seed = options_.seed;
+  piece.context.facts = options_.facts;
   return schedule_.route({piece}, 1, count);
 }
 

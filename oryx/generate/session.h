@@ -27,6 +27,7 @@ struct SessionOptions {
   int64_t piece = 1024;       // tokens of one pass at most: bounds the memory of a long prompt
   uint64_t seed = 0;          // of a random schedule
   StateOptions state = {};    // checkpoints, ring, rows, budget
+  std::shared_ptr<const TokenFacts> facts = {};  // what the schedule needs (ModelSchedule::needs)
 };
 
 class Session {

@@ -3,9 +3,14 @@
 //   o_t = sum_{s <= t} softmax_s(rope(q_t) . rope(k_s) / sqrt(K)) v_s          sliding_window: s > t - window
 //
 // RoPE works on a view of k: the linear mixers and the cache see it unrotated.
+#include <ATen/ATen.h>
+
+#include <array>
+
 #include "oryx/mixers/mixer.h"
 #include "oryx/ops/norm/norm.h"
 #include "oryx/ops/rope/rope.h"
+#include "oryx/ops/span_attention/sink_attention.h"
 #include "oryx/ops/span_attention/span_attention.h"
 
 namespace oryx {
@@ -71,23 +76,48 @@ class Attention : public Mixer {
     const int64_t longest = cache.lengths.max().item<int64_t>();
     const at::Tensor keys = cache.keys.narrow(1, 0, longest);      // [N, longest, Hk, K]
     const at::Tensor values = cache.values.narrow(1, 0, longest);  // [N, longest, Hk, V]
-    const at::Tensor positions = at::arange(longest, cache.lengths.options()).to(q.device()).expand({N, longest});
+    at::Tensor positions = at::arange(longest, cache.lengths.options()).expand({N, longest});
+    if (cache.window > 0) positions = positions + cache.starts.unsqueeze(1);
+    positions = positions.to(q.device());
     const at::Tensor k = rotate(keys, k_norm_, positions);
+    if (cache.window > 0) return over_window(q, k, values, in);
     if (!in.sequences.cu_seqlens) {
       return ops::span_attention(q, k, values, in.spans, {}, {}, cache.lengths, window(), scale());
     }
-    // Packed sequences with pasts of different lengths: their keys side by side.
+    const auto [ks, vs, cu_k] = side_by_side(k, values, cache.lengths);
+    return ops::span_attention(q, ks, vs, in.spans, in.sequences.cu_seqlens, cu_k, {}, window(), scale());
+  }
+
+  // Packed sequences with pasts of different lengths: their keys and values [N, longest, Hk, K or V] as [1, sum, Hk, K or V], and the bounds.
+  static std::array<at::Tensor, 3> side_by_side(const at::Tensor& k, const at::Tensor& v, const at::Tensor& lengths) {
     std::vector<at::Tensor> ks, vs;
     std::vector<int32_t> bounds{0};
-    for (int64_t n = 0; n < N; ++n) {
-      const int64_t length = cache.lengths[n].item<int64_t>();
+    for (int64_t n = 0; n < k.size(0); ++n) {
+      const int64_t length = lengths[n].item<int64_t>();
       ks.push_back(k[n].narrow(0, 0, length));
-      vs.push_back(values[n].narrow(0, 0, length));
+      vs.push_back(v[n].narrow(0, 0, length));
       bounds.push_back(bounds.back() + static_cast<int32_t>(length));
     }
-    const at::Tensor cu_k = at::tensor(bounds, at::kInt).to(q.device());
-    return ops::span_attention(q, at::cat(ks).unsqueeze(0), at::cat(vs).unsqueeze(0), in.spans, in.sequences.cu_seqlens, cu_k, {},
-                               window(), scale());
+    return {at::cat(ks).unsqueeze(0), at::cat(vs).unsqueeze(0), at::tensor(bounds, at::kInt).to(k.device())};
+  }
+
+  // Over a bounded state: k and v are the last rows, k rotated.
+  at::Tensor over_window(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const MixerInput& in) const {
+    const auto& cache = *in.cache;
+    const int64_t N = k.size(0), first = cache.first_keys.size(1);
+    ops::SinkAttention a{.q = q, .k = k, .v = v, .positions = in.sequences.positions, .spans = in.spans, .window = cache.window, .scale = scale()};
+    a.reach = window();
+    a.sink_k = rotate(cache.first_keys, k_norm_, at::arange(first, cache.lengths.options()).to(q.device()).expand({N, first}));
+    a.sink_v = cache.first_values;
+    a.key_lengths = cache.lengths;
+    if (!in.sequences.cu_seqlens) return ops::sink_attention(a);
+    const auto [ks, vs, cu_k] = side_by_side(k, v, cache.lengths);
+    a.k = ks;
+    a.v = vs;
+    a.key_lengths.reset();
+    a.cu_seqlens = in.sequences.cu_seqlens;
+    a.cu_seqlens_k = cu_k;
+    return ops::sink_attention(a);
   }
 
   at::Tensor q_norm_, k_norm_;

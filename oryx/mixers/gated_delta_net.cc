@@ -44,9 +44,7 @@ class GatedDeltaNet : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
-    // Both projections are narrow (one column a head): one product, in float32, as the decay must be.
-    const at::Tensor ba = in.project.wide(at::cat({b_proj_, a_proj_}));  // [B, T, 2 Hs]
-    auto [g, beta] = ops::gated_delta_gates(ba, A_log_, dt_bias_, config_.allow_neg_eigval ? 2 : 1);  // [B, T, Hs]
+    auto [g, beta] = scalars(in.project);
     if (in.state == nullptr) {
       return ops::gated_delta_rule(in.q, in.k, in.v, g, beta, {}, in.sequences.cu_seqlens, in.spans).o;
     }
@@ -69,6 +67,16 @@ class GatedDeltaNet : public Mixer {
     S.copy_(ops::gated_delta_rule(rows.k, rows.k, rows.v, rows.own("gated_delta_net.g"), rows.own("gated_delta_net.beta"), S, {}, none).final_state);
   }
 
+  // |v - a S_{t-1} k^|^2 / |v|^2 over all heads. The state after the token, read with its own key, is (1 - b) a S_{t-1} k^ + b v.
+  std::optional<at::Tensor> surprise(const MixerInput& in) const override {
+    const auto [g, beta] = scalars(in.project);
+    const at::Tensor after = ops::gated_delta_rule(in.k, in.k, in.v, g, beta, {}, in.sequences.cu_seqlens, {}, 1.0).o.to(at::kFloat);  // [B, T, Hs, V]
+    const at::Tensor v = in.v.to(at::kFloat).repeat_interleave(after.size(2) / in.v.size(2), 2);
+    const at::Tensor left = 1 - beta;
+    const at::Tensor divisor = at::where(left.abs() < 1e-3, at::full_like(left, 1e-3), left).unsqueeze(-1);
+    return ((v - after) / divisor).square().sum({2, 3}) / v.square().sum({2, 3}).clamp_min(1e-12);
+  }
+
   MixerFlops flops(int64_t) const override {
     // Recurrent form: S k, the rank-one update and the decay (2 + 2 + 1) at every token; the readout S q in this mode.
     const double cell = static_cast<double>(config_.head_dim) * config_.value_dim();
@@ -76,6 +84,13 @@ class GatedDeltaNet : public Mixer {
   }
 
  private:
+  // Log decay and write strength of each token and head, [B, T, Hs] float32.
+  std::pair<at::Tensor, at::Tensor> scalars(const Projections& u) const {
+    // Both projections are narrow (one column a head): one product, in float32, as the decay must be.
+    const at::Tensor ba = u.wide(at::cat({b_proj_, a_proj_}));  // [B, T, 2 Hs]
+    return ops::gated_delta_gates(ba, A_log_, dt_bias_, config_.allow_neg_eigval ? 2 : 1);
+  }
+
   at::Tensor b_proj_, a_proj_, A_log_, dt_bias_;
 };
 

@@ -60,6 +60,22 @@ class Mamba2 : public Mixer {
     S.copy_(ops::ssd(rows.k, rows.k, rows.v, rows.own("mamba2.dt"), dt_bias_, A_log_, D_, S, {}, none).final_state);
   }
 
+  // (1 - cos(v, a S_{t-1} k)) over all heads: the recurrence does not divide by the keys' length, so that only a prediction's direction counts. The state
+  // after the token, read with its own key, is a S_{t-1} k + dt |k|^2 v.
+  std::optional<at::Tensor> surprise(const MixerInput& in) const override {
+    const at::Tensor dt_raw = in.project.wide(dt_proj_);  // [B, T, Hs]
+    const at::Tensor none = at::zeros_like(D_);
+    const at::Tensor k = in.k.to(at::kFloat), v_in = in.v.to(at::kFloat);
+    const at::Tensor after = ops::ssd(k, k, v_in, dt_raw, dt_bias_, A_log_, none, {}, in.sequences.cu_seqlens).o;  // [B, T, Hs, V]
+    const int64_t heads = after.size(2);
+    const at::Tensor v = v_in.repeat_interleave(heads / v_in.size(2), 2);
+    const at::Tensor dt = at::logaddexp(dt_raw + dt_bias_, at::zeros({}, dt_bias_.options()));
+    const at::Tensor own = dt * k.square().sum(-1).repeat_interleave(heads / k.size(2), 2);  // [B, T, Hs]
+    const at::Tensor before = after - own.unsqueeze(-1) * v;
+    const auto norm = [](const at::Tensor& x) { return x.square().sum({2, 3}).sqrt(); };
+    return 1 - (before * v).sum({2, 3}) / (norm(before) * norm(v)).clamp_min(1e-12);
+  }
+
   MixerFlops flops(int64_t) const override {
     // Recurrent form: the rank-one update and the decay (2 + 1) at every token; the readout and the skip in this mode.
     const double cell = static_cast<double>(config_.head_dim) * config_.value_dim();

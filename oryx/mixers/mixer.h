@@ -28,7 +28,11 @@ struct Sequences {
 // Keys and values of all tokens so far, for mixers that look back.
 struct KeyValueCache {
   at::Tensor keys, values;  // [N, capacity, Hk, K or V]; keys before RoPE
-  at::Tensor lengths;       // [N] int32 on the CPU: tokens held, those of this call included
+  at::Tensor lengths;       // [N] int32 on the CPU: rows of them, those of this call's tokens last
+  // A bounded state (RowWindow): query t sees token s when s < first or s > t - window. The rows above are then the last ones only.
+  int64_t window = 0;                    // 0: every row, and the two below are undefined
+  at::Tensor starts = {};                     // [N] int32 on the CPU: the position of row 0
+  at::Tensor first_keys = {}, first_values = {};  // [N, first, Hk, K or V]: zeros behind a sequence's own
 };
 
 struct MixerInput {
@@ -77,6 +81,9 @@ class Mixer {
   virtual bool advances_everywhere() const { return false; }
   // Hands over its parameters (names as declared, under `prefix`).
   virtual void bind(const ParameterMap&, const std::string& prefix) { (void)prefix; }
+  // How badly the state before each token predicts that token's value from its key: 0 wholly, 1 as badly as no state at all. [B, T] float32; nothing for a
+  // mixer that predicts none. Sequences from their beginning (input.state null); input.q and spans play no part.
+  virtual std::optional<at::Tensor> surprise(const MixerInput& input) const { return (void)input, std::nullopt; }
   // -> o [B, T, output heads, V]; rows outside of spans are zero.
   virtual at::Tensor forward(const MixerInput& input) const = 0;
   virtual MixerFlops flops(int64_t context) const = 0;

@@ -123,17 +123,28 @@ double batch_flops(const ModelConfig& c, const Routing& routing, const std::vect
 }
 
 StateBytes state_bytes(const ModelConfig& c, int64_t tokens, at::ScalarType compute, const StateOptions& options) {
+  options.validate();
   StateBytes b;
+  const RowBound bound = options.row_bound(LanguageModel::refill_tokens(c));
+  const int64_t rows = bound.on() ? std::min(tokens, bound.first + bound.last) : tokens;
+  int64_t longest = 0, inputs = 0;  // tokens of the longest tail, bytes of one token's convolution inputs
   for (const auto& layer : LanguageModel::slots(c, compute, options)) {
     for (const auto& slot : layer) {
       if (slot.kind == SlotKind::kRecurrent) b.recurrent += slot.bytes();
-      if (slot.kind == SlotKind::kTail) b.tails += slot.bytes();
-      if (slot.kind == SlotKind::kPerToken) b.tokens += slot.bytes() * tokens;
+      if (slot.kind == SlotKind::kPerToken) b.tokens += slot.bytes() * rows;
+      if (slot.kind != SlotKind::kTail) continue;
+      b.tails += slot.bytes();
+      longest = std::max(longest, slot.shape[1]);
+      inputs += slot.shape[0] * static_cast<int64_t>(at::elementSize(slot.dtype));
     }
   }
-  const int64_t mark = b.recurrent + b.tails, width = c.layer.conv_kernel - 1;
-  if (options.checkpoint_every > 0) b.checkpoints = tokens / options.checkpoint_every * mark;
-  if (options.ring > 0) b.ring = (options.ring + 1) * mark + (width > 0 ? b.tails / width * (options.ring + width) : 0);
+  const int64_t mark = b.recurrent + b.tails;
+  if (options.checkpoint_every > 0) {
+    // Under a bound those before its rows are dropped.
+    const int64_t most = bound.on() && tokens > bound.first + bound.last ? bound.last / options.checkpoint_every + 1 : tokens;
+    b.checkpoints = std::min(most, tokens / options.checkpoint_every) * mark;
+  }
+  if (options.ring > 0) b.ring = (options.ring + 1) * mark + inputs * (options.ring + longest);
   return b;
 }
 

@@ -138,7 +138,7 @@ State LanguageModel::make_state(int64_t sequences, const StateOptions& options) 
               compute_, " has none; expected float32 or bfloat16");
   StateOptions here = options;
   here.device = device();
-  return State(slots(config_, compute_, options), sequences, here);
+  return State(slots(config_, compute_, options), sequences, here, refill_tokens());
 }
 
 std::vector<std::vector<SlotSpec>> LanguageModel::slots(const ModelConfig& config, at::ScalarType compute, const StateOptions& options) {
@@ -162,12 +162,14 @@ std::vector<std::vector<SlotSpec>> LanguageModel::slots(const ModelConfig& confi
   return all;
 }
 
-int64_t LanguageModel::refill_tokens() const {
+int64_t LanguageModel::refill_tokens() const { return refill_tokens(config_); }
+
+int64_t LanguageModel::refill_tokens(const ModelConfig& config) {
   // A layer's keys and values are at hand, so that its tails want w - 1 tokens of the layer's input. With a query convolution the first w - 1
   // outputs of a layer are not right, which costs every layer above as many more.
   int64_t tokens = 0, wrong = 0;
-  for (int64_t i = 0; i < config_.num_layers; ++i) {
-    const LayerConfig c = config_.layer_of(config_.mixers_of(i));
+  for (int64_t i = 0; i < config.num_layers; ++i) {
+    const LayerConfig c = config.layer_of(config.mixers_of(i));
     if (!c.conv) continue;
     tokens = std::max(tokens, wrong + c.conv_kernel - 1);
     if (c.query_conv) wrong += c.conv_kernel - 1;
@@ -187,7 +189,7 @@ void LanguageModel::refill(State& one, int64_t end) const {
   const at::NoGradGuard no_grad;
   const int64_t begin = one.lengths()[0], count = end - begin;
   ModelInput input;
-  input.input_ids = one.rows(config_.num_layers, "ids", end).narrow(1, begin, count).to(at::kLong);
+  input.input_ids = one.rows(config_.num_layers, "ids", {begin}, {end}).to(at::kLong);
   for (const auto& layer : layers_) {
     const at::Tensor places = layer->places(one, begin, end);
     std::vector<RoutedSpan> spans;
@@ -251,6 +253,8 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   pass.sequences.cu_seqlens = ready.cu_seqlens;
   pass.sequences.positions = ready.positions;
   pass.cu_seqlens = ready.bounds;
+  pass.surprise = input.surprise;
+  TORCH_CHECK(!input.surprise || input.state == nullptr, "model: surprise is measured from a sequence's beginning, without a state");
   std::vector<int64_t> counts;  // new tokens by sequence
   if (input.state != nullptr) {
     counts.assign(static_cast<size_t>(input.state->sequences()), T);

@@ -37,6 +37,7 @@ struct ModelInput {
   bool checkpoint_layers = false;
   std::function<void(std::string_view, int64_t, const at::Tensor&)> tap = {};
   std::optional<PreparedInput> prepared = {};
+  std::function<void(const at::Tensor&)> surprise = {};  // ForwardPass::surprise
 };
 
 class LanguageModel : public Replay {
@@ -69,6 +70,7 @@ class LanguageModel : public Replay {
   static std::vector<std::vector<SlotSpec>> slots(const ModelConfig& config, at::ScalarType compute, const StateOptions& options = {});
 
   int64_t refill_tokens() const override;
+  static int64_t refill_tokens(const ModelConfig& config);
   void scan(State& one, int64_t begin, int64_t end) const override;
   void refill(State& one, int64_t end) const override;
 

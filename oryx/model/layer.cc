@@ -106,8 +106,8 @@ std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute, const State
       s.push_back({g.prefix + "v_conv", SlotKind::kTail, {c.value_width(), c.conv_kernel - 1}, compute, keeps(g)});
     }
     if (keeps(g)) {
-      s.push_back({g.prefix + "keys", SlotKind::kPerToken, {c.kv_heads(), c.head_dim}, compute});
-      s.push_back({g.prefix + "values", SlotKind::kPerToken, {c.value_heads(), c.value_dim()}, compute});
+      s.push_back({g.prefix + "keys", SlotKind::kPerToken, {c.kv_heads(), c.head_dim}, compute, false, g.keeps_tokens});
+      s.push_back({g.prefix + "values", SlotKind::kPerToken, {c.value_heads(), c.value_dim()}, compute, false, g.keeps_tokens});
     }
   }
   for (size_t i = 0; i < mixers_.size(); ++i) {
@@ -195,34 +195,80 @@ MultiMixerLayer::KeyValues MultiMixerLayer::project_kv(const KeyValueGroup& grou
   }
   KeyValues kv{k.view({B, T, c.kv_heads(), c.head_dim}), v.view({B, T, c.value_heads(), c.value_dim()}), {}, false};
   if (pass.state == nullptr || !pass.state->layer(index_).has(group.prefix + "keys")) return kv;
-  const auto* cu = pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens;
   // A refill's convolutions run for their tails' sake: their first outputs lack the inputs before it, and the rows are there.
   kv.k = keep(group.prefix + "keys", kv.k, pass);
   kv.v = keep(group.prefix + "values", kv.v, pass);
   if (!group.keeps_tokens) return kv;
-  int64_t longest = 0;
-  for (size_t n = 0; n < pass.state->lengths().size(); ++n) {
-    longest = std::max(longest, pass.state->lengths()[n] + (cu != nullptr ? (*cu)[n + 1] - (*cu)[n] : T));
-  }
-  at::Tensor fresh = at::full({pass.state->sequences()}, T, at::kInt);
-  if (cu != nullptr) fresh = at::diff(*pass.sequences.cu_seqlens).cpu();
-  kv.cache = {pass.state->rows(index_, group.prefix + "keys", longest), pass.state->rows(index_, group.prefix + "values", longest),
-              pass.state->lengths_tensor() + fresh};
+  kv.cache = past_and_present(group, kv.k, kv.v, pass);
   kv.cached = true;
   return kv;
 }
 
+KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const ForwardPass& pass) const {
+  const State& state = *pass.state;
+  std::vector<int64_t> counts(state.lengths().size(), k.size(1));
+  for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
+  int64_t longest = 0;
+  for (size_t n = 0; n < counts.size(); ++n) longest = std::max(longest, state.lengths()[n] + counts[n]);
+  if (state.bounded(longest)) return bounded(group, k, v, counts, pass);
+  return {state.rows(index_, group.prefix + "keys", longest), state.rows(index_, group.prefix + "values", longest),
+          state.lengths_tensor() + at::tensor(counts, at::kLong).to(at::kInt)};
+}
+
+// The last window - 1 rows of the past and those of this call, and the first rows.
+KeyValueCache MultiMixerLayer::bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts,
+                                       const ForwardPass& pass) const {
+  const State& state = *pass.state;
+  const RowWindow& bound = state.options().bound;
+  const size_t N = counts.size();
+  std::vector<int64_t> begins(N), lengths(state.lengths()), ends(N), held(N), firsts(N);
+  bool stored = true;
+  for (size_t n = 0; n < N; ++n) {
+    begins[n] = std::max<int64_t>(0, lengths[n] - bound.window + 1);
+    ends[n] = lengths[n] + counts[n];
+    held[n] = ends[n] - begins[n];
+    firsts[n] = std::min(bound.first, ends[n]);
+    // A call of many tokens leaves fewer rows than its own queries look at.
+    stored = stored && (pass.refill || counts[n] <= state.row_bound().last);
+  }
+  const auto of = [&](const std::string& name, const at::Tensor& fresh) {
+    const std::string slot = group.prefix + name;
+    if (stored) return state.rows(index_, slot, begins, ends);
+    const at::Tensor past = state.rows(index_, slot, begins, lengths);
+    std::vector<int64_t> shape = past.sizes().vec();
+    shape[1] = *std::max_element(held.begin(), held.end());
+    at::Tensor all = at::empty(shape, past.options());
+    for (size_t n = 0; n < N; ++n) {
+      const auto row = static_cast<int64_t>(n);
+      const int64_t before = lengths[n] - begins[n];
+      const at::Tensor own = pass.cu_seqlens.empty() ? fresh[row] : fresh[0].narrow(0, pass.cu_seqlens[n], counts[n]);
+      all[row].narrow(0, 0, before).copy_(past[row].narrow(0, 0, before));
+      all[row].narrow(0, before, counts[n]).copy_(own);
+    }
+    return all;
+  };
+  const auto first = [&](const std::string& name) {
+    at::Tensor rows = state.rows(index_, group.prefix + name, std::vector<int64_t>(N, 0), firsts);
+    if (rows.size(1) == *std::min_element(firsts.begin(), firsts.end())) return rows;
+    rows = rows.clone();  // nothing unspecified enters a product
+    for (size_t n = 0; n < N; ++n) rows[static_cast<int64_t>(n)].narrow(0, firsts[n], rows.size(1) - firsts[n]).zero_();
+    return rows;
+  };
+  const auto ints = [](const std::vector<int64_t>& x) { return at::tensor(x, at::kLong).to(at::kInt); };
+  return {of("keys", k), of("values", v), ints(held), bound.window, ints(begins), first("keys"), first("values")};
+}
+
 at::Tensor MultiMixerLayer::keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const {
   if (pass.refill) {
-    const int64_t begin = pass.state->lengths()[0], count = rows.size(1);
-    return pass.state->rows(index_, slot, begin + count).narrow(1, begin, count);
+    const int64_t begin = pass.state->lengths()[0];
+    return pass.state->rows(index_, slot, {begin}, {begin + rows.size(1)});
   }
   pass.state->append(index_, slot, rows, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   return rows;
 }
 
 void MultiMixerLayer::replay(State& one, int64_t begin, int64_t end) const {
-  const auto rows = [&](const std::string& slot) { return one.rows(index_, slot, end).narrow(1, begin, end - begin); };
+  const auto rows = [&](const std::string& slot) { return one.rows(index_, slot, {begin}, {end}); };
   for (size_t m = 0; m < mixers_.size(); ++m) {
     if (mixers_[m]->slots().empty()) continue;
     const std::string& prefix = group_of(m).prefix;
@@ -232,7 +278,7 @@ void MultiMixerLayer::replay(State& one, int64_t begin, int64_t end) const {
 
 at::Tensor MultiMixerLayer::places(const State& one, int64_t begin, int64_t end) const {
   if (!one.layer(index_).has("mode")) return {};
-  return one.rows(index_, "mode", end)[0].narrow(0, begin, end - begin);
+  return one.rows(index_, "mode", {begin}, {end})[0];
 }
 
 at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& tokens, const Projections& u) const {
@@ -260,7 +306,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
     const TokenSet& tokens = combines_all() ? kEverything : routing.tokens(names_, m, u.device());
     const bool idle = !combines_all() && tokens.count == 0;
     // A state must see every token; a mixer with none to answer for and no state to keep costs nothing.
-    if (idle && (state == nullptr || !mixers_[m]->advances_everywhere())) continue;
+    if (idle && !pass.surprise && (state == nullptr || !mixers_[m]->advances_everywhere())) continue;
     const Query& query = queries_[m];
     at::Tensor q;
     if (auto it = projected.find(query.name); it != projected.end()) {
@@ -275,6 +321,9 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
                      kv.cached && mixers_[m]->keeps_tokens() ? &kv.cache : nullptr};
     if (state != nullptr && state->has(group_of(m).prefix + "keys")) {
       input.keep = [&](const std::string& slot, const at::Tensor& rows) { return keep(slot, rows, pass); };
+    }
+    if (pass.surprise) {
+      if (const auto score = mixers_[m]->surprise(input)) pass.surprise(*score);
     }
     at::Tensor part = mixers_[m]->forward(input);
     if (idle) continue;

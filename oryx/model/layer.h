@@ -23,6 +23,8 @@ struct ForwardPass {
   std::vector<int64_t> cu_seqlens;  // host copy, empty when not packed
   State* state = nullptr;
   bool refill = false;  // the state holds these tokens' rows already
+  // Called with each linear mixer's Mixer::surprise() when set; the pass must have no state.
+  std::function<void(const at::Tensor&)> surprise;
   // Called with ("mixer_out" or "hidden", layer, tensor [B, T, D]) when set: for tests and probes.
   std::function<void(std::string_view, int64_t, const at::Tensor&)> tap;
 };
@@ -71,6 +73,8 @@ class MultiMixerLayer {
 
   bool combines_all() const { return config_.combine == "mean"; }
   const KeyValueGroup& group_of(size_t mixer) const { return groups_[config_.share_kv ? 0 : mixer]; }
+  KeyValueCache past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const ForwardPass& pass) const;
+  KeyValueCache bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts, const ForwardPass& pass) const;
   at::Tensor keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const;
   KeyValues project_kv(const KeyValueGroup& group, const Projections& u, ForwardPass& pass) const;
   at::Tensor project_query(const Query& query, const TokenSet& tokens, const Projections& u) const;

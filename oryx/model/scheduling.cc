@@ -54,6 +54,16 @@ std::vector<std::shared_ptr<const Routing>> ModelSchedule::route(const std::vect
   return out;
 }
 
+std::vector<std::string> ModelSchedule::needs() const {
+  std::vector<std::string> all;
+  for (const auto& s : schedules_) {
+    for (const auto& need : s.needs()) {
+      if (std::find(all.begin(), all.end(), need) == all.end()) all.push_back(need);
+    }
+  }
+  return all;
+}
+
 bool ModelSchedule::is_random() const {
   return std::any_of(schedules_.begin(), schedules_.end(), [](const auto& s) { return s.is_random(); });
 }

@@ -28,6 +28,8 @@ class ModelSchedule {
   std::vector<std::shared_ptr<const Routing>> route(const std::vector<ModePiece>& pieces, int64_t rows, int64_t tokens) const;
   // True when the same document may be routed otherwise for another (seed, step, sequence).
   bool is_random() const;
+  // What ModeContext::facts must hold (Schedule::needs).
+  std::vector<std::string> needs() const;
 
  private:
   std::string text_;

@@ -38,6 +38,7 @@ class Metadata {
     if (it == file_.metadata().end()) fail("{}: no '{}' in its metadata, expected a session file written by oryx", file_.path(), key);
     return it->second;
   }
+  bool has(const std::string& key) const { return file_.metadata().count(key) > 0; }
   // Non-negative integers between commas.
   std::vector<int64_t> list(const std::string& key, std::string_view text) const {
     std::vector<int64_t> out;
@@ -63,6 +64,16 @@ class Metadata {
   const SafetensorsReader& file_;
 };
 
+// What a file says of dropped rows must be what a state of these options would have dropped.
+void check_rows_from(const std::string& path, const RowBound& bound, const std::vector<int64_t>& lengths, const std::vector<int64_t>& from) {
+  if (from.size() != lengths.size()) fail("{}: rows_from of {} sequences, expected {}", path, from.size(), lengths.size());
+  for (size_t n = 0; n < from.size(); ++n) {
+    const int64_t least = bound.on() && lengths[n] - bound.last > bound.first ? lengths[n] - bound.last : 0;
+    const bool none = from[n] == 0 && least == 0, some = bound.on() && from[n] > bound.first && from[n] >= least && from[n] <= lengths[n];
+    if (!none && !some) fail("{}: rows from {} on of a sequence of {} tokens, expected {} or more", path, from[n], lengths[n], least);
+  }
+}
+
 }  // namespace
 
 std::string fingerprint(const LanguageModel& model) {
@@ -87,7 +98,10 @@ void save_state(const LanguageModel& model, const State& state, const fs::path& 
                      {"checkpoint_every", std::to_string(o.checkpoint_every)},
                      {"ring", std::to_string(o.ring)},
                      {"keep_rows", o.keep_rows ? "1" : "0"},
-                     {"drop_rows", o.drop_rows ? "1" : "0"}});
+                     {"drop_rows", o.drop_rows ? "1" : "0"},
+                     {"bound", fmt::format("{},{},{}", o.bound.first, o.bound.window, o.bound.back)},
+                     {"rows_from", fmt::format("{}", fmt::join(state.rows_from(), ","))},
+                     {"page_tokens", std::to_string(o.page_tokens)}});
 }
 
 State load_state(const LanguageModel& model, const fs::path& path, int64_t budget) {
@@ -119,6 +133,21 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
   options.keep_rows = meta.number("keep_rows") != 0;
   options.drop_rows = meta.number("drop_rows") != 0;
   options.budget = budget;
+  std::vector<int64_t> rows_from(lengths.size(), 0);
+  if (meta.has("bound")) {  // files of before bounds have none
+    const auto bound = meta.list("bound", meta.text("bound"));
+    if (bound.size() != 3) fail("{}: 'bound' in its metadata is '{}', expected three integers", file.path(), meta.text("bound"));
+    options.bound = {bound[0], bound[1], bound[2]};
+    options.page_tokens = meta.number("page_tokens");
+    rows_from = meta.list("rows_from", meta.text("rows_from"));
+  }
+  try {
+    options.validate();
+  } catch (const Error& e) {
+    fail("{}: {}", file.path(), e.what());
+  }
+  check_rows_from(file.path(), options.row_bound(model.refill_tokens()), lengths, rows_from);
+  const auto rows_of = [&](size_t n) { return rows_from[n] > 0 ? options.bound.first + lengths[n] - rows_from[n] : lengths[n]; };
   const auto get = [&](const std::string& name, const SlotSpec& spec, int64_t rows) {
     std::vector<int64_t> shape = spec.shape;
     if (rows >= 0) shape.insert(shape.begin(), rows);
@@ -137,14 +166,14 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
       for (const auto& slot : layers[i]) {
         const auto it = file.tensors().find(fmt::format("sequence{}.{}.{}", n, i, slot.name));
         const bool rows = slot.kind == SlotKind::kPerToken;
-        if (it == file.tensors().end() || (rows && (it->second.shape.empty() || it->second.shape[0] != lengths[n]))) {
-          fail("{}: tensor 'sequence{}.{}.{}' is missing or not of {} tokens", file.path(), n, i, slot.name, lengths[n]);
+        if (it == file.tensors().end() || (rows && (it->second.shape.empty() || it->second.shape[0] != rows_of(n)))) {
+          fail("{}: tensor 'sequence{}.{}.{}' is missing or not of {} tokens", file.path(), n, i, slot.name, rows_of(n));
         }
       }
     }
   }
   State state = model.make_state(static_cast<int64_t>(lengths.size()), options);
-  state.assign(lengths, checkpoints, get);
+  state.assign(lengths, rows_from, checkpoints, get);
   return state;
 }
 

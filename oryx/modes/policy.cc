@@ -98,6 +98,18 @@ std::vector<std::pair<int32_t, int64_t>> PolicyArguments::integers_by_mixer(int6
   return found;
 }
 
+std::vector<std::pair<int32_t, std::string>> PolicyArguments::names_by_mixer() {
+  known_.insert(known_.end(), mixers_.begin(), mixers_.end());
+  std::vector<std::pair<int32_t, std::string>> found;
+  for (Argument& a : arguments_) {
+    const int32_t mixer = find_mixer(a.key, mixers_, elsewhere_);
+    if (mixer < 0) continue;
+    a.used = true;
+    found.emplace_back(mixer, a.value);
+  }
+  return found;
+}
+
 void PolicyArguments::finish() {
   for (const Argument& a : arguments_) {
     if (a.used) continue;

@@ -21,6 +21,8 @@ class ModePolicy {
   // Appends spans within [begin, end), in order and disjoint. Tokens left out stay with the schedule's earlier entries.
   virtual void assign(const ModeContext& context, int64_t begin, int64_t end, std::vector<ModeSpan>& spans) const = 0;
   virtual bool is_random() const { return false; }
+  // What ModeContext::facts must hold: "surprise", "part:NAME". A policy that finds it missing ends in an Error that says so.
+  virtual std::vector<std::string> needs() const { return {}; }
 };
 
 // "key=value" pairs of a policy as they stand in the schedule's text. Every key must be asked for; what is wrong ends
@@ -49,6 +51,7 @@ class PolicyArguments {
   // Every key that is a mixer's name, with its value from least to most.
   std::vector<std::pair<int32_t, double>> numbers_by_mixer(double least, double most);
   std::vector<std::pair<int32_t, int64_t>> integers_by_mixer(int64_t least);
+  std::vector<std::pair<int32_t, std::string>> names_by_mixer();
   // Ends in an error unless every key was asked for.
   void finish();
   // An error about the policy as a whole.
@@ -66,6 +69,9 @@ class PolicyArguments {
   Fail fail_;
   std::vector<std::string> known_;
 };
+
+// The round(share * length) of the first `length` tokens with the largest scores, ascending; of equal scores the earlier tokens.
+std::vector<int64_t> most_surprising(const std::vector<float>& scores, int64_t length, double share);
 
 using MakePolicy = std::unique_ptr<ModePolicy> (*)(PolicyArguments& arguments);
 

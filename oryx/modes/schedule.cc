@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <set>
 
 #include "oryx/modes/policy.h"
 
@@ -110,9 +111,18 @@ int32_t Schedule::mixer_at(const ModeContext& context, int64_t position) const {
   return resolve(context, position, position + 1).front().mixer;
 }
 
+std::vector<std::string> Schedule::needs() const {
+  std::set<std::string> all;
+  for (const Entry& e : entries_) {
+    if (!e.policy) continue;
+    for (auto& need : e.policy->needs()) all.insert(std::move(need));
+  }
+  return {all.begin(), all.end()};
+}
+
 bool Schedule::is_random() const {
   return std::any_of(entries_.begin(), entries_.end(),
-                     [](const Entry& e) { return e.policy && e.policy->is_random(); });
+                     [](const Entry& e) { return e.policy && (e.policy->is_random() || !e.policy->needs().empty()); });
 }
 
 }  // namespace oryx

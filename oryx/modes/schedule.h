@@ -17,10 +17,12 @@
 
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace oryx {
@@ -33,12 +35,21 @@ struct ModeSpan {
   bool operator==(const ModeSpan&) const = default;
 };
 
+// What is known of a document's tokens, for policies that decide by it (ModePolicy::needs). Whoever runs the document gathers it first.
+struct TokenFacts {
+  // Named parts of the prompt, as ascending ranges [begin, end): "question", "needle".
+  std::map<std::string, std::vector<std::pair<int64_t, int64_t>>> parts;
+  // Of each token, how badly a linear mixer's state predicts its value (oryx/model/surprise.h); empty: not known.
+  std::vector<float> surprise;
+};
+
 // What a schedule is resolved for: one document of one training step or request.
 struct ModeContext {
   int64_t prompt_length = 0;  // tokens; the whole document where nothing is generated
   uint64_t seed = 0;          // of the run: random draws are a function of (seed, step, sequence, chunk)
   uint64_t step = 0;
   uint64_t sequence = 0;  // tells the documents of a step apart, on all ranks
+  std::shared_ptr<const TokenFacts> facts = {};  // null: nothing is known
 };
 
 class Schedule {
@@ -61,6 +72,9 @@ class Schedule {
   std::vector<ModeSpan> resolve(const ModeContext& context) const { return resolve(context, 0, context.prompt_length); }
 
   int32_t mixer_at(const ModeContext& context, int64_t position) const;
+
+  // What TokenFacts must hold for it to be resolved: "surprise", "part:question"; sorted, each once.
+  std::vector<std::string> needs() const;
 
   // Whether another context could give other spans for the same prompt length (a policy draws at random).
   bool is_random() const;

@@ -355,6 +355,53 @@ TEST(RandomPolicy, DrawsStayTheSame) {
   EXPECT_EQ(modes, "01000001010000000100010101100101");
 }
 
+TEST(LastPolicy, IsThePromptsEndAndNothingBehind) {
+  EXPECT_EQ(parse("last(attention=3)").resolve({.prompt_length = 10}, 0, 14), (Spans{{0, 7, 0}, {7, 10, 1}, {10, 14, 0}}));
+  EXPECT_EQ(parse("last(attention=3;sliding_window=2)").resolve({.prompt_length = 10}, 0, 12), (Spans{{0, 5, 0}, {5, 7, 2}, {7, 10, 1}, {10, 12, 0}}));
+  EXPECT_EQ(parse("last(attention=30)").resolve({.prompt_length = 10}, 2, 12), (Spans{{2, 10, 1}, {10, 12, 0}}));
+  EXPECT_THROW(parse("last(every=3)"), Error);
+}
+
+ModeContext with_facts(int64_t length, TokenFacts facts) {
+  ModeContext c{.prompt_length = length};
+  c.facts = std::make_shared<const TokenFacts>(std::move(facts));
+  return c;
+}
+
+TEST(PartPolicy, IsWhatTheTaskNamed) {
+  const Schedule s = parse("linear,part(attention=needle),sliding_window@gen");
+  EXPECT_EQ(s.needs(), (std::vector<std::string>{"part:needle"}));
+  TokenFacts facts;
+  facts.parts = {{"needle", {{2, 4}, {6, 7}}}, {"question", {{8, 10}}}};
+  const ModeContext context = with_facts(10, facts);
+  EXPECT_EQ(s.resolve(context, 0, 12), (Spans{{0, 2, 0}, {2, 4, 1}, {4, 6, 0}, {6, 7, 1}, {7, 10, 0}, {10, 12, 2}}));
+  EXPECT_EQ(s.resolve(context, 3, 7), (Spans{{3, 4, 1}, {4, 6, 0}, {6, 7, 1}})) << "any piece";
+  EXPECT_TRUE(s.is_random()) << "another document of this length is another matter";
+  for (const ModeContext& other : {ModeContext{.prompt_length = 10}, with_facts(10, {})}) {
+    try {
+      (void)s.resolve(other);
+      ADD_FAILURE();
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), ::testing::HasSubstr("part 'needle' of the prompt is not known here; known: none"));
+    }
+  }
+}
+
+TEST(SurprisePolicy, TakesTheLargestScores) {
+  const Schedule s = parse("surprise(attention=0.4)");
+  EXPECT_EQ(s.needs(), (std::vector<std::string>{"surprise"}));
+  TokenFacts facts;
+  facts.surprise = {0.1F, 0.9F, 0.8F, 0.2F, 0.8F, 0.8F, 0.0F, 0.3F, 0.1F, 0.1F};
+  EXPECT_EQ(s.resolve(with_facts(10, facts), 0, 12), (Spans{{0, 1, 0}, {1, 3, 1}, {3, 4, 0}, {4, 6, 1}, {6, 12, 0}}));
+  EXPECT_EQ(s.resolve(with_facts(10, facts), 2, 5), (Spans{{2, 3, 1}, {3, 4, 0}, {4, 5, 1}}));
+  EXPECT_EQ(parse("surprise(attention=0.2)").resolve(with_facts(10, facts)), (Spans{{0, 1, 0}, {1, 3, 1}, {3, 10, 0}})) << "of equals the earlier";
+  EXPECT_EQ(parse("surprise(attention=0)").resolve(with_facts(10, facts)), (Spans{{0, 10, 0}}));
+  EXPECT_EQ(parse("surprise(attention=1)").resolve(with_facts(10, facts)), (Spans{{0, 10, 1}}));
+  EXPECT_THROW((void)s.resolve({.prompt_length = 10}), Error);
+  EXPECT_THROW((void)s.resolve(with_facts(11, facts)), Error);
+  EXPECT_THROW(parse("surprise(attention=1.5)"), Error);
+}
+
 TEST(RandomPolicy, HugeChunksDoNotOverflow) {
   const Schedule s = parse("random(attention=1;chunk=9223372036854775807)");
   EXPECT_EQ(s.resolve({.prompt_length = 2147483647}), (Spans{{0, 2147483647, 1}}));

@@ -10,14 +10,10 @@
 
 namespace oryx {
 
-namespace {
-
-int64_t pages_of(int64_t tokens) { return (tokens + RowStore::kPageTokens - 1) / RowStore::kPageTokens; }
-
-}  // namespace
-
 void ByteBudget::check(int64_t bytes) const {
   if (limit_ == 0 || used_ + bytes <= limit_) return;
+  if (reclaim_) reclaim_();
+  if (used_ + bytes <= limit_) return;
   fail("the state's budget is {} and {} of it are in use: {} more do not fit; drop a fork or a snapshot, trim, or raise the budget",
        human_bytes(static_cast<double>(limit_)), human_bytes(static_cast<double>(used_)), human_bytes(static_cast<double>(bytes)));
 }
@@ -37,8 +33,8 @@ Charge& Charge::operator=(Charge&& other) noexcept {
   return *this;
 }
 
-RowStore::RowStore(int64_t sequences, std::shared_ptr<ByteBudget> budget, at::Device device)
-    : sequences_(static_cast<size_t>(sequences)), budget_(std::move(budget)), device_(device) {}
+RowStore::RowStore(int64_t sequences, std::shared_ptr<ByteBudget> budget, at::Device device, int64_t page_tokens, RowBound bound)
+    : sequences_(static_cast<size_t>(sequences)), budget_(std::move(budget)), device_(device), page_tokens_(page_tokens), bound_(bound) {}
 
 int64_t RowStore::add(const SlotSpec& spec) {
   specs_.push_back(spec);
@@ -48,22 +44,26 @@ int64_t RowStore::add(const SlotSpec& spec) {
 
 std::shared_ptr<RowStore::Block> RowStore::make_block(int64_t pages) const {
   auto block = std::make_shared<Block>();
-  block->charge = Charge(budget_, pages * kPageTokens * row_bytes_);
+  block->pages = pages;
+  block->charge = Charge(budget_, pages * page_tokens_ * row_bytes_);
   for (const auto& spec : specs_) {
-    std::vector<int64_t> shape = {pages * kPageTokens};
+    std::vector<int64_t> shape = {pages * page_tokens_};
     shape.insert(shape.end(), spec.shape.begin(), spec.shape.end());
     block->data.push_back(at::empty(shape, at::device(device_).dtype(spec.dtype)));
   }
   return block;
 }
 
-void RowStore::find_runs(Sequence& s) {
+void RowStore::find_runs(Sequence& s) const {
   s.runs.clear();
-  for (const auto& page : s.pages) {
-    if (!s.runs.empty() && s.runs.back().block == page->block.get() && s.runs.back().first + s.runs.back().rows == page->first) {
-      s.runs.back().rows += kPageTokens;
+  for (const auto& [index, page] : s.pages) {
+    Run* last = s.runs.empty() ? nullptr : &s.runs.back();
+    const bool joins = last != nullptr && last->block == page->block.get() && last->first + last->rows == page->first &&
+                       last->token + last->rows == index * page_tokens_;
+    if (joins) {
+      last->rows += page_tokens_;
     } else {
-      s.runs.push_back({page->block.get(), page->first, kPageTokens});
+      s.runs.push_back({page->block.get(), index * page_tokens_, page->first, page_tokens_});
     }
   }
 }
@@ -71,36 +71,40 @@ void RowStore::find_runs(Sequence& s) {
 // f(block, its first row, rows) over tokens [begin, end).
 template <typename F>
 void RowStore::for_each_run(const Sequence& s, int64_t begin, int64_t end, F f) {
-  int64_t at = 0;  // the run's first token
+  int64_t at = begin;
   for (const Run& run : s.runs) {
-    const int64_t lo = std::max(begin, at), hi = std::min(end, at + run.rows);
-    if (lo < hi) f(*run.block, run.first + lo - at, hi - lo);
-    at += run.rows;
+    const int64_t lo = std::max(at, run.token), hi = std::min(end, run.token + run.rows);
+    if (lo >= hi) continue;
+    TORCH_CHECK(lo == at, "state: row ", at, " is not held");
+    f(*run.block, run.first + lo - run.token, hi - lo);
+    at = hi;
   }
-  TORCH_CHECK(end <= at, "state: rows ", begin, " to ", end, " of ", at);
+  TORCH_CHECK(at >= end, "state: rows ", begin, " to ", end, ", held up to ", at);
 }
 
 bool RowStore::writable(const Sequence& s, int64_t begin, int64_t end) const {
-  if (end > s.capacity()) return false;
-  for (int64_t i = begin / kPageTokens; i < pages_of(end); ++i) {
-    if (s.pages[static_cast<size_t>(i)].use_count() > 1) return false;
+  if (end > capacity(s)) return false;
+  for (int64_t i = begin / page_tokens_; i < pages_of(end); ++i) {
+    if (s.pages[static_cast<size_t>(i)].page.use_count() > 1) return false;
   }
   return true;
 }
 
 // Tokens [begin, end) of one page.
 void RowStore::copy_rows(const Sequence& from, int64_t begin, int64_t end, const Page& to) const {
+  int64_t row = to.first + begin % page_tokens_;
   for_each_run(from, begin, end, [&](const Block& block, int64_t first, int64_t rows) {
-    for (size_t i = 0; i < specs_.size(); ++i) {
-      to.block->data[i].narrow(0, to.first + begin % kPageTokens, rows).copy_(block.data[i].narrow(0, first, rows));
-    }
+    for (size_t i = 0; i < specs_.size(); ++i) to.block->data[i].narrow(0, row, rows).copy_(block.data[i].narrow(0, first, rows));
+    row += rows;
   });
 }
 
 void RowStore::make_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact) {
+  if (specs_.empty()) return;
+  if (bound_.on()) return make_bounded_room(lengths, needs, exact);
   bool room = true;
   for (size_t n = 0; n < sequences_.size(); ++n) room = room && (needs[n] <= lengths[n] || writable(sequences_[n], lengths[n], needs[n]));
-  if (room || specs_.empty()) return;
+  if (room) return;
   // All sequences grow at once and to one size, so that those of a batch stay side by side. Growth by a quarter: appending token by token stays
   // linear, the reserve small.
   const int64_t need = *std::max_element(needs.begin(), needs.end());
@@ -109,9 +113,9 @@ void RowStore::make_room(const std::vector<int64_t>& lengths, const std::vector<
   int64_t fresh = 0;
   for (size_t n = 0; n < sequences_.size(); ++n) {
     const auto& pages = sequences_[n].pages;
-    const auto shared = [](const auto& page) { return page.use_count() > 1; };
+    const auto shared = [](const Entry& entry) { return entry.page.use_count() > 1; };
     // A sequence that shares nothing moves as a whole and stays in one piece; one that shares keeps what it only reads.
-    first[n] = std::any_of(pages.begin(), pages.end(), shared) ? std::min(lengths[n] / kPageTokens, static_cast<int64_t>(pages.size())) : 0;
+    first[n] = std::any_of(pages.begin(), pages.end(), shared) ? std::min(lengths[n] / page_tokens_, static_cast<int64_t>(pages.size())) : 0;
     fresh += pages_of(tokens) - first[n];
   }
   const auto block = make_block(fresh);
@@ -120,42 +124,63 @@ void RowStore::make_room(const std::vector<int64_t>& lengths, const std::vector<
     Sequence old = sequences_[n];
     auto& pages = sequences_[n].pages;
     pages.resize(static_cast<size_t>(first[n]));
-    for (int64_t i = first[n]; i < pages_of(tokens); ++i, row += kPageTokens) {
+    for (int64_t i = first[n]; i < pages_of(tokens); ++i, row += page_tokens_) {
       auto page = std::make_shared<const Page>(Page{block, row});
-      const int64_t begin = i * kPageTokens, end = std::min(lengths[n], begin + kPageTokens);
+      const int64_t begin = i * page_tokens_, end = std::min(lengths[n], begin + page_tokens_);
       if (begin < end) copy_rows(old, begin, end, *page);
-      pages.push_back(std::move(page));
+      pages.push_back({i, std::move(page)});
     }
     find_runs(sequences_[n]);
   }
 }
 
+std::array<int64_t, 4> RowStore::kept(int64_t begin, int64_t end) const {
+  if (!bound_.on()) return {begin, end, end, end};
+  const int64_t tail = std::min(end, std::max({begin, bound_.first, end - bound_.last}));
+  return {begin, std::max(begin, std::min(end, bound_.first)), tail, end};
+}
+
 void RowStore::write(int64_t slot, int64_t n, int64_t begin, const at::Tensor& rows) {
-  int64_t at = 0;
-  for_each_run(sequences_[static_cast<size_t>(n)], begin, begin + rows.size(0), [&](const Block& block, int64_t first, int64_t count) {
-    block.data[static_cast<size_t>(slot)].narrow(0, first, count).copy_(rows.narrow(0, at, count));
-    at += count;
-  });
+  const auto [head, head_end, tail, tail_end] = kept(begin, begin + rows.size(0));
+  for (const auto& [from, to] : {std::pair(head, head_end), std::pair(tail, tail_end)}) {
+    int64_t at = from - begin;
+    if (from < to) {
+      for_each_run(sequences_[static_cast<size_t>(n)], from, to, [&](const Block& block, int64_t first, int64_t count) {
+        block.data[static_cast<size_t>(slot)].narrow(0, first, count).copy_(rows.narrow(0, at, count));
+        at += count;
+      });
+    }
+  }
 }
 
 at::Tensor RowStore::read(int64_t slot, int64_t length) const {
+  return read(slot, std::vector<int64_t>(sequences_.size(), 0), std::vector<int64_t>(sequences_.size(), length));
+}
+
+at::Tensor RowStore::read(int64_t slot, const std::vector<int64_t>& begins, const std::vector<int64_t>& ends) const {
   const auto i = static_cast<size_t>(slot);
   const auto N = static_cast<int64_t>(sequences_.size());
-  std::vector<int64_t> shape = {N, length};
+  int64_t longest = 0;
+  for (size_t n = 0; n < sequences_.size(); ++n) longest = std::max(longest, ends[n] - begins[n]);
+  std::vector<int64_t> shape = {N, longest};
   shape.insert(shape.end(), specs_[i].shape.begin(), specs_[i].shape.end());
-  if (length == 0) return at::empty(shape, at::device(device_).dtype(specs_[i].dtype));
+  if (longest == 0) return at::empty(shape, at::device(device_).dtype(specs_[i].dtype));
   // Side by side: every sequence in one run, at equal distances in one block.
   bool dense = true;
-  int64_t distance = 0;
+  int64_t origin = 0, distance = 0;
+  const Block* block = nullptr;
   for (size_t n = 0; n < sequences_.size() && dense; ++n) {
     const auto& runs = sequences_[n].runs;
-    dense = !runs.empty() && runs[0].rows >= length && runs[0].block == sequences_[0].runs[0].block;
-    if (n == 1 && dense) distance = runs[0].first - sequences_[0].runs[0].first;
-    dense = dense && distance >= 0 && runs[0].first == sequences_[0].runs[0].first + static_cast<int64_t>(n) * distance;
+    const auto run = std::find_if(runs.begin(), runs.end(), [&](const Run& r) { return r.token <= begins[n] && begins[n] < r.token + r.rows; });
+    dense = run != runs.end() && begins[n] + longest <= run->token + run->rows && (block == nullptr || block == run->block);
+    if (!dense) break;
+    const int64_t first = run->first + begins[n] - run->token;
+    if (n == 0) block = run->block, origin = first;
+    if (n == 1) distance = first - origin;
+    dense = distance >= 0 && first == origin + static_cast<int64_t>(n) * distance;
   }
   if (dense) {
-    const Run& run = sequences_[0].runs[0];
-    const at::Tensor data = run.block->data[i].narrow(0, run.first, length + (N - 1) * distance);
+    const at::Tensor data = block->data[i].narrow(0, origin, longest + (N - 1) * distance);
     std::vector<int64_t> strides = data.strides().vec();
     strides.insert(strides.begin(), distance * data.stride(0));
     return data.as_strided(shape, strides);
@@ -164,7 +189,7 @@ at::Tensor RowStore::read(int64_t slot, int64_t length) const {
   for (size_t n = 0; n < sequences_.size(); ++n) {
     int64_t at = 0;
     const Sequence& s = sequences_[n];
-    for_each_run(s, 0, std::min(length, s.capacity()), [&](const Block& block, int64_t first, int64_t count) {
+    for_each_run(s, begins[n], std::max(begins[n], std::min(ends[n], capacity(s))), [&](const Block& block, int64_t first, int64_t count) {
       out[static_cast<int64_t>(n)].narrow(0, at, count).copy_(block.data[i].narrow(0, first, count));
       at += count;
     });
@@ -173,33 +198,36 @@ at::Tensor RowStore::read(int64_t slot, int64_t length) const {
 }
 
 RowStore RowStore::fork(const std::vector<int64_t>& from, const std::vector<int64_t>& lengths) const {
-  RowStore store(static_cast<int64_t>(from.size()), budget_, device_);
+  RowStore store(static_cast<int64_t>(from.size()), budget_, device_, page_tokens_, bound_);
   store.specs_ = specs_;
   store.row_bytes_ = row_bytes_;
   if (specs_.empty()) return store;
   // The page that is partly filled is copied now, so that neither the sequence nor its forks have to move to go on.
   int64_t partly = 0;
-  for (const int64_t n : from) partly += lengths[static_cast<size_t>(n)] % kPageTokens > 0 ? 1 : 0;
+  for (const int64_t n : from) partly += lengths[static_cast<size_t>(n)] % page_tokens_ > 0 ? 1 : 0;
   const auto block = partly > 0 ? make_block(partly) : nullptr;
   int64_t row = 0;
   for (size_t j = 0; j < from.size(); ++j) {
     const Sequence& source = sequences_[static_cast<size_t>(from[j])];
-    const int64_t length = lengths[static_cast<size_t>(from[j])], full = length / kPageTokens;
-    auto& pages = store.sequences_[j].pages;
-    pages.assign(source.pages.begin(), source.pages.begin() + full);
-    if (length % kPageTokens > 0) {
-      auto page = std::make_shared<const Page>(Page{block, row});
-      copy_rows(source, full * kPageTokens, length, *page);
-      pages.push_back(std::move(page));
-      row += kPageTokens;
+    const int64_t length = lengths[static_cast<size_t>(from[j])], full = length / page_tokens_;
+    Sequence& own = store.sequences_[j];
+    own.from = source.from;
+    for (const Entry& entry : source.pages) {
+      if (entry.index < full) own.pages.push_back(entry);
     }
-    find_runs(store.sequences_[j]);
+    if (length % page_tokens_ > 0) {
+      auto page = std::make_shared<const Page>(Page{block, row});
+      copy_rows(source, full * page_tokens_, length, *page);
+      own.pages.push_back({full, std::move(page)});
+      row += page_tokens_;
+    }
+    find_runs(own);
   }
   return store;
 }
 
 RowStore RowStore::view(int64_t n) const {
-  RowStore store(1, budget_, device_);
+  RowStore store(1, budget_, device_, page_tokens_, bound_);
   store.specs_ = specs_;
   store.row_bytes_ = row_bytes_;
   store.sequences_[0] = sequences_[static_cast<size_t>(n)];
@@ -208,10 +236,13 @@ RowStore RowStore::view(int64_t n) const {
 
 int64_t RowStore::used_bytes(const std::vector<int64_t>& lengths) const {
   std::map<const Page*, int64_t> held;  // rows of each page
-  for (size_t n = 0; n < sequences_.size(); ++n) {
-    for (int64_t i = 0; i < pages_of(lengths[n]) && !specs_.empty(); ++i) {
-      int64_t& rows = held[sequences_[n].pages[static_cast<size_t>(i)].get()];
-      rows = std::max(rows, std::min(kPageTokens, lengths[n] - i * kPageTokens));
+  for (size_t n = 0; n < sequences_.size() && !specs_.empty(); ++n) {
+    const int64_t length = lengths[n], head = std::min(length, bound_.first), tail = std::max(bound_.first, from(static_cast<int64_t>(n)));
+    for (const auto& [index, page] : sequences_[n].pages) {
+      const int64_t begin = index * page_tokens_, end = begin + page_tokens_;
+      const int64_t here = std::max<int64_t>(0, std::min(end, head) - begin) + std::max<int64_t>(0, std::min(end, length) - std::max(begin, tail));
+      int64_t& rows = held[page.get()];
+      rows = std::max(rows, here);
     }
   }
   int64_t bytes = 0;
@@ -220,13 +251,18 @@ int64_t RowStore::used_bytes(const std::vector<int64_t>& lengths) const {
 }
 
 int64_t RowStore::reserved_bytes() const {
-  std::map<const Page*, int64_t> all;
+  std::map<const void*, int64_t> all;
   for (const Sequence& s : sequences_) {
-    for (const auto& page : s.pages) all[page.get()] = kPageTokens * row_bytes_;
+    if (s.region.block) all[s.region.block.get()] = s.region.block->pages;
   }
-  int64_t bytes = 0;
-  for (const auto& [page, each] : all) bytes += each;
-  return bytes;
+  for (const Sequence& s : sequences_) {
+    for (const auto& [index, page] : s.pages) {
+      if (all.count(page->block.get()) == 0) all[page.get()] = 1;
+    }
+  }
+  int64_t pages = 0;
+  for (const auto& [what, each] : all) pages += each;
+  return pages * page_tokens_ * row_bytes_;
 }
 
 }  // namespace oryx

@@ -18,6 +18,8 @@ struct SlotSpec {
   at::ScalarType dtype = at::kFloat;
   // Recurrent, tail: the rows that the layer keeps determine it at every position.
   bool from_rows = false;
+  // A row a token: later tokens look back at it (attention's keys and values), beyond its use in a replay.
+  bool looked_at = false;
 
   int64_t bytes() const;  // of one sequence, or of one token
 };

@@ -26,27 +26,47 @@ const at::Tensor& LayerState::tensor(const std::string& name) const {
   return it->second.data;
 }
 
-State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options)
+namespace {
+
+// Recurrent slots and tails in the order of State::for_each_fixed.
+std::vector<SlotSpec> fixed_slots(const std::vector<std::vector<SlotSpec>>& layers) {
+  std::vector<SlotSpec> all;
+  for (const auto& layer : layers) {
+    std::map<std::string, SlotSpec> by_name;
+    for (const auto& spec : layer) {
+      if (spec.kind != SlotKind::kPerToken) by_name.emplace(spec.name, spec);
+    }
+    for (const auto& [name, spec] : by_name) all.push_back(spec);
+  }
+  return all;
+}
+
+}  // namespace
+
+State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options, int64_t refill)
     : options_(options),
       budget_(std::make_shared<ByteBudget>(options.budget)),
-      rows_(sequences, budget_, options.device),
+      rows_(sequences, budget_, options.device, options.page_tokens, options.row_bound(refill)),
       layers_(layers.size()),
       lengths_(static_cast<size_t>(sequences), 0),
-      marks_(static_cast<size_t>(sequences)) {
+      marks_(static_cast<size_t>(sequences)),
+      refill_(refill) {
+  options.validate();
   TORCH_CHECK(options.checkpoint_every >= 0 && options.ring >= 0 && options.budget >= 0, "state: checkpoints every ", options.checkpoint_every,
               " tokens, a ring of ", options.ring, ", a budget of ", options.budget);
   for (size_t i = 0; i < layers.size(); ++i) {
     for (const auto& spec : layers[i]) {
       if (spec.kind == SlotKind::kTail) {
-        TORCH_CHECK(tail_ == 0 || tail_ == spec.shape[1], "state: tails of ", tail_, " and ", spec.shape[1], " tokens");
-        tail_ = spec.shape[1];
+        tail_ = std::max(tail_, spec.shape[1]);  // layers may differ
         recent_ = options.ring + tail_;
       }
+      looked_at_ |= spec.looked_at;
       const bool fresh = layers_[i].slots_.emplace(spec.name, LayerState::Slot{spec, {}, -1, {}}).second;
       TORCH_CHECK(fresh, "state: slot '", spec.name, "' is declared twice in layer ", i);
     }
   }
   charge_ = Charge(budget_, sequences * fixed_bytes());
+  pool_ = std::make_shared<FixedPool>(fixed_slots(layers), budget_, options.device);
   for (auto& layer : layers_) {
     for (auto& [name, slot] : layer.slots_) {
       const SlotSpec& spec = slot.spec;
@@ -62,7 +82,9 @@ State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences
 
 int64_t State::fixed_bytes() const {
   int64_t bytes = mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail);
-  if (options_.ring > 0 && tail_ > 0) bytes += mark_bytes(SlotKind::kTail) / tail_ * recent_;
+  for_each_fixed([&](const LayerState::Slot& slot) {
+    if (options_.ring > 0 && slot.spec.kind == SlotKind::kTail && tail_ > 0) bytes += slot.spec.shape[0] * recent_ * static_cast<int64_t>(at::elementSize(slot.spec.dtype));
+  });
   return bytes;
 }
 
@@ -104,12 +126,19 @@ at::Tensor State::rows(int64_t i, const std::string& name, int64_t length) const
   return rows_.read(it->second.rows, length);
 }
 
+at::Tensor State::rows(int64_t i, const std::string& name, const std::vector<int64_t>& begins, const std::vector<int64_t>& ends) const {
+  const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
+  TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end() && it->second.rows >= 0, "state: no rows '", name, "' in layer ", i);
+  return rows_.read(it->second.rows, begins, ends);
+}
+
 void State::advance(const std::vector<int64_t>& counts) {
   TORCH_CHECK(counts.size() == lengths_.size(), "state: ", counts.size(), " counts for ", lengths_.size(),
               " sequences");
   for (size_t n = 0; n < counts.size(); ++n) {
     if (counts[n] == 0) continue;
     lengths_[n] += counts[n];
+    rows_.retire(static_cast<int64_t>(n), lengths_[n]);
     take_marks(static_cast<int64_t>(n));
   }
 }

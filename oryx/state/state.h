@@ -17,10 +17,21 @@
 #include <utility>
 #include <vector>
 
+#include "oryx/state/fixed_pool.h"
 #include "oryx/state/pages.h"
 #include "oryx/state/slot.h"
 
 namespace oryx {
+
+// Which keys and values attention sees over a state, beside "all": those of the first `first` tokens of a sequence and, of query t, those of the last
+// `window` tokens up to itself (s < first or s > t - window). Positions stay those in the document. Rows are kept for just these, so that memory does not
+// grow.
+struct RowWindow {
+  int64_t first = 0;
+  int64_t window = 0;  // 0: all rows are kept
+  int64_t back = 0;    // tokens of a sequence's end that a trim may drop: so many rows more are kept behind the window
+  bool on() const { return window > 0; }
+};
 
 struct StateOptions {
   // Tokens between checkpoints of the recurrent states and tails, from which a trim replays: one is taken at the end of
@@ -38,7 +49,19 @@ struct StateOptions {
   int64_t budget = 0;
   // Where slots stand; a model sets its own. Lengths stay on the CPU.
   at::Device device = at::kCPU;
+  RowWindow bound = {};
+  // Tokens of a page of rows: what forks share, and what a fork copies of a last, partly filled one is at most.
+  int64_t page_tokens = RowStore::kPageTokens;
+
+  // Throws Error for values that contradict each other.
+  void validate() const;
+  // The rows that a state of these options keeps of `tokens` tokens. `refill` as Replay::refill_tokens().
+  RowBound row_bound(int64_t refill) const;
 };
+
+// What is kept of keys and values, as text: "keep" (all rows), "drop" (none), or "bounded:F+W" (the first F tokens' and the last W's). Throws Error.
+void set_kv(StateOptions& options, const std::string& text);
+std::string kv_text(const StateOptions& options);
 
 struct StateBytes {
   int64_t recurrent = 0, tails = 0, tokens = 0;
@@ -74,7 +97,7 @@ class LayerState {
     SlotSpec spec;
     at::Tensor data;    // [N, shape...] of a recurrent slot or tail
     int64_t rows = -1;  // of a per-token slot: its number in the row store
-    at::Tensor recent;  // of a tail with a ring: [N, ring + w - 1, C], the input of token t at t modulo its length
+    at::Tensor recent;  // of a tail with a ring: [N, ring + longest w - 1, C], the input of token t at t modulo its length
   };
   std::map<std::string, Slot> slots_;
 };
@@ -82,7 +105,8 @@ class LayerState {
 class State {
  public:
   // Zeros for `sequences` sequences, no token seen.
-  State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options = {});
+  // `refill` as Replay::refill_tokens() of the model that it is for.
+  State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options = {}, int64_t refill = 0);
 
   State(State&&) = default;
   State& operator=(State&&) = default;
@@ -108,6 +132,11 @@ class State {
   // The first `length` rows of slot `name` of layer `i`: [N, length, shape...]; those behind a sequence's own length are unspecified. A view where
   // the pages of all sequences lie side by side (no forks), otherwise a copy.
   at::Tensor rows(int64_t i, const std::string& name, int64_t length) const;
+  // Rows [begins[n], ends[n]) of each sequence n, which must be held: [N, longest, shape...].
+  at::Tensor rows(int64_t i, const std::string& name, const std::vector<int64_t>& begins, const std::vector<int64_t>& ends) const;
+  // True when rows of the sequence were dropped, or will be at `length` tokens.
+  bool bounded(int64_t length) const { return rows_.bound().on() && length > options_.bound.first + options_.bound.window; }
+  const RowBound& row_bound() const { return rows_.bound(); }
   // The inputs of the convolution whose tail is slot `name`, rows as in append(): for the ring; does nothing without
   // one.
   void record(int64_t i, const std::string& name, const at::Tensor& inputs, const std::vector<int64_t>* cu_seqlens);
@@ -122,7 +151,7 @@ class State {
   void trim(int64_t sequence, int64_t length, const Replay& model);
   // The last position up to `length` that trim() reaches.
   int64_t reachable(int64_t sequence, int64_t length) const;
-  // True when trim() reaches every position: the rows determine every recurrent slot and tail.
+  // True when trim() reaches every position: the rows determine every recurrent slot and tail, and none was dropped.
   bool replayable() const;
 
   // A state whose sequence j is a copy of sequence from[j]: {0, 0, 0} makes three. Full pages of rows are shared until one of the two writes there;
@@ -136,24 +165,35 @@ class State {
   std::vector<std::pair<std::string, at::Tensor>> tensors() const;
   // Takes over what tensors() gave: `get` returns a tensor by name and throws when there is none; `shape` and dtype are checked by it. The
   // state must be fresh.
-  void assign(const std::vector<int64_t>& lengths, const std::vector<std::vector<int64_t>>& checkpoints,
+  void assign(const std::vector<int64_t>& lengths, const std::vector<int64_t>& rows_from, const std::vector<std::vector<int64_t>>& checkpoints,
               const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get);
   std::vector<std::vector<int64_t>> checkpoints() const;  // positions, by sequence
+  // Drops checkpoints until those of a sequence stand at least `every` tokens apart, and from its start; 0: drops all. Frees memory for longer trims.
+  void thin_checkpoints(int64_t every);
+  // Rows [bound.first, rows_from) of each sequence were dropped; 0: none.
+  std::vector<int64_t> rows_from() const;
 
   // Bytes in use by part: per-token slots count the tokens held, not the reserve. `reserved` counts what is allocated.
   StateBytes bytes() const;
   StateBytes reserved_bytes() const;
+  // The two pools under the budget: pages of rows (page_tokens tokens in every slot) and of recurrent slots and tails (a sequence's at one position).
+  struct PoolUse {
+    int64_t page_bytes, pages;  // pages that exist: this state's of rows; of recurrent states those of all forks, free ones included
+  };
+  PoolUse row_pool() const { return {rows_.page_bytes(), rows_.page_bytes() > 0 ? rows_.reserved_bytes() / rows_.page_bytes() : 0}; }
+  PoolUse fixed_pool() const { return {pool_->page_bytes(), pool_->pages()}; }
+  const ByteBudget& budget() const { return *budget_; }
 
  private:
   // Recurrent slots and tails of one sequence after `length` tokens.
   struct Mark {
     int64_t length = 0;
-    std::vector<at::Tensor> values;  // in the order of for_each_fixed; never written again while two states hold them
-    std::shared_ptr<Charge> charge;
+    std::shared_ptr<FixedPage> page;  // values in the order of for_each_fixed; never written again while two states hold it
   };
   struct Marks {
     std::deque<Mark> checkpoints, ring;  // ascending
     int64_t recent_from = 0;             // first token whose convolution inputs the ring holds
+    int64_t last_checkpoint = 0;         // where the last one was taken, also when it was dropped since
   };
 
   // f(slot) for recurrent slots and tails.
@@ -172,6 +212,16 @@ class State {
   void take_marks(int64_t n);
   bool checkpoint_due(int64_t n, int64_t length) const;
   const Mark* nearest_mark(int64_t n, int64_t length) const;  // at or before; null: the start
+  // How trim() gets to a position.
+  struct Way {
+    const Mark* mark;     // to begin at; null: the start
+    int64_t scanned;      // tokens whose rows are scanned; those behind it are run again
+    bool tails_in_ring;
+  };
+  std::optional<Way> way_to(int64_t n, int64_t length) const;
+  bool rows_determine() const;
+  [[noreturn]] void refuse_trim(int64_t n, int64_t length) const;
+  bool sees_what_it_must(int64_t n, int64_t length) const;
   State one_sequence(int64_t n, const Mark* from) const;
   void adopt(int64_t n, int64_t length, const State& one);
   bool tails_in_ring(int64_t n, int64_t length) const {
@@ -186,12 +236,15 @@ class State {
   StateOptions options_;
   std::shared_ptr<ByteBudget> budget_;
   Charge charge_;  // of recurrent slots, tails and the ring of inputs
+  std::shared_ptr<FixedPool> pool_;  // one for all forks
   RowStore rows_;
   std::vector<LayerState> layers_;
   std::vector<int64_t> lengths_;
   std::vector<Marks> marks_;  // by sequence
   int64_t recent_ = 0;  // tokens of the ring of convolution inputs
-  int64_t tail_ = 0;    // w - 1: tokens of a tail
+  int64_t tail_ = 0;    // w - 1: tokens of the longest tail
+  int64_t refill_ = 0;  // Replay::refill_tokens()
+  bool looked_at_ = false;  // some slot's rows are
 };
 
 }  // namespace oryx

@@ -15,6 +15,12 @@ std::vector<std::vector<int64_t>> State::checkpoints() const {
   return all;
 }
 
+std::vector<int64_t> State::rows_from() const {
+  std::vector<int64_t> all;
+  for (int64_t n = 0; n < sequences(); ++n) all.push_back(rows_.from(n));
+  return all;
+}
+
 std::vector<std::pair<std::string, at::Tensor>> State::tensors() const {
   std::vector<std::pair<std::string, at::Tensor>> out;
   for (int64_t n = 0; n < sequences(); ++n) {
@@ -26,11 +32,13 @@ std::vector<std::pair<std::string, at::Tensor>> State::tensors() const {
       for (const auto& [name, slot] : layers_[i].slots_) {
         const std::string full = fmt::format("{}.{}", i, name);
         if (slot.rows >= 0) {
-          out.emplace_back(fmt::format("sequence{}.{}", n, full), rows.read(slot.rows, length)[0]);
+          const int64_t from = rows_.from(n);
+          at::Tensor x = from > 0 ? at::cat({rows.read(slot.rows, options_.bound.first), rows.read(slot.rows, {from}, {length})}, 1) : rows.read(slot.rows, length);
+          out.emplace_back(fmt::format("sequence{}.{}", n, full), x[0]);
           continue;
         }
         out.emplace_back(fmt::format("sequence{}.{}", n, full), slot.data[n]);
-        for (size_t k = 0; k < m.checkpoints.size(); ++k) out.emplace_back(fmt::format("sequence{}.checkpoint{}.{}", n, k, full), m.checkpoints[k].values[fixed]);
+        for (size_t k = 0; k < m.checkpoints.size(); ++k) out.emplace_back(fmt::format("sequence{}.checkpoint{}.{}", n, k, full), m.checkpoints[k].page->values[fixed]);
         ++fixed;
       }
     }
@@ -38,29 +46,38 @@ std::vector<std::pair<std::string, at::Tensor>> State::tensors() const {
   return out;
 }
 
-void State::assign(const std::vector<int64_t>& lengths, const std::vector<std::vector<int64_t>>& checkpoints,
+void State::assign(const std::vector<int64_t>& lengths, const std::vector<int64_t>& rows_from, const std::vector<std::vector<int64_t>>& checkpoints,
                    const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get) {
   TORCH_CHECK(lengths.size() == lengths_.size() && checkpoints.size() == lengths_.size(), "state: ", lengths.size(), " lengths for ", lengths_.size());
   TORCH_CHECK(std::all_of(lengths_.begin(), lengths_.end(), [](int64_t length) { return length == 0; }), "state: only a fresh one takes over tensors");
   rows_.make_room(lengths_, lengths, /*exact=*/true);
   for (int64_t n = 0; n < sequences(); ++n) {
     Marks& m = marks_[static_cast<size_t>(n)];
+    const int64_t length = lengths[static_cast<size_t>(n)], from = rows_from[static_cast<size_t>(n)];
+    rows_.retire(n, length);
+    TORCH_CHECK(rows_.from(n) <= from && from <= length, "state: rows from ", from, " of ", length, " tokens");
+    rows_.set_from(n, from);
     for (const int64_t at : checkpoints[static_cast<size_t>(n)]) {
-      m.checkpoints.push_back({at, {}, std::make_shared<Charge>(budget_, mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail))});
+      m.checkpoints.push_back({at, pool_->take()});
     }
+    size_t fixed = 0;
     for (size_t i = 0; i < layers_.size(); ++i) {
       for (auto& [name, slot] : layers_[i].slots_) {
         const std::string full = fmt::format("{}.{}", i, name);
-        const at::Tensor x = get(fmt::format("sequence{}.{}", n, full), slot.spec, slot.rows >= 0 ? lengths[static_cast<size_t>(n)] : -1);
+        const at::Tensor x = get(fmt::format("sequence{}.{}", n, full), slot.spec, slot.rows >= 0 ? (from > 0 ? options_.bound.first + length - from : length) : -1);
         if (slot.rows >= 0) {
-          rows_.write(slot.rows, n, 0, x);
+          const int64_t head = from > 0 ? options_.bound.first : 0;
+          rows_.write(slot.rows, n, 0, x.narrow(0, 0, head));
+          rows_.write(slot.rows, n, from, x.narrow(0, head, x.size(0) - head));
           continue;
         }
         slot.data[n].copy_(x);
-        for (size_t k = 0; k < m.checkpoints.size(); ++k) m.checkpoints[k].values.push_back(get(fmt::format("sequence{}.checkpoint{}.{}", n, k, full), slot.spec, -1));
+        for (size_t k = 0; k < m.checkpoints.size(); ++k) m.checkpoints[k].page->values[fixed].copy_(get(fmt::format("sequence{}.checkpoint{}.{}", n, k, full), slot.spec, -1));
+        ++fixed;
       }
     }
     lengths_[static_cast<size_t>(n)] = lengths[static_cast<size_t>(n)];
+    m.last_checkpoint = !m.checkpoints.empty() ? m.checkpoints.back().length : from > 0 ? length : 0;
     if (options_.ring > 0) restart_ring(n);
   }
 }

@@ -22,27 +22,24 @@ std::string way_out(bool marks) {
 void State::take(int64_t n, Mark& mark) const {
   mark.length = lengths_[static_cast<size_t>(n)];
   // The tensors of an entry that fell out of the ring are written again, unless a fork holds them.
-  if (mark.charge == nullptr || mark.charge.use_count() > 1) {
-    mark.values.clear();
-    mark.charge = std::make_shared<Charge>(budget_, mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail));
-  }
+  if (mark.page == nullptr || mark.page.use_count() > 1) mark.page = pool_->take();
   size_t at = 0;
-  for_each_fixed([&](const LayerState::Slot& slot) {
-    if (at == mark.values.size()) mark.values.push_back(at::empty(slot.spec.shape, slot.data.options()));
-    mark.values[at++].copy_(slot.data[n]);
-  });
+  for_each_fixed([&](const LayerState::Slot& slot) { mark.page->values[at++].copy_(slot.data[n]); });
 }
 
 bool State::checkpoint_due(int64_t n, int64_t length) const {
-  const auto& checkpoints = marks_[static_cast<size_t>(n)].checkpoints;
-  const int64_t last = checkpoints.empty() ? 0 : checkpoints.back().length;
-  return options_.checkpoint_every > 0 && length - last >= options_.checkpoint_every;
+  return options_.checkpoint_every > 0 && length - marks_[static_cast<size_t>(n)].last_checkpoint >= options_.checkpoint_every;
 }
 
 void State::take_marks(int64_t n) {
   Marks& m = marks_[static_cast<size_t>(n)];
   const int64_t length = lengths_[static_cast<size_t>(n)];
-  if (checkpoint_due(n, length)) take(n, m.checkpoints.emplace_back());
+  // Nothing can be replayed from a checkpoint before rows that are gone.
+  while (!m.checkpoints.empty() && m.checkpoints.front().length < rows_.from(n)) m.checkpoints.pop_front();
+  if (checkpoint_due(n, length)) {
+    take(n, m.checkpoints.emplace_back());
+    m.last_checkpoint = length;
+  }
   if (options_.ring == 0) return;
   m.recent_from = std::max(m.recent_from, length - recent_);
   Mark entry;
@@ -53,6 +50,19 @@ void State::take_marks(int64_t n) {
   }
   take(n, entry);
   m.ring.push_back(std::move(entry));
+}
+
+void State::thin_checkpoints(int64_t every) {
+  for (Marks& m : marks_) {
+    int64_t last = 0;
+    std::deque<Mark> kept;
+    for (Mark& mark : m.checkpoints) {
+      if (every == 0 || mark.length - last < every) continue;
+      last = mark.length;
+      kept.push_back(std::move(mark));
+    }
+    m.checkpoints = std::move(kept);
+  }
 }
 
 const State::Mark* State::nearest_mark(int64_t n, int64_t length) const {
@@ -66,28 +76,74 @@ const State::Mark* State::nearest_mark(int64_t n, int64_t length) const {
   return best;
 }
 
-bool State::replayable() const {
+bool State::rows_determine() const {
   bool all = true;
   for_each_fixed([&](const LayerState::Slot& slot) { all = all && slot.spec.from_rows; });
   return all;
 }
 
+bool State::replayable() const {
+  for (int64_t n = 0; n < sequences(); ++n) {
+    if (rows_.from(n) > 0) return false;
+  }
+  return rows_determine();
+}
+
+// Whether the rows that tokens from `length` on look back at are held.
+bool State::sees_what_it_must(int64_t n, int64_t length) const {
+  return !looked_at_ || rows_.holds(n, std::max<int64_t>(0, length - options_.bound.window + 1), length);
+}
+
+std::optional<State::Way> State::way_to(int64_t n, int64_t length) const {
+  const Mark* exact = nearest_mark(n, length);
+  if ((exact != nullptr ? exact->length : 0) == length) {
+    if (!sees_what_it_must(n, length)) return {};
+    return Way{exact, length, true};
+  }
+  if (!rows_determine()) return {};
+  const bool in_ring = options_.ring > 0 && tails_in_ring(n, length);
+  const int64_t scanned = in_ring ? length : std::max<int64_t>(0, length - refill_);
+  const Mark* base = nearest_mark(n, scanned);
+  if (!rows_.holds(n, base != nullptr ? base->length : 0, length) || !sees_what_it_must(n, scanned)) return {};
+  return Way{base, scanned, in_ring};
+}
+
 int64_t State::reachable(int64_t sequence, int64_t length) const {
   const int64_t held = lengths_[static_cast<size_t>(sequence)];
-  if (replayable() || length >= held) return std::min(length, held);
-  const Mark* mark = nearest_mark(sequence, length);
-  return mark != nullptr ? mark->length : 0;
+  if (length >= held) return held;
+  // Not every position: where rows are missing there are few ways, and all of them end at a mark or in the rows held.
+  const int64_t from = rows_.from(sequence);
+  int64_t best = 0;
+  const auto try_from = [&](int64_t begin, int64_t end) {
+    for (int64_t p = std::min(length, end); p >= begin && p > best; --p) {
+      if (way_to(sequence, p)) best = p;
+    }
+  };
+  if (rows_determine()) {
+    try_from(from, held);
+    try_from(0, options_.bound.first);
+  }
+  const Marks& m = marks_[static_cast<size_t>(sequence)];
+  for (const auto* marks : {&m.checkpoints, &m.ring}) {
+    for (const Mark& mark : *marks) {
+      if (mark.length <= length && mark.length > best && way_to(sequence, mark.length)) best = mark.length;
+    }
+  }
+  return best;
 }
 
 State::State(Empty, const State& like, RowStore rows, int64_t sequences)
     : options_(like.options_),
       budget_(like.budget_),
+      pool_(like.pool_),
       rows_(std::move(rows)),
       layers_(like.layers_),
       lengths_(static_cast<size_t>(sequences), 0),
       marks_(static_cast<size_t>(sequences)),
       recent_(like.recent_),
-      tail_(like.tail_) {}
+      tail_(like.tail_),
+      refill_(like.refill_),
+      looked_at_(like.looked_at_) {}
 
 // A state of the one sequence, which shares its rows and has recurrent slots and tails of its own, those of the mark (zeros without one). It takes no marks
 // and lives shorter than a call: no budget counts it.
@@ -100,7 +156,7 @@ State State::one_sequence(int64_t n, const Mark* from) const {
     for (auto& [name, slot] : layer.slots_) {
       slot.recent = at::Tensor();
       if (slot.spec.kind == SlotKind::kPerToken) continue;
-      slot.data = from != nullptr ? from->values[at++].unsqueeze(0).clone() : at::zeros_like(slot.data.narrow(0, n, 1));
+      slot.data = from != nullptr ? from->page->values[at++].unsqueeze(0).clone() : at::zeros_like(slot.data.narrow(0, n, 1));
     }
   }
   return one;
@@ -138,11 +194,29 @@ void State::adopt(int64_t n, int64_t length, const State& one) {
   size_t at = 0;
   for_each_fixed([&](const LayerState::Slot& slot) { slot.data[n].copy_(values[at++]); });
   lengths_[static_cast<size_t>(n)] = length;
+  rows_.trim(n, length);
   Marks& m = marks_[static_cast<size_t>(n)];
   for (auto* marks : {&m.checkpoints, &m.ring}) {
     while (!marks->empty() && marks->back().length > length) marks->pop_back();
   }
+  // Without one, checkpoints count from the start, or from here where rows before are gone.
+  m.last_checkpoint = !m.checkpoints.empty() ? m.checkpoints.back().length : rows_.from(n) > 0 ? std::min(m.last_checkpoint, length) : 0;
   if (options_.ring > 0 && !tails_in_ring(n, length)) restart_ring(n);
+}
+
+void State::refuse_trim(int64_t sequence, int64_t length) const {
+  const int64_t held = lengths_[static_cast<size_t>(sequence)], nearest = reachable(sequence, length), from = rows_.from(sequence);
+  const bool marks = options_.ring > 0 || options_.checkpoint_every > 0;
+  if (!rows_determine()) {
+    fail(
+        "cannot trim to {} of {} tokens: a layer keeps no rows to replay, so that only checkpoints can be reached, the "
+        "nearest one below at {}; {}",
+        length, held, nearest, way_out(marks));
+  }
+  fail(
+      "cannot trim to {} of {} tokens: the rows of tokens {} to {} were dropped, the nearest position below that can be reached is {}; keep more rows behind "
+      "the window (back) and checkpoints among them (checkpoint_every), or all rows",
+      length, held, options_.bound.first, from - 1, nearest);
 }
 
 void State::trim(int64_t sequence, int64_t length, const Replay& model) {
@@ -151,22 +225,14 @@ void State::trim(int64_t sequence, int64_t length, const Replay& model) {
   if (length < 0 || length > held)
     fail("cannot trim to {} tokens: the sequence holds {}, expected 0 to {}", length, held, held);
   if (length == held) return;
-  const Mark* mark = nearest_mark(sequence, length);
-  const int64_t from = mark != nullptr ? mark->length : 0;
-  if (from == length) return adopt(sequence, length, one_sequence(sequence, mark));
-  if (!replayable()) {
-    fail(
-        "cannot trim to {} of {} tokens: a layer keeps no rows to replay, so that only checkpoints can be reached, the "
-        "nearest one below at {}; {}",
-        length, held, from, way_out(options_.ring > 0 || options_.checkpoint_every > 0));
-  }
-  const bool tails_held = options_.ring > 0 && tails_in_ring(sequence, length);
-  const int64_t scanned = tails_held ? length : std::max<int64_t>(0, length - model.refill_tokens());
-  const Mark* base = nearest_mark(sequence, scanned);
-  State one = one_sequence(sequence, base);
+  const std::optional<Way> way = way_to(sequence, length);
+  if (!way) refuse_trim(sequence, length);
+  const int64_t scanned = way->scanned;
+  State one = one_sequence(sequence, way->mark);
+  if (one.lengths_[0] == length) return adopt(sequence, length, one);
   model.scan(one, one.lengths_[0], scanned);
   one.lengths_[0] = scanned;
-  if (tails_held) {
+  if (way->tails_in_ring) {
     read_tails(sequence, length, one);
   } else if (scanned < length) {
     // The tokens before the refilled ones are not to be seen through the tails of another place.

@@ -97,6 +97,17 @@ at::Tensor span_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
   return op.call(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
 }
 
+std::pair<at::Tensor, at::Tensor> span_attention_with_denominators(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                                   const OptionalTensor& spans, const OptionalTensor& cu_seqlens,
+                                                                   const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
+                                                                   int64_t window, std::optional<double> scale) {
+  auto out = forward_with_lse(q, k, v, make_attention_plan(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale), true);
+  // The vector kernels keep them to the base 2.
+  const bool base_two = q.is_cpu() && q.scalar_type() != at::kDouble;
+  if (base_two) out.second = out.second * 0.6931471805599453;
+  return out;
+}
+
 }  // namespace oryx::ops
 
 TORCH_LIBRARY_FRAGMENT(oryx, m) {

@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <utility>
 
 namespace oryx::ops {
 
@@ -29,6 +30,15 @@ at::Tensor span_attention(const at::Tensor& q, const at::Tensor& k, const at::Te
                           const std::optional<at::Tensor>& cu_seqlens_k = {},
                           const std::optional<at::Tensor>& key_lengths = {}, int64_t window = 0,
                           std::optional<double> scale = {});
+
+// The same without gradients, and the natural logarithms of the softmax denominators [B, Tq, Hq] float32 (float64 for a q of float64), for
+// whoever merges it with attention over other keys. Undefined values outside of spans.
+std::pair<at::Tensor, at::Tensor> span_attention_with_denominators(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                                   const std::optional<at::Tensor>& spans = {},
+                                                                   const std::optional<at::Tensor>& cu_seqlens = {},
+                                                                   const std::optional<at::Tensor>& cu_seqlens_k = {},
+                                                                   const std::optional<at::Tensor>& key_lengths = {}, int64_t window = 0,
+                                                                   std::optional<double> scale = {});
 
 // The formula with an explicit score matrix, plain ATen, any dtype, differentiable by autograd: the oracle of the tests.
 at::Tensor span_attention_naive(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
