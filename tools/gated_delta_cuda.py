@@ -1,6 +1,6 @@
 """Checks and times the Hopper kernels of the gated delta rule (oryx/ops/gated_delta/cuda) without the rest of the library.
 
-    nvcc -std=c++20 -shared -Xcompiler -fPIC -gencode=arch=compute_90a,code=sm_90a -O3 oryx/ops/gated_delta/cuda/*.cu -o gated_delta.so
+    nvcc -std=c++20 -shared -Xcompiler -fPIC -gencode=arch=compute_90a,code=sm_90a -O3 -I. oryx/ops/gated_delta/cuda/*.cu -o gated_delta.so
     python3 tools/gated_delta_cuda.py ./gated_delta.so [--peers flash_qla,fla]
 
 Needs torch with CUDA on an H100 or H200. The check compares with the recurrence in float64 (norm of the difference over norm, limit 1e-2,

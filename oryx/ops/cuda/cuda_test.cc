@@ -35,11 +35,11 @@ double relative_error(const at::Tensor& found, const at::Tensor& expected) {
   return ((a - b).norm() / b.norm().clamp_min(1e-30)).item<double>();  // NaN fails every comparison below
 }
 
-// Values and gradients of f on the GPU, from float32 copies of `inputs`, against float64 on the CPU.
-void expect_same(const Function& f, const Tensors& inputs, double value_limit = 2e-5, double gradient_limit = 5e-5) {
+// Values and gradients of f on the GPU against float64 on the CPU, from copies of `inputs`: the first `half` in bfloat16, the others in float32.
+void expect_same(const Function& f, const Tensors& inputs, double value_limit = 2e-5, double gradient_limit = 5e-5, size_t half = 0) {
   Tensors host, device;
   for (const at::Tensor& x : inputs) {
-    const at::Tensor narrow = x.to(at::kFloat);
+    const at::Tensor narrow = x.to(host.size() < half ? at::kBFloat16 : at::kFloat);
     host.push_back(narrow.to(at::kDouble).requires_grad_(true));
     device.push_back(narrow.to(at::kCUDA).requires_grad_(true));
   }
@@ -49,9 +49,9 @@ void expect_same(const Function& f, const Tensors& inputs, double value_limit = 
   for (size_t i = 0; i < expected.size(); ++i) {
     EXPECT_TRUE(found[i].is_cuda());
     EXPECT_LE(relative_error(found[i], expected[i]), value_limit) << "output " << i;
-    const at::Tensor d = at::randn_like(expected[i]).to(at::kFloat);
+    const at::Tensor d = at::randn_like(expected[i]).to(found[i].scalar_type());
     up.push_back(d.to(expected[i].scalar_type()));
-    up_device.push_back(d.to(at::kCUDA, found[i].scalar_type()));
+    up_device.push_back(d.to(at::kCUDA));
   }
   torch::autograd::backward(expected, up);
   torch::autograd::backward(found, up_device);
@@ -129,6 +129,55 @@ TEST_F(Cuda, Ssd) {
       },
       {random({1, 100, 2, 16}), random({1, 100, 1, 16}), random({1, 100, 2, 32}), random({1, 100, 2}), random({2}), random({2}), random({2})}, 1e-4,
       1e-3);
+}
+
+// The kernels for bfloat16, every head dimension they have, heads grouped in every way.
+TEST_F(Cuda, SsdKernels) {
+  struct Case {
+    int64_t B, T, Hq, Hk, Hv, K, V;
+  };
+  for (const Case& c : std::vector<Case>{{2, 1, 2, 2, 2, 128, 128}, {2, 100, 1, 1, 4, 128, 64}, {1, 200, 2, 2, 2, 64, 64}, {1, 63, 4, 2, 2, 64, 128},
+                                         {1, 130, 2, 4, 2, 128, 128}}) {
+    const int64_t H = std::max(c.Hk, c.Hv);
+    expect_same(
+        [](const Tensors& t) {
+          const auto r = ssd(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]);
+          return Tensors{r.o, r.final_state};
+        },
+        {random({c.B, c.T, c.Hq, c.K}) * 0.3, random({c.B, c.T, c.Hk, c.K}) * 0.3, random({c.B, c.T, c.Hv, c.V}), random({c.B, c.T, H}), random({H}) - 3,
+         random({H}), random({H}), random({c.B, H, c.V, c.K})},
+        1e-2, 2e-2, 3);
+  }
+}
+
+// Packed documents, some of them empty, read out in spans; the kernels neither see nor touch what lies outside.
+TEST_F(Cuda, SsdKernelsPacked) {
+  for (const bool anywhere : {true, false}) {
+    expect_same(
+        [&](const Tensors& t) {
+          const at::Tensor spans = anywhere ? ints({0, 20, 90, 0, 128, 200, 0, 299, 300}, t[0]).view({3, 3}) : at::empty({0, 3}, t[0].options().dtype(at::kInt));
+          const auto r = ssd(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], ints({0, 0, 65, 65, 66, 300, 300}, t[0]), spans);
+          return Tensors{r.o, r.final_state};
+        },
+        {random({1, 300, 2, 64}) * 0.3, random({1, 300, 2, 64}) * 0.3, random({1, 300, 4, 64}), random({1, 300, 4}), random({4}) - 3, random({4}), random({4}),
+         random({6, 4, 64, 64})},
+        1e-2, 2e-2, 3);
+  }
+}
+
+TEST_F(Cuda, SsdKernelsRepeat) {
+  const auto half = [](at::IntArrayRef shape) { return at::randn(shape).to(at::kCUDA, at::kBFloat16).requires_grad_(true); };
+  const auto full = [](at::IntArrayRef shape) { return at::randn(shape).to(at::kCUDA).requires_grad_(true); };
+  const Tensors x = {half({2, 500, 1, 128}), half({2, 500, 1, 128}), half({2, 500, 8, 64}), full({2, 500, 8}), full({8}), full({8}), full({8})};
+  Tensors first;
+  for (int run = 0; run < 2; ++run) {
+    const auto r = ssd(x[0], x[1], x[2], x[3], x[4], x[5], x[6]);
+    Tensors all = torch::autograd::grad({r.o.to(at::kFloat).square().sum() + r.final_state.square().sum()}, x);
+    all.push_back(r.o);
+    all.push_back(r.final_state);
+    if (run == 0) first = all;
+    for (size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(at::equal(all[i], first[i])) << i;
+  }
 }
 
 TEST_F(Cuda, SpanAttention) {

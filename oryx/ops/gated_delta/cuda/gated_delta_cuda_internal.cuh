@@ -2,9 +2,11 @@
 #pragma once
 
 #include "gated_delta_cuda.h"
-#include "hopper.cuh"
+#include "oryx/ops/cuda/hopper.cuh"
 
 namespace oryx::gated_delta_cuda {
+
+using namespace oryx::hopper;
 
 constexpr int kC = 64;    // tokens of a chunk
 constexpr int kD = 128;   // K and V
