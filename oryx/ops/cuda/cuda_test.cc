@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include "oryx/common/error.h"
 #include "oryx/ops/adamw/adamw.h"
 #include "oryx/ops/cross_entropy/cross_entropy.h"
 #include "oryx/ops/gated_delta/gated_delta.h"
@@ -191,10 +192,42 @@ TEST_F(Cuda, SpanAttention) {
 }
 
 TEST_F(Cuda, CrossEntropy) {
-  at::Tensor targets = at::randint(0, 101, {77}, at::kLong);
-  targets[5] = -100;
-  expect_same([&](const Tensors& t) { return Tensors{linear_cross_entropy(t[0], t[1], targets.to(t[0].device()), -100, 1e-3).loss}; },
-              {random({77, 32}), random({101, 32})});
+  for (const int64_t classes : {2, 101, 5003, 40000}) {  // 40,000: more than a block's registers hold
+    at::Tensor targets = at::randint(0, classes, {77}, at::kLong);
+    targets[5] = -100;
+    for (const bool on_device : {false, true}) {  // targets
+      const auto place = [&](const at::Tensor& x) { return on_device ? targets.to(x.device()) : targets; };
+      expect_same(
+          [&](const Tensors& t) { return Tensors{linear_cross_entropy(t[0], t[1], place(t[0]), -100, 1e-3).loss}; },
+          {random({77, 32}), random({classes, 32})});
+      expect_same([&](const Tensors& t) { return Tensors{cross_entropy(t[0], place(t[0]), -100, 1e-3).loss}; }, {random({77, classes})});
+    }
+  }
+}
+
+// 1 GiB of logits and more: the gradients of all rows are those of two halves, weighted by their kept targets.
+TEST_F(Cuda, LinearCrossEntropyInBlocks) {
+  const int64_t rows = 6000, classes = 100003, half = rows / 2;
+  const at::Tensor hidden = at::randn({rows, 16}).to(at::kCUDA, at::kBFloat16), weight = at::randn({classes, 16}).to(at::kCUDA, at::kBFloat16);
+  at::Tensor targets = at::randint(0, classes, {rows}, at::kLong);
+  targets.slice(0, 10, 1010).fill_(-100);
+  const auto run = [&](int64_t begin, int64_t end) {
+    const at::Tensor h = hidden.slice(0, begin, end).clone().requires_grad_(), w = weight.clone().requires_grad_();
+    const at::Tensor kept = targets.slice(0, begin, end), loss = linear_cross_entropy(h, w, kept).loss;
+    torch::autograd::backward({loss * kept.ne(-100).sum().item<double>()}, {});
+    return Tensors{h.grad().to(at::kDouble), w.grad().to(at::kDouble)};
+  };
+  const Tensors all = run(0, rows), low = run(0, half), high = run(half, rows);
+  EXPECT_LE(relative_error(all[0], at::cat({low[0], high[0]}).cpu()), 1e-2);
+  EXPECT_LE(relative_error(all[1], (low[1] + high[1]).cpu()), 1e-2);
+}
+
+TEST_F(Cuda, CrossEntropyNamesABadTarget) {
+  const at::Tensor h = at::randn({3, 4}).to(at::kCUDA), w = at::randn({10, 4}).to(at::kCUDA), targets = at::tensor({1, 10, 2}, at::kLong);
+  for (const at::Tensor& t : {targets, targets.to(at::kCUDA)}) {
+    EXPECT_THROW(linear_cross_entropy(h, w, t), Error);
+    EXPECT_THROW(cross_entropy(at::mm(h, w.t()), t), Error);
+  }
 }
 
 TEST_F(Cuda, AdamwAndGlobalNorm) {
