@@ -25,7 +25,7 @@ Data data(const benchmark::State& state) {
   Data d;
   d.x = {at::randn({B, T, H, K}), at::randn({B, T, H, K}), at::randn({B, T, H, V}), -at::rand({B, T, H, K}), at::randn({B, T, H}).sigmoid(),
          at::randn({B, H, V, K})};
-  d.p = check_arguments("bench", d.x.q, d.x.k, d.x.v, d.x.g, d.x.beta, d.x.state, {}, {}, {}, 1e-6);
+  d.p = kimi::check_arguments("bench", d.x.q, d.x.k, d.x.v, d.x.g, d.x.beta, d.x.state, {}, {}, {}, 1e-6);
   d.up_o = at::randn({B, T, H, V});
   d.up_state = at::randn({B, H, V, K});
   return d;
@@ -38,7 +38,7 @@ bool correct(const Data& d) {
   const at::Tensor g = x.g.select(-1, 0).contiguous();
   x.g = g.unsqueeze(-1).expand_as(x.g).contiguous();
   const auto expected = gated_delta_rule(x.q, x.k, x.v, g, x.beta, x.state);
-  const Outputs out = chunked_forward(d.p, x, false);
+  const Outputs out = kimi::chunked_forward(d.p, x, false);
   return close(out.o, expected.o) && close(out.final_state, expected.final_state);
 }
 
@@ -46,7 +46,7 @@ void Forward(benchmark::State& state) {
   const at::NoGradGuard no_grad;
   const Data d = data(state);
   if (!correct(d)) return state.SkipWithError("equal channels differ from the gated delta rule");
-  for (auto _ : state) benchmark::DoNotOptimize(chunked_forward(d.p, d.x, false).o.data_ptr());
+  for (auto _ : state) benchmark::DoNotOptimize(kimi::chunked_forward(d.p, d.x, false).o.data_ptr());
 }
 
 void ForwardBackward(benchmark::State& state) {
@@ -54,8 +54,8 @@ void ForwardBackward(benchmark::State& state) {
   const Data d = data(state);
   if (!correct(d)) return state.SkipWithError("equal channels differ from the gated delta rule");
   for (auto _ : state) {
-    const Outputs out = chunked_forward(d.p, d.x, true);
-    benchmark::DoNotOptimize(chunked_backward(d.p, d.x, out, d.up_o, d.up_state).q.data_ptr());
+    const Outputs out = kimi::chunked_forward(d.p, d.x, true);
+    benchmark::DoNotOptimize(kimi::chunked_backward(d.p, d.x, out, d.up_o, d.up_state).q.data_ptr());
   }
 }
 
@@ -74,9 +74,9 @@ void Step(benchmark::State& state) {
   const auto one = [](const at::Tensor& x) { return x.select(1, 0).contiguous(); };
   const Inputs x{one(d.x.q), one(d.x.k), one(d.x.v), one(d.x.g), one(d.x.beta), {}};
   at::Tensor a = d.x.state.clone(), b = a.clone();
-  const Problem p = check_step(x.q, x.k, x.v, x.g, x.beta, a, {}, 1e-6);
-  if (!close(kernel_step(p, x, a), plain_step(p, x, b)) || !close(a, b)) return state.SkipWithError("kernel and tensor form differ");
-  for (auto _ : state) benchmark::DoNotOptimize((kKernel ? kernel_step(p, x, a) : plain_step(p, x, a)).data_ptr());
+  const Problem p = kimi::check_step(x.q, x.k, x.v, x.g, x.beta, a, {}, 1e-6);
+  if (!close(kimi::kernel_step(p, x, a), kimi::plain_step(p, x, b)) || !close(a, b)) return state.SkipWithError("kernel and tensor form differ");
+  for (auto _ : state) benchmark::DoNotOptimize((kKernel ? kimi::kernel_step(p, x, a) : kimi::plain_step(p, x, a)).data_ptr());
   const double bytes = 2.0 * static_cast<double>(a.nbytes());
   state.counters["MB"] = bytes / 1e6;
   state.counters["GB/s"] = benchmark::Counter(bytes / 1e9, benchmark::Counter::kIsIterationInvariantRate);
