@@ -36,7 +36,8 @@ target_compile_definitions(LibTorch::torch INTERFACE FMT_HEADER_ONLY=1)
 target_link_libraries(LibTorch::torch INTERFACE "${TORCH_DIR}/lib/libtorch_cpu.so" "${TORCH_DIR}/lib/libc10.so")
 # at::parallel_for is an OpenMP region in the header: compiled without OpenMP it is silently serial. The runtime must be the one that libtorch
 # loads, or two thread pools compete; the wheel ships its own.
-target_compile_options(LibTorch::torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
+# (clang, with which only the fuzzers are built, would bring another runtime: serial there.)
+target_compile_options(LibTorch::torch INTERFACE $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CXX_COMPILER_ID:GNU>>:-fopenmp>)
 if(EXISTS "${TORCH_DIR}/lib/libgomp.so.1")
   target_link_libraries(LibTorch::torch INTERFACE "${TORCH_DIR}/lib/libgomp.so.1")
 else()

@@ -9,10 +9,15 @@
 #include "oryx/common/file.h"
 #include "oryx/data/dataset.h"
 #include "oryx/data/sentencepiece.h"
+#include "oryx/common/options.h"
 #include "oryx/model/checkpoint.h"
+#include "oryx/model/hf/convert.h"
+#include "oryx/model/state_file.h"
 #include "oryx/train/run_folder.h"
 #include "tests/support/faults.h"
 #include "tests/support/folder.h"
+#include "tests/support/paths.h"
+#include "tests/support/readers.h"
 
 namespace oryx::test {
 namespace {
@@ -165,6 +170,52 @@ TEST(Faults, ModelFolder) {
   model.initialize(2);
   try_fresh_and_over([&](const fs::path& folder) { save_model(old, folder); }, [&](const fs::path& folder) { save_model(model, folder); }, 14);
   EXPECT_GE(try_all_faults({[&](const fs::path& folder) { save_model(model, folder); }, [](const fs::path& folder) { load_model(folder); }}), 5);
+}
+
+// A session is one file: written over an older one, and read.
+TEST(Faults, Session) {
+  const LanguageModel& model = session_model();
+  const auto state_of = [&](int64_t tokens) {
+    const at::NoGradGuard no_grad;
+    State state = model.make_state(1, {2, 2, true});
+    for (int64_t t = 0; t < tokens; t += 3) {
+      ModelInput in;
+      in.input_ids = at::arange(3, at::kLong).view({1, 3});
+      in.routing = {std::make_shared<Routing>(1, 3, "attention")};
+      in.state = &state;
+      (void)model.hidden(in);
+    }
+    return state;
+  };
+  const State old = state_of(3), state = state_of(9);
+  const auto save = [&](const fs::path& folder) { save_state(model, state, folder / "s.safetensors"); };
+  try_fresh_and_over([&](const fs::path& folder) { save_state(model, old, folder / "s.safetensors"); }, save, 8);
+  const auto load = [&](const fs::path& folder) { EXPECT_EQ(load_state(model, folder / "s.safetensors").lengths()[0], 9); };
+  EXPECT_GE(try_all_faults({save, load}), 3);
+}
+
+TEST(Faults, ImportAndExport) {
+  ModelConfig c = small_model();
+  c.layer_mixers = {{"attention"}};
+  c.layer.conv = c.layer.gate = c.layer.head_norm = false;
+  LanguageModel model(c);
+  model.initialize(1);
+  const auto saved = [&](const fs::path& folder) { save_model(model, folder / "model"); };
+  EXPECT_GE(try_all_faults({saved, [](const fs::path& folder) { export_checkpoint(folder / "model", folder / "hf"); }, {}}), 20);
+  const auto exported = [&](const fs::path& folder) {
+    saved(folder);
+    export_checkpoint(folder / "model", folder / "hf");
+  };
+  EXPECT_GE(try_all_faults({exported, [](const fs::path& folder) { import_checkpoint(folder / "hf", folder / "again"); }, {}}), 20);
+}
+
+TEST(Faults, ReadersOfTokenizersAndConfigs) {
+  const auto prepare = [](const fs::path& folder) {
+    fs::copy_file(source_path("tests/data/bpe/gpt2.json"), folder / "tokenizer.json");
+    put(folder / "config.json", R"({"num_layers": 3})");
+  };
+  EXPECT_GE(try_all_faults({prepare, [](const fs::path& folder) { load_tokenizer(folder / "tokenizer.json"); }}), 4);
+  EXPECT_GE(try_all_faults({prepare, [](const fs::path& folder) { load_options<ModelConfig>(folder / "config.json"); }}), 4);
 }
 
 // After an error at step 2 the run has whole checkpoints alone, and RUN/model is one of them.

@@ -9,6 +9,14 @@
 #include "oryx/common/error.h"
 #include "oryx/data/sentencepiece_plugin/plugin.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#define ORYX_ADDRESS_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ORYX_ADDRESS_SANITIZER
+#endif
+#endif
+
 namespace oryx {
 
 namespace {
@@ -19,7 +27,7 @@ namespace fs = std::filesystem;
 // the dynamic linker makes them one, and SentencePiece's constructor writes over libc10's next variables (an allocation that fails then aborts
 // the process). Opened with RTLD_DEEPBIND the plug-in prefers its own. The sanitizers do not support that flag; their builds go without.
 constexpr int kOpen = RTLD_NOW | RTLD_LOCAL
-#ifndef __SANITIZE_ADDRESS__
+#ifndef ORYX_ADDRESS_SANITIZER
                       | RTLD_DEEPBIND
 #endif
     ;

@@ -127,6 +127,7 @@ class SlidingWindow : public Attention {
  public:
   using Attention::Attention;
   std::string name() const override { return "sliding_window"; }
+  std::string borrows_query_of() const override { return config_.sliding_window_query ? "" : "attention"; }
 
  protected:
   int64_t window() const override { return config_.window; }

@@ -41,7 +41,7 @@ void LayerConfig::describe(Fields& f) {
   f.add("rope_theta", rope_theta, "base of the rotary embedding; 0: no rotation", at_least(0));
   f.add("rotary_dim", rotary_dim, "how many of a head's dimensions, the first ones, are rotated; 0: all", between(0, 1024));
   f.add("attention_scale", attention_scale, "of attention's scores; 0: 1 / sqrt(head_dim)", at_least(0));
-  f.add("allow_neg_eigval", allow_neg_eigval, "gated_delta_net: write strengths up to 2 instead of 1");
+  f.add("allow_neg_eigval", allow_neg_eigval, "delta rules: write strengths up to 2 instead of 1");
   f.add("combine", combine, "select: a token's mode says whose output it takes; mean: all mixers, head-normalised and averaged",
         one_of({"select", "mean"}));
 }

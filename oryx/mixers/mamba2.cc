@@ -17,6 +17,8 @@ class Mamba2 : public Mixer {
 
   std::string name() const override { return "mamba2"; }
   bool advances_everywhere() const override { return true; }
+  // The paper's variant drops the activation for attention's sake (arXiv 2605.28769, appendix).
+  bool plain_keys() const override { return true; }
 
   std::vector<ParameterSpec> parameters() const override {
     const int64_t heads = config_.state_heads(), D = config_.hidden_size;

@@ -79,6 +79,10 @@ class Mixer {
   virtual bool keeps_tokens() const { return false; }
   // True when its state must advance at every token, also at those in another mode (linear mixers).
   virtual bool advances_everywhere() const { return false; }
+  // True when, in a layer with a mixer that looks back, keys and values are better left without an activation (`conv_activation` auto).
+  virtual bool plain_keys() const { return false; }
+  // The mixer whose query it reads where both stand in a layer, in place of one of its own; empty: none.
+  virtual std::string borrows_query_of() const { return {}; }
   // Hands over its parameters (names as declared, under `prefix`).
   virtual void bind(const ParameterMap&, const std::string& prefix) { (void)prefix; }
   // How badly the state before each token predicts that token's value from its key: 0 wholly, 1 as badly as no state at all. [B, T] float32; nothing for a

@@ -61,7 +61,7 @@ void validate_heads(const LayerConfig& l, bool attends) {
 }
 
 void validate_layer(const LayerConfig& l, const std::vector<std::string>& names) {
-  validate_heads(l, std::any_of(names.begin(), names.end(), [](const auto& m) { return m == "attention" || m == "sliding_window"; }));
+  validate_heads(l, std::any_of(names.begin(), names.end(), [&](const auto& m) { return make_mixer(m, l)->keeps_tokens(); }));
   if (l.query_conv && !l.conv) fail("query_conv is on but conv is off; switch conv on, or query_conv off");
   if (l.conv_bias && !l.conv) fail("conv_bias is on but conv is off; switch conv on, or conv_bias off");
   if (l.combine == "mean" && !l.head_norm) fail("combine 'mean' averages head-normalised outputs; switch head_norm on");
@@ -128,6 +128,11 @@ struct Variant {
 using Lists = std::vector<std::vector<std::string>>;
 const Variant kVariants[] = {
     {"oryx-gdn", [](ModelConfig& c) { c.layer_mixers = Lists{{"gated_delta_net", "attention"}}; }},
+    {"oryx-kda",
+     [](ModelConfig& c) {
+       c.layer_mixers = Lists{{"kimi_delta_attention", "attention"}};
+       c.layer.gate_activation = "sigmoid";
+     }},
     {"oryx-mamba2", [](ModelConfig& c) { c.layer_mixers = Lists{{"mamba2", "attention"}}; }},
     {"transformer",
      [](ModelConfig& c) {
@@ -143,6 +148,12 @@ const Variant kVariants[] = {
      [](ModelConfig& c) {
        c.layer_mixers = Lists{{"mamba2"}};
        c.layer.query_conv = true;
+     }},
+    {"kda",
+     [](ModelConfig& c) {
+       c.layer_mixers = Lists{{"kimi_delta_attention"}};
+       c.layer.query_conv = true;
+       c.layer.gate_activation = "sigmoid";
      }},
     {"inter-layer",
      [](ModelConfig& c) { c.layer_mixers = Lists{{"gated_delta_net"}, {"gated_delta_net"}, {"gated_delta_net"}, {"attention"}}; }},

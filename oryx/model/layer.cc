@@ -20,10 +20,10 @@ bool has(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
 
-bool conv_silu(const LayerConfig& c, const std::vector<std::string>& mixers) {
+bool conv_silu(const LayerConfig& c, const std::vector<std::unique_ptr<Mixer>>& mixers) {
   if (c.conv_activation != "auto") return c.conv_activation == "silu";
-  // The Mamba-2 variant drops the activation for attention's sake (arXiv 2605.28769, appendix).
-  return !(has(mixers, "mamba2") && (has(mixers, "attention") || has(mixers, "sliding_window")));
+  const auto any = [&](auto wish) { return std::any_of(mixers.begin(), mixers.end(), wish); };
+  return !(any([](const auto& m) { return m->plain_keys(); }) && any([](const auto& m) { return m->keeps_tokens(); }));
 }
 
 }  // namespace
@@ -31,18 +31,19 @@ bool conv_silu(const LayerConfig& c, const std::vector<std::string>& mixers) {
 at::Tensor norm_factor(const LayerConfig& config, const at::Tensor& weight) { return config.zero_centred_norm ? weight + 1 : weight; }
 
 MultiMixerLayer::MultiMixerLayer(const LayerConfig& config, std::vector<std::string> mixers, int64_t index)
-    : config_(config), index_(index), prefix_(fmt::format("layers.{}.", index)), silu_(conv_silu(config, mixers)), names_(std::move(mixers)) {
+    : config_(config), index_(index), prefix_(fmt::format("layers.{}.", index)), names_(std::move(mixers)) {
   for (const auto& name : names_) {
     mixers_.push_back(make_mixer(name, config_));
     const Mixer& mixer = *mixers_.back();
     if (groups_.empty() || !config_.share_kv) groups_.push_back({config_.share_kv ? "" : name + ".", false, {}, {}, {}, {}, {}, {}});
     groups_.back().keeps_tokens |= mixer.keeps_tokens();
-    const bool borrows = name == "sliding_window" && has(names_, "attention") && !config_.sliding_window_query;
+    const std::string lender = mixer.borrows_query_of();
     Query query;
-    query.name = config_.share_query ? "q_proj.weight" : (borrows ? "attention" : name) + ".q_proj.weight";
+    query.name = config_.share_query ? "q_proj.weight" : (has(names_, lender) ? lender : name) + ".q_proj.weight";
     query.everywhere = (config_.query_conv && mixer.advances_everywhere()) || combines_all();
     queries_.push_back(query);
   }
+  silu_ = conv_silu(config_, mixers_);
   for (auto& q : queries_) {
     const auto same = [&](const Query& other) { return other.name == q.name; };
     if (std::count_if(queries_.begin(), queries_.end(), same) > 1) q.everywhere = true;

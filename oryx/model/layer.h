@@ -88,7 +88,7 @@ class MultiMixerLayer {
   LayerConfig config_;
   int64_t index_;
   std::string prefix_;
-  bool silu_;  // the convolutions' activation
+  bool silu_ = false;  // the convolutions' activation
   std::vector<std::string> names_;
   std::vector<std::unique_ptr<Mixer>> mixers_;
   std::vector<KeyValueGroup> groups_;   // one, or one a mixer

@@ -7,6 +7,7 @@
 #include "oryx/common/error.h"
 #include "oryx/common/hash.h"
 #include "oryx/common/options.h"
+#include "oryx/common/utf8.h"
 #include "oryx/io/safetensors.h"
 
 namespace oryx {
@@ -47,7 +48,7 @@ class Metadata {
       int64_t value = -1;
       const auto [end, error] = std::from_chars(text.data(), text.data() + comma, value);
       if (error != std::errc() || end != text.data() + comma || value < 0 || value > int64_t{1} << 31) {
-        fail("{}: '{}' in its metadata is '{}', expected integers of 0 to 2147483648", file_.path(), key, this->text(key));
+        fail("{}: '{}' in its metadata is '{}', expected integers of 0 to 2147483648", file_.path(), key, shown(this->text(key)));
       }
       out.push_back(value);
       text.remove_prefix(std::min(comma + 1, text.size()));
@@ -56,7 +57,7 @@ class Metadata {
   }
   int64_t number(const std::string& key) const {
     const auto all = list(key, text(key));
-    if (all.size() != 1) fail("{}: '{}' in its metadata is '{}', expected one integer", file_.path(), key, text(key));
+    if (all.size() != 1) fail("{}: '{}' in its metadata is '{}', expected one integer", file_.path(), key, shown(text(key)));
     return all[0];
   }
 
@@ -107,11 +108,11 @@ void save_state(const LanguageModel& model, const State& state, const fs::path& 
 State load_state(const LanguageModel& model, const fs::path& path, int64_t budget) {
   const SafetensorsReader file(path);
   const Metadata meta(file);
-  if (meta.text("format") != kFormat) fail("{}: its format is '{}', expected '{}'", file.path(), meta.text("format"), kFormat);
+  if (meta.text("format") != kFormat) fail("{}: its format is '{}', expected '{}'", file.path(), shown(meta.text("format")), kFormat);
   const std::string own = fingerprint(model);
   if (meta.text("model") != own) {
     fail("{}: is the session of another model (fingerprint {}, this one's is {}); load the model, weights and precision that it was saved with", file.path(),
-         meta.text("model"), own);
+         shown(meta.text("model")), own);
   }
   const std::vector<int64_t> lengths = meta.list("lengths", meta.text("lengths"));
   if (lengths.empty()) fail("{}: holds no sequence", file.path());

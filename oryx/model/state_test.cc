@@ -232,7 +232,7 @@ TEST(StateRows, BytesAreAsPredicted) {
 
 // Every mixer's state advances over the same keys and values whatever the modes: only the layers above see another stream.
 TEST(StateRows, ASpanInAttentionLeavesTheStateOfALinearRun) {
-  for (const char* linear : {"gated_delta_net", "mamba2"}) {
+  for (const char* linear : {"gated_delta_net", "kimi_delta_attention", "mamba2"}) {
     ModelConfig c = small({{linear, "attention"}});
     c.num_layers = 1;
     const auto m = make(c);

@@ -47,6 +47,12 @@ inline std::vector<Case> cases() {
   add("oryx_gdn", {{"gated_delta_net", "attention"}}, nothing);
   add("oryx_gdn_query_conv", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) { c.layer.query_conv = true; });
   add("oryx_mamba2", {{"mamba2", "attention"}}, nothing);
+  add("oryx_kda", {{"kimi_delta_attention", "attention"}}, [](ModelConfig& c) { c.layer.gate_activation = "sigmoid"; });
+  add("kda", {{"kimi_delta_attention"}}, [](ModelConfig& c) {
+    c.layer.query_conv = c.layer.allow_neg_eigval = true;
+    c.layer.num_value_heads = 4;
+  });
+  add("three_recurrences", {{"kimi_delta_attention", "mamba2", "gated_delta_net", "attention"}}, nothing);
   add("transformer", {{"attention"}}, [](ModelConfig& c) { c.layer.conv = c.layer.gate = c.layer.head_norm = false; });
   add("gdn", {{"gated_delta_net"}}, [](ModelConfig& c) { c.layer.query_conv = true; });
   add("mamba2", {{"mamba2"}}, [](ModelConfig& c) { c.layer.query_conv = true; });

@@ -4,14 +4,17 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
+#include <cstring>
 
 #include "oryx/common/error.h"
+#include "oryx/common/hash.h"
 #include "oryx/common/options.h"
 #include "oryx/data/sentencepiece.h"
 #include "oryx/data/token_file.h"
+#include "oryx/generate/session.h"
 #include "oryx/io/safetensors.h"
 #include "oryx/model/config.h"
+#include "oryx/model/state_file.h"
 #include "oryx/modes/layer_schedules.h"
 
 namespace oryx::test {
@@ -61,13 +64,19 @@ void read_schedule(std::string_view bytes) {
   }
 }
 
-void read_tokenizer(std::string_view bytes) {
-  const auto tokenizer = load_sentencepiece("foreign", std::string(bytes));
-  std::vector<int32_t> ids = tokenizer->encode("Größe 12\n\tof a \xE2\x96\x81 state");
+void use_tokenizer(const Tokenizer& tokenizer) {
+  std::vector<int32_t> ids = tokenizer.encode("Größe 12\n\tof a \xE2\x96\x81 state");
   for (const int32_t id : ids) {
-    if (id < 0 || id >= tokenizer->vocab_size()) throw std::logic_error("an id outside the vocabulary");
+    if (id < 0 || id >= tokenizer.vocab_size()) throw std::logic_error("an id outside the vocabulary");
   }
-  (void)tokenizer->decode(ids);
+  (void)tokenizer.decode(ids);
+}
+
+void read_tokenizer(std::string_view bytes) { use_tokenizer(*load_sentencepiece("foreign", std::string(bytes))); }
+
+void read_tokenizer_json(std::string_view bytes) {
+  const MemoryFile file(bytes);
+  use_tokenizer(*load_tokenizer(file.path()));
 }
 
 void read_token_file(std::string_view bytes) {
@@ -80,14 +89,59 @@ void read_token_file(std::string_view bytes) {
   tokens.verify();
 }
 
+void reseal_token_file(std::string& bytes) {
+  TokenHeader h;
+  if (bytes.size() < sizeof h) return;
+  std::memcpy(&h, bytes.data(), sizeof h);
+  const uint64_t payload = std::min<uint64_t>(h.payload_bytes, bytes.size() - sizeof h);
+  const uint64_t tables = std::min<uint64_t>(sizeof h + (payload + 7) / 8 * 8, bytes.size());
+  h.payload_checksum = fnv1a(bytes.data() + sizeof h, payload);
+  h.tables_checksum = fnv1a(bytes.data() + tables, bytes.size() - tables);
+  h.header_checksum = fnv1a(&h, sizeof h - 8);
+  std::memcpy(bytes.data(), &h, sizeof h);
+}
+
+void read_session(std::string_view bytes) {
+  static const std::string own = fingerprint(session_model());
+  std::string patched(bytes);
+  if (const size_t at = patched.find(kAnyFingerprint); at != std::string::npos) patched.replace(at, own.size(), own);
+  const MemoryFile file(patched);
+  State state = load_state(session_model(), file.path(), int64_t{64} << 20);
+  // What was loaded can be used: gone back in, and gone on with.
+  const int64_t length = state.lengths()[0];
+  state.trim(0, state.reachable(0, length / 2), session_model());
+  if (state.sequences() > 1) return;
+  static const ModelSchedule schedule(session_model().config(), "linear");
+  Session session(session_model(), schedule, {.prompt_length = 0, .tokens = state.lengths()[0] + 2}, std::move(state));
+  session.extend(std::vector<int32_t>{1, 2});
+}
+
 }  // namespace
+
+const LanguageModel& session_model() {
+  static const auto model = [] {
+    ModelConfig c;
+    c.vocab_size = 16;
+    c.num_layers = 2;
+    c.layer.hidden_size = 8;
+    c.layer.head_dim = 4;
+    c.layer.intermediate_size = 8;
+    c.layer_mixers = {{"gated_delta_net", "attention"}, {"mamba2"}};
+    auto m = std::make_unique<LanguageModel>(c);
+    m->initialize(1);
+    return m;
+  }();
+  return *model;
+}
 
 const std::vector<ForeignReader>& foreign_readers() {
   static const std::vector<ForeignReader> all = {{"safetensors", read_safetensors},
                                                  {"config", read_config},
                                                  {"schedule", read_schedule},
                                                  {"tokenizer", read_tokenizer},
-                                                 {"token_file", read_token_file}};
+                                                 {"tokenizer_json", read_tokenizer_json},
+                                                 {"token_file", read_token_file, reseal_token_file},
+                                                 {"session", read_session}};
   return all;
 }
 

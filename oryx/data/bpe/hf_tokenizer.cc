@@ -163,7 +163,7 @@ class HuggingFaceTokenizer : public Tokenizer {
                          json["id"].is_number_integer() && !json["content"].get_ref<const std::string&>().empty();
       const int64_t id = whole ? json["id"].get<int64_t>() : -1;
       if (!whole || id < 0 || id > INT32_MAX / 128) fail("{}: added_tokens: found {}, expected an id and content", path, json.dump().substr(0, 80));
-      if (json.value("single_word", false)) fail("{}: added token '{}' is a single_word, which is not read", path, json["content"].get<std::string>());
+      if (json.value("single_word", false)) fail("{}: added token '{}' is a single_word, which is not read", path, shown(json["content"].get<std::string>()));
       AddedToken t{json["content"].get<std::string>(), static_cast<int32_t>(id), json.value("lstrip", false), json.value("rstrip", false)};
       if (static_cast<size_t>(id) >= tokens_.size()) tokens_.resize(static_cast<size_t>(id) + 1);
       tokens_[static_cast<size_t>(id)] = t.content;
@@ -205,7 +205,7 @@ class HuggingFaceTokenizer : public Tokenizer {
     for (const auto& token : json.value("added_tokens", JsonMap::array())) {
       if (!token.contains("oryx")) continue;
       const JsonMap& mark = token["oryx"];
-      if (mark != "bos" && mark != "eos" && mark != "bos eos") fail("{}: added_tokens: oryx is {}, expected bos, eos or bos eos", path, mark.dump());
+      if (mark != "bos" && mark != "eos" && mark != "bos eos") fail("{}: added_tokens: oryx is {}, expected bos, eos or bos eos", path, shown(mark.dump()));
       const int32_t id = token["id"].get<int32_t>();
       if (mark != "eos") f.bos = id;
       if (mark != "bos") f.eos = id;

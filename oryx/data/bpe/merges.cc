@@ -3,6 +3,7 @@
 #include <queue>
 
 #include "oryx/common/error.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx::bpe {
 
@@ -60,7 +61,7 @@ bool bytes_of_characters(std::string_view characters, std::string* bytes) {
 Merges::Merges(const nlohmann::json& model, const std::string& where) {
   const std::string type = model.is_object() ? model.value("type", "BPE") : "nothing";
   if (type != "BPE" || !model.contains("vocab") || !model["vocab"].is_object() || !model.contains("merges") || !model["merges"].is_array()) {
-    fail("{}: model is {}, expected BPE with vocab and merges", where, type);
+    fail("{}: model is {}, expected BPE with vocab and merges", where, shown(type));
   }
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
     if (model.contains(key) && model[key].is_string() && !model[key].get_ref<const std::string&>().empty()) fail("{}: model.{} is not read", where, key);
@@ -73,10 +74,10 @@ Merges::Merges(const nlohmann::json& model, const std::string& where) {
   std::string bytes;
   for (const auto& [name, value] : model["vocab"].items()) {
     const int64_t id = value.is_number_integer() ? value.get<int64_t>() : -1;
-    if (id < 0 || id >= kMostIds) fail("{}: vocab: '{}' has id {}, expected 0 to {}", where, name, value.dump(), kMostIds - 1);
+    if (id < 0 || id >= kMostIds) fail("{}: vocab: '{}' has id {}, expected 0 to {}", where, shown(name), shown(value.dump()), kMostIds - 1);
     if (static_cast<size_t>(id) >= tokens_.size()) tokens_.resize(static_cast<size_t>(id) + 1);
     std::string& token = tokens_[static_cast<size_t>(id)];
-    if (!token.empty()) fail("{}: vocab: id {} is given twice, the second time to '{}'", where, id, name);
+    if (!token.empty()) fail("{}: vocab: id {} is given twice, the second time to '{}'", where, id, shown(name));
     // Special tokens stand in some vocabularies as plain text.
     token = bytes_of_characters(name, &bytes) ? bytes : name;
     by_name.emplace(name, static_cast<int32_t>(id));
@@ -93,7 +94,7 @@ Merges::Merges(const nlohmann::json& model, const std::string& where) {
     if (!read_pair(merge, &left, &right)) fail("{}: merges: entry {} is {}, expected two tokens", where, rank, merge.dump().substr(0, 60));
     const auto l = by_name.find(left), r = by_name.find(right), both = by_name.find(left + right);
     if (l == by_name.end() || r == by_name.end() || both == by_name.end()) {
-      fail("{}: merges: entry {} joins '{}' and '{}', which the vocabulary lacks", where, rank, left, right);
+      fail("{}: merges: entry {} joins '{}' and '{}', which the vocabulary lacks", where, rank, shown(left), shown(right));
     }
     merges_.insert_or_assign(key(l->second, r->second), Merge{rank, both->second});
     ++rank;

@@ -4,6 +4,7 @@
 #include <pcre2.h>
 
 #include "oryx/common/error.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx::bpe {
 
@@ -30,7 +31,7 @@ Regex::Regex(std::string_view pattern, const std::string& where) {
   int code = 0;
   PCRE2_SIZE offset = 0;
   pcre2_code* compiled = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP, &code, &offset, nullptr);
-  if (compiled == nullptr) fail("{}: pre_tokenizer: the expression '{}' cannot be read at {}: {}", where, pattern, offset, pcre_message(code));
+  if (compiled == nullptr) fail("{}: pre_tokenizer: the expression '{}' cannot be read at {}: {}", where, shown(pattern), offset, pcre_message(code));
   pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE);  // slower but the same where there is no JIT
   code_ = std::shared_ptr<void>(compiled, [](void* p) { pcre2_code_free(static_cast<pcre2_code*>(p)); });
 }
@@ -72,7 +73,7 @@ void PreTokenizer::add(const nlohmann::json& json, const std::string& where) {
     }
     return;
   }
-  if (byte_level_) fail("{}: pre_tokenizer: found {} after ByteLevel, expected it last", where, type);
+  if (byte_level_) fail("{}: pre_tokenizer: found {} after ByteLevel, expected it last", where, shown(type));
   Step step;
   if (type == "ByteLevel") {
     step.add_space = json.value("add_prefix_space", true);
@@ -87,7 +88,7 @@ void PreTokenizer::add(const nlohmann::json& json, const std::string& where) {
   } else if (type == "Split" && json.contains("pattern") && json["pattern"].is_object()) {
     const auto& pattern = json["pattern"];
     const std::string regex = text_of(pattern, "Regex"), plain = text_of(pattern, "String");
-    if (regex.empty() == plain.empty()) fail("{}: pre_tokenizer: a Split's pattern is {}, expected a Regex or a String", where, pattern.dump());
+    if (regex.empty() == plain.empty()) fail("{}: pre_tokenizer: a Split's pattern is {}, expected a Regex or a String", where, shown(pattern.dump()));
     step.regex.emplace_back(regex.empty() ? escaped(plain) : regex, where);
     step.invert = json.value("invert", false);
     const std::string behavior = text_of(json, "behavior");
@@ -100,10 +101,10 @@ void PreTokenizer::add(const nlohmann::json& json, const std::string& where) {
     } else if (behavior == "MergedWithNext") {
       step.kind = Step::Kind::kMergeWithNext;
     } else {
-      fail("{}: pre_tokenizer: a Split's behavior is '{}', expected Isolated, Removed, MergedWithPrevious or MergedWithNext", where, behavior);
+      fail("{}: pre_tokenizer: a Split's behavior is '{}', expected Isolated, Removed, MergedWithPrevious or MergedWithNext", where, shown(behavior));
     }
   } else {
-    fail("{}: pre_tokenizer: found {}, expected ByteLevel, Split, Digits or a Sequence of them", where, type.empty() ? json.dump().substr(0, 60) : type);
+    fail("{}: pre_tokenizer: found {}, expected ByteLevel, Split, Digits or a Sequence of them", where, shown(type.empty() ? json.dump() : type));
   }
   steps_.push_back(std::move(step));
 }

@@ -157,7 +157,7 @@ std::tuple<at::Tensor, at::Tensor> rule_autograd(const at::Tensor& q, const at::
 at::Tensor step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                     const at::Tensor& beta, at::Tensor& state, std::optional<double> scale, double l2_eps) {
   const at::NoGradGuard no_grad;
-  const Problem p = gated_delta::check_step(q, k, v, g, beta, state, scale, l2_eps);
+  const Problem p = gated_delta::check_step("gated_delta_step", q, k, v, g, beta, state, scale, l2_eps);
   Inputs x = widen(q, k, v, g, beta, {});
   for (at::Tensor* t : {&x.q, &x.k, &x.v, &x.g, &x.beta}) *t = t->contiguous();
   if (state.scalar_type() == at::kDouble || !state.is_cpu()) return gated_delta::plain_step(p, x, state).to(v.scalar_type());

@@ -102,7 +102,7 @@ void Step(benchmark::State& state) {
   const auto one = [](const at::Tensor& x) { return x.select(1, 0).contiguous(); };
   const Inputs x{one(d.x.q), one(d.x.k), one(d.x.v), one(d.x.g), one(d.x.beta), {}};
   at::Tensor a = d.x.state.clone(), b = a.clone();
-  const Problem p = check_step(x.q, x.k, x.v, x.g, x.beta, a, {}, 1e-6);
+  const Problem p = check_step("bench", x.q, x.k, x.v, x.g, x.beta, a, {}, 1e-6);
   if (!close(kernel_step(p, x, a), plain_step(p, x, b)) || !close(a, b)) {
     return state.SkipWithError("kernel and tensor form differ");
   }

@@ -162,9 +162,8 @@ Problem check_arguments(std::string_view op, const at::Tensor& q, const at::Tens
   return p;
 }
 
-Problem check_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+Problem check_step(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                    const at::Tensor& beta, const at::Tensor& state, std::optional<double> scale, double l2_eps) {
-  constexpr std::string_view op = "gated_delta_step";
   Problem p{};
   check_dtypes(op, q, k, v, g, beta);
   check_heads(op, p, 1, q, k, v, g, beta);

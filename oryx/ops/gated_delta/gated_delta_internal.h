@@ -47,7 +47,7 @@ Problem check_shapes(std::string_view op, const at::Tensor& q, const at::Tensor&
                      std::optional<double> scale, double l2_eps);
 
 // The same for one token of each sequence (q, k, v three-dimensional).
-Problem check_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+Problem check_step(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                    const at::Tensor& beta, const at::Tensor& state, std::optional<double> scale, double l2_eps);
 
 // Tensors of one dtype (float32 or float64), any strides; state undefined when absent.

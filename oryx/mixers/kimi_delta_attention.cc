@@ -1,0 +1,100 @@
+// Kimi Delta Attention (arXiv 2510.26692): the delta rule with a decay for each key channel, from a narrow projection, and a write strength a
+// state head.
+//
+//   b_t = sigmoid(u W_b) (twice that with allow_neg_eigval)
+//   f_t = u W_f,  log a_t = -exp(A_log) * softplus(f_t W_up + dt_bias)      float32; f of the width of a value head, A_log one a state head
+//   S_t, o_t: oryx/ops/kda/kda.h
+//
+// The paper's block besides: convolution and SiLU on queries too (query_conv), a sigmoid behind the gate (gate_activation). Our choice: the gate's
+// projection has full rank and no bias, as it is shared with the layer's other mixers.
+#include <ATen/ATen.h>
+
+#include "oryx/mixers/mixer.h"
+#include "oryx/ops/kda/kda.h"
+
+namespace oryx {
+
+namespace {
+
+class KimiDeltaAttention : public Mixer {
+ public:
+  using Mixer::Mixer;
+
+  std::string name() const override { return "kimi_delta_attention"; }
+  bool advances_everywhere() const override { return true; }
+
+  std::vector<ParameterSpec> parameters() const override {
+    const int64_t heads = config_.state_heads(), D = config_.hidden_size, narrow = config_.value_dim();
+    return {{"b_proj.weight", {heads, D}, Init::kNormal, true, "decay and step"},
+            {"f_proj.weight", {narrow, D}, Init::kNormal, true, "decay and step"},
+            {"f_up_proj.weight", {heads * config_.head_dim, narrow}, Init::kNormal, true, "decay and step"},
+            {"A_log", {heads}, Init::kLogDecay, false, "decay and step"},
+            {"dt_bias", {heads * config_.head_dim}, Init::kTimeStep, false, "decay and step"}};
+  }
+
+  std::vector<SlotSpec> slots() const override {
+    return {{"kimi_delta_attention.S", SlotKind::kRecurrent, {config_.state_heads(), config_.value_dim(), config_.head_dim}, at::kFloat}};
+  }
+
+  // Of a token's decays their narrow origin f is kept: V numbers in place of Hs K, and the rest is computed again.
+  std::vector<SlotSpec> row_slots() const override {
+    return {{"kimi_delta_attention.f", SlotKind::kPerToken, {config_.value_dim()}, at::kFloat},
+            {"kimi_delta_attention.beta", SlotKind::kPerToken, {config_.state_heads()}, at::kFloat}};
+  }
+
+  void bind(const ParameterMap& p, const std::string& prefix) override {
+    b_proj_ = p.at(prefix + "b_proj.weight");
+    f_proj_ = p.at(prefix + "f_proj.weight");
+    f_up_proj_ = p.at(prefix + "f_up_proj.weight");
+    A_log_ = p.at(prefix + "A_log");
+    dt_bias_ = p.at(prefix + "dt_bias");
+  }
+
+  at::Tensor forward(const MixerInput& in) const override {
+    // One product for both narrow projections, in float32, as the decay must be.
+    const int64_t heads = config_.state_heads();
+    const at::Tensor bf = at::linear(in.u.to(b_proj_.scalar_type()), at::cat({b_proj_, f_proj_}));  // [B, T, Hs + V]
+    at::Tensor beta = bf.narrow(-1, 0, heads).sigmoid(), f = bf.narrow(-1, heads, config_.value_dim());
+    if (config_.allow_neg_eigval) beta = beta * 2;
+    if (in.state == nullptr) return ops::kda(in.q, in.k, in.v, decay(f), beta, {}, in.sequences.cu_seqlens, in.spans).o;
+    if (in.keep) {
+      f = in.keep("kimi_delta_attention.f", f);
+      beta = in.keep("kimi_delta_attention.beta", beta);
+    }
+    at::Tensor S = in.state->tensor("kimi_delta_attention.S");  // [N, Hs, V, K]
+    if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
+      return ops::kda_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), decay(f).squeeze(1), beta.squeeze(1), S).unsqueeze(1);
+    }
+    const auto r = ops::kda(in.q, in.k, in.v, decay(f), beta, S, in.sequences.cu_seqlens, in.spans);
+    S.copy_(r.final_state);
+    return r.o;
+  }
+
+  void replay(const MixerRows& rows, LayerState& state) const override {
+    at::Tensor S = state.tensor("kimi_delta_attention.S");
+    const at::Tensor none = at::empty({0, 3}, at::kInt);  // no readout is wanted: any query will do
+    const at::Tensor g = decay(rows.own("kimi_delta_attention.f"));
+    S.copy_(ops::kda(rows.k, rows.k, rows.v, g, rows.own("kimi_delta_attention.beta"), S, {}, none).final_state);
+  }
+
+  MixerFlops flops(int64_t) const override {
+    // Recurrent form: S k, the rank-one update and the decay (2 + 2 + 1) at every token; the readout S q in this mode.
+    const double cell = static_cast<double>(config_.head_dim) * config_.value_dim();
+    return {5 * cell * config_.state_heads(), 2 * cell * config_.output_heads()};
+  }
+
+ private:
+  // f [B, T, V] -> g [B, T, Hs, K], at most 0.
+  at::Tensor decay(const at::Tensor& f) const {
+    // logaddexp: torch's softplus turns linear above 20.
+    const at::Tensor step = at::logaddexp(at::linear(f, f_up_proj_) + dt_bias_, at::zeros({}, dt_bias_.options()));
+    return -A_log_.exp().unsqueeze(-1) * step.unflatten(-1, {config_.state_heads(), config_.head_dim});
+  }
+
+  at::Tensor b_proj_, f_proj_, f_up_proj_, A_log_, dt_bias_;
+};
+
+ORYX_REGISTER_MIXER("kimi_delta_attention", KimiDeltaAttention);
+
+}  // namespace
+}  // namespace oryx
