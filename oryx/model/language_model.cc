@@ -227,7 +227,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
 ops::CrossEntropyResult LanguageModel::loss(const at::Tensor& hidden, const at::Tensor& targets, double z_coef) const {
   const at::Tensor h = scaled(hidden).reshape({-1, hidden.size(-1)});
   const at::Tensor w = head().scalar_type() == h.scalar_type() ? head() : head().to(h.scalar_type());
-  return ops::linear_cross_entropy(h, w, targets.to(h.device()).reshape({-1}), -100, z_coef);
+  return ops::linear_cross_entropy(h, w, targets.reshape({-1}), -100, z_coef);
 }
 
 }  // namespace oryx

@@ -10,10 +10,27 @@
 #include <tuple>
 
 #include "oryx/common/error.h"
-#include "oryx/common/log.h"
+#include "oryx/ops/cross_entropy/cross_entropy_internal.h"
 #include "oryx/ops/cross_entropy/cross_entropy_kernels.h"
 
 namespace oryx::ops {
+
+int64_t count_kept(const char* op, const at::Tensor& targets, int64_t classes, int64_t ignore_index) {
+  const int64_t* t = targets.const_data_ptr<int64_t>();
+  int64_t kept = 0;
+  for (int64_t i = 0; i < targets.numel(); ++i) {
+    if (t[i] == ignore_index) continue;
+    if (t[i] < 0 || t[i] >= classes) {
+      fail(
+          "{}: target {} at row {} is out of range, expected 0 to {} or {} (ignored); do tokeniser and vocabulary size "
+          "agree?",
+          op, t[i], i, classes - 1, ignore_index);
+    }
+    ++kept;
+  }
+  return kept;
+}
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -34,23 +51,6 @@ void check_shapes(const char* op, const at::Tensor& rows, const at::Tensor& targ
               rows.sizes());
   TORCH_CHECK(targets.scalar_type() == at::kInt || targets.scalar_type() == at::kLong, op, ": targets are ",
               targets.scalar_type(), ", expected int32 or int64");
-}
-
-// Checks every target and returns how many are kept.
-int64_t count_kept(const char* op, const at::Tensor& targets, int64_t classes, int64_t ignore_index) {
-  const int64_t* t = targets.const_data_ptr<int64_t>();
-  int64_t kept = 0;
-  for (int64_t i = 0; i < targets.numel(); ++i) {
-    if (t[i] == ignore_index) continue;
-    if (t[i] < 0 || t[i] >= classes) {
-      fail(
-          "{}: target {} at row {} is out of range, expected 0 to {} or {} (ignored); do tokeniser and vocabulary size "
-          "agree?",
-          op, t[i], i, classes - 1, ignore_index);
-    }
-    ++kept;
-  }
-  return kept;
 }
 
 // ---- on the CPU
@@ -210,6 +210,13 @@ Five linear_forward_cpu(const at::Tensor& hidden, const at::Tensor& weight, cons
           d_weight ? d_weight->take() : at::empty({0}, w.options())};
 }
 
+void scale_cpu(at::TensorList tensors, const at::Tensor& factor) {
+  const double by = factor.item<double>();
+  for (const at::Tensor& x : tensors) {
+    if (by != 1) x.mul_(by);
+  }
+}
+
 // ---- through the dispatcher
 
 template <class F>
@@ -257,12 +264,10 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     at::AutoDispatchBelowADInplaceOrView guard;
     TORCH_CHECK(!ctx->saved_data.empty(),
                 "linear_cross_entropy: a second backward; the first one gave its gradients away");
-    const double factor = grads[0].item<double>();
     at::Tensor d_hidden = ctx->saved_data["d_hidden"].toTensor(), d_weight = ctx->saved_data["d_weight"].toTensor();
     ctx->saved_data.clear();  // so that the weight's gradient becomes the parameter's without a copy
-    for (at::Tensor* d : {&d_hidden, &d_weight}) {
-      if (factor != 1) d->mul_(factor);
-    }
+    static const auto scale = operator_of("oryx::_linear_cross_entropy_scale_", scale_cpu);
+    scale.call({d_hidden, d_weight}, grads[0]);
     if (!ctx->needs_input_grad(0)) d_hidden.reset();
     if (!ctx->needs_input_grad(1)) d_weight.reset();
     return {d_hidden, d_weight, {}, {}, {}};
@@ -274,10 +279,9 @@ Three as_three(CrossEntropyResult r) { return {std::move(r.loss), std::move(r.nl
 Three cross_entropy_composite(const at::Tensor& logits, const at::Tensor& targets, int64_t ignore_index,
                               double z_coef) {
   check_shapes("cross_entropy", logits, targets);
-  if (logits.is_cuda()) log::warn_once("cross_entropy: on CUDA with whole logits in float32, which takes memory");
-  if (logits.scalar_type() == at::kDouble || !logits.is_cpu()) {  // the first for checks of gradients
+  if (logits.scalar_type() == at::kDouble) {  // for checks of gradients
     count_kept("cross_entropy", targets.to(at::kCPU, at::kLong).contiguous(), logits.size(1), ignore_index);
-    return as_three(cross_entropy_naive(logits, targets, ignore_index, z_coef));
+    return as_three(cross_entropy_naive(logits, targets.to(logits.device()), ignore_index, z_coef));
   }
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
     auto out = CrossEntropyFunction::apply(logits, targets, ignore_index, z_coef);
@@ -303,7 +307,7 @@ Three linear_cross_entropy_composite(const at::Tensor& hidden, const at::Tensor&
   }
   TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "linear_cross_entropy: hidden is ", hidden.scalar_type(),
               ", weight is ", weight.scalar_type());
-  if (hidden.scalar_type() == at::kDouble || !hidden.is_cpu()) {
+  if (hidden.scalar_type() == at::kDouble) {
     return cross_entropy_composite(at::linear(hidden, weight), targets, ignore_index, z_coef);
   }
   if (at::GradMode::is_enabled() && (hidden.requires_grad() || weight.requires_grad())) {
@@ -352,6 +356,7 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
       "_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float z_coef, bool "
       "want_hidden, "
       "bool want_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("_linear_cross_entropy_scale_(Tensor(a!)[] tensors, Tensor factor) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(oryx, CompositeImplicitAutograd, m) {
@@ -363,6 +368,7 @@ TORCH_LIBRARY_IMPL(oryx, CPU, m) {
   m.impl("_cross_entropy", forward_cpu);
   m.impl("_cross_entropy_backward", backward_cpu);
   m.impl("_linear_cross_entropy", linear_forward_cpu);
+  m.impl("_linear_cross_entropy_scale_", scale_cpu);
 }
 
 }  // namespace oryx::ops

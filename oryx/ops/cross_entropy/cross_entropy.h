@@ -22,6 +22,9 @@ struct CrossEntropyResult {
 // Under autocast hidden and weight are cast to its dtype; the products are then made in it, the softmax in float32.
 // float64 is for checks: all its logits stand at once. A target that is no class and not ignore_index is an
 // oryx::Error.
+// On CUDA up to 1 GiB of logits stand at once, in hidden's dtype; the weight's gradient is summed in float32 and rounded once. Targets
+// may be on the CPU, and are best left there: checking those on the device waits for it. While a CUDA graph is captured
+// they are not checked; a bad one makes the loss NaN.
 CrossEntropyResult linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                                         int64_t ignore_index = -100, double z_coef = 0);
 

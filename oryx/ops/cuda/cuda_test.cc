@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include "oryx/common/error.h"
 #include "oryx/ops/adamw/adamw.h"
 #include "oryx/ops/cross_entropy/cross_entropy.h"
 #include "oryx/ops/gated_delta/gated_delta.h"
@@ -35,11 +36,11 @@ double relative_error(const at::Tensor& found, const at::Tensor& expected) {
   return ((a - b).norm() / b.norm().clamp_min(1e-30)).item<double>();  // NaN fails every comparison below
 }
 
-// Values and gradients of f on the GPU, from float32 copies of `inputs`, against float64 on the CPU.
-void expect_same(const Function& f, const Tensors& inputs, double value_limit = 2e-5, double gradient_limit = 5e-5) {
+// Values and gradients of f on the GPU against float64 on the CPU, from copies of `inputs`: the first `half` in bfloat16, the others in float32.
+void expect_same(const Function& f, const Tensors& inputs, double value_limit = 2e-5, double gradient_limit = 5e-5, size_t half = 0) {
   Tensors host, device;
   for (const at::Tensor& x : inputs) {
-    const at::Tensor narrow = x.to(at::kFloat);
+    const at::Tensor narrow = x.to(host.size() < half ? at::kBFloat16 : at::kFloat);
     host.push_back(narrow.to(at::kDouble).requires_grad_(true));
     device.push_back(narrow.to(at::kCUDA).requires_grad_(true));
   }
@@ -49,9 +50,9 @@ void expect_same(const Function& f, const Tensors& inputs, double value_limit = 
   for (size_t i = 0; i < expected.size(); ++i) {
     EXPECT_TRUE(found[i].is_cuda());
     EXPECT_LE(relative_error(found[i], expected[i]), value_limit) << "output " << i;
-    const at::Tensor d = at::randn_like(expected[i]).to(at::kFloat);
+    const at::Tensor d = at::randn_like(expected[i]).to(found[i].scalar_type());
     up.push_back(d.to(expected[i].scalar_type()));
-    up_device.push_back(d.to(at::kCUDA, found[i].scalar_type()));
+    up_device.push_back(d.to(at::kCUDA));
   }
   torch::autograd::backward(expected, up);
   torch::autograd::backward(found, up_device);
@@ -179,6 +180,55 @@ TEST_F(Cuda, Ssd) {
       1e-3);
 }
 
+// The kernels for bfloat16, every head dimension they have, heads grouped in every way.
+TEST_F(Cuda, SsdKernels) {
+  struct Case {
+    int64_t B, T, Hq, Hk, Hv, K, V;
+  };
+  for (const Case& c : std::vector<Case>{{2, 1, 2, 2, 2, 128, 128}, {2, 100, 1, 1, 4, 128, 64}, {1, 200, 2, 2, 2, 64, 64}, {1, 63, 4, 2, 2, 64, 128},
+                                         {1, 130, 2, 4, 2, 128, 128}}) {
+    const int64_t H = std::max(c.Hk, c.Hv);
+    expect_same(
+        [](const Tensors& t) {
+          const auto r = ssd(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]);
+          return Tensors{r.o, r.final_state};
+        },
+        {random({c.B, c.T, c.Hq, c.K}) * 0.3, random({c.B, c.T, c.Hk, c.K}) * 0.3, random({c.B, c.T, c.Hv, c.V}), random({c.B, c.T, H}), random({H}) - 3,
+         random({H}), random({H}), random({c.B, H, c.V, c.K})},
+        1e-2, 2e-2, 3);
+  }
+}
+
+// Packed documents, some of them empty, read out in spans; the kernels neither see nor touch what lies outside.
+TEST_F(Cuda, SsdKernelsPacked) {
+  for (const bool anywhere : {true, false}) {
+    expect_same(
+        [&](const Tensors& t) {
+          const at::Tensor spans = anywhere ? ints({0, 20, 90, 0, 128, 200, 0, 299, 300}, t[0]).view({3, 3}) : at::empty({0, 3}, t[0].options().dtype(at::kInt));
+          const auto r = ssd(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], ints({0, 0, 65, 65, 66, 300, 300}, t[0]), spans);
+          return Tensors{r.o, r.final_state};
+        },
+        {random({1, 300, 2, 64}) * 0.3, random({1, 300, 2, 64}) * 0.3, random({1, 300, 4, 64}), random({1, 300, 4}), random({4}) - 3, random({4}), random({4}),
+         random({6, 4, 64, 64})},
+        1e-2, 2e-2, 3);
+  }
+}
+
+TEST_F(Cuda, SsdKernelsRepeat) {
+  const auto half = [](at::IntArrayRef shape) { return at::randn(shape).to(at::kCUDA, at::kBFloat16).requires_grad_(true); };
+  const auto full = [](at::IntArrayRef shape) { return at::randn(shape).to(at::kCUDA).requires_grad_(true); };
+  const Tensors x = {half({2, 500, 1, 128}), half({2, 500, 1, 128}), half({2, 500, 8, 64}), full({2, 500, 8}), full({8}), full({8}), full({8})};
+  Tensors first;
+  for (int run = 0; run < 2; ++run) {
+    const auto r = ssd(x[0], x[1], x[2], x[3], x[4], x[5], x[6]);
+    Tensors all = torch::autograd::grad({r.o.to(at::kFloat).square().sum() + r.final_state.square().sum()}, x);
+    all.push_back(r.o);
+    all.push_back(r.final_state);
+    if (run == 0) first = all;
+    for (size_t i = 0; i < all.size(); ++i) EXPECT_TRUE(at::equal(all[i], first[i])) << i;
+  }
+}
+
 TEST_F(Cuda, SpanAttention) {
   for (const int64_t window : {0, 7}) {
     expect_same(
@@ -190,10 +240,42 @@ TEST_F(Cuda, SpanAttention) {
 }
 
 TEST_F(Cuda, CrossEntropy) {
-  at::Tensor targets = at::randint(0, 101, {77}, at::kLong);
-  targets[5] = -100;
-  expect_same([&](const Tensors& t) { return Tensors{linear_cross_entropy(t[0], t[1], targets.to(t[0].device()), -100, 1e-3).loss}; },
-              {random({77, 32}), random({101, 32})});
+  for (const int64_t classes : {2, 101, 5003, 40000}) {  // 40,000: more than a block's registers hold
+    at::Tensor targets = at::randint(0, classes, {77}, at::kLong);
+    targets[5] = -100;
+    for (const bool on_device : {false, true}) {  // targets
+      const auto place = [&](const at::Tensor& x) { return on_device ? targets.to(x.device()) : targets; };
+      expect_same(
+          [&](const Tensors& t) { return Tensors{linear_cross_entropy(t[0], t[1], place(t[0]), -100, 1e-3).loss}; },
+          {random({77, 32}), random({classes, 32})});
+      expect_same([&](const Tensors& t) { return Tensors{cross_entropy(t[0], place(t[0]), -100, 1e-3).loss}; }, {random({77, classes})});
+    }
+  }
+}
+
+// 1 GiB of logits and more: the gradients of all rows are those of two halves, weighted by their kept targets.
+TEST_F(Cuda, LinearCrossEntropyInBlocks) {
+  const int64_t rows = 6000, classes = 100003, half = rows / 2;
+  const at::Tensor hidden = at::randn({rows, 16}).to(at::kCUDA, at::kBFloat16), weight = at::randn({classes, 16}).to(at::kCUDA, at::kBFloat16);
+  at::Tensor targets = at::randint(0, classes, {rows}, at::kLong);
+  targets.slice(0, 10, 1010).fill_(-100);
+  const auto run = [&](int64_t begin, int64_t end) {
+    const at::Tensor h = hidden.slice(0, begin, end).clone().requires_grad_(), w = weight.clone().requires_grad_();
+    const at::Tensor kept = targets.slice(0, begin, end), loss = linear_cross_entropy(h, w, kept).loss;
+    torch::autograd::backward({loss * kept.ne(-100).sum().item<double>()}, {});
+    return Tensors{h.grad().to(at::kDouble), w.grad().to(at::kDouble)};
+  };
+  const Tensors all = run(0, rows), low = run(0, half), high = run(half, rows);
+  EXPECT_LE(relative_error(all[0], at::cat({low[0], high[0]}).cpu()), 1e-2);
+  EXPECT_LE(relative_error(all[1], (low[1] + high[1]).cpu()), 1e-2);
+}
+
+TEST_F(Cuda, CrossEntropyNamesABadTarget) {
+  const at::Tensor h = at::randn({3, 4}).to(at::kCUDA), w = at::randn({10, 4}).to(at::kCUDA), targets = at::tensor({1, 10, 2}, at::kLong);
+  for (const at::Tensor& t : {targets, targets.to(at::kCUDA)}) {
+    EXPECT_THROW(linear_cross_entropy(h, w, t), Error);
+    EXPECT_THROW(cross_entropy(at::mm(h, w.t()), t), Error);
+  }
 }
 
 TEST_F(Cuda, AdamwAndGlobalNorm) {

@@ -29,12 +29,14 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// V elements as they lie in memory: V = kLanes<T>, one 16-byte access, or V = 1.
+// V elements as they lie in memory: V = kLanes<T>, one 16-byte access; half of that, one of 8 bytes; or V = 1.
 template <typename T, int V>
 struct Packet {
   static_assert(V == 1 || V == kLanes<T>);
   uint4 raw;
   __device__ __forceinline__ void load(const T* p) { raw = __ldg(reinterpret_cast<const uint4*>(p)); }
+  // Of memory that the same kernel writes.
+  __device__ __forceinline__ void load_plain(const T* p) { raw = *reinterpret_cast<const uint4*>(p); }
   __device__ __forceinline__ void zero() { raw = make_uint4(0, 0, 0, 0); }
   __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = raw; }
   __device__ __forceinline__ void unpack(float (&out)[V]) const {
@@ -64,10 +66,35 @@ struct Packet {
     raw = make_uint4(words[0], words[1], words[2], words[3]);
   }
 };
+template <typename T, int V>
+  requires(V > 1 && V * sizeof(T) == 8)
+struct Packet<T, V> {
+  uint2 raw;
+  __device__ __forceinline__ void load(const T* p) { raw = __ldg(reinterpret_cast<const uint2*>(p)); }
+  __device__ __forceinline__ void zero() { raw = make_uint2(0, 0); }
+  __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint2*>(p) = raw; }
+  __device__ __forceinline__ void unpack(float (&out)[V]) const {
+    if constexpr (sizeof(T) == 4) {
+      out[0] = __uint_as_float(raw.x), out[1] = __uint_as_float(raw.y);
+    } else {
+      out[0] = __uint_as_float(raw.x << 16), out[1] = __uint_as_float(raw.x & 0xffff0000u);
+      out[2] = __uint_as_float(raw.y << 16), out[3] = __uint_as_float(raw.y & 0xffff0000u);
+    }
+  }
+  __device__ __forceinline__ void pack(const float (&in)[V]) {
+    if constexpr (sizeof(T) == 4) {
+      raw = make_uint2(__float_as_uint(in[0]), __float_as_uint(in[1]));
+    } else {
+      const __nv_bfloat162 low = __floats2bfloat162_rn(in[0], in[1]), high = __floats2bfloat162_rn(in[2], in[3]);
+      raw = make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+    }
+  }
+};
 template <typename T>
 struct Packet<T, 1> {
   T raw;
   __device__ __forceinline__ void load(const T* p) { raw = __ldg(p); }
+  __device__ __forceinline__ void load_plain(const T* p) { raw = *p; }
   __device__ __forceinline__ void zero() { raw = from_float<T>(0.0f); }
   __device__ __forceinline__ void store(T* p) const { *p = raw; }
   __device__ __forceinline__ void unpack(float (&out)[1]) const { out[0] = to_float(raw); }
@@ -101,10 +128,10 @@ __device__ __forceinline__ void load_any(const void* p, int dtype, int64_t i, fl
         }
         return;
       }
-    } else if constexpr (V == 8) {
+    } else {
       const __nv_bfloat16* from = static_cast<const __nv_bfloat16*>(p) + i;
-      if ((reinterpret_cast<uintptr_t>(from) & 15) == 0) {
-        Packet<__nv_bfloat16, 8> packet;
+      if ((reinterpret_cast<uintptr_t>(from) & (2 * V - 1)) == 0) {
+        Packet<__nv_bfloat16, V> packet;
         packet.load(from);
         packet.unpack(out);
         return;
@@ -115,8 +142,22 @@ __device__ __forceinline__ void load_any(const void* p, int dtype, int64_t i, fl
   for (int k = 0; k < V; ++k) out[k] = load_any(p, dtype, i + k);
 }
 
+// 2^x and 1 / x within about 2 units in the last place of float32, results below 1e-38 as 0: one instruction each. (__expf and
+// __fdividef take four more to treat such results.)
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+constexpr float kLog2E = 1.4426950408889634f;
+
 // 1 / (1 + e^-x), about 2 units in the last place of float32: exact enough for float32 outputs at 1e-6.
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal_fast(1.0f + exp2_fast(-kLog2E * x)); }
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 // d silu(x) / dx, given s = sigmoid(x)
 __device__ __forceinline__ float silu_slope(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
@@ -133,9 +174,16 @@ constexpr int kReduceColumns = 16, kReduceSlices = 32;
 __device__ __forceinline__ float reduce_column(const float* partial, int64_t count, int64_t width, int64_t column) {
   __shared__ float sums[kReduceSlices][kReduceColumns + 1];
   float sum = 0.0f;
-  if (column < width) {
-#pragma unroll 4
-    for (int64_t row = threadIdx.y; row < count; row += kReduceSlices) sum += partial[row * width + column];
+  constexpr int kDeep = 16;  // loads in flight: few rows are summed, so what counts is how often they are waited for
+  for (int64_t first = threadIdx.y; first < count; first += kReduceSlices * kDeep) {
+    float values[kDeep];
+#pragma unroll
+    for (int k = 0; k < kDeep; ++k) {
+      const int64_t row = first + k * kReduceSlices;
+      values[k] = row < count && column < width ? partial[row * width + column] : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < kDeep; ++k) sum += values[k];
   }
   sums[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -145,6 +193,22 @@ __device__ __forceinline__ float reduce_column(const float* partial, int64_t cou
     for (int i = 0; i < kReduceSlices; ++i) total += sums[i][threadIdx.x];
   }
   return total;
+}
+
+// A kernel whose blocks may start while the one before it in the stream ends, which hides its launch: it calls wait_for_kernel_before
+// ahead of any access to memory, which returns when all of that kernel is done and seen. The one before calls
+// let_next_kernel_start where its blocks near their end.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+template <typename... Parameters, typename... Values>
+int launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Values... values) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.stream = stream;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(values)...);
 }
 
 inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }

@@ -4,7 +4,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "oryx/common/log.h"
 #include "oryx/ops/ssd/ssd_internal.h"
 
 namespace oryx::ops {
@@ -17,12 +16,11 @@ at::Tensor or_undefined(const OptionalTensor& t) { return t.value_or(at::Tensor(
 OptionalTensor or_absent(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : OptionalTensor(); }
 
 // The vector kernels are float32 on the CPU; the rest takes the chunked form, which runs anywhere.
-bool by_vectors(const at::Tensor& v) {
-  if (v.is_cuda()) log::warn_once("ssd: on CUDA by batched matrix products, slowly");
-  return v.is_cpu() && v.scalar_type() != at::kDouble;
-}
+bool by_vectors(const at::Tensor& v) { return v.is_cpu() && v.scalar_type() != at::kDouble; }
 
-std::tuple<at::Tensor, at::Tensor> ssd_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> ssd_general(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                            const at::Tensor& dt_raw, const at::Tensor& dt_bias, const at::Tensor& A_log,
                                            const at::Tensor& D, const OptionalTensor& initial_state,
                                            const OptionalTensor& cu_seqlens, const OptionalTensor& spans) {
@@ -34,10 +32,7 @@ std::tuple<at::Tensor, at::Tensor> ssd_cpu(const at::Tensor& q, const at::Tensor
   return {r.o.to(v.scalar_type()), r.final_state};
 }
 
-using EightTensors =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-EightTensors ssd_backward_cpu(const at::Tensor& d_o, const OptionalTensor& d_final_state, const at::Tensor& q,
+SsdEight ssd_backward_general(const at::Tensor& d_o, const OptionalTensor& d_final_state, const at::Tensor& q,
                               const at::Tensor& k, const at::Tensor& v, const at::Tensor& dt_raw,
                               const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D,
                               const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
@@ -61,7 +56,7 @@ EightTensors ssd_backward_cpu(const at::Tensor& d_o, const OptionalTensor& d_fin
           g.initial_state.defined() ? g.initial_state.to(initial_state->scalar_type()) : at::Tensor()};
 }
 
-at::Tensor ssd_step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& dt_raw,
+at::Tensor ssd_step_general(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& dt_raw,
                         const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D, at::Tensor& state) {
   TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && dt_raw.dim() == 2,
               "ssd_step: q, k, v must be [N, heads, dim] and dt_raw [N, Hs], got ", q.sizes(), ", ", k.sizes(), ", ",
@@ -80,8 +75,10 @@ at::Tensor ssd_step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tens
   return r.o.squeeze(1).to(v.scalar_type());
 }
 
+namespace {
+
 auto call(const SsdInputs& in) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::ssd", "").typed<decltype(ssd_cpu)>();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::ssd", "").typed<decltype(ssd_general)>();
   return op.call(in.q, in.k, in.v, in.dt_raw, in.dt_bias, in.A_log, in.D, or_absent(in.initial_state),
                  or_absent(in.cu_seqlens), or_absent(in.spans));
 }
@@ -104,7 +101,7 @@ class SsdFunction : public torch::autograd::Function<SsdFunction> {
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& grads) {
     static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow("oryx::ssd_backward", "").typed<decltype(ssd_backward_cpu)>();
+        c10::Dispatcher::singleton().findSchemaOrThrow("oryx::ssd_backward", "").typed<decltype(ssd_backward_general)>();
     const variable_list s = ctx->get_saved_variables();
     const at::Tensor d_o =
         grads[0].defined() ? grads[0] : at::zeros(ctx->saved_data["o_sizes"].toIntVector(), s[2].options());
@@ -140,15 +137,9 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
       "-> Tensor");
 }
 TORCH_LIBRARY_IMPL(oryx, CPU, m) {
-  m.impl("ssd", ssd_cpu);
-  m.impl("ssd_backward", ssd_backward_cpu);
-  m.impl("ssd_step", ssd_step_cpu);
-}
-// The same functions: the chunked form behind them runs on any device.
-TORCH_LIBRARY_IMPL(oryx, CUDA, m) {
-  m.impl("ssd", ssd_cpu);
-  m.impl("ssd_backward", ssd_backward_cpu);
-  m.impl("ssd_step", ssd_step_cpu);
+  m.impl("ssd", ssd_general);
+  m.impl("ssd_backward", ssd_backward_general);
+  m.impl("ssd_step", ssd_step_general);
 }
 TORCH_LIBRARY_IMPL(oryx, Autograd, m) { m.impl("ssd", ssd_autograd); }
 
@@ -166,7 +157,7 @@ SsdResult ssd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, con
 at::Tensor ssd_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& dt_raw,
                     const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D, at::Tensor state) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("oryx::ssd_step", "").typed<decltype(ssd_step_cpu)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("oryx::ssd_step", "").typed<decltype(ssd_step_general)>();
   at::NoGradGuard no_grad;
   return op.call(q, k, v, dt_raw, dt_bias, A_log, D, state);
 }

@@ -24,10 +24,23 @@ void check_heads(const char* op, const SsdSizes& s) {
               op, ": heads must divide one another, got Hq ", s.Hq, ", Hk ", s.Hk, ", Hv ", s.Hv);
 }
 
+void check_spans(const char* op, const at::Tensor& spans) {
+  TORCH_CHECK(!spans.defined() ||
+                  (spans.dim() == 2 && spans.size(1) == 3 && at::isIntegralType(spans.scalar_type(), false)),
+              op, ": spans must be integers [n, 3] (row, begin, end), got ", spans.scalar_type(), " ", spans.sizes());
+}
+
+// As list_sequences does, but for what they hold.
+int64_t count_sequences(const char* op, int64_t B, const at::Tensor& cu) {
+  if (!cu.defined()) return B;
+  TORCH_CHECK(B == 1, op, ": packed documents (cu_seqlens) stand in one row, but the batch has ", B, " rows");
+  TORCH_CHECK(cu.dim() == 1 && cu.numel() >= 2 && at::isIntegralType(cu.scalar_type(), false), op,
+              ": cu_seqlens must be a vector of at least 2 integers, got ", cu.scalar_type(), " ", cu.sizes());
+  return cu.numel() - 1;
+}
+
 std::vector<uint8_t> wanted_tokens(const char* op, const at::Tensor& spans, int64_t B, int64_t T) {
   if (!spans.defined()) return {};
-  TORCH_CHECK(spans.dim() == 2 && spans.size(1) == 3 && at::isIntegralType(spans.scalar_type(), false), op,
-              ": spans must be integers [n, 3] (row, begin, end), got ", spans.scalar_type(), " ", spans.sizes());
   std::vector<uint8_t> wanted(B * T, 0);
   const at::Tensor host = spans.to(at::kCPU, at::kLong).contiguous();
   const int64_t* s = host.const_data_ptr<int64_t>();
@@ -47,7 +60,7 @@ bool SsdSizes::wants_any(int64_t row, int64_t begin, int64_t end) const {
   return std::find(first + begin, first + end, 1) != first + end;
 }
 
-SsdSizes ssd_sizes(const char* op, const SsdInputs& in) {
+SsdSizes ssd_shapes(const char* op, const SsdInputs& in) {
   TORCH_CHECK(in.q.dim() == 4 && in.k.dim() == 4 && in.v.dim() == 4, op, ": q, k, v must be [B, T, heads, dim], got ",
               in.q.sizes(), ", ", in.k.sizes(), ", ", in.v.sizes());
   SsdSizes s;
@@ -66,10 +79,17 @@ SsdSizes ssd_sizes(const char* op, const SsdInputs& in) {
     TORCH_CHECK(p->sizes() == at::IntArrayRef({s.Hs}), op, ": dt_bias, A_log and D must be [", s.Hs, "], got ",
                 p->sizes());
   }
-  s.sequences = list_sequences(op, s.B, s.T, in.cu_seqlens.defined() ? std::optional(in.cu_seqlens) : std::nullopt);
+  s.N = count_sequences(op, s.B, in.cu_seqlens);
   TORCH_CHECK(!in.initial_state.defined() || in.initial_state.sizes() == at::IntArrayRef({s.count(), s.Hs, s.V, s.K}),
               op, ": initial_state must be [", s.count(), ", ", s.Hs, ", ", s.V, ", ", s.K, "], got ",
               in.initial_state.sizes());
+  check_spans(op, in.spans);
+  return s;
+}
+
+SsdSizes ssd_sizes(const char* op, const SsdInputs& in) {
+  SsdSizes s = ssd_shapes(op, in);
+  s.sequences = list_sequences(op, s.B, s.T, in.cu_seqlens.defined() ? std::optional(in.cu_seqlens) : std::nullopt);
   s.wanted = wanted_tokens(op, in.spans, s.B, s.T);
   return s;
 }

@@ -20,14 +20,17 @@ struct SsdInputs {
 // Heads: state head h reads key head h / (Hs / Hk) and value head h / (Hs / Hv); output head h reads query head h / (Ho
 // / Hq) and state head h / (Ho / Hs).
 struct SsdSizes {
-  int64_t B, T, Hq, Hk, Hv, Hs, Ho, K, V;
+  int64_t B, T, N, Hq, Hk, Hv, Hs, Ho, K, V;  // N: sequences
+  // Filled by ssd_sizes alone:
   std::vector<Sequence> sequences;
   std::vector<uint8_t> wanted;  // [B * T], 1 where the readout is wanted; empty: everywhere
-  int64_t count() const { return static_cast<int64_t>(sequences.size()); }
+  int64_t count() const { return N; }
   bool wants_any(int64_t row, int64_t begin, int64_t end) const;
 };
 
-// Checks shapes, dtypes, cu_seqlens and spans; throws c10::Error that names `op`.
+// Checks shapes and dtypes, without a look at what cu_seqlens and spans hold; throws c10::Error that names `op`.
+SsdSizes ssd_shapes(const char* op, const SsdInputs& in);
+// The same, and checks and lists what they hold; waits for the device where they are on one.
 SsdSizes ssd_sizes(const char* op, const SsdInputs& in);
 
 // float32 for float32 and bfloat16, float64 for float64.
@@ -54,5 +57,22 @@ SsdGradients ssd_vector_backward(const SsdInputs& in, const SsdSizes& sizes, con
                                  const at::Tensor& d_final_state);
 // One token of each sequence (T = 1); `state` contiguous float32, updated. Returns o [N, 1, Ho, V].
 at::Tensor ssd_vector_step(const SsdInputs& in, const SsdSizes& sizes, const at::Tensor& state);
+
+// The registered functions for any device, dtype and head dimension: vector kernels on the CPU, else the chunked form.
+using SsdOptional = std::optional<at::Tensor>;
+std::tuple<at::Tensor, at::Tensor> ssd_general(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                               const at::Tensor& dt_raw, const at::Tensor& dt_bias,
+                                               const at::Tensor& A_log, const at::Tensor& D,
+                                               const SsdOptional& initial_state, const SsdOptional& cu_seqlens,
+                                               const SsdOptional& spans);
+using SsdEight =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+SsdEight ssd_backward_general(const at::Tensor& d_o, const SsdOptional& d_final_state, const at::Tensor& q,
+                              const at::Tensor& k, const at::Tensor& v, const at::Tensor& dt_raw,
+                              const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D,
+                              const SsdOptional& initial_state, const SsdOptional& cu_seqlens,
+                              const SsdOptional& spans);
+at::Tensor ssd_step_general(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& dt_raw,
+                            const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D, at::Tensor& state);
 
 }  // namespace oryx::ops

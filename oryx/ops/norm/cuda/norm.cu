@@ -3,34 +3,12 @@
 // kTeam threads share a row, each holding kPackets 16-byte packets of it (kTeam apart), and take kRows rows at a time so
 // that many loads are in flight. Rows that are too long, not a multiple of a packet, or misaligned take the plain kernels
 // below: one block a row, element by element.
-#include "oryx/ops/cuda/packet.cuh"
+#include "oryx/ops/norm/cuda/norm_any.cuh"
 #include "oryx/ops/norm/cuda/norm_launch.h"
+#include "oryx/ops/norm/cuda/norm_stream.cuh"
 
 namespace oryx::ops::cuda {
 namespace {
-
-constexpr int kPlain = 0, kAdd = 1, kGateAfter = 2, kGateFirst = 3;
-constexpr int kThreads = 256;
-
-struct Forward {
-  const void *x, *residual, *gate, *weight;
-  void *y, *sum;
-  float* rstd;
-  int64_t rows, dim, groups;
-  float eps, weight_offset;
-  int weight_dtype;
-};
-
-struct Backward {
-  const void *d_y, *x, *gate, *weight;
-  const float* rstd;
-  const void* d_sum;
-  void *d_x, *d_gate;
-  float* partial;  // [gridDim.x, groups * dim]
-  int64_t rows, dim, groups;
-  float weight_offset;
-  int weight_dtype;
-};
 
 // Sums x[u] over the kTeam threads of a team. Teams wider than a warp meet in shared memory: `parity` alternates between
 // calls, so that one barrier a call is enough. Every thread of the block must call it.
@@ -132,35 +110,6 @@ __global__ __launch_bounds__(kThreads) void norm_forward(const Forward a) {
       out.pack(v);
       out.store(static_cast<T*>(a.y) + row * a.dim + i * V);
     }
-  }
-}
-
-// What one element gives to the gradients. With n = u rstd the normalised value and h the gradient at n w:
-//   du = rstd (h w - n mean(h w n)),  dw = h n
-struct Element {
-  float n, h;      // normalised value; gradient of n times weight
-  float s, g;      // sigmoid of the gate, gate
-  float x, d_y;
-};
-template <int kForm>
-__device__ __forceinline__ Element element(float d_y, float x, float gate, float rstd) {
-  Element e{x * rstd, d_y, 0.0f, gate, x, d_y};
-  if constexpr (kForm == kGateAfter || kForm == kGateFirst) {
-    e.s = sigmoid(gate);
-    if constexpr (kForm == kGateAfter) e.h = d_y * gate * e.s;
-    if constexpr (kForm == kGateFirst) e.n *= gate * e.s;
-  }
-  return e;
-}
-// d_x and d_gate of it, given its weight and mean(h w n).
-template <int kForm>
-__device__ __forceinline__ void finish(const Element& e, float w, float rstd, float mean, float& d_x, float& d_gate) {
-  const float d_u = rstd * (e.h * w - e.n * mean);
-  d_x = d_u;
-  if constexpr (kForm == kGateAfter) d_gate = e.d_y * e.n * w * silu_slope(e.g, e.s);
-  if constexpr (kForm == kGateFirst) {
-    d_x = d_u * e.g * e.s;
-    d_gate = d_u * e.x * silu_slope(e.g, e.s);
   }
 }
 
@@ -267,6 +216,7 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
       }
     }
   }
+  let_next_kernel_start();
   // The teams of the block, one after the other.
   __shared__ float total[kTeam * kPackets * V];
   for (int turn = 0; turn < kTeams; ++turn) {
@@ -287,80 +237,15 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
 }
 
 __global__ void reduce_weight(const float* partial, int64_t count, int64_t width, void* d_weight, int dtype) {
+  wait_for_kernel_before();
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kReduceColumns + threadIdx.x;
   const float total = reduce_column(partial, count, width, column);
   if (threadIdx.y == 0 && column < width) store_any(d_weight, dtype, column, total);
 }
 
-// ---- rows of any length and alignment: one block a row, element by element
-
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float sums[kThreads / 32];
-  x = warp_sum<32>(x);
-  __syncthreads();  // the sums of the call before are read
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  float total = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) total += sums[i];
-  return total;
-}
-
-template <typename T, int kForm>
-__global__ __launch_bounds__(kThreads) void norm_forward_any(const Forward a) {
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const T* x = static_cast<const T*>(a.x) + row * a.dim;
-    const T* other = static_cast<const T*>(kForm == kAdd ? a.residual : a.gate);
-    if (kForm != kPlain) other += row * a.dim;
-    const auto value = [&](int64_t c) {
-      const float v = to_float(x[c]);
-      if (kForm == kAdd) return v + to_float(other[c]);
-      if (kForm == kGateFirst) return v * silu(to_float(other[c]));
-      return v;
-    };
-    float squares = 0.0f;
-    for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) squares += value(c) * value(c);
-    const float rstd = rsqrtf(block_sum(squares) / static_cast<float>(a.dim) + a.eps);
-    if (threadIdx.x == 0) a.rstd[row] = rstd;
-    for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) {
-      const float v = value(c);
-      float y = v * rstd * (load_any(a.weight, a.weight_dtype, row % a.groups * a.dim + c) + a.weight_offset);
-      if (kForm == kGateAfter) y *= silu(to_float(other[c]));
-      if (kForm == kAdd) static_cast<T*>(a.sum)[row * a.dim + c] = from_float<T>(v);
-      static_cast<T*>(a.y)[row * a.dim + c] = from_float<T>(y);
-    }
-  }
-}
-
-template <typename T, int kForm>
-__global__ __launch_bounds__(kThreads) void norm_backward_any(const Backward a) {
-  float* partial = a.partial + (static_cast<int64_t>(blockIdx.x) * a.groups + blockIdx.y) * a.dim;
-  for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) partial[c] = 0.0f;
-  for (int64_t i = blockIdx.x; i < a.rows / a.groups; i += gridDim.x) {
-    const int64_t row = i * a.groups + blockIdx.y, at = row * a.dim;
-    const float rstd = a.rstd[row];
-    const auto get = [&](int64_t c) {
-      return element<kForm>(to_float(static_cast<const T*>(a.d_y)[at + c]), to_float(static_cast<const T*>(a.x)[at + c]),
-                            kForm == kPlain ? 0.0f : to_float(static_cast<const T*>(a.gate)[at + c]), rstd);
-    };
-    const auto weight = [&](int64_t c) {
-      return load_any(a.weight, a.weight_dtype, blockIdx.y * a.dim + c) + a.weight_offset;
-    };
-    float dot = 0.0f;
-    for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) {
-      const Element e = get(c);
-      partial[c] += e.h * e.n;  // this thread's own column
-      dot += e.h * e.n * weight(c);
-    }
-    const float mean = block_sum(dot) / static_cast<float>(a.dim);
-    for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) {
-      float d_x, d_gate = 0.0f;
-      finish<kForm>(get(c), weight(c), rstd, mean, d_x, d_gate);
-      if (a.d_sum != nullptr) d_x += to_float(static_cast<const T*>(a.d_sum)[at + c]);
-      static_cast<T*>(a.d_x)[at + c] = from_float<T>(d_x);
-      if (kForm != kPlain) static_cast<T*>(a.d_gate)[at + c] = from_float<T>(d_gate);
-    }
-  }
+int reduce_weights(const float* partial, int64_t count, int64_t width, void* d_weight, int dtype, cudaStream_t stream) {
+  return launch_early(reduce_weight, dim3(static_cast<unsigned>((width + kReduceColumns - 1) / kReduceColumns)),
+                      dim3(kReduceColumns, kReduceSlices), stream, partial, count, width, d_weight, dtype);
 }
 
 // ---- the choice of a kernel
@@ -387,6 +272,8 @@ int forward(const Forward& a, cudaStream_t stream) {
     launch<T, kForm, 16, 1, 4>(a, stream);
   } else if (packets <= 64) {
     launch<T, kForm, 32, 2, 2>(a, stream);
+  } else if (kForm == kPlain && packets <= 96) {
+    launch<T, kPlain, 16, 6, 1>(a, stream);
   } else if (packets <= 128) {
     launch<T, kForm, 32, 4, 1>(a, stream);
   } else if (packets <= 256) {
@@ -429,6 +316,13 @@ template <typename T, int kForm>
 int backward(const Backward& a, void* d_weight, cudaStream_t stream) {
   const bool wide = aligned16(a.d_y) && aligned16(a.x) && aligned16(a.d_x) && aligned16(a.d_sum) &&
                     (kForm == kPlain || (aligned16(a.gate) && aligned16(a.d_gate)));
+  if constexpr (kForm == kPlain) {
+    const StreamPlan plan = stream_plan(a.rows, wide && a.dim % kLanes<T> == 0 ? a.dim / kLanes<T> : 0, a.d_sum != nullptr);
+    if (plan.packets > 0) {
+      a.d_sum != nullptr ? norm_backward_stream<T, true>(a, plan, stream) : norm_backward_stream<T, false>(a, plan, stream);
+      return reduce_weights(a.partial, plan.blocks, a.dim, d_weight, a.weight_dtype, stream);
+    }
+  }
   const Plan plan = backward_plan(kLanes<T>, a.dim, kForm != kPlain, wide);
   const int64_t blocks = backward_blocks(a.rows, a.groups, kThreads / plan.team * plan.rows);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.groups));
@@ -437,21 +331,15 @@ int backward(const Backward& a, void* d_weight, cudaStream_t stream) {
     norm_backward_any<T, kForm><<<grid, kThreads, 0, stream>>>(a);
   } else if (plan.team == 8) {
     norm_backward<T, kForm, 8, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
-  } else if (plan.team == 64) {
-    norm_backward<T, kForm, 64, 2, kRows><<<grid, kThreads, 0, stream>>>(a);
   } else if (plan.team == 16) {
     norm_backward<T, kForm, 16, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
-  } else if (plan.team == 32) {
-    norm_backward<T, kForm, 32, 2, kRows><<<grid, kThreads, 0, stream>>>(a);
-  } else if (plan.team == 128) {
-    norm_backward<T, kForm, 128, 2, kRows><<<grid, kThreads, 0, stream>>>(a);
-  } else {
-    norm_backward<T, kForm, 256, 4, 1><<<grid, kThreads, 0, stream>>>(a);
+  } else if constexpr (kForm != kPlain) {  // longer plain rows run as a stream
+    if (plan.team == 32) norm_backward<T, kForm, 32, 2, 1><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 64) norm_backward<T, kForm, 64, 2, 1><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 128) norm_backward<T, kForm, 128, 2, 1><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 256) norm_backward<T, kForm, 256, 4, 1><<<grid, kThreads, 0, stream>>>(a);
   }
-  const int64_t width = a.dim * a.groups;
-  reduce_weight<<<static_cast<unsigned>((width + kReduceColumns - 1) / kReduceColumns), dim3(kReduceColumns, kReduceSlices),
-                  0, stream>>>(a.partial, blocks, width, d_weight, a.weight_dtype);
-  return cudaGetLastError();
+  return reduce_weights(a.partial, blocks, a.dim * a.groups, d_weight, a.weight_dtype, stream);
 }
 
 template <typename T>
@@ -501,6 +389,11 @@ int64_t oryx_norm_backward_workspace(int form, int dtype, int64_t rows, int64_t 
   for (const bool wide : {false, true}) {  // alignment is not known here
     const Plan plan = backward_plan(lanes, dim, form != kPlain, wide);
     const int64_t blocks = backward_blocks(rows, groups, kThreads / plan.team * plan.rows);
+    most = blocks > most ? blocks : most;
+  }
+  for (const bool sum : {false, true}) {
+    if (form != kPlain || groups != 1 || dim % lanes != 0) break;
+    const int64_t blocks = stream_plan(rows, dim / lanes, sum).blocks;
     most = blocks > most ? blocks : most;
   }
   return most * dim * groups;

@@ -1,5 +1,7 @@
-// Rotary position embedding. Bound by memory: x in, y out. A block takes a few tokens, makes their cosines and sines once
-// for all heads in shared memory, and rotates.
+// Rotary position embedding. Bound by memory: x in, y out.
+//
+// A thread takes one packet of pairs of one token, makes their cosines and sines once, in registers, and rotates that packet of
+// one head after the other; the first heads' loads are in flight while it makes them.
 //
 // Angles: turns = position * (frequency / 2 pi) in float64, of which the whole part is dropped exactly; the rest, at most
 // half a turn, goes to sincospif in float32.
@@ -11,7 +13,7 @@
 namespace oryx::ops::cuda {
 namespace {
 
-constexpr int kThreads = 256, kTokens = 8, kMaxHalf = kOryxRopeMaxRotaryDim / 2;
+constexpr int kThreads = 256, kMaxHalf = kOryxRopeMaxRotaryDim / 2;
 
 struct Arguments {
   const void* x;
@@ -23,70 +25,86 @@ struct Arguments {
   double turns[kMaxHalf];  // frequency / 2 pi
 };
 
-// V: values an access, divides half, d and the strides.
-template <typename T, int V>
+// V: values an access, divides half, d and the strides. kHeads: of a thread in flight. blockIdx.y takes every gridDim.y-th
+// group of kHeads heads.
+template <typename T, int V, int kHeads>
 __global__ __launch_bounds__(kThreads) void rotate(const __grid_constant__ Arguments a) {
-  __shared__ float2 table[kTokens][kMaxHalf];  // cosine, sine
-  __shared__ int64_t starts[kTokens];          // of the tokens in x: 64-bit divisions once a token
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokens;
-  for (int i = threadIdx.x; i < kTokens * a.half; i += kThreads) {
-    const int token = i / a.half, m = i % a.half;
-    if (first + token >= a.tokens) break;
-    const double turns = static_cast<double>(a.positions[first + token]) * a.turns[m];
-    float sine, cosine;
-    sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sine, &cosine);
-    table[token][m] = make_float2(cosine, a.sign * sine);
-  }
-  if (threadIdx.x < kTokens) {
-    const int64_t index = first + threadIdx.x;
-    starts[threadIdx.x] = index / a.T * a.stride_b + index % a.T * a.stride_t;
-  }
-  __syncthreads();
   // Pairs of packets that turn together, then the packets of a head that stay as they are.
-  const unsigned pairs = a.half / V, rest = static_cast<unsigned>(a.d - 2 * a.half) / V, units = pairs + rest;
-  const unsigned per_token = units * static_cast<unsigned>(a.H);
-#pragma unroll 4
-  for (unsigned i = threadIdx.x; i < kTokens * per_token; i += kThreads) {
-    const unsigned token = i / per_token, of_token = i - token * per_token, head = of_token / units, unit = of_token - head * units;
-    const int64_t index = first + token;
-    if (index >= a.tokens) break;
-    const T* x = static_cast<const T*>(a.x) + starts[token] + head * a.stride_h;
-    T* y = static_cast<T*>(a.y) + (index * a.H + head) * a.d;
-    Packet<T, V> low, high;
-    if (unit >= pairs) {
-      const unsigned m = 2 * a.half + (unit - pairs) * V;
-      low.load(x + m);
-      low.store(y + m);
-      continue;
-    }
-    const unsigned m = unit * V;
-    low.load(x + m), high.load(x + m + a.half);
-    float p[V], q[V];
-    low.unpack(p), high.unpack(q);
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      const float2 turn = table[token][m + e];
-      const float rotated = p[e] * turn.x - q[e] * turn.y;
-      q[e] = q[e] * turn.x + p[e] * turn.y;
-      p[e] = rotated;
-    }
-    low.pack(p), high.pack(q);
-    low.store(y + m), high.store(y + m + a.half);
+  const unsigned pairs = a.half / V, units = pairs + static_cast<unsigned>(a.d - 2 * a.half) / V;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  int64_t token;
+  unsigned unit;
+  if (a.tokens * units <= UINT32_MAX) {
+    const unsigned narrow = static_cast<unsigned>(index), quotient = narrow / units;
+    token = quotient, unit = narrow - quotient * units;
+  } else {
+    token = index / units, unit = static_cast<unsigned>(index - token * units);
   }
+  if (token >= a.tokens) return;
+  const bool turns = unit < pairs;
+  const unsigned m = turns ? unit * V : 2 * a.half + (unit - pairs) * V;
+  const int64_t row = token / a.T;
+  const T* x = static_cast<const T*>(a.x) + row * a.stride_b + (token - row * a.T) * a.stride_t + m;
+  T* y = static_cast<T*>(a.y) + token * a.H * a.d + m;
+  const int H = static_cast<int>(a.H), first = blockIdx.y * kHeads, step = gridDim.y * kHeads;
+  Packet<T, V> low[kHeads], high[kHeads];
+  const auto fetch = [&](int head) {
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      if (head + k >= H) break;
+      low[k].load(x + (head + k) * a.stride_h);
+      if (turns) high[k].load(x + (head + k) * a.stride_h + a.half);
+    }
+  };
+  fetch(first);
+  float cosine[V], sine[V];
+  const double position = a.positions[token];
+#pragma unroll
+  for (int e = 0; e < V; ++e) {
+    const double whole = position * a.turns[turns ? m + e : 0];
+    sincospif(2.0f * static_cast<float>(whole - rint(whole)), &sine[e], &cosine[e]);
+    sine[e] *= a.sign;
+  }
+  for (int head = first; head < H; head += step) {
+    if (head != first) fetch(head);
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {
+      if (head + k >= H) break;
+      T* to = y + (head + k) * a.d;
+      if (turns) {
+        float p[V], q[V];
+        low[k].unpack(p), high[k].unpack(q);
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const float rotated = p[e] * cosine[e] - q[e] * sine[e];
+          q[e] = q[e] * cosine[e] + p[e] * sine[e];
+          p[e] = rotated;
+        }
+        low[k].pack(p), high[k].pack(q);
+        high[k].store(to + a.half);
+      }
+      low[k].store(to);
+    }
+  }
+}
+
+template <typename T, int V, int kHeads>
+int launch(const Arguments& a, cudaStream_t stream) {
+  const int64_t threads = a.tokens * (a.half / V + (a.d - 2 * a.half) / V);
+  // One thread for all heads where that fills the device, else more, each of which makes the angles anew.
+  const int64_t blocks = (threads + kThreads - 1) / kThreads, wanted = static_cast<int64_t>(multiprocessors()) * 4;
+  const int64_t most = (a.H + kHeads - 1) / kHeads, shares = (wanted + blocks - 1) / blocks;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(shares < most ? shares : most));
+  rotate<T, V, kHeads><<<grid, kThreads, 0, stream>>>(a);
+  return cudaGetLastError();
 }
 
 template <typename T>
 int launch(const Arguments& a, cudaStream_t stream) {
   constexpr int V = kLanes<T>;
-  const unsigned blocks = static_cast<unsigned>((a.tokens + kTokens - 1) / kTokens);
   const bool wide = aligned16(a.x) && aligned16(a.y) && a.half % V == 0 && a.d % V == 0 && a.stride_b % V == 0 &&
                     a.stride_t % V == 0 && a.stride_h % V == 0;
-  if (wide) {
-    rotate<T, V><<<blocks, kThreads, 0, stream>>>(a);
-  } else {
-    rotate<T, 1><<<blocks, kThreads, 0, stream>>>(a);
-  }
-  return cudaGetLastError();
+  return wide ? launch<T, V, 6>(a, stream) : launch<T, 1, 4>(a, stream);
 }
 
 }  // namespace

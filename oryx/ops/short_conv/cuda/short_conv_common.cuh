@@ -1,0 +1,130 @@
+// What the kernels of the causal short convolution share.
+//
+// A thread owns V adjacent channels (one packet) and a run of tokens, and keeps the last kTaps - 1 inputs in registers. Kernels
+// exist for kTaps = 4 and 8; narrower filters get leading zero taps. Channels that are no whole packets, or misaligned, run
+// with V = 1.
+#pragma once
+
+#include "oryx/ops/cuda/packet.cuh"
+
+namespace oryx::ops::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+struct Arguments {
+  const void *x, *weight, *bias, *history;  // history: the initial state
+  const int32_t* cu_seqlens;
+  int64_t B, T, C, N;
+  int width, weight_dtype;
+  bool silu;
+};
+
+// A sequence: its tokens [begin, end) of a row of x.
+struct Span {
+  int64_t n, begin, end;
+};
+
+// The sequence that holds token t of row b: of a packed row the last one to begin at or before t.
+__device__ __forceinline__ Span find_span(const Arguments& a, int64_t b, int64_t t) {
+  if (a.cu_seqlens == nullptr) return {b, 0, a.T};
+  int64_t low = 0, high = a.N - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (a.cu_seqlens[middle] <= t) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return {low, a.cu_seqlens[low], a.cu_seqlens[low + 1]};
+}
+
+// The bias, or 0 where there is none. The load reads the weight then, which is as long at least: nvcc moves a load through __ldg
+// in front of the test of its pointer (seen with 13.0), and one of a null pointer ends the program.
+__device__ __forceinline__ float bias_of(const void* bias, const void* weight, int dtype, int64_t channel) {
+  const float loaded = load_any(bias != nullptr ? bias : weight, dtype, channel);
+  return bias != nullptr ? loaded : 0.0f;
+}
+
+template <typename T, int V, int kTaps>
+struct Channels {
+  const Arguments& a;
+  int64_t channel;  // the first of V
+
+  // Input at `time` of sequence s, counted from its first token; times below 0 are the initial state's.
+  __device__ __forceinline__ void input(const Span& s, int64_t row, int64_t time, float (&out)[V]) const {
+    if (time >= 0) {
+      Packet<T, V> p;
+      p.load(static_cast<const T*>(a.x) + (row * a.T + s.begin + time) * a.C + channel);
+      p.unpack(out);
+      return;
+    }
+    const int64_t h = a.width - 1, i = time + h;
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      out[e] = a.history != nullptr && i >= 0
+                   ? to_float(static_cast<const T*>(a.history)[(s.n * a.C + channel + e) * h + i])
+                   : 0.0f;
+    }
+  }
+
+  // The inputs before `time`, oldest first.
+  __device__ __forceinline__ void window(const Span& s, int64_t row, int64_t time, float (&out)[kTaps - 1][V]) const {
+#pragma unroll
+    for (int j = 0; j < kTaps - 1; ++j) input(s, row, time - (kTaps - 1) + j, out[j]);
+  }
+
+  __device__ __forceinline__ void taps(float (&w)[kTaps][V]) const {
+    if constexpr (V > 1 && kTaps == 4) {
+      if (a.width == 4) {
+        float flat[V];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          load_any(a.weight, a.weight_dtype, channel * 4 + k * V, flat);
+#pragma unroll
+          for (int e = 0; e < V; ++e) w[(k * V + e) % 4][(k * V + e) / 4] = flat[e];
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      const int k = j - (kTaps - a.width);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        w[j][e] = k >= 0 ? load_any(a.weight, a.weight_dtype, (channel + e) * a.width + k) : 0.0f;
+      }
+    }
+  }
+
+  // The value before the activation, given the input and those before it.
+  __device__ __forceinline__ static void convolve(const float (&w)[kTaps][V], const float (&bias)[V], const float (&window)[kTaps - 1][V],
+                                                  const float (&v)[V], float (&z)[V]) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      z[e] = bias[e] + w[kTaps - 1][e] * v[e];
+#pragma unroll
+      for (int j = 0; j < kTaps - 1; ++j) z[e] += w[j][e] * window[j][e];
+    }
+  }
+
+  __device__ __forceinline__ void bias(float (&out)[V]) const {
+#pragma unroll
+    for (int e = 0; e < V; ++e) out[e] = bias_of(a.bias, a.weight, a.weight_dtype, channel + e);
+  }
+};
+
+template <int V, int kTaps>
+__device__ __forceinline__ void shift(float (&window)[kTaps - 1][V], const float (&last)[V]) {
+#pragma unroll
+  for (int j = 0; j + 1 < kTaps - 1; ++j) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) window[j][e] = window[j + 1][e];
+  }
+#pragma unroll
+  for (int e = 0; e < V; ++e) window[kTaps - 2][e] = last[e];
+}
+
+}  // namespace
+}  // namespace oryx::ops::cuda
