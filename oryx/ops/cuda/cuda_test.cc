@@ -239,6 +239,70 @@ TEST_F(Cuda, SpanAttention) {
   }
 }
 
+// Every path of bfloat16: cuDNN (plain), our kernels (64 and 128), libtorch's flash attention (32).
+TEST_F(Cuda, SpanAttentionBfloat16) {
+  struct Case {
+    const char* name;
+    int64_t B, Tq, Tk, Hq, Hk;
+    std::vector<int32_t> spans, cu, cu_k, lengths;
+    int64_t window;
+  };
+  const std::vector<Case> cases = {
+      {"plain", 2, 300, 300, 4, 2, {}, {}, {}, {}, 0},
+      {"one token", 2, 1, 1, 2, 2, {}, {}, {}, {}, 0},
+      {"past keys", 2, 70, 300, 2, 2, {}, {}, {}, {}, 0},
+      {"spans", 2, 300, 300, 4, 2, {0, 10, 150, 1, 299, 300, 0, 200, 201}, {}, {}, {}, 0},
+      {"packed", 1, 300, 300, 2, 2, {}, {0, 1, 70, 70, 300}, {}, {}, 0},
+      {"packed, spans over bounds, window", 1, 300, 300, 4, 1, {0, 30, 100, 0, 250, 300}, {0, 1, 70, 70, 300}, {}, {}, 40},
+      {"packed, past keys", 1, 100, 300, 2, 2, {0, 10, 80}, {0, 30, 100}, {0, 100, 290}, {}, 0},
+      {"key lengths", 2, 50, 300, 2, 2, {0, 0, 50, 1, 20, 21}, {}, {}, {50, 257}, 0},
+  };
+  for (const Case& c : cases) {
+    for (const int64_t D : {32, 64, 128}) {
+      SCOPED_TRACE(std::string(c.name) + ", width " + std::to_string(D));
+      const auto given = [](const std::vector<int32_t>& x, const at::Tensor& like) {
+        return x.empty() ? std::optional<at::Tensor>() : std::optional<at::Tensor>(ints(x, like));
+      };
+      const auto f = [&](const Tensors& t) {
+        std::optional<at::Tensor> spans = given(c.spans, t[0]);
+        if (spans) spans = spans->view({-1, 3});
+        return Tensors{span_attention(t[0], t[1], t[2], spans, given(c.cu, t[0]), given(c.cu_k, t[0]), given(c.lengths, t[0]), c.window)};
+      };
+      const Tensors inputs = {random({c.B, c.Tq, c.Hq, D}), random({c.B, c.Tk, c.Hk, D}), random({c.B, c.Tk, c.Hk, D})};
+      expect_same(f, inputs, 1e-2, 2e-2, 3);
+    }
+  }
+}
+
+// Views whose heads or tokens are no multiple of 16 bytes apart, and spans without a span.
+TEST_F(Cuda, SpanAttentionOddViews) {
+  const auto f = [](const Tensors& t) {
+    const at::Tensor q = t[0].slice(3, 1, 65), kv = t[1].transpose(1, 2);
+    return Tensors{span_attention(q, kv.slice(3, 0, 64), kv.slice(3, 3, 67), ints({0, 5, 90}, t[0]).view({1, 3}))};
+  };
+  expect_same(f, {random({1, 100, 4, 66}), random({1, 2, 100, 67})}, 1e-2, 2e-2, 2);
+  const at::Tensor x = at::randn({2, 40, 2, 64}, at::TensorOptions(at::kCUDA).dtype(at::kBFloat16));
+  EXPECT_EQ(span_attention(x, x, x, at::zeros({0, 3}, x.options().dtype(at::kInt))).abs().sum().item<double>(), 0);
+}
+
+// The same bits from run to run, forward and backward.
+TEST_F(Cuda, SpanAttentionRepeats) {
+  const auto options = at::TensorOptions(at::kCUDA).dtype(at::kBFloat16);
+  const at::Tensor q = at::randn({1, 3000, 4, 128}, options), k = at::randn({1, 3000, 2, 128}, options), v = at::randn({1, 3000, 2, 128}, options);
+  const at::Tensor up = at::randn_like(q), spans = ints({0, 100, 700, 0, 1500, 2900}, q).view({2, 3});
+  const auto run = [&](const std::optional<at::Tensor>& s) {
+    Tensors x;
+    for (const at::Tensor& t : {q, k, v}) x.push_back(t.detach().clone().requires_grad_(true));
+    const at::Tensor o = span_attention(x[0], x[1], x[2], s);
+    torch::autograd::backward({o}, {up});
+    return Tensors{o.detach(), x[0].grad(), x[1].grad(), x[2].grad()};
+  };
+  for (const std::optional<at::Tensor>& s : {std::optional<at::Tensor>(), std::optional<at::Tensor>(spans)}) {
+    const Tensors a = run(s), b = run(s);
+    for (size_t i = 0; i < a.size(); ++i) EXPECT_TRUE(at::equal(a[i], b[i])) << i;
+  }
+}
+
 TEST_F(Cuda, CrossEntropy) {
   for (const int64_t classes : {2, 101, 5003, 40000}) {  // 40,000: more than a block's registers hold
     at::Tensor targets = at::randint(0, classes, {77}, at::kLong);

@@ -8,6 +8,7 @@
 #include "oryx/common/log.h"
 #include "oryx/ops/span_attention/span_attention_blockwise.h"
 #include "oryx/ops/span_attention/span_attention_cpu.h"
+#include "oryx/ops/span_attention/span_attention_internal.h"
 #include "oryx/ops/span_attention/span_attention_plan.h"
 
 namespace oryx::ops {
@@ -19,7 +20,7 @@ std::pair<at::Tensor, at::Tensor> forward_with_lse(const at::Tensor& q, const at
                                                    const AttentionPlan& plan, bool want_lse) {
   if (q.scalar_type() == at::kDouble) return span_attention_blockwise(q, k, v, plan);
   if (!q.is_cpu()) {
-    log::warn_once("span_attention: on CUDA by blocks of batched matrix products, slowly");
+    log::warn_once("span_attention: {} on CUDA by blocks of batched matrix products, slowly", c10::toString(q.scalar_type()));
     const auto out = span_attention_blockwise(q.to(at::kFloat), k.to(at::kFloat), v.to(at::kFloat), plan);
     return {out.first.to(q.scalar_type()), out.second};
   }
@@ -34,13 +35,6 @@ std::array<at::Tensor, 3> backward_of(const at::Tensor& q, const at::Tensor& k, 
   auto d = span_attention_blockwise_backward(wide(q), wide(k), wide(v), wide(o), lse, wide(d_o), plan);
   for (at::Tensor& x : d) x = x.to(q.scalar_type());
   return d;
-}
-
-at::Tensor forward_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
-                       const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
-                       const OptionalTensor& key_lengths, int64_t window, std::optional<double> scale) {
-  const AttentionPlan plan = make_attention_plan(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
-  return forward_with_lse(q, k, v, plan, false).first;
 }
 
 // Saves o and the logarithms of the denominators; the backward pass computes the probabilities again from them.
@@ -76,23 +70,30 @@ struct SpanAttentionFunction : torch::autograd::Function<SpanAttentionFunction> 
   }
 };
 
-at::Tensor forward_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
+}  // namespace
+
+at::Tensor span_attention_any(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
+                       const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
+                       const OptionalTensor& key_lengths, int64_t window, std::optional<double> scale) {
+  const AttentionPlan plan = make_attention_plan(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
+  return forward_with_lse(q, k, v, plan, false).first;
+}
+
+at::Tensor span_attention_any_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
                             const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
                             const OptionalTensor& key_lengths, int64_t window, std::optional<double> scale) {
   if (at::GradMode::is_enabled() && (q.requires_grad() || k.requires_grad() || v.requires_grad())) {
     return SpanAttentionFunction::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return forward_cpu(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
+  return span_attention_any(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
 }
-
-}  // namespace
 
 at::Tensor span_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
                           const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
                           const OptionalTensor& key_lengths, int64_t window, std::optional<double> scale) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("oryx::span_attention", "").typed<decltype(forward_cpu)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("oryx::span_attention", "").typed<decltype(span_attention_any)>();
   return op.call(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
 }
 
@@ -104,8 +105,5 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
       "cu_seqlens_k=None, "
       "Tensor? key_lengths=None, int window=0, float? scale=None) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(oryx, CPU, m) { m.impl("span_attention", oryx::ops::forward_cpu); }
-TORCH_LIBRARY_IMPL(oryx, AutogradCPU, m) { m.impl("span_attention", oryx::ops::forward_autograd); }
-// The same functions: the blockwise form behind them runs on any device.
-TORCH_LIBRARY_IMPL(oryx, CUDA, m) { m.impl("span_attention", oryx::ops::forward_cpu); }
-TORCH_LIBRARY_IMPL(oryx, AutogradCUDA, m) { m.impl("span_attention", oryx::ops::forward_autograd); }
+TORCH_LIBRARY_IMPL(oryx, CPU, m) { m.impl("span_attention", oryx::ops::span_attention_any); }
+TORCH_LIBRARY_IMPL(oryx, AutogradCPU, m) { m.impl("span_attention", oryx::ops::span_attention_any_autograd); }

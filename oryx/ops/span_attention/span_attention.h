@@ -22,7 +22,8 @@ namespace oryx::ops {
 //                                at the end of them
 //   window        0: unlimited   scale: default K^-1/2
 //
-// Returns o [B, Tq, Hq, V]. Query head h uses key/value head h // (Hq / Hk). Memory is linear in Tq and Tk.
+// Returns o [B, Tq, Hq, V]. Query head h uses key/value head h // (Hq / Hk). Memory is linear in Tq and Tk. On CUDA in bfloat16 nothing is read back
+// to the host, and what lies out of range is clipped instead of refused.
 at::Tensor span_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                           const std::optional<at::Tensor>& spans = {}, const std::optional<at::Tensor>& cu_seqlens = {},
                           const std::optional<at::Tensor>& cu_seqlens_k = {},

@@ -121,17 +121,23 @@ std::vector<int64_t> AttentionPlan::computed_queries(const AttentionSequence& s)
   return queries;
 }
 
-AttentionPlan make_attention_plan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                  const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& cu_seqlens,
-                                  const std::optional<at::Tensor>& cu_seqlens_k,
-                                  const std::optional<at::Tensor>& key_lengths, int64_t window,
-                                  std::optional<double> scale) {
+void check_attention_arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& cu_seqlens_k,
+                               const std::optional<at::Tensor>& key_lengths, int64_t window, std::optional<double> scale) {
   check_tensors(q, k, v);
   if (window < 0) fail("span_attention: window is {}, expected 0 (unlimited) or more", window);
   if (scale && !std::isfinite(*scale)) fail("span_attention: scale is {}, expected a finite number", *scale);
   if (cu_seqlens && key_lengths)
     fail("span_attention: key_lengths and cu_seqlens exclude each other; give cu_seqlens_k");
   if (cu_seqlens_k && !cu_seqlens) fail("span_attention: cu_seqlens_k without cu_seqlens");
+}
+
+AttentionPlan make_attention_plan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                  const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& cu_seqlens,
+                                  const std::optional<at::Tensor>& cu_seqlens_k,
+                                  const std::optional<at::Tensor>& key_lengths, int64_t window,
+                                  std::optional<double> scale) {
+  check_attention_arguments(q, k, v, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   AttentionPlan plan;
   plan.queries_per_row = q.size(1);
   plan.window = window;

@@ -37,6 +37,11 @@ struct AttentionPlan {
   std::vector<int64_t> computed_queries(const AttentionSequence& s) const;
 };
 
+// Of the checks of make_attention_plan, those that read no tensor's values.
+void check_attention_arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                               const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& cu_seqlens_k,
+                               const std::optional<at::Tensor>& key_lengths, int64_t window, std::optional<double> scale);
+
 // Throws oryx::Error, one line, on arguments that do not fit the contract in span_attention.h.
 AttentionPlan make_attention_plan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                   const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& cu_seqlens,

@@ -1,0 +1,265 @@
+// One block that turns spans and bounds into work (span_attention_plan.cuh).
+#include <type_traits>
+
+#include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
+
+namespace oryx::span_attention_cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kCache = 20 << 20;
+constexpr size_t kMaxShared = 190 << 10;
+
+struct Scan {
+  int3 before, total;
+};
+// Exclusive sums over the block's threads. Not inlined: the kernel runs its code once, so fetching the code counts.
+__device__ __noinline__ Scan block_scan(int3 x) {
+  __shared__ int3 sums[33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const auto warp_scan = [&](int3 v) {
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int3 y = make_int3(__shfl_up_sync(~0u, v.x, d), __shfl_up_sync(~0u, v.y, d), __shfl_up_sync(~0u, v.z, d));
+      if (lane >= d) v = make_int3(v.x + y.x, v.y + y.y, v.z + y.z);
+    }
+    return v;
+  };
+  const int3 sum = warp_scan(x);
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  if (warp == 0) {
+    const int3 own = sums[lane], s = warp_scan(own);
+    sums[lane] = make_int3(s.x - own.x, s.y - own.y, s.z - own.z);
+    if (lane == 31) sums[32] = s;
+  }
+  __syncthreads();
+  const int3 base = sums[warp], total = sums[32];
+  __syncthreads();
+  return {make_int3(base.x + sum.x - x.x, base.y + sum.y - x.y, base.z + sum.z - x.z), total};
+}
+
+// The last i in [0, n) with key(i) <= x; key rises, key(0) <= x.
+template <typename Key>
+__device__ int last_at_most(int n, int x, Key key) {
+  int lo = 0, hi = n;
+#pragma unroll 1
+  while (hi - lo > 1) {
+    const int mid = (lo + hi) / 2;
+    if (key(mid) <= x) lo = mid;
+    else hi = mid;
+  }
+  return lo;
+}
+
+__device__ void mark_spans(const OryxSpanAttention& p, const Plan& plan) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < p.n_spans; i += kThreads / 32) {
+    const int row = p.spans[3 * i], begin = max(p.spans[3 * i + 1], 0), end = min(p.spans[3 * i + 2], p.Tq);
+    if (row < 0 || row >= p.B || begin >= end) continue;
+    uint8_t* from = plan.mask + static_cast<size_t>(row) * p.Tq;
+    const int64_t base = static_cast<int64_t>(row) * p.Tq;
+    const int first = min(end, static_cast<int>((base + begin + 15) / 16 * 16 - base));  // the first whole 16 bytes
+    const int last = max(first, static_cast<int>((base + end) / 16 * 16 - base));
+#pragma unroll 1
+    for (int t = begin + lane; t < first; t += 32) from[t] = 1;
+#pragma unroll 1
+    for (int t = first + 16 * lane; t < last; t += 512) *reinterpret_cast<uint4*>(from + t) = make_uint4(0x01010101, 0x01010101, 0x01010101, 0x01010101);
+#pragma unroll 1
+    for (int t = last + lane; t < end; t += 32) from[t] = 1;
+  }
+}
+
+__device__ int marks(uint4 x) { return __popc(x.x) + __popc(x.y) + __popc(x.z) + __popc(x.w); }
+
+// Computed queries before query row g.
+__device__ __noinline__ int computed_before(const int* before, const uint8_t* mask, int g) {
+  int n = before[g / 16];
+#pragma unroll 1
+  for (int i = g / 16 * 16; i < g; ++i) n += mask[i];
+  return n;
+}
+
+__device__ Sequence sequence_of(const OryxSpanAttention& p, int s) {
+  Sequence r{};
+  if (p.cu_q != nullptr) {
+    const int32_t* cu_k = p.cu_k != nullptr ? p.cu_k : p.cu_q;
+    r.q_begin = min(max(p.cu_q[s], 0), p.Tq), r.queries = min(max(p.cu_q[s + 1], r.q_begin), p.Tq) - r.q_begin;
+    r.k_begin = min(max(cu_k[s], 0), p.Tk), r.keys = min(max(cu_k[s + 1], r.k_begin), p.Tk) - r.k_begin;
+  } else {
+    r.row = s, r.q_begin = s * p.Tq, r.queries = p.Tq;
+    r.keys = p.key_lengths != nullptr ? min(max(p.key_lengths[s], 0), p.Tk) : p.Tk;
+  }
+  r.shift = r.keys - r.queries;
+  return r;
+}
+
+constexpr int kSharedSequences = 256, kSharedTiles = 2048;
+
+// Marks and their sums are kept in shared memory while they are read (mask_here, before_here), where they fit.
+__global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention p, Plan plan, bool in_shared) {
+  extern __shared__ __align__(16) uint8_t shared_marks[];
+  __shared__ __align__(16) Sequence shared_sequences[kSharedSequences];
+  __shared__ int shared_cost[kSharedTiles];
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  const int tid = threadIdx.x, queries = p.B * p.Tq, sixteens = (queries + 15) / 16;
+  const bool all = p.spans == nullptr;
+  uint8_t* const mask = plan.mask;
+  Sequence* const sequences = plan.sequences;
+  if (in_shared) plan.mask = shared_marks, plan.before = reinterpret_cast<int*>(shared_marks + (queries + 31) / 16 * 16);
+  if (p.N <= kSharedSequences) plan.sequences = shared_sequences;
+  if (!all) {
+#pragma unroll 1
+    for (int i = tid; i < (queries + 31) / 16; i += kThreads) reinterpret_cast<uint4*>(plan.mask)[i] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    mark_spans(p, plan);
+    __syncthreads();
+    int carry = 0;
+#pragma unroll 1
+    for (int i0 = 0; i0 < sixteens; i0 += kThreads) {
+      const int i = i0 + tid;
+      const uint4 x = i < sixteens ? reinterpret_cast<const uint4*>(plan.mask)[i] : make_uint4(0, 0, 0, 0);
+      const Scan scan = block_scan(make_int3(marks(x), 0, 0));
+      if (i < sixteens) plan.before[i] = carry + scan.before.x;
+      if (i < sixteens && in_shared) reinterpret_cast<uint4*>(mask)[i] = x;
+      carry += scan.total.x;
+    }
+    if (tid == 0) plan.before[sixteens] = carry;
+  }
+  __syncthreads();
+
+  int slot = 0, tiles = 0, blocks = 0;
+#pragma unroll 1
+  for (int s0 = 0; s0 < p.N; s0 += kThreads) {
+    const int s = s0 + tid;
+    Sequence r{};
+    if (s < p.N) {
+      r = sequence_of(p, s);
+      r.count = all ? r.queries : computed_before(plan.before, plan.mask, r.q_begin + r.queries) - computed_before(plan.before, plan.mask, r.q_begin);
+      if (r.shift < 0) r.count = 0;  // more queries than keys: not in the contract
+      // As many key heads as find room in a part of the L2 cache with their queries, their gradients and the sums of dq.
+      const float room = static_cast<float>(kCache) / (static_cast<float>(max(r.count, 1)) * static_cast<float>(p.D * 8 * (p.Hq / p.Hk)));
+      r.heads = max(1, static_cast<int>(fminf(room, static_cast<float>(p.Hk))));
+      while (p.Hk % r.heads != 0) --r.heads;
+    }
+    const Scan scan = block_scan(make_int3((r.count + kSmall - 1) / kSmall * kSmall, (r.count + kTile - 1) / kTile, (r.keys + kKeys - 1) / kKeys));
+    r.slot = slot + scan.before.x, r.small = r.slot / kSmall, r.tile = tiles + scan.before.y, r.block = blocks + scan.before.z;
+    slot += scan.total.x, tiles += scan.total.y, blocks += scan.total.z;
+    if (s < p.N) sequences[s] = r;
+    if (s < p.N && p.N <= kSharedSequences) shared_sequences[s] = r;
+  }
+  __syncthreads();
+  const Sequence* seq = plan.sequences;
+
+  // Rows, four slots a thread where they are consecutive; the slots that fill up a sequence's last 64 hold -1.
+  if (all) {
+#pragma unroll 1
+    for (int i = 4 * tid; i < slot; i += 4 * kThreads) {
+      const Sequence& r = seq[last_at_most(p.N, i, [&](int j) { return seq[j].slot; })];
+      const int t = i - r.slot, g = r.q_begin + t, n = r.count - t;
+      *reinterpret_cast<int4*>(plan.rows + i) = make_int4(n > 0 ? g : -1, n > 1 ? g + 1 : -1, n > 2 ? g + 2 : -1, n > 3 ? g + 3 : -1);
+    }
+  } else {
+#pragma unroll 1
+    for (int s = tid / 32; s < p.N; s += kThreads / 32) {
+#pragma unroll 1
+      for (int i = seq[s].count + tid % 32; i < (seq[s].count + kSmall - 1) / kSmall * kSmall; i += 32) plan.rows[seq[s].slot + i] = -1;
+    }
+#pragma unroll 1
+    for (int i = tid; i < sixteens; i += kThreads) {
+      const uint4 x = reinterpret_cast<const uint4*>(plan.mask)[i];
+      if (marks(x) == 0) continue;
+      int s = last_at_most(p.N, 16 * i, [&](int j) { return seq[j].q_begin; });
+      int first = computed_before(plan.before, plan.mask, seq[s].q_begin), to = plan.before[i] - first;
+      if (s + 1 == p.N || seq[s + 1].q_begin >= 16 * i + 16) {  // of one sequence
+        const int end = seq[s].q_begin + (seq[s].count > 0 ? seq[s].queries : 0);
+        int* rows = plan.rows + seq[s].slot;
+        // A byte's mark is its lowest bit: four marks to four bits.
+        const auto bits = [](uint32_t word) { return (word * 0x01020408u >> 24) & 15u; };
+        uint32_t left = bits(x.x) | bits(x.y) << 4 | bits(x.z) << 8 | bits(x.w) << 12;
+#pragma unroll 1
+        for (; left != 0; left &= left - 1) {
+          const int g = 16 * i + __ffs(left) - 1;
+          if (g < end) rows[to++] = g;
+        }
+        continue;
+      }
+      to += first;
+#pragma unroll 1
+      for (int b = 0; b < 16; ++b) {
+        if (plan.mask[16 * i + b] == 0) continue;
+        const int g = 16 * i + b;
+        while (s + 1 < p.N && seq[s + 1].q_begin <= g) first = computed_before(plan.before, plan.mask, seq[++s].q_begin);
+        if (g < seq[s].q_begin + seq[s].queries && seq[s].count > 0) plan.rows[seq[s].slot + to - first] = g;
+        ++to;
+      }
+    }
+  }
+  __syncthreads();
+
+  if (tiles <= kSharedTiles) plan.cost = shared_cost;
+  // forward tiles, sorted by batch row, then from the heaviest
+  Tile own{};
+#pragma unroll 1
+  for (int t = tid; t < tiles; t += kThreads) {
+    const int s = last_at_most(p.N, t, [&](int i) { return seq[i].tile; });
+    const Sequence r = seq[s];
+    Tile x{};
+    x.sequence = s;
+    x.slot = r.slot + (t - r.tile) * kTile;
+    x.count = min(kTile, r.count - (t - r.tile) * kTile);
+    const auto position = [&](int slot) { return (all ? slot - r.slot : plan.rows[slot] - r.q_begin) + r.shift; };
+    const int first = position(x.slot), last = position(x.slot + x.count - 1);
+    x.first_block = p.window > 0 ? max(0, first - p.window + 1) / kKeys : 0;
+    x.blocks = last / kKeys + 1 - x.first_block;
+    x.row_tile = p.cu_q != nullptr ? 0 : r.tile;
+    x.row_tiles = p.cu_q != nullptr ? tiles : (r.count + kTile - 1) / kTile;
+    plan.unsorted[t] = own = x;
+    plan.cost[t] = x.blocks;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int t = tid; t < tiles; t += kThreads) {
+    const Tile x = t == tid && tiles <= kThreads ? own : plan.unsorted[t];
+    int rank = x.row_tile;
+#pragma unroll 1
+    for (int u = x.row_tile; u < x.row_tile + x.row_tiles; ++u) {
+      const int c = plan.cost[u];
+      rank += c > x.blocks || (c == x.blocks && u < t);
+    }
+    plan.tiles[rank] = x;
+  }
+  __syncthreads();
+
+  // The units beyond whole rounds of the multiprocessors are split along their keys, so that all finish together.
+  const int units = tiles * p.Hq, whole = units / p.processors * p.processors, i = tid;
+  const int unit = whole + i;
+  const int cost = unit < units ? plan.tiles[unit_of(plan, unit, p.Hq).tile].blocks : 0;
+  const int work = block_scan(make_int3(cost, 0, 0)).total.x, piece = max(kMinPiece, (work + 2 * p.processors - 1) / (2 * p.processors));
+  const int pieces = (cost + piece - 1) / piece;
+  const Scan scan = block_scan(make_int3(pieces, pieces > 1 ? pieces : 0, pieces > 1));
+  const int at = scan.before.x, part = scan.before.y, split = scan.before.z;
+#pragma unroll 1
+  for (int j = 0; j < pieces; ++j) plan.pieces[at + j] = {unit, j * piece, min(piece, cost - j * piece), part + j, split, pieces, part, 0};
+  if (tid < 2 * p.processors) plan.arrived[tid] = 0;
+  if (tid == 0) *plan.counts = {tiles, whole, whole + scan.total.x, slot / kSmall, blocks, 0, 0};
+}
+
+}  // namespace
+}  // namespace oryx::span_attention_cuda
+
+using namespace oryx::span_attention_cuda;
+
+extern "C" int64_t oryx_span_attention_slots(const OryxSpanAttention* p) { return slots(*p); }
+extern "C" size_t oryx_span_attention_plan_bytes(const OryxSpanAttention* p) { return layout(*p, nullptr).bytes; }
+extern "C" int oryx_span_attention_plan(const OryxSpanAttention* p, void* memory, cudaStream_t stream) {
+  const size_t marks = p->spans == nullptr ? 0 : (static_cast<size_t>(p->B) * p->Tq + 31) / 16 * 16, bytes = marks + marks / 16 * 4 + 16;
+  const bool in_shared = marks > 0 && bytes <= kMaxShared;
+  if (in_shared) {
+    const cudaError_t status = cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status != cudaSuccess) return status;
+  }
+  plan_kernel<<<1, kThreads, in_shared ? bytes : 0, stream>>>(*p, layout(*p, memory), in_shared);
+  return cudaGetLastError();
+}
