@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
       keep(ub);
       wgmma_fence();
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) wgmma_rs_kn(x, ub + 4 * kk, descriptor_kn(at + L::kRecord + kRecordT, kk), kk > 0);
+      for (int kk = 0; kk < 4; ++kk) wgmma_64x64_kn(x, ub + 4 * kk, descriptor_kn(at + L::kRecord + kRecordT, kk), kk > 0);
       wgmma_commit();
       wgmma_wait<0>();
       keep(x);

@@ -52,7 +52,7 @@ __device__ __forceinline__ uint32_t tile_rows(int warp, int lane) {
 // rows: the tile's address + tile_rows
 __device__ __forceinline__ void load_tile(uint32_t (&r)[4], uint32_t rows, int j) { load_matrix(r, rows ^ (j << 4)); }
 __device__ __forceinline__ void store_tile(uint32_t rows, int j, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  store_matrix_rows(rows ^ (j << 4), a, b, c, d);
+  store_matrix(rows ^ (j << 4), a, b, c, d);
 }
 // Sums over the columns of a tile of d times the tile, rows t0 and t0 + 8, to `to` (64 floats).
 __device__ __forceinline__ void row_dots(const float (&d)[32], uint32_t rows, int t0, uint32_t to, int lane) {

@@ -20,29 +20,11 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b,
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposedA), "n"(kTransposedB));
 }
-// The same with a in registers and b stored k x n.
-__device__ __forceinline__ void wgmma_rs_kn(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-}
 // Right operands (and transposed left ones) whose rows of 128 bytes are the summed index: 64 and 128 columns from k-step kk on.
 __device__ __forceinline__ uint64_t descriptor_kn(uint32_t panel, int kk) { return descriptor(panel + kk * 2048, 16, 1024); }
 // Operands stored n x k (or m x k) in panels of 64 k, `bytes` each.
 __device__ __forceinline__ uint64_t descriptor_nk(uint32_t panel, int kk, int bytes) {
   return descriptor(panel + kk / 4 * bytes + kk % 4 * 32, 16, 1024);
-}
-
-__device__ __forceinline__ void store_matrix_rows(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 // A warp's 16 rows of a state (fragments of 16 x 16: `sb`) to its image in device memory, whose first of these rows is at `to`; `staging`:
@@ -53,7 +35,7 @@ __device__ __forceinline__ void store_state(const uint32_t (&sb)[32], uint32_t s
   const int r = lane % 16;
 #pragma unroll
   for (int kk = 0; kk < 8; ++kk)
-    store_matrix_rows(staging + kk / 4 * 2048 + r * 128 + (((kk % 4 * 2 + lane / 16) ^ (r & 7)) << 4), sb[4 * kk], sb[4 * kk + 1], sb[4 * kk + 2],
+    store_matrix(staging + kk / 4 * 2048 + r * 128 + (((kk % 4 * 2 + lane / 16) ^ (r & 7)) << 4), sb[4 * kk], sb[4 * kk + 1], sb[4 * kk + 2],
                       sb[4 * kk + 3]);
   fence_async_proxy();
   __syncwarp();
