@@ -1,4 +1,4 @@
-// The short convolution on CUDA: hands tensors to the launchers of cuda/short_conv.cu. float64, for checks only, is computed on the CPU.
+// The short convolution on CUDA: hands tensors to the launchers of cuda/short_conv_*.cu. float64, for checks only, is computed on the CPU.
 #include <torch/library.h>
 
 #include "oryx/common/log.h"
@@ -26,7 +26,7 @@ struct Prepared {
   Prepared(const at::Tensor& x_in, const at::Tensor& weight_in, const Optional& bias_in, const Optional& state, const Optional& cu) {
     TORCH_CHECK(x_in.dim() == 3, "short_conv: x must be [B, T, C], got ", x_in.sizes());
     B = x_in.size(0), T = x_in.size(1), C = x_in.size(2);
-    N = static_cast<int64_t>(list_sequences("short_conv", B, T, cu).size());
+    N = count_sequences("short_conv", B, T, cu);
     TORCH_CHECK(weight_in.dim() == 2 && weight_in.size(0) == C, "short_conv: weight must be [C = ", C, ", w], got ", weight_in.sizes());
     width = weight_in.size(1);
     TORCH_CHECK(width >= 1 && width <= kMaxWidth, "short_conv: width ", width, " is outside 1 .. ", kMaxWidth);
