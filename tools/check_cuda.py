@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Every operator on CUDA against float64 on the CPU, then timings against the bandwidth of a copy.
 
-python3 tools/check_cuda.py build/cuda/liboryx.so      (a Python with a full torch 2.11, on a machine with a GPU; exit code 1 on a failure)
+python3 tools/check_cuda.py build/cuda/liboryx.so [--quick] [--peers]     (a Python with a full torch 2.11, on a machine with a GPU; exit code 1 on a failure)
+
+--quick leaves the timings out, --peers adds torch.compile's linear cross-entropy. Times are medians of CUDA-event times over random data; before each call
+256 MB are overwritten (the L2) and the GPU sleeps, so that the host has queued all launches.
 """
 import torch, sys, time, traceback, math
 torch.ops.load_library(sys.argv[1])
@@ -101,10 +104,12 @@ for dt in (torch.float32, torch.bfloat16, torch.float64):
         check('span_attention', lambda a, d: [O.span_attention(*a, sp.to(d), None, None, None, 0, None)], [R(B, T, Hq, K), R(B, T, Hkv, K), R(B, T, Hkv, V)], dt)
         if B == 1:
             check('span_attention_window', lambda a, d: [O.span_attention(*a, None, cu.to(d), None, None, 7, None)], [R(B, T, Hq, K), R(B, T, Hkv, K), R(B, T, Hkv, V)], dt)
-    tg = torch.randint(0, 101, (77,))
-    tg[5] = -100
-    check('cross_entropy', lambda a, d: list(O.cross_entropy(a[0], tg.to(d), -100, 0.001))[:1], [R(77, 101)], dt)
-    check('linear_cross_entropy', lambda a, d: list(O.linear_cross_entropy(a[0], a[1], tg.to(d), -100, 0.001))[:1], [R(77, 32), R(101, 32)], dt)
+    for N, D, C in ((77, 32, 101), (1, 8, 2), (300, 64, 5003), (64, 40, 40001), (33, 24, 131080)):
+        tg = torch.randint(0, C, (N,))
+        tg[5:40:7] = -100
+        check('cross_entropy', lambda a, d: list(O.cross_entropy(a[0], tg.to(d), -100, 0.001))[:1], [R(N, C)], dt)
+        check('linear_cross_entropy', lambda a, d: list(O.linear_cross_entropy(a[0], a[1], tg.to(d), -100, 0.001))[:1], [R(N, D), R(C, D) / D ** 0.5], dt)
+        check('linear_cross_entropy', lambda a, d: list(O.linear_cross_entropy(a[0], a[1], tg, -100, 0.0))[:1], [R(N, D), R(C, D) / D ** 0.5], dt)
     LIM[torch.float32] = (2e-05, 5e-05)
 for dt in (torch.float32, torch.bfloat16):
     x, w, s = (R(3, 40).to(dt), R(40, 4).to(dt), R(3, 40, 3).to(dt))
@@ -142,22 +147,82 @@ print('global_norm', abs(n1 - n2) / n1)
 bad += not abs(n1 - n2) / n1 < 1e-06
 for k in sorted(worst):
     print(f'{k:34s} value {worst[k][0]:.1e}  grad {worst[k][1]:.1e}  cases {worst[k][2]}')
+def same_bits(name, fn):
+    """fn() -> tensors; the same from run to run."""
+    global bad
+    poison()
+    first = [t.clone() for t in fn()]
+    poison()
+    equal = all(torch.equal(a, b) for a, b in zip(first, fn()))
+    bad += not equal
+    print(f'{name}: the same bits twice: {equal}')
+
+def graph_of_cross_entropy():
+    """Captured, replayed with other targets, and with one that is no class."""
+    global bad
+    h, w = torch.randn(512, 64, device=dev).bfloat16().requires_grad_(), torch.randn(5003, 64, device=dev).bfloat16().requires_grad_()
+    t = torch.randint(0, 5003, (512,), device=dev)
+    step = lambda: O.linear_cross_entropy(h, w, t, -100, 0.0001)[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    h.grad = w.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+        loss.backward()
+    t.copy_(torch.randint(0, 5003, (512,), device=dev))
+    graph.replay()
+    found = [loss.detach().clone(), h.grad.clone(), w.grad.clone()]
+    h.grad = w.grad = None
+    again = step()
+    again.backward()
+    equal = all(torch.equal(a, b) for a, b in zip(found, [again.detach(), h.grad, w.grad]))
+    t[7] = 5003
+    graph.replay()
+    loud = math.isnan(loss.item())
+    refused = False
+    try:
+        step()
+    except RuntimeError as e:
+        refused = 'target 5003 at row 7' in str(e)
+    bad += not (equal and loud and refused)
+    print(f'linear_cross_entropy in a graph: replay {equal}, bad target NaN {loud}; outside of one refused {refused}')
+graph_of_cross_entropy()
+h_, w_, t_ = torch.randn(700, 256, device=dev).bfloat16().requires_grad_(), torch.randn(9001, 256, device=dev).bfloat16().requires_grad_(), torch.randint(0, 9001, (700,))
+
+def linear_step():
+    h_.grad = w_.grad = None
+    loss = O.linear_cross_entropy(h_, w_, t_, -100, 0.0)[0]
+    loss.backward()
+    return [loss.detach(), h_.grad, w_.grad]
+same_bits('linear_cross_entropy', linear_step)
+x_, dy_, w4_ = torch.randn(2, 777, 512, device=dev).bfloat16(), torch.randn(2, 777, 512, device=dev).bfloat16(), torch.randn(512, 4, device=dev)
+same_bits('short_conv backward', lambda: [t for t in O.short_conv_backward(dy_, None, x_, w4_, None, None, None, True) if t is not None and t.numel()])
+r_ = O._rms_norm(x_, torch.ones(512, device=dev), 1e-06, False)[1]
+same_bits('rms_norm backward', lambda: list(O._rms_norm_backward(dy_, x_, torch.ones(512, device=dev), r_, None, False)))
 print('FAILURES', bad)
+if '--quick' in sys.argv:
+    sys.exit(1 if bad else 0)
+flush = torch.empty(256 << 20, dtype=torch.uint8, device=dev)
 
 def med(fn, n):
-    for i in range(4):
+    for i in range(3):
         fn(i % n)
     ts = []
-    for r in range(30):
+    for r in range(21):
         a, b = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        torch.cuda._sleep(200000)
+        flush.zero_()
+        torch.cuda._sleep(4000000)
         a.record()
         fn(r % n)
         b.record()
-        torch.cuda.synchronize()
-        ts.append(a.elapsed_time(b))
-    ts.sort()
-    return ts[15]
+        ts.append((a, b))
+    torch.cuda.synchronize()
+    ts = sorted(a.elapsed_time(b) for a, b in ts)
+    return ts[10]
 print(torch.cuda.get_device_name(), torch.__version__)
 bf = torch.bfloat16
 src = torch.randn(1 << 29, device=dev).to(bf)
@@ -167,13 +232,14 @@ BW = 2 * src.nbytes / t / 1000000000.0
 print(f'copy of {src.nbytes >> 20} MiB {BW:.2f} TB/s')
 src2 = src[:1 << 26]
 d2 = [torch.empty_like(src2) for _ in range(4)]
-t = med(lambda i: d2[i].copy_(src[i * (1 << 26):(i + 1) * (1 << 26)]), 4)
-print(f'copy of 128 MiB {2 * src2.nbytes / t / 1000000000.0:.2f} TB/s')
+for elements in (32768 * 768, 1 << 26):
+    t = med(lambda i: d2[i][:elements].copy_(src[i * (1 << 26):i * (1 << 26) + elements]), 4)
+    print(f'copy of {2 * elements / 1e6:.0f} MB {4 * elements / t / 1000000000.0:.2f} TB/s, {1000 * t:.1f} us')
 del src, dst, src2, d2
 
 def line(name, t, nbytes):
     print(f'{name:44s} {t * 1000.0:8.1f} us  {nbytes / t / 1000000000.0:5.2f} TB/s  {100 * nbytes / t / 1000000000.0 / BW:5.1f}% of copy')
-n, D = (4, 2048)
+n, D = (2, 2048)
 rows = 32768
 
 def sets(*shapes):
@@ -215,6 +281,34 @@ try:
         line('short_conv w4 silu 4x8192x2048 forward', med(lambda i: O.short_conv(s[i][0], wd, None, None, None, True), n), 2 * U)
         line('short_conv w4 silu 4x8192x2048 backward', med(lambda i: O.short_conv_backward(s[i][1], None, s[i][0], wd, None, None, None, True), n), 3 * U)
     del s
+    N, V = 16384, 32000
+    h, w = torch.randn(N, 2048, device=dev).to(bf).requires_grad_(), (torch.randn(V, 2048, device=dev) * 0.02).to(bf).requires_grad_()
+    t = torch.randint(0, V, (N,))
+
+    def step(f, targets):
+        h.grad = w.grad = None
+        f(h, w, targets).backward()
+    def report(name, f, targets):
+        step(f, targets)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(f, targets)
+        peak = torch.cuda.max_memory_allocated() - before
+        ms = med(lambda i: step(f, targets), 1)
+        print(f'{name:60s} {ms:7.3f} ms {6.0 * N * 2048 * V / ms / 1e9:5.0f} TFLOP/s, {peak / 2 ** 30:.2f} GiB above its inputs and gradients')
+    report(f'linear_cross_entropy {N}x2048x{V} forward + backward', lambda a, b, c: O.linear_cross_entropy(a, b, c, -100, 0.0)[0], t)
+    if '--peers' in sys.argv:
+        compiled = torch.compile(lambda a, b, c: torch.nn.functional.cross_entropy((a @ b.t()).float(), c), dynamic=False)
+        report('torch.compile, the same', compiled, t.to(dev))
+        report('linear_cross_entropy again', lambda a, b, c: O.linear_cross_entropy(a, b, c, -100, 0.0)[0], t)
+    for V in (32000, 50304, 128256):
+        lg = torch.randn(4096, V, device=dev).to(bf)
+        tg = torch.randint(0, V, (4096,))
+        line(f'cross_entropy 4096x{V} forward', med(lambda i: O._cross_entropy(lg, tg, -100, 0.0), 1), lg.nbytes)
+        one = torch.ones((), device=dev)
+        stats = O._cross_entropy(lg, tg, -100, 0.0)[2:]
+        line(f'cross_entropy 4096x{V} backward', med(lambda i: O._cross_entropy_backward(one, lg, tg, *stats, -100, 0.0), 1), 2 * lg.nbytes)
+    del h, w, lg
     sh = [(32000, 2048)] + [(2048, 2048)] * 100 + [(5440, 2048)] * 60 + [(2048,)] * 100
     P, G, M, Vv = [[torch.rand(*x, device=dev) for x in sh] for _ in range(4)]
     N = sum((p.numel() for p in P))

@@ -39,4 +39,17 @@ inline std::vector<Sequence> list_sequences(const char* op, int64_t B, int64_t T
   return out;
 }
 
+// How many there are. cu_seqlens on a GPU is not read, which would wait for it: what it holds is then the caller's to get right.
+inline int64_t count_sequences(const char* op, int64_t B, int64_t T, const std::optional<at::Tensor>& cu_seqlens) {
+  if (!cu_seqlens.has_value() || !cu_seqlens->defined() || cu_seqlens->is_cpu()) {
+    return static_cast<int64_t>(list_sequences(op, B, T, cu_seqlens).size());
+  }
+  TORCH_CHECK(B == 1, op, ": packed documents (cu_seqlens) stand in one row, but the batch has ", B, " rows");
+  TORCH_CHECK(
+      cu_seqlens->dim() == 1 && cu_seqlens->numel() >= 2 && at::isIntegralType(cu_seqlens->scalar_type(), false), op,
+      ": cu_seqlens must be a vector of at least 2 integers, got ", cu_seqlens->scalar_type(), " ",
+      cu_seqlens->sizes());
+  return cu_seqlens->numel() - 1;
+}
+
 }  // namespace oryx::ops

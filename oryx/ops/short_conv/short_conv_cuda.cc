@@ -1,4 +1,4 @@
-// The short convolution on CUDA: hands tensors to the launchers of cuda/short_conv.cu. float64, for checks only, is computed on the CPU.
+// The short convolution on CUDA: hands tensors to the launchers of cuda/short_conv_*.cu. float64, for checks only, is computed on the CPU.
 #include <torch/library.h>
 
 #include "oryx/common/log.h"
@@ -17,14 +17,6 @@ Optional on_cpu(const Optional& t) { return given(t) ? Optional(t->cpu()) : Opti
 
 void notice() { log::warn_once("short_conv: float64 on CUDA is computed on the CPU, slowly"); }
 
-// Bounds on the CPU are checked. Those on the device are the caller's word: a look at them would wait for it.
-int64_t count_sequences(int64_t B, int64_t T, const Optional& cu) {
-  if (!given(cu) || cu->is_cpu()) return static_cast<int64_t>(list_sequences("short_conv", B, T, cu).size());
-  TORCH_CHECK(B == 1 && cu->dim() == 1 && cu->numel() >= 2, "short_conv: cu_seqlens must be a vector of at least 2 integers and the batch one row, got ",
-              cu->sizes(), " and ", B, " rows");
-  return cu->numel() - 1;
-}
-
 // The arguments as the launchers want them; the tensors keep the memory alive.
 struct Prepared {
   at::Tensor x, weight, bias, history, cu_seqlens;
@@ -34,7 +26,7 @@ struct Prepared {
   Prepared(const at::Tensor& x_in, const at::Tensor& weight_in, const Optional& bias_in, const Optional& state, const Optional& cu) {
     TORCH_CHECK(x_in.dim() == 3, "short_conv: x must be [B, T, C], got ", x_in.sizes());
     B = x_in.size(0), T = x_in.size(1), C = x_in.size(2);
-    N = count_sequences(B, T, cu);
+    N = count_sequences("short_conv", B, T, cu);
     TORCH_CHECK(weight_in.dim() == 2 && weight_in.size(0) == C, "short_conv: weight must be [C = ", C, ", w], got ", weight_in.sizes());
     width = weight_in.size(1);
     TORCH_CHECK(width >= 1 && width <= kMaxWidth, "short_conv: width ", width, " is outside 1 .. ", kMaxWidth);

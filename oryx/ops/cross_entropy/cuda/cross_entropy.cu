@@ -3,10 +3,10 @@
 //
 // One block takes a row, in steps of kPackets packets a thread; while it works on one step, the loads of the next are in flight,
 // be it of this row or of the block's next one. Each thread makes the maximum of its own values and the sum of exponentials
-// against it, so that the block meets only once a row. Rows of several steps are gone through a second time for the
-// gradient, backwards: the last step is still in registers and those before it in the L2. One block a multiprocessor, so that
-// they stay there. Rows run from the last to the first: the product that made them has left the last ones in the L2, and
-// the next product begins with the first ones.
+// against it, so that the block meets only once a row. For the gradient the last step is still in registers, up to
+// kMaxHeld before it in shared memory (each thread's in slots of its own), and only what a still longer row has is read again.
+// Rows run from the last to the first: the product that made them has left the last ones in the L2, and the next product
+// begins with the first ones.
 #include <cmath>
 
 #include "oryx/ops/cross_entropy/cuda/cross_entropy_launch.h"
@@ -138,8 +138,12 @@ struct Part {
   }
 };
 
+constexpr int kMaxHeld = 3;  // steps of 64 KB
+
+// Dynamic shared memory holds `held` steps, all but the last of a row if it can.
 template <typename T, int V, int kThreads, int kPackets, bool kGradient>
-__global__ __launch_bounds__(kThreads, 1024 / kThreads) void softmax_rows(const OryxCrossEntropyRows a) {
+__global__ __launch_bounds__(kThreads, 1024 / kThreads) void softmax_rows(const OryxCrossEntropyRows a, int held) {
+  extern __shared__ uint4 slots[];
   using Step = Part<T, V, kThreads, kPackets>;
   constexpr int kStride = kThreads * kPackets;
   const int classes = static_cast<int>(a.classes), steps = ((classes + V - 1) / V + kStride - 1) / kStride;
@@ -153,6 +157,7 @@ __global__ __launch_bounds__(kThreads, 1024 / kThreads) void softmax_rows(const 
   const auto fetch = [&](int64_t i, int step) {  // row i from the last one
     if (i < a.rows) next.load(static_cast<const T*>(a.logits) + (a.rows - 1 - i) * a.stride, first_of(step), classes);
   };
+  const auto slot = [&](int step, int p) { return slots + (step * kPackets + p) * kThreads + threadIdx.x; };
   fetch(blockIdx.x, 0);
   int parity = 0;
   for (int64_t i = blockIdx.x; i < a.rows; i += gridDim.x, parity ^= 1) {
@@ -162,18 +167,19 @@ __global__ __launch_bounds__(kThreads, 1024 / kThreads) void softmax_rows(const 
     float picked = NAN;
     // Before anyone writes over it.
     if (threadIdx.x == 0 && kept && known) picked = to_float(static_cast<const T*>(a.logits)[row * a.stride + target]);
-    const bool again = kGradient && kept && steps > 1;
     Step part;
     Softmax s{-INFINITY, 0.0f};
     for (int step = 0; step < steps; ++step) {
       part = next;
-      if (step + 1 < steps) {
-        fetch(i, step + 1);
-      } else {
-        again ? fetch(i, steps - 2) : fetch(i + gridDim.x, 0);
-      }
+      step + 1 < steps ? fetch(i, step + 1) : fetch(i + gridDim.x, 0);
       part.cut(first_of(step), classes);
       s = part.add_to(s);
+      if constexpr (kGradient && V > 1) {
+        if (step < held) {
+#pragma unroll
+          for (int p = 0; p < kPackets; ++p) *slot(step, p) = part.raw[p].raw;
+        }
+      }
     }
     s = block_softmax<kThreads>(s, parity);
     const float base = base_of(s.max), lse = s.max + logf(s.sum);
@@ -192,8 +198,13 @@ __global__ __launch_bounds__(kThreads, 1024 / kThreads) void softmax_rows(const 
       const float factor = scale * (1.0f + 2.0f * a.z_coef * lse) / s.sum;
       part.store_gradient(out, first_of(steps - 1), classes, base, factor, scale, target);
       for (int step = steps - 2; step >= 0; --step) {
-        part = next;
-        step > 0 ? fetch(i, step - 1) : fetch(i + gridDim.x, 0);
+        if constexpr (V > 1) {
+          if (step < held) {
+#pragma unroll
+            for (int p = 0; p < kPackets; ++p) part.raw[p].raw = *slot(step, p);
+          }
+        }
+        if (step >= held) part.load(static_cast<const T*>(a.logits) + row * a.stride, first_of(step), classes);
         part.store_gradient(out, first_of(step), classes, base, factor, scale, target);
       }
     }
@@ -257,11 +268,15 @@ template <typename T, int V, int kThreads, int kPackets>
 int launch(const OryxCrossEntropyRows& a, cudaStream_t stream) {
   const int64_t most = static_cast<int64_t>(multiprocessors()) * (1024 / kThreads);
   const unsigned blocks = static_cast<unsigned>(a.rows < most ? a.rows : most);
-  if (a.d_logits != nullptr) {
-    softmax_rows<T, V, kThreads, kPackets, true><<<blocks, kThreads, 0, stream>>>(a);
-  } else {
-    softmax_rows<T, V, kThreads, kPackets, false><<<blocks, kThreads, 0, stream>>>(a);
+  const int64_t steps = (a.classes + V * kThreads * kPackets - 1) / (V * kThreads * kPackets);
+  const int held = V == 1 || a.d_logits == nullptr ? 0 : static_cast<int>(steps - 1 < kMaxHeld ? steps - 1 : kMaxHeld);
+  const int bytes = held * kThreads * kPackets * 16;
+  const auto kernel = a.d_logits != nullptr ? softmax_rows<T, V, kThreads, kPackets, true> : softmax_rows<T, V, kThreads, kPackets, false>;
+  if (bytes > 0) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
   }
+  kernel<<<blocks, kThreads, bytes, stream>>>(a, held);
   return cudaGetLastError();
 }
 

@@ -182,7 +182,7 @@ __global__ void history_gradient(const Arguments a, const T* d_y, const T* d_fin
   if (index >= a.N * a.C) return;
   const int64_t n = index / a.C;
   const bool packed = a.cu_seqlens != nullptr;
-  const Span s = packed ? Span{n, a.cu_seqlens[n], a.cu_seqlens[n + 1]} : Span{n, 0, a.T};
+  const Span s = packed ? packed_span(a, n) : Span{n, 0, a.T};
   const int64_t row = packed ? 0 : n, length = s.end - s.begin;
   const Channels<T, 1, 8> c{a, index % a.C};
   float sums[7] = {};

@@ -25,6 +25,13 @@ struct Span {
   int64_t n, begin, end;
 };
 
+// Sequence n of the packed row. Bounds are the caller's to get right, but wrong ones read nothing outside of x.
+__device__ __forceinline__ Span packed_span(const Arguments& a, int64_t n) {
+  const int64_t begin = a.cu_seqlens[n], end = a.cu_seqlens[n + 1];
+  const int64_t first = begin < 0 ? 0 : begin < a.T ? begin : a.T;
+  return {n, first, end < first ? first : end < a.T ? end : a.T};
+}
+
 // The sequence that holds token t of row b: of a packed row the last one to begin at or before t.
 __device__ __forceinline__ Span find_span(const Arguments& a, int64_t b, int64_t t) {
   if (a.cu_seqlens == nullptr) return {b, 0, a.T};
@@ -37,7 +44,7 @@ __device__ __forceinline__ Span find_span(const Arguments& a, int64_t b, int64_t
       high = middle - 1;
     }
   }
-  return {low, a.cu_seqlens[low], a.cu_seqlens[low + 1]};
+  return packed_span(a, low);
 }
 
 // The bias, or 0 where there is none. The load reads the weight then, which is as long at least: nvcc moves a load through __ldg

@@ -22,7 +22,7 @@ __global__ __launch_bounds__(kThreads, kBlocks) void short_conv_forward(const Ar
     const int64_t n = work - chunks * static_cast<unsigned>(a.B), h = a.width - 1;
     if (n >= a.N || final_state == nullptr) return;
     const bool packed = a.cu_seqlens != nullptr;
-    const Span s = packed ? Span{n, a.cu_seqlens[n], a.cu_seqlens[n + 1]} : Span{n, 0, a.T};
+    const Span s = packed ? packed_span(a, n) : Span{n, 0, a.T};
     for (int64_t i = 0; i < h; ++i) {
       float v[V];
       c.input(s, packed ? 0 : n, s.end - s.begin - h + i, v);
