@@ -51,11 +51,7 @@ class KimiDeltaAttention : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
-    // One product for both narrow projections, in float32, as the decay must be.
-    const int64_t heads = config_.state_heads();
-    const at::Tensor bf = at::linear(in.u.to(b_proj_.scalar_type()), at::cat({b_proj_, f_proj_}));  // [B, T, Hs + V]
-    at::Tensor beta = bf.narrow(-1, 0, heads).sigmoid(), f = bf.narrow(-1, heads, config_.value_dim());
-    if (config_.allow_neg_eigval) beta = beta * 2;
+    auto [f, beta] = narrow(in.project);
     if (in.state == nullptr) return ops::kda(in.q, in.k, in.v, decay(f), beta, {}, in.sequences.cu_seqlens, in.spans).o;
     if (in.keep) {
       f = in.keep("kimi_delta_attention.f", f);
@@ -77,6 +73,16 @@ class KimiDeltaAttention : public Mixer {
     S.copy_(ops::kda(rows.k, rows.k, rows.v, g, rows.own("kimi_delta_attention.beta"), S, {}, none).final_state);
   }
 
+  // |v - a S_{t-1} k^|^2 / |v|^2 over all heads. The state after the token, read with its own key, is (1 - b) a S_{t-1} k^ + b v.
+  std::optional<at::Tensor> surprise(const MixerInput& in) const override {
+    const auto [f, beta] = narrow(in.project);
+    const at::Tensor after = ops::kda(in.k, in.k, in.v, decay(f), beta, {}, in.sequences.cu_seqlens, {}, 1.0).o.to(at::kFloat);  // [B, T, Hs, V]
+    const at::Tensor v = in.v.to(at::kFloat).repeat_interleave(after.size(2) / in.v.size(2), 2);
+    const at::Tensor left = 1 - beta;
+    const at::Tensor divisor = at::where(left.abs() < 1e-3, at::full_like(left, 1e-3), left).unsqueeze(-1);
+    return ((v - after) / divisor).square().sum({2, 3}) / v.square().sum({2, 3}).clamp_min(1e-12);
+  }
+
   MixerFlops flops(int64_t) const override {
     // Recurrent form: S k, the rank-one update and the decay (2 + 2 + 1) at every token; the readout S q in this mode.
     const double cell = static_cast<double>(config_.head_dim) * config_.value_dim();
@@ -84,6 +90,15 @@ class KimiDeltaAttention : public Mixer {
   }
 
  private:
+  // f and write strength of each token, [B, T, V] and [B, T, Hs] float32.
+  std::pair<at::Tensor, at::Tensor> narrow(const Projections& u) const {
+    // One product for both narrow projections, in float32, as the decay must be.
+    const int64_t heads = config_.state_heads();
+    const at::Tensor bf = u.wide(at::cat({b_proj_, f_proj_}));  // [B, T, Hs + V]
+    const at::Tensor beta = bf.narrow(-1, 0, heads).sigmoid();
+    return {bf.narrow(-1, heads, config_.value_dim()), config_.allow_neg_eigval ? beta * 2 : beta};
+  }
+
   // f [B, T, V] -> g [B, T, Hs, K], at most 0.
   at::Tensor decay(const at::Tensor& f) const {
     // logaddexp: torch's softplus turns linear above 20.

@@ -28,7 +28,7 @@ std::vector<float> token_surprise(const LanguageModel& model, const at::Tensor& 
     ++count;
   };
   (void)model.hidden(input);
-  if (count == 0) fail("the model's mixers are {}: none of them predicts values, as 'surprise' wants (gated_delta_net, mamba2)", fmt::join(model.config().mixers(), ", "));
+  if (count == 0) fail("the model's mixers are {}: none of them predicts values, as 'surprise' wants (gated_delta_net, kimi_delta_attention, mamba2)", fmt::join(model.config().mixers(), ", "));
   const at::Tensor mean = (sum[0] / static_cast<double>(count)).to(at::kFloat).cpu().contiguous();
   std::vector<float> scores(mean.const_data_ptr<float>(), mean.const_data_ptr<float>() + T);
   const auto bad = std::find_if(scores.begin(), scores.end(), [](float x) { return !std::isfinite(x); });

@@ -19,15 +19,23 @@ std::vector<double> by_hand(const LanguageModel& m, const at::Tensor& ids) {
   State state = m.make_state(1, {0, 0, true});
   run(m, ids, routing(c, std::vector<std::vector<int32_t>>(1, std::vector<int32_t>(static_cast<size_t>(T), 0)), 0, T), &state);
   const at::Tensor k = state.rows(0, "keys", T)[0].to(at::kDouble), v = state.rows(0, "values", T)[0].to(at::kDouble);  // [T, Hk, K or V]
-  const bool delta = state.layer(0).has("gated_delta_net.g");
-  const int64_t H = k.size(1);
+  const bool channels = state.layer(0).has("kimi_delta_attention.f"), delta = channels || state.layer(0).has("gated_delta_net.g");
+  const int64_t H = k.size(1), K = k.size(2);
+  const std::string name = channels ? "kimi_delta_attention" : "gated_delta_net";
+  const auto decay = [&](int64_t t) {  // [H, 1, 1 or K]
+    if (!channels) return state.rows(0, "gated_delta_net.g", T)[0][t].to(at::kDouble).exp().view({H, 1, 1});
+    const auto of = [&](const char* parameter) { return m.parameter(std::string("layers.0.mixer.kimi_delta_attention.") + parameter).to(at::kDouble); };
+    const at::Tensor f = state.rows(0, "kimi_delta_attention.f", T)[0][t].to(at::kDouble);  // [V]
+    const at::Tensor step = (at::matmul(of("f_up_proj.weight"), f) + of("dt_bias")).exp().log1p().view({H, 1, K});
+    return (-of("A_log").exp().view({H, 1, 1}) * step).exp();
+  };
   at::Tensor S = at::zeros({H, v.size(2), k.size(2)}, at::kDouble);
   std::vector<double> out;
   for (int64_t t = 0; t < T; ++t) {
     if (delta) {
       const at::Tensor unit = k[t] * (k[t].square().sum(-1, true) + 1e-6).rsqrt();
-      const at::Tensor a = state.rows(0, "gated_delta_net.g", T)[0][t].to(at::kDouble).exp(), b = state.rows(0, "gated_delta_net.beta", T)[0][t].to(at::kDouble);
-      S = S * a.view({H, 1, 1});
+      const at::Tensor b = state.rows(0, name + ".beta", T)[0][t].to(at::kDouble);
+      S = S * decay(t);
       const at::Tensor error = v[t] - at::matmul(S, unit.unsqueeze(-1)).squeeze(-1);
       S = S + (b.view({H, 1}) * error).unsqueeze(-1) * unit.unsqueeze(1);
       out.push_back((error.square().sum() / v[t].square().sum()).item<double>());
@@ -45,7 +53,7 @@ std::vector<double> by_hand(const LanguageModel& m, const at::Tensor& ids) {
 }
 
 TEST(Surprise, IsThePredictionsError) {
-  for (const char* linear : {"gated_delta_net", "mamba2"}) {
+  for (const char* linear : {"gated_delta_net", "kimi_delta_attention", "mamba2"}) {
     ModelConfig c = small({{linear, "attention"}});
     c.num_layers = 1;
     const auto m = make(c);
