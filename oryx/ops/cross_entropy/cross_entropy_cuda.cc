@@ -139,6 +139,7 @@ Five linear_forward_cuda(const at::Tensor& hidden, const at::Tensor& weight, con
   const int64_t most = std::max(kMinBlockRows, kBlockBytes / std::max<int64_t>(stride * h.element_size(), 1) / 128 * 128);
   const int64_t blocks = (n + most - 1) / most, height = blocks > 0 ? (n + blocks - 1) / blocks : 0;
   const at::Tensor buffer = at::empty({height, stride}, h.options());
+  if (stride > classes) buffer.narrow(1, classes, stride - classes).zero_();  // read with the last packet, and left out there
   std::optional<WeightGradient> d_weight;
   if (want_weight) d_weight.emplace(w, blocks <= 1);
   for (int64_t first = 0; first < n; first += height) {

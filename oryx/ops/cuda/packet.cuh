@@ -29,12 +29,35 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Loads of memory that the kernel does not write. nvcc 13.0 makes an __ldg, and an asm that is not volatile, even where the test of its
+// index or pointer does not pass, which reads behind the ends of arrays or through null.
+__device__ __forceinline__ uint4 load_read_only(const uint4* p) {
+  uint4 x;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  return x;
+}
+__device__ __forceinline__ uint2 load_read_only(const uint2* p) {
+  uint2 x;
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+  return x;
+}
+__device__ __forceinline__ float load_read_only(const float* p) {
+  float x;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"(p));
+  return x;
+}
+__device__ __forceinline__ __nv_bfloat16 load_read_only(const __nv_bfloat16* p) {
+  unsigned short x;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"(p));
+  return __ushort_as_bfloat16(x);
+}
+
 // V elements as they lie in memory: V = kLanes<T>, one 16-byte access; half of that, one of 8 bytes; or V = 1.
 template <typename T, int V>
 struct Packet {
   static_assert(V == 1 || V == kLanes<T>);
   uint4 raw;
-  __device__ __forceinline__ void load(const T* p) { raw = __ldg(reinterpret_cast<const uint4*>(p)); }
+  __device__ __forceinline__ void load(const T* p) { raw = load_read_only(reinterpret_cast<const uint4*>(p)); }
   // Of memory that the same kernel writes.
   __device__ __forceinline__ void load_plain(const T* p) { raw = *reinterpret_cast<const uint4*>(p); }
   __device__ __forceinline__ void zero() { raw = make_uint4(0, 0, 0, 0); }
@@ -70,7 +93,7 @@ template <typename T, int V>
   requires(V > 1 && V * sizeof(T) == 8)
 struct Packet<T, V> {
   uint2 raw;
-  __device__ __forceinline__ void load(const T* p) { raw = __ldg(reinterpret_cast<const uint2*>(p)); }
+  __device__ __forceinline__ void load(const T* p) { raw = load_read_only(reinterpret_cast<const uint2*>(p)); }
   __device__ __forceinline__ void zero() { raw = make_uint2(0, 0); }
   __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint2*>(p) = raw; }
   __device__ __forceinline__ void unpack(float (&out)[V]) const {
@@ -93,7 +116,7 @@ struct Packet<T, V> {
 template <typename T>
 struct Packet<T, 1> {
   T raw;
-  __device__ __forceinline__ void load(const T* p) { raw = __ldg(p); }
+  __device__ __forceinline__ void load(const T* p) { raw = load_read_only(p); }
   __device__ __forceinline__ void load_plain(const T* p) { raw = *p; }
   __device__ __forceinline__ void zero() { raw = from_float<T>(0.0f); }
   __device__ __forceinline__ void store(T* p) const { *p = raw; }
@@ -103,8 +126,8 @@ struct Packet<T, 1> {
 
 // Element i of an array whose dtype is known at run time only (small arrays: weights, states).
 __device__ __forceinline__ float load_any(const void* p, int dtype, int64_t i) {
-  return dtype == kBfloat16 ? to_float(__ldg(static_cast<const __nv_bfloat16*>(p) + i))
-                            : __ldg(static_cast<const float*>(p) + i);
+  return dtype == kBfloat16 ? to_float(load_read_only(static_cast<const __nv_bfloat16*>(p) + i))
+                            : load_read_only(static_cast<const float*>(p) + i);
 }
 __device__ __forceinline__ void store_any(void* p, int dtype, int64_t i, float x) {
   if (dtype == kBfloat16) {
@@ -123,8 +146,9 @@ __device__ __forceinline__ void load_any(const void* p, int dtype, int64_t i, fl
       if ((reinterpret_cast<uintptr_t>(from) & 15) == 0) {
 #pragma unroll
         for (int k = 0; k < V / 4; ++k) {
-          const float4 four = __ldg(reinterpret_cast<const float4*>(from) + k);
-          out[4 * k] = four.x, out[4 * k + 1] = four.y, out[4 * k + 2] = four.z, out[4 * k + 3] = four.w;
+          const uint4 four = load_read_only(reinterpret_cast<const uint4*>(from) + k);
+          out[4 * k] = __uint_as_float(four.x), out[4 * k + 1] = __uint_as_float(four.y);
+          out[4 * k + 2] = __uint_as_float(four.z), out[4 * k + 3] = __uint_as_float(four.w);
         }
         return;
       }

@@ -138,7 +138,7 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       const int64_t row = (first + u) * a.groups + blockIdx.y;
-      rstd[u] = first + u < per_group ? __ldg(a.rstd + row) : 0.0f;
+      rstd[u] = first + u < per_group ? load_read_only(a.rstd + row) : 0.0f;
 #pragma unroll
       for (int p = 0; p < kPackets; ++p) {
         const int i = lane + p * kTeam;

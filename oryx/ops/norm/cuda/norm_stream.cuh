@@ -60,7 +60,7 @@ __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBl
   float next_rstd = 0.0f;
   const auto fetch = [&](int64_t row) {
     if (row >= a.rows) return;
-    next_rstd = __ldg(a.rstd + row);
+    next_rstd = load_read_only(a.rstd + row);
 #pragma unroll
     for (int p = 0; p < kPackets; ++p) {
       const int i = me.lane + p * me.threads;

@@ -189,7 +189,7 @@ __global__ void history_gradient(const Arguments a, const T* d_y, const T* d_fin
   for (int64_t t = 0; t < h && t < length; ++t) {
     float g = to_float(d_y[(row * a.T + s.begin + t) * a.C + c.channel]);
     if (a.silu) {
-      float z = bias_of(a.bias, a.weight, a.weight_dtype, c.channel);
+      float z = a.bias != nullptr ? load_any(a.bias, a.weight_dtype, c.channel) : 0.0f;
       for (int j = 0; j < a.width; ++j) {
         float v[1];
         c.input(s, row, t - h + j, v);

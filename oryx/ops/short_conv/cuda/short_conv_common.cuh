@@ -47,13 +47,6 @@ __device__ __forceinline__ Span find_span(const Arguments& a, int64_t b, int64_t
   return packed_span(a, low);
 }
 
-// The bias, or 0 where there is none. The load reads the weight then, which is as long at least: nvcc moves a load through __ldg
-// in front of the test of its pointer (seen with 13.0), and one of a null pointer ends the program.
-__device__ __forceinline__ float bias_of(const void* bias, const void* weight, int dtype, int64_t channel) {
-  const float loaded = load_any(bias != nullptr ? bias : weight, dtype, channel);
-  return bias != nullptr ? loaded : 0.0f;
-}
-
 template <typename T, int V, int kTaps>
 struct Channels {
   const Arguments& a;
@@ -118,7 +111,7 @@ struct Channels {
 
   __device__ __forceinline__ void bias(float (&out)[V]) const {
 #pragma unroll
-    for (int e = 0; e < V; ++e) out[e] = bias_of(a.bias, a.weight, a.weight_dtype, channel + e);
+    for (int e = 0; e < V; ++e) out[e] = a.bias != nullptr ? load_any(a.bias, a.weight_dtype, channel + e) : 0.0f;
   }
 };
 

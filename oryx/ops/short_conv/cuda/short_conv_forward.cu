@@ -92,7 +92,7 @@ __global__ void short_conv_step(const T* x, const void* weight, const void* bias
   if (index >= N * C) return;
   const int64_t channel = index % C;
   const float in = to_float(x[index]);
-  float z = bias_of(bias, weight, weight_dtype, channel);
+  float z = bias != nullptr ? load_any(bias, weight_dtype, channel) : 0.0f;
   z += load_any(weight, weight_dtype, channel * width + h) * in;
   float past[7];
 #pragma unroll
