@@ -28,10 +28,17 @@ void RowStore::trim(int64_t n, int64_t length) {
   find_runs(s);
 }
 
-// What a region must give for tokens [length, need) of a sequence. Of its own pages those that another sequence holds too are replaced.
+// What a region must give for tokens [length, need) of a sequence; `exact`: only its size is wanted, pages come when their tokens do. Of the sequence's own
+// pages those that another sequence holds too are replaced.
 RowStore::Wanted RowStore::wanted(const Sequence& s, int64_t length, int64_t need, bool exact) const {
   Wanted w;
   if (need <= length) return w;
+  const int64_t whole = region_pages(bound_, page_tokens_);
+  if (exact) {
+    const int64_t size = std::min(whole, pages_of(need));
+    if (s.region.pages < size) w.region = std::max(size, static_cast<int64_t>(s.pages.size()));
+    return w;
+  }
   const auto [head, head_end, tail, tail_end] = kept(length, need);
   const auto want = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin / page_tokens_; begin < end && i < pages_of(end); ++i) {
@@ -44,10 +51,9 @@ RowStore::Wanted RowStore::wanted(const Sequence& s, int64_t length, int64_t nee
   want(tail, tail_end);
   const auto fresh = static_cast<int64_t>(w.fresh.size());
   if (s.region.used + fresh <= s.region.pages) return w;
-  const int64_t whole = region_pages(bound_, page_tokens_);
   const bool grown = s.region.pages >= std::min(whole, pages_of(need));
   if (grown && movable(s) && pages_in_region(s) + fresh <= s.region.pages) return w;
-  w.region = std::max(static_cast<int64_t>(s.pages.size()) + fresh, std::min(whole, pages_of(exact ? need : need + need / 4 + 64)));
+  w.region = std::max(static_cast<int64_t>(s.pages.size()) + fresh, std::min(whole, pages_of(need + need / 4 + 64)));
   return w;
 }
 
@@ -101,7 +107,7 @@ void RowStore::make_bounded_room(const std::vector<int64_t>& lengths, const std:
   for (size_t n = 0; n < sequences_.size(); ++n) {
     Sequence& s = sequences_[n];
     const Wanted& w = all[n];
-    if (w.fresh.empty()) continue;
+    if (w.fresh.empty() && w.region == 0) continue;
     if (w.region > 0) {
       s.region = {block, at, w.region, 0};
       at += w.region;

@@ -50,7 +50,7 @@ void State::assign(const std::vector<int64_t>& lengths, const std::vector<int64_
                    const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get) {
   TORCH_CHECK(lengths.size() == lengths_.size() && checkpoints.size() == lengths_.size(), "state: ", lengths.size(), " lengths for ", lengths_.size());
   TORCH_CHECK(std::all_of(lengths_.begin(), lengths_.end(), [](int64_t length) { return length == 0; }), "state: only a fresh one takes over tensors");
-  rows_.make_room(lengths_, lengths, /*exact=*/true);
+  rows_.make_room(lengths_, lengths, /*exact=*/!rows_.bound().on());
   for (int64_t n = 0; n < sequences(); ++n) {
     Marks& m = marks_[static_cast<size_t>(n)];
     const int64_t length = lengths[static_cast<size_t>(n)], from = rows_from[static_cast<size_t>(n)];

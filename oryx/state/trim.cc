@@ -104,7 +104,10 @@ std::optional<State::Way> State::way_to(int64_t n, int64_t length) const {
   const bool in_ring = options_.ring > 0 && tails_in_ring(n, length);
   const int64_t scanned = in_ring ? length : std::max<int64_t>(0, length - refill_);
   const Mark* base = nearest_mark(n, scanned);
-  if (!rows_.holds(n, base != nullptr ? base->length : 0, length) || !sees_what_it_must(n, scanned)) return {};
+  bool any = false;  // without a recurrent slot or tail nothing is replayed
+  for_each_fixed([&](const LayerState::Slot&) { any = true; });
+  if (any && !rows_.holds(n, base != nullptr ? base->length : 0, length)) return {};
+  if (!sees_what_it_must(n, scanned)) return {};
   return Way{base, scanned, in_ring};
 }
 
