@@ -89,6 +89,7 @@ TEST_F(BadSession, Metadata) {
   expect_refused_with("checkpoint_every", "often", "'checkpoint_every' in its metadata is 'often', expected integers");
   expect_refused_with("checkpoint_every", "2,2", "'checkpoint_every' in its metadata is '2,2', expected one integer");
   expect_refused_with("ring", std::string(100000, '7'), "'ring' in its metadata is '777");
+  expect_refused_with("ring", "1073741824", "its ring of 1073741824 tokens and pages of");
   for (const char* key : {"format", "model", "lengths", "checkpoints", "checkpoint_every", "ring", "keep_rows", "drop_rows"}) {
     auto changed = metadata_;
     changed.erase(key);

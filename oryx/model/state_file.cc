@@ -5,8 +5,10 @@
 #include <charconv>
 
 #include "oryx/common/error.h"
+#include "oryx/common/file.h"
 #include "oryx/common/hash.h"
 #include "oryx/common/options.h"
+#include "oryx/common/progress.h"
 #include "oryx/common/utf8.h"
 #include "oryx/io/safetensors.h"
 
@@ -17,6 +19,8 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr const char* kFormat = "oryx-state 1";
+// Lengths and settings: positions behind a sequence this long still fit into 32 bits.
+constexpr int64_t kMostNumber = int64_t{1} << 30;
 
 // FNV-1a over 64-bit words, the rest by bytes: weights are many. Its values stand in files, so it never changes.
 uint64_t hash_words(const void* data, size_t size, uint64_t hash) {
@@ -47,8 +51,8 @@ class Metadata {
       const size_t comma = std::min(text.find(','), text.size());
       int64_t value = -1;
       const auto [end, error] = std::from_chars(text.data(), text.data() + comma, value);
-      if (error != std::errc() || end != text.data() + comma || value < 0 || value > int64_t{1} << 31) {
-        fail("{}: '{}' in its metadata is '{}', expected integers of 0 to 2147483648", file_.path(), key, shown(this->text(key)));
+      if (error != std::errc() || end != text.data() + comma || value < 0 || value > kMostNumber) {
+        fail("{}: '{}' in its metadata is '{}', expected integers of 0 to {}", file_.path(), key, shown(this->text(key)), kMostNumber);
       }
       out.push_back(value);
       text.remove_prefix(std::min(comma + 1, text.size()));
@@ -72,6 +76,22 @@ void check_rows_from(const std::string& path, const RowBound& bound, const std::
     const int64_t least = bound.on() && lengths[n] - bound.last > bound.first ? lengths[n] - bound.last : 0;
     const bool none = from[n] == 0 && least == 0, some = bound.on() && from[n] > bound.first && from[n] >= least && from[n] <= lengths[n];
     if (!none && !some) fail("{}: rows from {} on of a sequence of {} tokens, expected {} or more", path, from[n], lengths[n], least);
+  }
+}
+
+// The file's tensors are there; what it makes a state allocate besides is a ring of convolution inputs and a first page of rows.
+void check_memory(const std::string& path, const std::vector<std::vector<SlotSpec>>& layers, size_t sequences, const StateOptions& options) {
+  double bytes = 0;
+  for (const auto& slots : layers) {
+    for (const SlotSpec& slot : slots) {
+      const double ring = slot.kind == SlotKind::kTail ? static_cast<double>(options.ring) * slot.shape[0] * at::elementSize(slot.dtype) : 0;
+      const double page = slot.kind == SlotKind::kPerToken ? static_cast<double>(options.page_tokens) * slot.bytes() : 0;
+      bytes += static_cast<double>(sequences) * (ring + page);
+    }
+  }
+  if (const auto free = static_cast<double>(available_memory()); bytes > free) {
+    fail("{}: its ring of {} tokens and pages of {} would take {}, but only {} of memory are free", path, options.ring, options.page_tokens, human_bytes(bytes),
+         human_bytes(free));
   }
 }
 
@@ -137,7 +157,7 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
   std::vector<int64_t> rows_from(lengths.size(), 0);
   if (meta.has("bound")) {  // files of before bounds have none
     const auto bound = meta.list("bound", meta.text("bound"));
-    if (bound.size() != 3) fail("{}: 'bound' in its metadata is '{}', expected three integers", file.path(), meta.text("bound"));
+    if (bound.size() != 3) fail("{}: 'bound' in its metadata is '{}', expected three integers", file.path(), shown(meta.text("bound")));
     options.bound = {bound[0], bound[1], bound[2]};
     options.page_tokens = meta.number("page_tokens");
     rows_from = meta.list("rows_from", meta.text("rows_from"));
@@ -173,6 +193,7 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
       }
     }
   }
+  check_memory(file.path(), layers, lengths.size(), options);
   State state = model.make_state(static_cast<int64_t>(lengths.size()), options);
   state.assign(lengths, rows_from, checkpoints, get);
   return state;
