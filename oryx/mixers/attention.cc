@@ -2,8 +2,12 @@
 //
 //   o_t = sum_{s <= t} softmax_s(rope(q_t) . rope(k_s) / sqrt(K)) v_s          sliding_window: s > t - window
 //
-// RoPE works on a view of k: the linear mixers and the cache see it unrotated.
+// RoPE works on a view of k: the linear mixers and the cache see it unrotated. One new token a sequence rotates the cached keys as it reads them;
+// a longer piece rotates a copy.
+#include <ATen/ATen.h>
+
 #include "oryx/mixers/mixer.h"
+#include "oryx/ops/decode_attention/decode_attention.h"
 #include "oryx/ops/norm/norm.h"
 #include "oryx/ops/rope/rope.h"
 #include "oryx/ops/span_attention/span_attention.h"
@@ -34,6 +38,8 @@ class Attention : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
+    // Keys that pass through a norm first are normalised and rotated in a copy.
+    if (in.cache != nullptr && in.q.size(1) == 1 && !in.sequences.cu_seqlens && !k_norm_.defined()) return one_token(in);
     const at::Tensor q = rotate(in.q, q_norm_, in.sequences.positions);  // [B, T, H, K]
     if (in.cache == nullptr) {
       const at::Tensor k = rotate(in.k, k_norm_, in.sequences.positions);  // [B, T, Hk, K]
@@ -63,6 +69,18 @@ class Attention : public Mixer {
   std::optional<double> scale() const {
     if (config_.attention_scale > 0) return config_.attention_scale;
     return std::nullopt;
+  }
+
+  at::Tensor one_token(const MixerInput& in) const {
+    const auto& cache = *in.cache;
+    std::optional<at::Tensor> wanted;
+    if (in.spans) {
+      const at::Tensor rows = in.spans->select(1, 0).to(at::kLong);
+      wanted = at::zeros({in.q.size(0)}, at::device(in.q.device()).dtype(at::kBool)).index_fill_(0, rows, true);
+    }
+    const ops::DecodeRope rope{config_.rope_theta > 0 ? config_.rope_theta : 0, config_.rotary_dim};
+    return ops::decode_attention(in.q.squeeze(1), cache.keys, cache.values, cache.lengths.to(in.q.device()), {}, wanted, rope, window(), scale())
+        .unsqueeze(1);
   }
 
   at::Tensor over_cache(const at::Tensor& q, const MixerInput& in) const {
