@@ -23,6 +23,7 @@ struct BenchResult {
 struct BenchModel {
   std::string preset;  // or the path of a training config (.json), whose model it then is
   std::string precision = "float32";  // of activations: float32 or bfloat16; parameters are float32
+  std::string device = "cpu";         // of bench_decode: cpu, cuda or cuda:N
   ModelConfig config() const;
   at::ScalarType compute() const { return precision == "bfloat16" ? at::kBFloat16 : at::kFloat; }
 };
@@ -55,10 +56,12 @@ struct DecodeBenchOptions {
   BenchModel model;
   std::string schedule = "linear";
   std::vector<int64_t> contexts = {512, 2048, 8192};
-  int64_t tokens = 16;  // decoded at each context
+  int64_t tokens = 16;  // decoded at each context, the first of them not timed
+  int64_t batch = 1;    // sequences side by side
 };
-// Token by token behind each of the contexts. Rows: context, ms_per_token (median), relative to the first, predicted_bytes and
-// measured_bytes of state (see StateBytes).
+// Token by token behind each of the contexts, whose rows are random. Rows: context, ms_per_token (the median; on a GPU the mean of tokens that follow one another without the
+// host), relative to the first, bound_ms (weights, recurrent states read and written and, for tokens in attention, their rows, over the rate of a large copy on the device) and
+// the share of it that was reached, predicted_bytes and measured_bytes of state (see StateBytes).
 BenchResult bench_decode(const DecodeBenchOptions& options);
 
 struct StateBenchOptions {

@@ -91,48 +91,4 @@ BenchResult bench_forward(const ForwardBenchOptions& o) {
   return result;
 }
 
-BenchResult bench_decode(const DecodeBenchOptions& o) {
-  const ModelConfig config = o.model.config();
-  const ModelSchedule schedule(config, o.schedule);
-  LanguageModel model(config, o.model.compute());
-  model.initialize(0);
-  for (size_t i = 1; i < o.contexts.size(); ++i) {
-    if (o.contexts[i] < o.contexts[i - 1] + o.tokens) {
-      fail("contexts {} and {}: expected each at least {} tokens (--tokens) above the one before", o.contexts[i - 1], o.contexts[i], o.tokens);
-    }
-  }
-  const int64_t longest = o.contexts.back();
-  // One sequence grows through all contexts; what is decoded at one is part of the next.
-  Session session(model, schedule, session_options(longest, longest + o.tokens, 1024));
-  const std::vector<int32_t> ids = random_tokens(longest + o.tokens, config.vocab_size);
-  const auto take = [&](int64_t count) { return std::span(ids).subspan(static_cast<size_t>(session.length()), static_cast<size_t>(count)); };
-  at::NoGradGuard no_grad;
-  BenchResult result;
-  auto& rows = result.table.rows;
-  for (const int64_t context : o.contexts) {
-    (void)session.extend(take(context - session.length()));
-    const Times times = time_repeated(0, o.tokens, [&] { (void)model.logits(session.extend(take(1))); });
-    const StateBytes predicted = state_bytes(config, session.length(), o.model.compute()), measured = session.state().bytes();
-    const double ms = 1e3 * times.median();
-    rows.push_back({{"context", context},
-                    {"ms_per_token", ms},
-                    {"relative_time", rows.empty() ? 1.0 : ms / rows.front()["ms_per_token"].get<double>()},
-                    {"predicted_bytes", predicted.total()},
-                    {"measured_bytes", measured.total()},
-                    {"difference", static_cast<double>(measured.total()) / static_cast<double>(predicted.total()) - 1},
-                    {"recurrent_bytes", measured.recurrent},
-                    {"resident_bytes", resident_memory()}});
-  }
-  result.table.columns = {{"context", "context", cell_text()},
-                          {"ms_per_token", "ms/token", cell_fixed(2)},
-                          {"relative_time", "relative", cell_fixed(3)},
-                          {"predicted_bytes", "state predicted", cell_bytes()},
-                          {"measured_bytes", "measured", cell_bytes()},
-                          {"difference", "difference", cell_percent()},
-                          {"recurrent_bytes", "recurrent", cell_bytes()},
-                          {"resident_bytes", "process", cell_bytes()}};
-  result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedule", o.schedule}, {"contexts", o.contexts}, {"tokens", o.tokens}};
-  return result;
-}
-
 }  // namespace oryx

@@ -105,7 +105,9 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   auto d = std::make_shared<DecodeBenchOptions>();
   add_model(decode, d->model, d->schedule);
   add_list(decode, "--contexts", d->contexts, "tokens before, ascending");
-  add_count(decode, "--tokens", d->tokens, "decoded at each context");
+  add_count(decode, "--tokens", d->tokens, "decoded at each context, the first of them not timed", 2);
+  add_count(decode, "--batch", d->batch, "sequences side by side");
+  decode.add_option("--device", d->model.device, "cpu, cuda or cuda:N")->capture_default_str();
   finish(decode, d, bench_decode);
 
   CLI::App& state = *app.add_subcommand("state", "trim, rejected draft, fork, save and load against reading the context again");

@@ -74,13 +74,17 @@ class Decoder {
   }
 
   void advance(std::span<const int32_t> ids) {
-    logits_ = model_.logits(session_.extend(ids)).squeeze(0);
+    take(model_.logits(session_.extend(ids)).squeeze(0));
+  }
+
+  void take(const at::Tensor& logits) {
+    logits_ = logits;
     if (options_.vocab_size > 0) logits_ = logits_.narrow(0, 0, options_.vocab_size);
   }
 
   void step(int32_t id) {
     const auto start = std::chrono::steady_clock::now();
-    advance({&id, 1});
+    take(session_.step(id));
     out_.stats.decode_seconds += seconds_since(start);
     ++out_.stats.decode_steps;
   }

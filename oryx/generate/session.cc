@@ -9,6 +9,7 @@
 #include "oryx/common/error.h"
 #include "oryx/common/file.h"
 #include "oryx/common/interrupt.h"
+#include "oryx/common/log.h"
 #include "oryx/common/progress.h"
 #include "oryx/model/inspect.h"
 #include "oryx/model/routed_cost.h"
@@ -110,6 +111,23 @@ at::Tensor Session::run(std::span<const int32_t> ids) {
   length_ += count;
   attention_tokens_ += oryx::attention_share(model_.config(), input.routing) * static_cast<double>(count);
   return hidden;
+}
+
+at::Tensor Session::step(int32_t id) {
+  TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
+  at::NoGradGuard no_grad;
+  if (!asked_ && !model_.device().is_cpu()) {
+    std::string why;
+    fused_ = make_fused_decoder(model_, state_, options_.tokens, &why);
+    if (fused_ == nullptr) log::warn_once("decoding operator by operator, slowly: {}", why);
+  }
+  asked_ = true;
+  if (fused_ == nullptr || !fused_->fits()) return model_.logits(extend({&id, 1})).squeeze(0);
+  const auto routing = route(length_, 1);
+  const at::Tensor logits = fused_->step({id}, routing).squeeze(0);
+  ++length_;
+  attention_tokens_ += oryx::attention_share(model_.config(), routing);
+  return logits;
 }
 
 at::Tensor Session::extend(std::span<const int32_t> ids, int64_t keep) {

@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "oryx/generate/fused_decoder.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
 
@@ -32,6 +33,9 @@ struct SessionOptions {
 
 class Session {
  public:
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
   // Model and schedule must outlive the session. Throws Error when the plan exceeds the free memory, before allocating.
   Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options);
 
@@ -41,6 +45,10 @@ class Session {
   // Runs `ids` (at least one) behind the tokens held, piece by piece -> hidden states [keep, D] of the last `keep` of them (1 <= keep <=
   // ids). Throws Interrupted between pieces after Ctrl-C, Error for ids outside of the vocabulary.
   at::Tensor extend(std::span<const int32_t> ids, int64_t keep = 1);
+
+  // Runs one token behind those held -> its logits [vocabulary], valid until the next call. Like extend() and the model's head, but through the fused decoder where there is
+  // one for this model and device.
+  at::Tensor step(int32_t id);
 
   // Forgets the tokens from `length` on (State::trim).
   void trim(int64_t length);
@@ -63,6 +71,8 @@ class Session {
   State state_;
   int64_t length_ = 0;
   double attention_tokens_ = 0;
+  std::unique_ptr<FusedDecoder> fused_;  // made by the first step()
+  bool asked_ = false;
 };
 
 }  // namespace oryx

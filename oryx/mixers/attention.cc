@@ -2,12 +2,14 @@
 //
 //   o_t = sum_{s <= t} softmax_s(rope(q_t) . rope(k_s) / sqrt(K)) v_s          sliding_window: s > t - window
 //
-// RoPE works on a view of k: the linear mixers and the cache see it unrotated.
+// RoPE works on a view of k: the linear mixers and the cache see it unrotated. One new token a sequence rotates the
+// cached keys as it reads them; a longer piece rotates a copy.
 #include <ATen/ATen.h>
 
 #include <array>
 
 #include "oryx/mixers/mixer.h"
+#include "oryx/ops/decode_attention/decode_attention.h"
 #include "oryx/ops/norm/norm.h"
 #include "oryx/ops/rope/rope.h"
 #include "oryx/ops/span_attention/sink_attention.h"
@@ -39,6 +41,10 @@ class Attention : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
+    // Keys that pass through a norm first are normalised and rotated in a copy.
+    if (in.cache != nullptr && in.cache->window == 0 && in.q.size(1) == 1 && !in.sequences.cu_seqlens &&
+        !k_norm_.defined())
+      return one_token(in);
     const at::Tensor q = rotate(in.q, q_norm_, in.sequences.positions);  // [B, T, H, K]
     if (in.cache == nullptr) {
       const at::Tensor k = rotate(in.k, k_norm_, in.sequences.positions);  // [B, T, Hk, K]
@@ -60,7 +66,8 @@ class Attention : public Mixer {
     at::Tensor y = x;  // [B, T, heads, K]
     if (norm_weight.defined()) {
       const bool together = config_.qk_norm_over == "all_heads";
-      y = ops::rms_norm(together ? x.flatten(2) : x, norm_weight, config_.norm_eps, config_.zero_centred_norm).reshape(x.sizes());
+      y = ops::rms_norm(together ? x.flatten(2) : x, norm_weight, config_.norm_eps, config_.zero_centred_norm)
+              .reshape(x.sizes());
     }
     return config_.rope_theta > 0 ? ops::rope(y, positions, config_.rope_theta, config_.rotary_dim) : y;
   }
@@ -68,6 +75,19 @@ class Attention : public Mixer {
   std::optional<double> scale() const {
     if (config_.attention_scale > 0) return config_.attention_scale;
     return std::nullopt;
+  }
+
+  at::Tensor one_token(const MixerInput& in) const {
+    const auto& cache = *in.cache;
+    std::optional<at::Tensor> wanted;
+    if (in.spans) {
+      const at::Tensor rows = in.spans->select(1, 0).to(at::kLong);
+      wanted = at::zeros({in.q.size(0)}, at::device(in.q.device()).dtype(at::kBool)).index_fill_(0, rows, true);
+    }
+    const ops::DecodeRope rope{config_.rope_theta > 0 ? config_.rope_theta : 0, config_.rotary_dim};
+    return ops::decode_attention(in.q.squeeze(1), cache.keys, cache.values, cache.lengths.to(in.q.device()), {}, wanted,
+                                 rope, window(), scale())
+        .unsqueeze(1);
   }
 
   at::Tensor over_cache(const at::Tensor& q, const MixerInput& in) const {
@@ -88,7 +108,8 @@ class Attention : public Mixer {
     return ops::span_attention(q, ks, vs, in.spans, in.sequences.cu_seqlens, cu_k, {}, window(), scale());
   }
 
-  // Packed sequences with pasts of different lengths: their keys and values [N, longest, Hk, K or V] as [1, sum, Hk, K or V], and the bounds.
+  // Packed sequences with pasts of different lengths: their keys and values [N, longest, Hk, K or V] as [1, sum, Hk, K
+  // or V], and the bounds.
   static std::array<at::Tensor, 3> side_by_side(const at::Tensor& k, const at::Tensor& v, const at::Tensor& lengths) {
     std::vector<at::Tensor> ks, vs;
     std::vector<int32_t> bounds{0};
@@ -105,9 +126,16 @@ class Attention : public Mixer {
   at::Tensor over_window(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const MixerInput& in) const {
     const auto& cache = *in.cache;
     const int64_t N = k.size(0), first = cache.first_keys.size(1);
-    ops::SinkAttention a{.q = q, .k = k, .v = v, .positions = in.sequences.positions, .spans = in.spans, .window = cache.window, .scale = scale()};
+    ops::SinkAttention a{.q = q,
+                         .k = k,
+                         .v = v,
+                         .positions = in.sequences.positions,
+                         .spans = in.spans,
+                         .window = cache.window,
+                         .scale = scale()};
     a.reach = window();
-    a.sink_k = rotate(cache.first_keys, k_norm_, at::arange(first, cache.lengths.options()).to(q.device()).expand({N, first}));
+    a.sink_k =
+        rotate(cache.first_keys, k_norm_, at::arange(first, cache.lengths.options()).to(q.device()).expand({N, first}));
     a.sink_v = cache.first_values;
     a.key_lengths = cache.lengths;
     if (!in.sequences.cu_seqlens) return ops::sink_attention(a);

@@ -160,7 +160,7 @@ at::Tensor step_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
   const Problem p = gated_delta::check_step("gated_delta_step", q, k, v, g, beta, state, scale, l2_eps);
   Inputs x = widen(q, k, v, g, beta, {});
   for (at::Tensor* t : {&x.q, &x.k, &x.v, &x.g, &x.beta}) *t = t->contiguous();
-  if (state.scalar_type() == at::kDouble || !state.is_cpu()) return gated_delta::plain_step(p, x, state).to(v.scalar_type());
+  if (state.scalar_type() == at::kDouble) return gated_delta::plain_step(p, x, state).to(v.scalar_type());
   if (state.stride(3) == 1 && state.stride(2) == p.K) return gated_delta::kernel_step(p, x, state).to(v.scalar_type());
   log::warn_once(
       "gated_delta_step: the state's last two axes are not dense; stepping by plain tensor operations, slowly");
@@ -201,7 +201,6 @@ TORCH_LIBRARY_IMPL(oryx, AutogradCPU, m) { m.impl("gated_delta_rule", rule_autog
 // The same functions: the forms behind them run on any device.
 TORCH_LIBRARY_IMPL(oryx, CUDA, m) {
   m.impl("gated_delta_rule", rule_cpu);
-  m.impl("gated_delta_step", step_cpu);
 }
 TORCH_LIBRARY_IMPL(oryx, AutogradCUDA, m) { m.impl("gated_delta_rule", rule_autograd); }
 

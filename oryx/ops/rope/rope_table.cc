@@ -12,7 +12,7 @@
 namespace oryx::ops {
 namespace {
 
-// 65,536 positions of width 64 are 16 MB; positions beyond are computed for each call.
+// 65,536 positions of width 64 are 16 MB; positions beyond are computed for each call, but for rope_rows().
 constexpr int64_t kKeptPositions = 65536;
 
 std::vector<double> frequencies(double theta, int64_t rotary_dim) {
@@ -81,5 +81,7 @@ std::shared_ptr<const RopeTable> rope_table(const int32_t* positions, int64_t n,
   if (largest < kKeptPositions) return kept_table(largest + 1, theta, rotary_dim);
   return own_table(positions, n, theta, rotary_dim);
 }
+
+std::shared_ptr<const RopeTable> rope_rows(int64_t n, double theta, int64_t rotary_dim) { return kept_table(n, theta, rotary_dim); }
 
 }  // namespace oryx::ops

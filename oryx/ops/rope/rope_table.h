@@ -19,4 +19,8 @@ struct RopeTable {
 // Thread-safe.
 std::shared_ptr<const RopeTable> rope_table(const int32_t* positions, int64_t n, double theta, int64_t rotary_dim);
 
+// A table whose row p is position p, for every p < n: kept and grown as above, however long. For a caller that reads n keys anyway, so that the
+// table stays small beside what it reads.
+std::shared_ptr<const RopeTable> rope_rows(int64_t n, double theta, int64_t rotary_dim);
+
 }  // namespace oryx::ops

@@ -132,11 +132,20 @@ struct DecodeQuery {
 };
 
 void decode(const View& view, std::vector<DecodeQuery>& queries, const at::Tensor& q, const at::Tensor& o,
-            const at::Tensor& lse, double scale) {
+            const at::Tensor& lse, double scale, const RopeTable* table) {
   if (queries.empty()) return;
   const int64_t Hq = view.Hq, K = view.widths.key, V = view.widths.value;
-  const cpu::DecodeShape shape{
-      Hq, view.Hk, K, V, view.k_strides[1], view.k_strides[2], view.v_strides[1], view.v_strides[2]};
+  const cpu::DecodeShape shape{Hq,
+                               view.Hk,
+                               K,
+                               V,
+                               view.k_strides[1],
+                               view.k_strides[2],
+                               view.v_strides[1],
+                               view.v_strides[2],
+                               table != nullptr ? table->cosine.data() : nullptr,
+                               table != nullptr ? table->sine.data() : nullptr,
+                               table != nullptr ? table->half : 0};
   std::vector<std::pair<int64_t, int64_t>> parts;  // (query, part)
   std::vector<int64_t> rows;
   for (size_t n = 0; n < queries.size(); ++n) {
@@ -152,7 +161,7 @@ void decode(const View& view, std::vector<DecodeQuery>& queries, const at::Tenso
   const int64_t count = static_cast<int64_t>(parts.size());
   at::Tensor max = at::empty({count, Hq}, scaled.options()), sum = at::empty_like(max),
              acc = at::empty({count, Hq, V}, scaled.options());
-  run_balanced(count, cpu::decode_scratch(Hq), [&](int64_t i, float* scratch) {
+  run_balanced(count, cpu::decode_scratch(Hq, K), [&](int64_t i, float* scratch) {
     const auto [n, p] = parts[static_cast<size_t>(i)];
     const DecodeQuery& query = queries[static_cast<size_t>(n)];
     const int64_t begin = query.keys.begin + p * kDecodePart, end = std::min(query.keys.end, begin + kDecodePart);
@@ -224,10 +233,8 @@ void add_partial(const BackwardTask& task, const at::Tensor& partial, const at::
   }
 }
 
-}  // namespace
-
-std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q_in, const at::Tensor& k_in,
-                                                     const at::Tensor& v_in, const AttentionPlan& plan, bool want_lse) {
+std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                                          const AttentionPlan& plan, bool want_lse, const RopeTable* table) {
   const at::Tensor q = q_in.contiguous(), k = rows_in_order(k_in), v = rows_in_order(v_in);
   const View view(q, k, v, plan);
   const std::vector<int64_t> shape{q.size(0), q.size(1), q.size(2), v.size(3)};
@@ -239,6 +246,8 @@ std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q_in, con
   std::vector<DecodeQuery> single;
   for (const AttentionSequence& s : plan.sequences) {
     const std::vector<int64_t> queries = plan.computed_queries(s);
+    TORCH_CHECK(table == nullptr || queries.size() <= 1, "span_attention: keys are rotated as they are read for one query a sequence, not ",
+                queries.size());
     if (queries.size() == 1) {
       single.push_back({&s, s.row * view.Tq + s.q_begin + queries[0], plan.visible(s, queries[0]), 0, 0});
       continue;
@@ -246,8 +255,20 @@ std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q_in, con
     for (int64_t head = 0; head < view.Hk && !queries.empty(); ++head) add_tiles(view, plan, s, queries, head, tiles);
   }
   forward_tiles(view, tiles, o.mutable_data_ptr(), want_lse ? lse.mutable_data_ptr<float>() : nullptr);
-  decode(view, single, q, o, lse, plan.scale);
+  decode(view, single, q, o, lse, plan.scale, table);
   return {o, lse};
+}
+
+}  // namespace
+
+std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                     const AttentionPlan& plan, bool want_lse) {
+  return forward(q, k, v, plan, want_lse, nullptr);
+}
+
+at::Tensor span_attention_cpu_decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionPlan& plan,
+                                     const RopeTable& table) {
+  return forward(q, k, v, plan, false, &table).first;
 }
 
 std::array<at::Tensor, 3> span_attention_cpu_backward(const at::Tensor& q_in, const at::Tensor& k_in,

@@ -39,6 +39,41 @@ HWY_INLINE void AddScaled(float p, const T* HWY_RESTRICT v, float* HWY_RESTRICT 
   for (; i < width; ++i) acc[i] += p * ToFloat(v[i]);
 }
 
+// A key of `width` values rotated into `out`, its first 2 * half of them in pairs (i, i + half): rope_kernels.cc for a key that lies in a cache.
+template <typename T>
+HWY_INLINE void RotateKey(const T* HWY_RESTRICT k, const float* HWY_RESTRICT cosine, const float* HWY_RESTRICT sine, int64_t half,
+                          int64_t width, float* HWY_RESTRICT out) {
+  int64_t m = 0;
+  for (; m + kN <= half; m += kN) {
+    const Vec c = hn::LoadU(d, cosine + m), s = hn::LoadU(d, sine + m);
+    const Vec a = LoadFloats(k + m), b = LoadFloats(k + half + m);
+    hn::StoreU(hn::NegMulAdd(b, s, hn::Mul(a, c)), d, out + m);
+    hn::StoreU(hn::MulAdd(a, s, hn::Mul(b, c)), d, out + half + m);
+  }
+  for (; m < half; ++m) {
+    const float a = ToFloat(k[m]), b = ToFloat(k[half + m]);
+    out[m] = a * cosine[m] - b * sine[m];
+    out[half + m] = b * cosine[m] + a * sine[m];
+  }
+  for (m = 2 * half; m < width; ++m) out[m] = ToFloat(k[m]);
+}
+
+// Scores of the key at `key` for every query head: score of head h to scores[h * kDecodeKeys].
+template <typename T>
+HWY_INLINE void ScoreKey(const DecodeShape& s, const float* HWY_RESTRICT q, const T* HWY_RESTRICT key, int64_t j,
+                         float* HWY_RESTRICT scores, float* HWY_RESTRICT rotated) {
+  const int64_t group = s.query_heads / s.key_heads;
+  for (int64_t h = 0; h < s.query_heads; ++h) {
+    const T* k = key + h / group * s.key_head_stride;
+    if (s.cosine == nullptr) {
+      scores[h * kDecodeKeys] = Dot(q + h * s.key, k, s.key);
+      continue;
+    }
+    if (h % group == 0) RotateKey(k, s.cosine + j * s.half, s.sine + j * s.half, s.half, s.key, rotated);
+    scores[h * kDecodeKeys] = Dot(q + h * s.key, rotated, s.key);
+  }
+}
+
 // Scores s[keys] of one head to probabilities under the running maximum; the accumulator follows it.
 HWY_INLINE void DecodeSoftmax(int64_t keys, float* HWY_RESTRICT s, float* max, float* sum, float* HWY_RESTRICT acc,
                               int64_t width) {
@@ -65,17 +100,13 @@ template <typename T>
 void Decode(const DecodeShape& s, const float* q, const T* k, const T* v, int64_t begin, int64_t end, float* max,
             float* sum, float* acc, float* scores) {
   const int64_t group = s.query_heads / s.key_heads;
+  float* rotated = scores + s.query_heads * kDecodeKeys;
   std::fill(max, max + s.query_heads, -1e30f);
   std::fill(sum, sum + s.query_heads, 0.0f);
   std::fill(acc, acc + s.query_heads * s.value, 0.0f);
   for (int64_t j = begin; j < end; j += kDecodeKeys) {
     const int64_t keys = std::min(kDecodeKeys, end - j);
-    for (int64_t t = 0; t < keys; ++t) {
-      for (int64_t h = 0; h < s.query_heads; ++h) {
-        const T* key = k + (j + t) * s.key_stride + h / group * s.key_head_stride;
-        scores[h * kDecodeKeys + t] = Dot(q + h * s.key, key, s.key);
-      }
-    }
+    for (int64_t t = 0; t < keys; ++t) ScoreKey(s, q, k + (j + t) * s.key_stride, j + t, scores + t, rotated);
     for (int64_t h = 0; h < s.query_heads; ++h) {
       DecodeSoftmax(keys, scores + h * kDecodeKeys, max + h, sum + h, acc + h * s.value, s.value);
     }
@@ -125,7 +156,7 @@ namespace oryx::ops::attention_cpu {
 HWY_EXPORT(DecodePart);
 HWY_EXPORT(DecodeMerge);
 
-int64_t decode_scratch(int64_t query_heads) { return query_heads * 32; }
+int64_t decode_scratch(int64_t query_heads, int64_t key_width) { return query_heads * 32 + key_width; }
 
 void decode_part(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin,
                  int64_t end, float* max, float* sum, float* acc, float* scratch) {

@@ -49,8 +49,11 @@ constexpr float kLn2 = 0.693147180559945309417f;
 struct DecodeShape {
   int64_t query_heads, key_heads, key, value;
   int64_t key_stride, key_head_stride, value_stride, value_head_stride;
+  // Keys that were kept before RoPE are rotated as they are read: row j of cosine and sine [keys, half] is key j's. Null: they are taken as they are.
+  const float *cosine, *sine;
+  int64_t half;
 };
-int64_t decode_scratch(int64_t query_heads);
+int64_t decode_scratch(int64_t query_heads, int64_t key_width);
 void decode_part(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin,
                  int64_t end, float* max, float* sum, float* acc, float* scratch);
 // Merges the parts [parts, ...] in order into o [Hq, V] and lse [Hq] (log2; may be null).

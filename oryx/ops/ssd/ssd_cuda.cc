@@ -91,18 +91,11 @@ SsdEight ssd_backward_cuda(const at::Tensor& d_o, const SsdOptional& d_final_sta
   return {d_q, d_k, d_v, as(d_dt_raw, dt_raw), as(d_dt_bias, dt_bias), as(d_A_log, A_log), as(d_D, D), d_state.defined() ? as(d_state, *initial_state) : d_state};
 }
 
-at::Tensor ssd_step_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& dt_raw, const at::Tensor& dt_bias,
-                         const at::Tensor& A_log, const at::Tensor& D, at::Tensor& state) {
-  log::warn_once("ssd_step: on CUDA by batched matrix products, slowly");
-  return ssd_step_general(q, k, v, dt_raw, dt_bias, A_log, D, state);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(oryx, CUDA, m) {
   m.impl("ssd", ssd_cuda);
   m.impl("ssd_backward", ssd_backward_cuda);
-  m.impl("ssd_step", ssd_step_cuda);
 }
 
 }  // namespace oryx::ops

@@ -1,0 +1,60 @@
+// One token of one sequence through a whole Oryx-GDN stack in a single persistent kernel (decode_step.cu): the C interface.
+//
+// Every multiprocessor streams its share of all weights, of the recurrent states and, in attention mode, of the cached keys and values through one ring in shared
+// memory. What it will need next depends on no activation, so that the stream runs on while the multiprocessors wait for each other. Token, position and modes are read
+// from device memory: a captured launch stays valid for every token, context length and mode.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Device pointers of one layer. D = hidden size, H heads of K = V = 128 with D = H K, F = intermediate size. Weights bfloat16 [out, in], the rest float32 where not said otherwise.
+typedef struct {
+  const void* w_in;        // [4 D (+ D), D]: keys, values, gate, query of the linear mixer (, query of attention)
+  const float* w_beta_decay;  // [2 H, D]: b_proj, then a_proj
+  const void* w_out;       // [D, D]
+  const void* w_gate_up;   // [2 F, D]: rows of gate_proj and up_proj in turn
+  const void* w_down;      // [D, F]
+  const float *norm1, *norm2;     // [D]
+  const float *k_conv, *v_conv;   // [D, 4]
+  const float *A_log, *dt_bias;   // [H]
+  const float* o_norm;            // [128]
+  void *k_tail, *v_tail;   // bfloat16 [D, 3]: inputs of the convolutions, oldest first
+  float* S;                // [H, 128, 128]: value rows, key columns
+  void *keys, *values;     // bfloat16 [capacity, H, 128], keys before RoPE; null: no rows are kept, and attention is not to be asked for
+  float *g_rows, *beta_rows;      // [capacity, H], null with keys
+  int8_t* mode_rows;       // [capacity], may be null
+} OryxDecodeLayer;
+
+typedef struct {
+  const OryxDecodeLayer* layers;  // [num_layers] on the device
+  int32_t num_layers, vocab_size, below;
+  int64_t capacity;               // rows of keys and values
+  const void* embed;              // bfloat16 [vocab_size, D]
+  const void* head;               // bfloat16 [vocab_size, D]
+  const float* final_norm;        // [D]
+  const float* rope;              // [capacity, 2, 64]: cosines and sines of position p; unused without keys
+  int32_t* token;                 // [1] the token to run
+  int32_t* position;              // [1] tokens before it; one more afterwards
+  const uint8_t* modes;           // [num_layers] 0: linear, 1: attention
+  const int32_t* feed_back;       // [1] non-zero: the likeliest token becomes the next to run
+  int32_t* id_rows;               // [capacity] may be null
+  int32_t* likeliest;             // [1] of the first `below` logits, the first of equals
+  float* logits;                  // [vocab_size]
+  void* workspace;                // oryx_decode_workspace() bytes, zeroed once before the first launch
+  float norm_eps, head_norm_eps, attention_scale;
+  long long* trace;
+} OryxDecodeStep;
+
+int64_t oryx_decode_workspace(int32_t hidden_size, int32_t intermediate_size);
+// 1 when there is a kernel for this shape on the current device.
+int oryx_decode_supports(int32_t hidden_size, int32_t num_heads, int32_t intermediate_size);
+// Enqueues the step; returns a cudaError_t.
+int oryx_decode_step(const OryxDecodeStep* step, int32_t hidden_size, int32_t intermediate_size, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

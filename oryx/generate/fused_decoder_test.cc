@@ -1,0 +1,133 @@
+#include "oryx/generate/fused_decoder.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/core/grad_mode.h>
+#include <gtest/gtest.h>
+
+#include "oryx/generate/session.h"
+
+namespace oryx {
+namespace {
+
+ModelConfig small(int64_t hidden, int64_t heads, int64_t intermediate) {
+  ModelConfig c;
+  c.vocab_size = 320, c.num_layers = 2;
+  c.layer.hidden_size = hidden, c.layer.num_heads = heads, c.layer.head_dim = 128, c.layer.intermediate_size = intermediate;
+  c.validate();
+  return c;
+}
+
+TEST(FusedDecoder, SaysWhyThereIsNone) {
+  const LanguageModel model(small(256, 2, 256), at::kBFloat16);
+  State state = model.make_state(1);
+  std::string why;
+  EXPECT_EQ(make_fused_decoder(model, state, 8, &why), nullptr);
+  EXPECT_EQ(why, "the model is not on a GPU");
+}
+
+// Where there is none, a session's step is the generic one.
+TEST(FusedDecoder, StepEqualsExtend) {
+  const at::NoGradGuard no_grad;
+  LanguageModel model(small(256, 2, 256));
+  model.initialize(1);
+  const ModelSchedule schedule(model.config(), "linear,attention@7:9");
+  Session a(model, schedule, {.prompt_length = 4, .tokens = 12}), b(model, schedule, {.prompt_length = 4, .tokens = 12});
+  const std::vector<int32_t> ids = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8};
+  (void)a.extend(std::span(ids).first(4)), (void)b.extend(std::span(ids).first(4));
+  for (size_t t = 4; t < ids.size(); ++t) {
+    EXPECT_TRUE(at::equal(a.step(ids[t]), model.logits(b.extend(std::span(ids).subspan(t, 1))).squeeze(0)));
+  }
+  EXPECT_EQ(a.length(), b.length());
+  EXPECT_EQ(a.attention_share(), b.attention_share());
+}
+
+class FusedDecoderCuda : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
+  }
+};
+
+double error(const at::Tensor& x, const at::Tensor& ref) {
+  return ((x.to(at::kDouble) - ref.to(at::kDouble)).norm() / ref.to(at::kDouble).norm().clamp_min(1e-30)).item<double>();
+}
+
+// Sequences of different modes, which change from token to token, against the generic way from the same state.
+void compare(const ModelConfig& config, int64_t N) {
+  const at::NoGradGuard no_grad;
+  LanguageModel model(config, at::kBFloat16);
+  model.initialize(1);
+  model.to(at::kCUDA);
+  constexpr int64_t kPrompt = 37, kSteps = 6;
+  State generic = model.make_state(N), own = model.make_state(N);
+  generic.reserve(kPrompt + kSteps), own.reserve(kPrompt + kSteps);
+  ModelInput prompt;
+  prompt.input_ids = at::randint(config.vocab_size, {N, kPrompt}, at::kLong);
+  prompt.routing = {std::make_shared<Routing>(N, kPrompt, "gated_delta_net")};
+  for (State* s : {&generic, &own}) {
+    prompt.state = s;
+    (void)model.hidden(prompt);
+  }
+  std::string why;
+  const auto fused = make_fused_decoder(model, own, kPrompt + kSteps, &why);
+  ASSERT_NE(fused, nullptr) << why;
+  for (int64_t t = 0; t < kSteps; ++t) {
+    std::vector<RoutedSpan> spans;
+    std::vector<int32_t> ids;
+    for (int64_t n = 0; n < N; ++n) {
+      spans.push_back({static_cast<int32_t>(n), 0, 1, static_cast<int32_t>((n + t) % 2)});
+      ids.push_back(static_cast<int32_t>((31 * n + 7 * t) % config.vocab_size));
+    }
+    ModelInput input;
+    input.input_ids = at::tensor(ids, at::kInt).to(at::kLong).view({N, 1});
+    input.routing = {std::make_shared<Routing>(N, 1, std::vector<std::string>{"gated_delta_net", "attention"}, spans)};
+    input.state = &generic;
+    const at::Tensor expected = model.logits(model.hidden(input)).squeeze(1);
+    ASSERT_TRUE(fused->fits());
+    const at::Tensor logits = fused->step(ids, input.routing);
+    EXPECT_LT(error(logits, expected), 3e-2) << "step " << t;
+    EXPECT_TRUE(at::equal(fused->likeliest().to(at::kLong), logits.to(at::kFloat).argmax(-1))) << "step " << t;
+    for (int64_t i = 0; i < config.num_layers; ++i) {
+      for (const char* slot : {"gated_delta_net.S", "k_conv", "v_conv"}) {
+        EXPECT_LT(error(own.layer(i).tensor(slot), generic.layer(i).tensor(slot)), 3e-2) << slot << " of layer " << i << ", step " << t;
+      }
+      for (const char* slot : {"keys", "values", "gated_delta_net.g", "gated_delta_net.beta", "mode"}) {
+        EXPECT_LT(error(own.rows(i, slot, kPrompt + t + 1), generic.rows(i, slot, kPrompt + t + 1)), 3e-2) << slot << " of layer " << i << ", step " << t;
+      }
+    }
+    EXPECT_TRUE(at::equal(own.rows(config.num_layers, "ids", kPrompt + t + 1), generic.rows(config.num_layers, "ids", kPrompt + t + 1)));
+    EXPECT_EQ(own.lengths(), generic.lengths());
+  }
+}
+
+TEST_F(FusedDecoderCuda, BatchEqualsGeneric) { compare(small(256, 2, 288), 5); }
+TEST_F(FusedDecoderCuda, WideBatchEqualsGeneric) { compare(small(384, 3, 256), 64); }
+TEST_F(FusedDecoderCuda, OneSequenceEqualsGeneric) { compare(small(256, 2, 256), 1); }
+TEST_F(FusedDecoderCuda, PersistentKernelEqualsGeneric) { compare(small(2048, 16, 5440), 1); }
+
+// What another changes in the state between steps is seen: a trim goes back, a fork takes the pages apart.
+TEST_F(FusedDecoderCuda, GoesOnBehindTrimAndFork) {
+  const at::NoGradGuard no_grad;
+  LanguageModel model(small(256, 2, 256), at::kBFloat16);
+  model.initialize(1);
+  model.to(at::kCUDA);
+  const ModelSchedule schedule(model.config(), "linear,attention@20:");
+  const std::vector<int32_t> ids(30, 17);
+  Session a(model, schedule, {.prompt_length = 16, .tokens = 40}), b(model, schedule, {.prompt_length = 16, .tokens = 40});
+  (void)a.extend(std::span(ids).first(16));
+  at::Tensor last;
+  for (int t = 0; t < 8; ++t) (void)a.step(17 + t);
+  a.trim(18);
+  const State fork = a.state().fork({0});
+  for (int t = 2; t < 8; ++t) last = a.step(17 + t).clone();
+  (void)b.extend(std::span(ids).first(16));
+  for (int t = 0; t < 8; ++t) {
+    const at::Tensor expected = b.step(17 + t);
+    if (t == 7) EXPECT_LT(error(last, expected), 3e-2);
+  }
+  EXPECT_EQ(fork.lengths()[0], 18);
+}
+
+}  // namespace
+}  // namespace oryx

@@ -1,0 +1,47 @@
+// C interface of the decode attention kernels (decode_attention.cu, decode_attention_plain.cu): pointers, sizes in elements, a stream; each returns a cudaError_t.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+  const void* q;        // [N, Hq, K], q_row elements between sequences
+  const void* keys;     // before RoPE; strides below
+  const void* values;
+  void* o;              // [N, Hq, V]
+  const int32_t* lengths;  // [N]
+  const int32_t* blocks;   // [N, most_blocks] or null
+  const uint8_t* wanted;   // [N] or null
+  const float* rope;       // [capacity, 2, rotated / 2] cosines and sines of each position; null: no rotation
+  int64_t N, Hq, Hk, K, V;
+  int64_t capacity;        // tokens of a sequence at most
+  int64_t page, most_blocks;  // tokens of a page; unused without blocks
+  int64_t key_row, key_token, key_head;  // strides of keys: between sequences (pages), tokens, heads
+  int64_t value_row, value_token, value_head;
+  int64_t window;          // 0: unlimited
+  int64_t rotated;         // values of a head that are rotated
+  int64_t q_row;
+  float scale;
+  // Of the split kernel alone, null elsewhere: o becomes RMSNorm(o) * head_norm * silu(gate) by head, in activations of Hq * V columns (oryx/ops/cuda/fragments.cuh), and what
+  // is not wanted is left as it is.
+  const void* gate;        // [N, Hq, V], gate_row elements between sequences
+  const float* head_norm;  // [V]
+  int64_t gate_row;
+  float head_norm_eps;
+  int32_t o_tiles;         // of those activations
+} OryxDecodeAttention;
+
+// bfloat16, K = V of 64 or 128, all of a head rotated or nothing, 1, 2, 4 or 8 query heads a key head, heads dense: split along the keys.
+int oryx_decode_attention_supports(const OryxDecodeAttention* a);
+int64_t oryx_decode_attention_workspace(const OryxDecodeAttention* a);
+int oryx_decode_attention(const OryxDecodeAttention* a, void* workspace, void* stream);
+
+// Any shape, float32 (dtype 0) or bfloat16 (1): a block for each query head of each sequence.
+int oryx_decode_attention_plain(const OryxDecodeAttention* a, int dtype, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

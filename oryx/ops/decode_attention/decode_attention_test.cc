@@ -1,0 +1,161 @@
+#include "oryx/ops/decode_attention/decode_attention.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "oryx/common/error.h"
+#include "oryx/ops/rope/rope.h"
+#include "oryx/ops/span_attention/span_attention.h"
+#include "tests/support/fixtures.h"
+
+namespace oryx::ops {
+namespace {
+
+using oryx::test::norm_error;
+
+struct Case {
+  at::Tensor q, keys, values, lengths;
+  std::optional<at::Tensor> blocks, wanted;
+  DecodeRope rope = {10000, 0};
+  int64_t window = 0;
+  std::optional<double> scale;
+
+  Case to(at::ScalarType dtype) const {
+    Case c = *this;
+    c.q = q.to(dtype), c.keys = keys.to(dtype), c.values = values.to(dtype);
+    return c;
+  }
+};
+
+Case make_case(const std::vector<int32_t>& lengths, int64_t capacity, int64_t Hq, int64_t Hk, int64_t K, int64_t V) {
+  const auto N = static_cast<int64_t>(lengths.size());
+  return {at::randn({N, Hq, K}), at::randn({N, capacity, Hk, K}), at::randn({N, capacity, Hk, V}), at::tensor(lengths, at::kInt), {}, {}, {10000, 0}, 0, {}};
+}
+
+at::Tensor run(const Case& c) {
+  return decode_attention(c.q, c.keys, c.values, c.lengths, c.blocks, c.wanted, c.rope, c.window, c.scale);
+}
+at::Tensor run_naive(const Case& c) {
+  return decode_attention_naive(c.q, c.keys, c.values, c.lengths, c.blocks, c.wanted, c.rope, c.window, c.scale);
+}
+
+void expect_like_naive(const Case& c, const std::string& what, double limit = 4e-6) {
+  EXPECT_LT(norm_error(run(c), run_naive(c.to(at::kDouble))), limit) << what;
+  const Case narrow = c.to(at::kBFloat16);
+  EXPECT_LT(norm_error(run(narrow), run_naive(narrow.to(at::kDouble))), 1e-2) << what << ", bfloat16";
+}
+
+TEST(DecodeAttention, EqualsNaiveAtOddShapes) {
+  at::manual_seed(1);
+  for (const auto& [K, V] : {std::pair<int64_t, int64_t>{8, 8}, {16, 24}, {64, 64}, {128, 128}, {34, 17}}) {
+    for (const int64_t heads : {1, 2, 6}) {
+      expect_like_naive(make_case({1, 37, 600, 1025}, 1100, 6, heads, K, V), c10::str("K ", K, ", V ", V, ", ", heads, " key heads"));
+    }
+  }
+}
+
+// Positions at which float32 angles would be off, and tables longer than those kept for rope().
+TEST(DecodeAttention, FarPositions) {
+  at::manual_seed(2);
+  expect_like_naive(make_case({70001}, 70001, 1, 1, 8, 8), "70,001 keys");
+}
+
+// The unfused form: all keys rotated into a copy, then span attention. In float32 rotated keys have the same bits either way.
+TEST(DecodeAttention, EqualsRotatedCopyBitForBit) {
+  at::manual_seed(3);
+  Case c = make_case({900, 513}, 1000, 4, 2, 64, 64);
+  for (const int64_t rotary : {0, 32}) {
+    c.rope.rotary_dim = rotary;
+    const at::Tensor positions = at::arange(1000, at::kInt).expand({2, 1000});
+    const at::Tensor k = rope(c.keys, positions, c.rope.theta, rotary);
+    const at::Tensor q = rope(c.q.unsqueeze(1), (c.lengths - 1).unsqueeze(1), c.rope.theta, rotary);
+    EXPECT_TRUE(at::equal(run(c), span_attention(q, k, c.values, {}, {}, {}, c.lengths).squeeze(1))) << "rotary_dim " << rotary;
+  }
+}
+
+TEST(DecodeAttention, OptionsEqualNaive) {
+  at::manual_seed(4);
+  Case c = make_case({700, 3, 64, 900}, 900, 4, 2, 32, 32);
+  c.window = 100;
+  expect_like_naive(c, "window");
+  c.window = 1;
+  expect_like_naive(c, "window 1");
+  c.window = 0;
+  c.scale = 0.3;
+  expect_like_naive(c, "scale");
+  c.rope.rotary_dim = 8;
+  expect_like_naive(c, "part of a head rotated");
+  c.rope = {};
+  expect_like_naive(c, "no rotation");
+  c.rope = {500000, 0};
+  c.keys = c.keys.transpose(1, 2).contiguous().transpose(1, 2);  // heads before tokens
+  expect_like_naive(c, "other strides");
+}
+
+TEST(DecodeAttention, RowsThatAreNotWantedAreZeroAndNotRead) {
+  at::manual_seed(5);
+  Case c = make_case({200, 100, 300}, 300, 2, 2, 16, 16);
+  const at::Tensor all = run(c);
+  c.wanted = at::tensor({1, 0, 1}, at::kInt).to(at::kBool);
+  c.keys[1].fill_(NAN);
+  const at::Tensor some = run(c);
+  EXPECT_TRUE(at::equal(some[0], all[0]));
+  EXPECT_TRUE(at::equal(some[2], all[2]));
+  EXPECT_EQ(some[1].abs().max().item<float>(), 0);
+}
+
+TEST(DecodeAttention, PagesEqualRows) {
+  at::manual_seed(6);
+  Case rows = make_case({95, 33, 128}, 128, 4, 2, 32, 32), paged = rows;
+  const at::Tensor order = at::randperm(3 * 4 + 2).narrow(0, 0, 3 * 4);  // four pages of 32 a sequence, scattered over fourteen
+  for (auto [to, from] : {std::pair{&paged.keys, rows.keys}, {&paged.values, rows.values}}) {
+    *to = at::full({14, 32, 2, 32}, NAN);
+    to->index_copy_(0, order, from.reshape({12, 32, 2, 32}));
+  }
+  paged.blocks = order.view({3, 4}).to(at::kInt);
+  EXPECT_TRUE(at::equal(run(rows), run(paged)));
+}
+
+TEST(DecodeAttention, DoesNotDependOnThreads) {
+  at::manual_seed(7);
+  const Case c = make_case({2000, 5, 1300}, 2000, 4, 4, 32, 32);
+  const int before = at::get_num_threads();
+  at::set_num_threads(1);
+  const at::Tensor one = run(c);
+  at::set_num_threads(2);
+  EXPECT_TRUE(at::equal(run(c), one));
+  at::set_num_threads(before);
+}
+
+TEST(DecodeAttention, BadInputIsOneLine) {
+  const Case good = make_case({5, 6}, 8, 4, 2, 16, 16);
+  const auto message = [](const Case& c) {
+    try {
+      (void)run(c);
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+    return std::string("nothing was thrown");
+  };
+  Case c = good;
+  c.lengths = at::tensor({5, 9}, at::kInt);
+  EXPECT_EQ(message(c), "decode_attention: lengths[1] is 9, expected 1 to 8");
+  c = good;
+  c.lengths = at::tensor({0, 6}, at::kInt);
+  EXPECT_EQ(message(c), "decode_attention: lengths[0] is 0, expected 1 to 8");
+  c = good;
+  c.q = at::randn({2, 3, 16});
+  EXPECT_EQ(message(c), "decode_attention: 3 query heads do not divide into groups for 2 key heads");
+  c = good;
+  c.rope.rotary_dim = 15;
+  EXPECT_EQ(message(c), "decode_attention: rotates 15 of 16 values of a head, expected an even number of them");
+  c = good;
+  c.wanted = at::ones({2}, at::kInt);
+  EXPECT_EQ(message(c), "decode_attention: wanted is Int of shape [2], expected Bool of [2]");
+}
+
+}  // namespace
+}  // namespace oryx::ops

@@ -1,0 +1,30 @@
+// One token of the gated delta rule, in place (oryx/ops/cuda/state_step.cuh).
+#include "oryx/ops/gated_delta/cuda/gated_delta_step.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "oryx/ops/cuda/state_step.cuh"
+
+namespace {
+
+struct GatedDelta {
+  static constexpr bool kPredicts = true;
+  const float *g, *beta;
+  int64_t heads;
+  float scale, eps;
+  __device__ oryx::ops::cuda::StepScalars scalars(int64_t n, int head, float kk) const {
+    return {expf(__ldg(g + n * heads + head)), __ldg(beta + n * heads + head), rsqrtf(kk + eps), 0.0f, 0.0f};
+  }
+  __device__ float query_scale(float qq) const { return scale * rsqrtf(qq + eps); }
+};
+
+}  // namespace
+
+extern "C" int oryx_gated_delta_step(const void* q, const void* k, const void* v, const float* g, const float* beta, float* state, void* o, int dtype, int64_t N,
+                                     int64_t Hq, int64_t Hk, int64_t Hv, int64_t K, int64_t V, int64_t state_sequence, int64_t state_head, float scale, float l2_eps,
+                                     void* stream) {
+  const int64_t Hs = std::max(Hk, Hv);
+  const oryx::ops::cuda::StateStep step{q, k, v, state, o, N, Hq, Hk, Hv, Hs, std::max(Hq, Hs), K, V, state_sequence, state_head};
+  return oryx::ops::cuda::launch_state_step(step, GatedDelta{g, beta, Hs, scale, l2_eps}, dtype, static_cast<cudaStream_t>(stream));
+}

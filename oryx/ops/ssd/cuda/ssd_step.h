@@ -1,0 +1,17 @@
+// C interface of the one-token step of SSD (../ssd.h) on CUDA: pointers, sizes, a stream; returns a cudaError_t.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// q [N, Hq, K], k [N, Hk, K], v [N, Hv, V] dense, dtype 0 float32 or 1 bfloat16; dt_raw [N, Hs], dt_bias, A_log, D [Hs] float32; state float32, [V, K] of each head
+// dense, with strides in elements; o [N, Ho, V] in dtype.
+int oryx_ssd_step(const void* q, const void* k, const void* v, const float* dt_raw, const float* dt_bias, const float* A_log, const float* D, float* state, void* o,
+                  int dtype, int64_t N, int64_t Hq, int64_t Hk, int64_t Hv, int64_t K, int64_t V, int64_t state_sequence, int64_t state_head, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
