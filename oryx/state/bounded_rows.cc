@@ -66,9 +66,20 @@ int64_t RowStore::pages_in_region(const Sequence& s) const {
   return std::count_if(s.pages.begin(), s.pages.end(), [&](const Entry& e) { return in_region(s, e); });
 }
 
-// Whether nobody else holds a page of the region.
+// Whether nobody else holds a page of the region, be it one that this sequence has dropped long since: its memory is to be written again. Every page holds its
+// block, and so does every region.
 bool RowStore::movable(const Sequence& s) const {
-  return std::all_of(s.pages.begin(), s.pages.end(), [&](const Entry& e) { return !in_region(s, e) || e.page.use_count() == 1; });
+  const auto& block = s.region.block;
+  int64_t holders = 0;
+  for (const Sequence& other : sequences_) {
+    holders += other.region.block == block ? 1 : 0;
+    for (const Entry& e : other.pages) {
+      if (e.page->block != block) continue;
+      if (e.page.use_count() > 1) return false;
+      ++holders;
+    }
+  }
+  return block != nullptr && block.use_count() == holders;
 }
 
 std::shared_ptr<const RowStore::Page> RowStore::take_page(Sequence& s) {
