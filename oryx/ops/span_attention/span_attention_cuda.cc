@@ -167,6 +167,7 @@ struct FlashAttention : torch::autograd::Function<FlashAttention> {
 
 void check(const Arguments& a) {
   check_attention_arguments(a.q, a.k, a.v, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths, a.window, a.scale);
+  check_attention_shapes(a.q, a.k, a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths);
 }
 
 at::Tensor span_attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,

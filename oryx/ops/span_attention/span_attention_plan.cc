@@ -132,6 +132,31 @@ void check_attention_arguments(const at::Tensor& q, const at::Tensor& k, const a
   if (cu_seqlens_k && !cu_seqlens) fail("span_attention: cu_seqlens_k without cu_seqlens");
 }
 
+void check_attention_shapes(const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& spans,
+                            const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& cu_seqlens_k,
+                            const std::optional<at::Tensor>& key_lengths) {
+  const int64_t B = q.size(0), Tq = q.size(1), Tk = k.size(1);
+  if (spans && (spans->dim() != 2 || spans->size(1) != 3)) {
+    fail("span_attention: spans has shape {}, expected [n, 3]", c10::str(spans->sizes()));
+  }
+  for (const auto& [name, bounds] : {std::pair("cu_seqlens", cu_seqlens), std::pair("cu_seqlens_k", cu_seqlens_k)}) {
+    if (bounds && (bounds->dim() != 1 || bounds->size(0) == 0)) {
+      fail("span_attention: {} has shape {}, expected [sequences + 1]", name, c10::str(bounds->sizes()));
+    }
+  }
+  if (key_lengths && (key_lengths->dim() != 1 || key_lengths->size(0) != B)) {
+    fail("span_attention: key_lengths has shape {}, expected [{}], one of each row", c10::str(key_lengths->sizes()), B);
+  }
+  if (cu_seqlens && B != 1) fail("span_attention: cu_seqlens with {} rows, expected packed sequences in one row", B);
+  if (cu_seqlens && cu_seqlens_k && cu_seqlens->size(0) != cu_seqlens_k->size(0)) {
+    fail("span_attention: cu_seqlens has {} bounds, cu_seqlens_k {}", cu_seqlens->size(0), cu_seqlens_k->size(0));
+  }
+  if (cu_seqlens && !cu_seqlens_k && Tk != Tq) {
+    fail("span_attention: {} queries and {} keys under one cu_seqlens, expected cu_seqlens_k for the keys", Tq, Tk);
+  }
+  if (!cu_seqlens && Tk < Tq) fail("span_attention: {} queries and {} keys, expected at least as many keys", Tq, Tk);
+}
+
 AttentionPlan make_attention_plan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                   const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& cu_seqlens,
                                   const std::optional<at::Tensor>& cu_seqlens_k,

@@ -42,6 +42,11 @@ void check_attention_arguments(const at::Tensor& q, const at::Tensor& k, const a
                                const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& cu_seqlens_k,
                                const std::optional<at::Tensor>& key_lengths, int64_t window, std::optional<double> scale);
 
+// And of those on spans, bounds and lengths, for code that leaves their values on the device.
+void check_attention_shapes(const at::Tensor& q, const at::Tensor& k, const std::optional<at::Tensor>& spans,
+                            const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& cu_seqlens_k,
+                            const std::optional<at::Tensor>& key_lengths);
+
 // Throws oryx::Error, one line, on arguments that do not fit the contract in span_attention.h.
 AttentionPlan make_attention_plan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                   const std::optional<at::Tensor>& spans, const std::optional<at::Tensor>& cu_seqlens,

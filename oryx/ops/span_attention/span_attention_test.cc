@@ -13,6 +13,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/ops/rope/rope.h"
+#include "oryx/ops/span_attention/span_attention_plan.h"
 #include "tests/support/fixtures.h"
 
 namespace oryx::ops {
@@ -354,6 +355,21 @@ TEST(SpanAttention, BadInputIsOneLine) {
     EXPECT_EQ(m.rfind("span_attention: ", 0), 0u) << m;
     EXPECT_EQ(m.find('\n'), std::string::npos) << m;
   }
+}
+
+// What the device's kernels rely on without reading a value.
+TEST(SpanAttention, ShapesAreCheckedWithoutValues) {
+  const at::Tensor q = at::zeros({1, 10, 2, 8}), k = at::zeros({1, 12, 2, 8}), two = at::zeros({2, 10, 2, 8});
+  const auto ints = [](at::IntArrayRef shape) { return std::optional<at::Tensor>(at::zeros(shape, at::kInt)); };
+  EXPECT_NO_THROW(check_attention_shapes(q, k, ints({4, 3}), ints({3}), ints({3}), {}));
+  EXPECT_NO_THROW(check_attention_shapes(q, k, {}, {}, {}, ints({1})));
+  EXPECT_THROW(check_attention_shapes(q, k, ints({4, 2}), {}, {}, {}), Error);
+  EXPECT_THROW(check_attention_shapes(q, k, {}, ints({3}), {}, {}), Error);         // 12 keys under the queries' bounds
+  EXPECT_THROW(check_attention_shapes(q, k, {}, ints({3}), ints({4}), {}), Error);
+  EXPECT_THROW(check_attention_shapes(q, q, {}, ints({0}), {}, {}), Error);
+  EXPECT_THROW(check_attention_shapes(two, two, {}, ints({3}), {}, {}), Error);
+  EXPECT_THROW(check_attention_shapes(k, q, {}, {}, {}, {}), Error);                // more queries than keys
+  EXPECT_THROW(check_attention_shapes(q, k, {}, {}, {}, ints({2})), Error);
 }
 
 }  // namespace
