@@ -33,7 +33,8 @@ using Arguments = AttentionArguments;
 bool is_plain(const Arguments& a) {
   const int64_t D = a.q.size(3);
   return a.q.scalar_type() == at::kBFloat16 && !a.spans && !a.cu_seqlens && !a.key_lengths && (a.window == 0 || a.window >= a.k.size(1)) &&
-         a.q.size(1) == a.k.size(1) && a.q.numel() > 0 && a.q.size(1) > 1 /* cuDNN refuses one query with one key */ && a.v.size(3) == D && (D == 64 || D == 128);
+         a.q.size(1) == a.k.size(1) && a.q.numel() > 0 && a.q.size(1) > 1 /* cuDNN refuses one query with one key */ && a.v.size(3) == D &&
+         (D == 64 || D == 128);
 }
 
 bool is_flash(const Arguments& a) {

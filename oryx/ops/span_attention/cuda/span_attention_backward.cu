@@ -12,8 +12,6 @@
 // a sequence: a block begins with the tiles at its diagonal, which the later ones passed before, and nobody waits for an item that no block has yet.
 // The first block of a tile stores instead of adding. Few heads run at a time, so that queries, gradients and sums stay in the L2 cache.
 // finish_kernel rounds dq and scatters it to its rows; the copying warpgroup's idle warp zeroes the rows outside spans.
-#include <type_traits>
-
 #include "oryx/ops/span_attention/cuda/span_attention_backward.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_encode.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
@@ -152,7 +150,8 @@ __device__ __forceinline__ void write_rows(__nv_bfloat16* to, size_t stride, uin
 #pragma unroll
   for (int i = 0; i < D / 16; ++i) {
     const int r = (thread + 128 * i) / (D / 8), unit = (thread + 128 * i) % (D / 8);
-    if (r < rows) *reinterpret_cast<uint4*>(to + r * stride + unit * 8) = load_shared16(at + unit / 8 * Layout<D>::kSmallPanel + r * 128 + ((unit % 8 ^ r % 8) << 4));
+    const uint32_t from = at + unit / 8 * Layout<D>::kSmallPanel + r * 128 + ((unit % 8 ^ r % 8) << 4);
+    if (r < rows) *reinterpret_cast<uint4*>(to + r * stride + unit * 8) = load_shared16(from);
   }
 }
 
@@ -226,7 +225,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int kk = 0; kk < D / 16; ++kk)
         if (kk == 0) product_shared_start(s, descriptor(own_k, 16, 1024), descriptor(q, 16, 1024));
-        else wgmma_64x64_shared(s, descriptor(own_k + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024), descriptor(q + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), 1);
+        else wgmma_64x64_shared(s, descriptor(own_k + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024),
+                                descriptor(q + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), 1);
     };
     if (steps > 0) {
       issue_scores(at, true);
@@ -236,7 +236,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int left = steps; left > 0; --left) {
         const int stage = at % kStages;
         const uint32_t parity = (at / kStages) & 1;
-        const uint32_t q = base + L::kQ + stage * L::kSmallMatrix, d_o = base + L::kDo + stage * L::kSmallMatrix, ds = base + L::kDs + at % 2 * 2 * L::kSmallPanel;
+        const uint32_t q = base + L::kQ + stage * L::kSmallMatrix, d_o = base + L::kDo + stage * L::kSmallMatrix;
+        const uint32_t ds = base + L::kDs + at % 2 * 2 * L::kSmallPanel;
         const uint32_t stats = base + L::kStats + stage * kStatsStride;
         float dp[32];
         barrier_wait(bars + 8 * (kDoFull + stage), parity);
@@ -244,7 +245,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int kk = 0; kk < D / 16; ++kk)
           if (kk == 0) product_shared_start(dp, descriptor(own_v, 16, 1024), descriptor(d_o, 16, 1024));
-          else wgmma_64x64_shared(dp, descriptor(own_v + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024), descriptor(d_o + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), 1);
+          else wgmma_64x64_shared(dp, descriptor(own_v + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024),
+                                  descriptor(d_o + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), 1);
         wgmma_commit();
         const int first = __shfl_sync(~0u, load_shared_int(stats + 4 * 192), 0), last = __shfl_sync(~0u, load_shared_int(stats + 4 * 193), 0);
 #pragma unroll
@@ -273,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int j = 0; j < 8; ++j) {
           const float2 delta = load_shared2(stats + 4 * (64 + 8 * j + column));
 #pragma unroll
-          for (int i = 0; i < 4; i += 2) sb[2 * j + i / 2] = pack(s[4 * j + i] * (dp[4 * j + i] - delta.x), s[4 * j + i + 1] * (dp[4 * j + i + 1] - delta.y));
+          for (int i = 0; i < 4; i += 2)
+            sb[2 * j + i / 2] = pack(s[4 * j + i] * (dp[4 * j + i] - delta.x), s[4 * j + i + 1] * (dp[4 * j + i + 1] - delta.y));
         }
         keep(pb);
         keep(sb);
@@ -285,7 +288,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int jj = 0; jj < 4; ++jj) {
           const int t = 8 * (2 * jj + lane / 16) + lane % 8, unit = 2 * (warp % 4) + lane / 8 % 2;
-          store_matrix_transposed(ds + group * L::kSmallPanel + t * 128 + ((unit ^ t % 8) << 4), sb[4 * jj], sb[4 * jj + 1], sb[4 * jj + 2], sb[4 * jj + 3]);
+          store_matrix_transposed(ds + group * L::kSmallPanel + t * 128 + ((unit ^ t % 8) << 4), sb[4 * jj], sb[4 * jj + 1], sb[4 * jj + 2],
+                                  sb[4 * jj + 3]);
         }
         fence_async_proxy();
         named_barrier(1, kWorkers);
@@ -315,7 +319,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < D / 16; ++i)
           store_shared16(base + L::kDq + (2 * buffer + group) * L::kHalf + i * 2048 + thread * 16,
-                         make_uint4(__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]), __float_as_uint(dq[4 * i + 2]), __float_as_uint(dq[4 * i + 3])));
+                         make_uint4(__float_as_uint(dq[4 * i]), __float_as_uint(dq[4 * i + 1]), __float_as_uint(dq[4 * i + 2]),
+                                    __float_as_uint(dq[4 * i + 3])));
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) barrier_arrive(bars + 8 * (kDqFull + buffer));

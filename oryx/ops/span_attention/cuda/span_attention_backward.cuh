@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(256) finish_kernel(const Arguments a) {
 #pragma unroll
   for (int i = 0; i < D / 32; ++i) {
     const int r = (thread + 256 * i) / (D / 8), unit = (thread + 256 * i) % (D / 8), g = a.plan.rows[m * kSmall + r];
-    if (g >= 0) *reinterpret_cast<uint4*>(a.dq + (static_cast<size_t>(g) * a.Hq + head) * D + unit * 8) = *reinterpret_cast<uint4*>(tile + r * kRow + unit * 4);
+    if (g < 0) continue;
+    *reinterpret_cast<uint4*>(a.dq + (static_cast<size_t>(g) * a.Hq + head) * D + unit * 8) = *reinterpret_cast<uint4*>(tile + r * kRow + unit * 4);
   }
 }
 

@@ -12,8 +12,6 @@
 //
 // Which block takes a tile when depends on time, but no sum does: the bits of the result do not vary. Tiles that were split leave partial results;
 // whoever finishes the last piece adds them up, in the order of the keys. The copying warpgroup's idle warps zero the rows of o outside spans meanwhile.
-#include <type_traits>
-
 #include "oryx/ops/span_attention/cuda/span_attention_encode.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_products.cuh"
@@ -55,8 +53,9 @@ __device__ Work make_work(const Arguments& a, int item, int whole) {
   const Unit u = unit_of(a.plan, piece.unit, a.Hq);
   const Tile t = a.plan.tiles[u.tile];
   const Sequence s = a.plan.sequences[t.sequence];
-  return {t.count, t.slot, s.shift - s.q_begin, u.head, t.first_block + piece.begin, piece.blocks < 0 ? t.blocks : piece.blocks, piece.part, piece.split, s.keys,
-          piece.pieces, piece.first, s.row, u.head / a.group, s.k_begin};
+  const int blocks = piece.blocks < 0 ? t.blocks : piece.blocks;
+  return {t.count,     t.slot, s.shift - s.q_begin, u.head,      t.first_block + piece.begin, blocks,           piece.part,
+          piece.split, s.keys, piece.pieces,        piece.first, s.row,                       u.head / a.group, s.k_begin};
 }
 
 template <int D>

@@ -1,6 +1,4 @@
 // One block that turns spans and bounds into work (span_attention_plan.cuh).
-#include <type_traits>
-
 #include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
 
 namespace oryx::span_attention_cuda {
@@ -97,7 +95,7 @@ __device__ Sequence sequence_of(const OryxSpanAttention& p, int s) {
 
 constexpr int kSharedSequences = 256, kSharedTiles = 2048;
 
-// Marks and their sums are kept in shared memory while they are read (mask_here, before_here), where they fit.
+// Marks and their sums are kept in shared memory while they are read, where they fit.
 __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention p, Plan plan, bool in_shared) {
   extern __shared__ __align__(16) uint8_t shared_marks[];
   __shared__ __align__(16) Sequence shared_sequences[kSharedSequences];

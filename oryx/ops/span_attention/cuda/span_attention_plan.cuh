@@ -1,6 +1,8 @@
 // The plan of span_attention's Hopper kernels: its parts in memory and how a kernel reads its work from them.
 #pragma once
 
+#include <type_traits>
+
 #include "oryx/ops/span_attention/cuda/span_attention_launch.h"
 
 namespace oryx::span_attention_cuda {
