@@ -78,7 +78,7 @@ class StateBench {
     for (const int64_t every : sparsities) {
       state.thin_checkpoints(every);
       // As far behind a checkpoint as there is: the token before one, or, without any, near the end.
-      const auto& held = state.checkpoints()[0];
+      const std::vector<int64_t> held = state.checkpoints()[0];
       const int64_t length = held.empty() ? context - 33 : held.back() - 1;
       const int64_t from = held.size() > 1 ? held[held.size() - 2] : 0;
       // Where no rows are kept, not every position can be reached.

@@ -134,7 +134,7 @@ TEST_P(EveryBound, ForksSnapshotsAndFilesGoOnAlike) {
     EXPECT_EQ(loaded.bytes().tokens, state.bytes().tokens);
     for (int64_t n = 0; n < 2; ++n) {
       for (int64_t p = prompt; p >= 0; --p) {
-        const auto& at = loaded.checkpoints()[static_cast<size_t>(n)];
+        const std::vector<int64_t> at = loaded.checkpoints()[static_cast<size_t>(n)];
         if (std::find(at.begin(), at.end(), p) == at.end()) continue;
         EXPECT_EQ(loaded.reachable(n, p), state.reachable(n, p));
       }
