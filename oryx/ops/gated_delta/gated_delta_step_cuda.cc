@@ -14,7 +14,7 @@ namespace {
 at::Tensor step_cuda(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& g_in, const at::Tensor& beta_in, at::Tensor& state,
                      std::optional<double> scale, double l2_eps) {
   const at::NoGradGuard no_grad;
-  const gated_delta::Problem p = gated_delta::check_step(q_in, k_in, v_in, g_in, beta_in, state, scale, l2_eps);
+  const gated_delta::Problem p = gated_delta::check_step("gated_delta_step", q_in, k_in, v_in, g_in, beta_in, state, scale, l2_eps);
   const c10::cuda::CUDAGuard guard(q_in.device());
   if (state.scalar_type() == at::kDouble) return gated_delta::plain_step(p, {q_in, k_in, v_in, g_in, beta_in, {}}, state);
   const at::Tensor q = q_in.contiguous(), k = k_in.contiguous(), v = v_in.contiguous(), g = g_in.contiguous(), beta = beta_in.contiguous();
