@@ -83,6 +83,12 @@ Session::Session(const LanguageModel& model, const ModelSchedule& schedule, cons
   count_attention();
 }
 
+Session::Session(Session&& other) noexcept
+    : model_(other.model_), schedule_(other.schedule_), options_(other.options_), plan_(other.plan_), state_(std::move(other.state_)), length_(other.length_),
+      attention_tokens_(other.attention_tokens_) {
+  other.fused_.reset();
+}
+
 void Session::trim(int64_t length) {
   state_.trim(0, length, model_);
   length_ = length;

@@ -33,14 +33,14 @@ struct SessionOptions {
 
 class Session {
  public:
-  Session(const Session&) = delete;
-  Session& operator=(const Session&) = delete;
-
   // Model and schedule must outlive the session. Throws Error when the plan exceeds the free memory, before allocating.
   Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options);
 
   // Goes on from a state of one sequence (a fork, or one that was loaded). options.state is the state's.
   Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state);
+
+  // The decoder of step() points into the state and stays behind: it is made anew.
+  Session(Session&& other) noexcept;
 
   // Runs `ids` (at least one) behind the tokens held, piece by piece -> hidden states [keep, D] of the last `keep` of them (1 <= keep <=
   // ids). Throws Interrupted between pieces after Ctrl-C, Error for ids outside of the vocabulary.

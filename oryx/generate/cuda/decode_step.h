@@ -46,7 +46,6 @@ typedef struct {
   float* logits;                  // [vocab_size]
   void* workspace;                // oryx_decode_workspace() bytes, zeroed once before the first launch
   float norm_eps, head_norm_eps, attention_scale;
-  long long* trace;
 } OryxDecodeStep;
 
 int64_t oryx_decode_workspace(int32_t hidden_size, int32_t intermediate_size);
