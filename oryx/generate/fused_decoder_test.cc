@@ -124,7 +124,8 @@ TEST_F(FusedDecoderCuda, GoesOnBehindTrimAndFork) {
   (void)b.extend(std::span(ids).first(16));
   for (int t = 0; t < 8; ++t) {
     const at::Tensor expected = b.step(17 + t);
-    if (t == 7) EXPECT_LT(error(last, expected), 3e-2);
+    if (t < 7) continue;
+    EXPECT_LT(error(last, expected), 3e-2);
   }
   EXPECT_EQ(fork.lengths()[0], 18);
 }
