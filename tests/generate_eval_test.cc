@@ -167,6 +167,10 @@ TEST_F(GenerateEval, RecallAndNeedle) {
       eval("needle", {"--lengths", "[300]", "--depths", "0.5", "--examples", "1", "--schedule", "question"});
   ASSERT_EQ(needle.exit_code, 0) << needle.err;
   EXPECT_THAT(needle.out, HasSubstr("question"));
+  const auto three = eval("needle", {"--lengths", "300", "--depths", "0,1", "--examples", "1", "--schedule", "linear", "--kind", "noise,essay_number,essay_word",
+                                     "--hay", text().string(), "--json", json});
+  ASSERT_EQ(three.exit_code, 0) << three.err;
+  EXPECT_EQ(parse_json(read_file(json), json)["rows"].size(), 3u * 2);
 }
 
 TEST_F(GenerateEval, LanguageModelTasksAndRetrieval) {

@@ -26,7 +26,8 @@ std::string option_name(std::string key) {
 
 // A list may be written without its brackets.
 std::string as_override(const Fields::Field& field, const std::string& value) {
-  const bool list = field.type.starts_with("list") && !value.starts_with('[');
+  // Lists of strings are read without them anyway, and without quotes.
+  const bool list = field.type.starts_with("list") && field.form != detail::TextForm::kStringList && !value.starts_with('[');
   return field.key + "=" + (list ? "[" + value + "]" : value);
 }
 

@@ -199,6 +199,7 @@ TEST(Needle, KeysAndValuesMayBeBounded) {
   const NeedleResult bound = evaluate_needle(*m, *tokenizer, task, o);
   EXPECT_GT(std::abs(bound.nll_sum / kept.nll_sum - 1), 1e-4);
   EXPECT_LT(bound.cost.state_bytes, 0.5 * kept.cost.state_bytes);
+  EXPECT_LT(bound.cost.flops_per_token, kept.cost.flops_per_token);
 }
 
 // Greedy generation of a model that says one token for ever finds an answer of that token only.
