@@ -39,13 +39,17 @@ Sink& sink_of(const c10::IValue& capsule) { return *static_cast<Sink*>(capsule.t
 struct FanOut : torch::autograd::Function<FanOut> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const c10::IValue& sink) {
     ctx->saved_data["sink"] = sink;
+    ctx->saved_data["sizes"] = x.sizes();
     ctx->set_materialize_grads(false);
     return x;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    at::Tensor& sum = sink_of(ctx->saved_data["sink"]).sum;
+    at::Tensor& sum = sink_of(ctx->saved_data["sink"]).sum;  // [rows, D]
     at::Tensor total = grads[0];
-    if (sum.defined()) total = total.defined() ? sum.view(total.sizes()).add_(total) : sum;
+    if (sum.defined()) {
+      const at::Tensor products = sum.view(ctx->saved_data["sizes"].toIntVector());
+      total = total.defined() ? products.add_(total) : products;
+    }
     sum.reset();
     return {total, at::Tensor()};
   }
