@@ -29,8 +29,14 @@ struct Call {
   Call(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in, const at::Tensor& g_in, const at::Tensor& beta_in,
        const Optional& state_in, const Optional& cu_in, const Optional& spans, std::optional<double> scale, double l2_eps)
       : p(gated_delta::check_shapes("gated_delta_rule", q_in, k_in, v_in, g_in, beta_in, state_in, cu_in, spans, scale, l2_eps)),
-        q(plain(q_in, q_in)), k(plain(k_in, q)), v(plain(v_in, q)), g(plain(g_in, q)), beta(plain(beta_in, q)),
-        state(plain_or_none(state_in, q)), cu_seqlens(plain_or_none(cu_in, q)), wanted(mask(spans)) {
+        q(plain(q_in, q_in)),
+        k(plain(k_in, q)),
+        v(plain(v_in, q)),
+        g(plain(g_in, q)),
+        beta(plain(beta_in, q)),
+        state(plain_or_none(state_in, q)),
+        cu_seqlens(plain_or_none(cu_in, q)),
+        wanted(mask(spans)) {
     TORCH_CHECK(p.B * p.T <= INT32_MAX / 2, "gated_delta_rule: ", p.B * p.T, " tokens are more than the CUDA kernels take");
     OryxGatedDelta& a = arguments;
     a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
@@ -93,8 +99,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                                           d_beta.mutable_data_ptr<float>(),
                                           static_cast<float*>(cuda::write_or_null(d_state))};
   const at::Tensor workspace = c.bytes(oryx_gated_delta_backward_workspace(&c.arguments));
-  cuda::check("gated_delta_rule",
-              oryx_gated_delta_backward(&c.arguments, &gradients, workspace.mutable_data_ptr(), cuda::stream_of(c.q)));
+  cuda::check("gated_delta_rule", oryx_gated_delta_backward(&c.arguments, &gradients, workspace.mutable_data_ptr(), cuda::stream_of(c.q)));
   return {d_q, d_k, d_v, d_g, d_beta, d_state};
 }
 

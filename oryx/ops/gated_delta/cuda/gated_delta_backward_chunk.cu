@@ -14,14 +14,14 @@ struct Layout {
   static constexpr int kThreads = 640;  // a warp of the last 128 copies; registers are traded
   static constexpr int kWarps = 16;
   // One of two sets: the inputs of a chunk by token.
-  static constexpr int kK = 0;             // then dk
-  static constexpr int kQ = 2 * kPanel;    // then dq
-  static constexpr int kV = 4 * kPanel;    // then V - exp(G) K S0^T, then U, then half of r dK
-  static constexpr int kO = 6 * kPanel;    // dO, then E in the first half, sums in the second
-  static constexpr int kW = 8 * kPanel;    // dV, then F in the first half
+  static constexpr int kK = 0;           // then dk
+  static constexpr int kQ = 2 * kPanel;  // then dq
+  static constexpr int kV = 4 * kPanel;  // then V - exp(G) K S0^T, then U, then half of r dK
+  static constexpr int kO = 6 * kPanel;  // dO, then E in the first half, sums in the second
+  static constexpr int kW = 8 * kPanel;  // dV, then F in the first half
   static constexpr int kSet = 10 * kPanel;
   static constexpr int kS0 = 2 * kSet;
-  static constexpr int kS1 = kS0 + kStateBytes;   // dS1
+  static constexpr int kS1 = kS0 + kStateBytes;    // dS1
   static constexpr int kRows = kS1 + kStateBytes;  // of each set: G log2(e), 1 / |k|: 64 floats each
   static constexpr int kNorms = kRows + 1024;      // 1 / |q|
   static constexpr int kWhole = kNorms + 256;      // <S0, dS1>: a float for each warp
@@ -141,21 +141,23 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       store_word(at_item + 12, item.hs);
       store_word(at_item + 16, item.record);
       barrier_expect(a_bar, 4 * kPanel + 512);
-      for (int p = 0; p < 2; ++p) tensor_load(at + L::kK + p * kPanel, &k_map, a_bar, 0, hk, token, p);
-      for (int p = 0; p < 2; ++p) tensor_load(at + L::kV + p * kPanel, &v_map, a_bar, 0, hv, token, p);
-      bulk_load(base + L::kRows + 512 * set, a.record + static_cast<size_t>(item.record) * kRecordBytes + kRecordRows + 512, 512, a_bar);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kK + p * kPanel, &k_map, a_bar, 0, hk, token, p, kEvictFirst);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kV + p * kPanel, &v_map, a_bar, 0, hv, token, p, kEvictFirst);
+      bulk_load(base + L::kRows + 512 * set, a.record + static_cast<size_t>(item.record) * kRecordBytes + kRecordRows + 512, 512, a_bar, kEvictFirst);
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(a.record + static_cast<size_t>(item.record) * kRecordBytes), "r"(kRecordRows)
+                   : "memory");  // T
       barrier_expect(b_bar, 6 * kPanel);
-      for (int p = 0; p < 2; ++p) tensor_load(at + L::kQ + p * kPanel, &q_map, b_bar, 0, hq, token, p);
-      for (int p = 0; p < 2; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, b_bar, 0, item.ho, token, p);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kQ + p * kPanel, &q_map, b_bar, 0, hq, token, p, kEvictFirst);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, b_bar, 0, item.ho, token, p, kEvictFirst);
       while (load_acquire(a.done + item.record) < a.row_blocks) __nanosleep(100);
       asm volatile("fence.proxy.async;" ::: "memory");
-      for (int p = 0; p < 2; ++p) tensor_load(at + L::kW + p * kPanel, &w_map, b_bar, 0, item.hs, token, p);
+      for (int p = 0; p < 2; ++p) tensor_load(at + L::kW + p * kPanel, &w_map, b_bar, 0, item.hs, token, p, kEvictFirst);
       if (i >= 1) barrier_wait(empty_s0, (i - 1) & 1);
       barrier_expect(full_s0, state_bytes(s.D));
-      bulk_load(base + L::kS0, a.states + static_cast<size_t>(item.record) * state_bytes(s.D), state_bytes(s.D), full_s0);
+      bulk_load(base + L::kS0, a.states + static_cast<size_t>(item.record) * state_bytes(s.D), state_bytes(s.D), full_s0, kEvictFirst);
       if (i >= 1) barrier_wait(empty_s1, (i - 1) & 1);
       barrier_expect(full_s1, state_bytes(s.D));
-      bulk_load(base + L::kS1, a.d_states + static_cast<size_t>(item.record) * state_bytes(s.D), state_bytes(s.D), full_s1);
+      bulk_load(base + L::kS1, a.d_states + static_cast<size_t>(item.record) * state_bytes(s.D), state_bytes(s.D), full_s1, kEvictFirst);
     }
     return;
   }
@@ -171,8 +173,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        tb[4 * kk + i] = *reinterpret_cast<const uint32_t*>(from + i % 2 * 1024 + (((2 * kk + i / 2) ^ (lane / 4)) << 4));
+      for (int i = 0; i < 4; ++i) tb[4 * kk + i] = *reinterpret_cast<const uint32_t*>(from + i % 2 * 1024 + (((2 * kk + i / 2) ^ (lane / 4)) << 4));
   };
   const uint32_t low_s0 = descriptor_low(base + L::kS0), low_s1 = descriptor_low(base + L::kS1);
 
@@ -233,8 +234,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
         uint32_t v[4];
         load_tile(v, at_x, j);
 #pragma unroll
-        for (int m = 0; m < 4; ++m)
-          v[m] = pack(hopper::low(v[m]) - e[m % 2] * x[4 * j + 2 * m], high(v[m]) - e[m % 2] * x[4 * j + 2 * m + 1]);
+        for (int m = 0; m < 4; ++m) v[m] = pack(hopper::low(v[m]) - e[m % 2] * x[4 * j + 2 * m], high(v[m]) - e[m % 2] * x[4 * j + 2 * m + 1]);
         store_tile(at_x, j, v[0], v[1], v[2], v[3]);
       }
     }
@@ -261,8 +261,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     float y[32];
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < 8; ++kk)
-      wgmma_64x32_ss(x, tile_nk(low_e, kk, kPanel), tile_nk(low + (L::kV + half * 32 * 128) / 16, kk, kPanel), kk > 0);
+    for (int kk = 0; kk < 8; ++kk) wgmma_64x32_ss(x, tile_nk(low_e, kk, kPanel), tile_nk(low + (L::kV + half * 32 * 128) / 16, kk, kPanel), kk > 0);
     wgmma_commit();
 #pragma unroll
     for (int kk = 0; kk < 8; ++kk) wgmma_ss<0, 1>(y, tile_nk(low_e, kk, kPanel), tile_kn(low_s0 + half * (kStatePanel / 16), kk), kk > 0);
@@ -310,8 +309,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
         const float d0 = warp % 2 == 0 ? x[6 * h] : x[6 * h + 8], d1 = warp % 2 == 0 ? x[6 * h + 1] : x[6 * h + 9];
         const uint32_t b0 = warp % 2 == 0 ? tb[3 * h] : tb[4 + 3 * h], b1 = warp % 2 == 0 ? tb[8 + 3 * h] : tb[12 + 3 * h], b = half == 0 ? b0 : b1;
         const float inverse = __frcp_rn(lane / 4 % 2 == 0 ? hopper::low(b) : high(b));
-        if (t0 + 8 * h < count)
-          a.d_beta[static_cast<size_t>(token + t0 + 8 * h) * s.Hs + hs] = (lane / 4 % 2 == 0 ? d0 : d1) * inverse * inverse;
+        if (t0 + 8 * h < count) a.d_beta[static_cast<size_t>(token + t0 + 8 * h) * s.Hs + hs] = (lane / 4 % 2 == 0 ? d0 : d1) * inverse * inverse;
       }
     }
     wgmma_wait<0>();
@@ -422,7 +420,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       if (half * 64 < s.D) {
 #pragma unroll
         for (int m = 0; m < 4; ++m)
-          if (t + 16 * m < count) store_global(to + static_cast<size_t>(m) * stride, load_unit(from + 2048 * m));
+          if (t + 16 * m < count) store_global(to + static_cast<size_t>(m) * stride, load_unit(from + 2048 * m), kEvictFirst);
       }
     }
     if (warp == 0) store_decay_gradient(at, at_G, base + L::kWhole, first, token, count, ho, s.Ho, a.d_g, lane);
@@ -431,31 +429,6 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     if (lane == 0) barrier_arrive(empty + 8 * set);
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");  // this kernel ends after the walk
-}
-
-struct Sum {
-  __device__ static void add(float (&sum)[8], const uint4& x) {
-    const uint32_t u[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[2 * i] += low(u[i]), sum[2 * i + 1] += high(u[i]);
-  }
-};
-
-// 8 bfloat16 a thread.
-__global__ void sum_heads_kernel(const uint4* from, uint4* to, int64_t n, int heads, int count, int units) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  const int64_t unit = i % units, head = i / units % heads, row = i / units / heads;
-  float sum[8] = {};
-  for (int c = 0; c < count; ++c) Sum::add(sum, from[((row * heads + head) * count + c) * units + unit]);
-  to[i] = make_uint4(pack(sum[0], sum[1]), pack(sum[2], sum[3]), pack(sum[4], sum[5]), pack(sum[6], sum[7]));
-}
-__global__ void sum_heads_kernel(const float* from, float* to, int64_t n, int count) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  float sum = 0.f;
-  for (int c = 0; c < count; ++c) sum += from[i * count + c];
-  to[i] = sum;
 }
 
 }  // namespace
@@ -474,7 +447,9 @@ cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaG
     if (found != cudaSuccess) return found;
   }
   const int blocks = records * s.Ho < processors ? records * s.Ho : processors;
-  const Arguments a{p.wanted, record, states, d_states, order, done, row_blocks, records, static_cast<__nv_bfloat16*>(d_q), static_cast<__nv_bfloat16*>(d_k), d_g, d.d_beta};
+  const Arguments a{
+      p.wanted, record,  states, d_states, order, done, row_blocks, records, static_cast<__nv_bfloat16*>(d_q), static_cast<__nv_bfloat16*>(d_k),
+      d_g,      d.d_beta};
   cudaLaunchAttribute beside{};
   beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   beside.val.programmaticStreamSerializationAllowed = 1;
@@ -482,14 +457,6 @@ cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaG
   config.gridDim = dim3(blocks), config.blockDim = dim3(Layout::kThreads), config.dynamicSmemBytes = Layout::kBytes, config.stream = stream;
   config.attrs = &beside, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, backward_chunk_kernel, maps[0], maps[1], maps[2], maps[3], maps[4], s, a);
-}
-
-cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, int D, cudaStream_t stream) {
-  const int64_t n = rows * heads * (D == 0 ? 1 : D / 8), blocks = (n + 255) / 256;
-  if (blocks == 0) return cudaSuccess;
-  if (D == 0) sum_heads_kernel<<<blocks, 256, 0, stream>>>(static_cast<const float*>(from), static_cast<float*>(to), n, count);
-  else sum_heads_kernel<<<blocks, 256, 0, stream>>>(static_cast<const uint4*>(from), static_cast<uint4*>(to), n, heads, count, D / 8);
-  return cudaGetLastError();
 }
 
 }  // namespace oryx::gated_delta_cuda

@@ -4,6 +4,8 @@
 //
 // It waits for its own chain of products more than for memory, so it gets about half of the chip, and backward_chunk runs beside it: the copying
 // warp counts in `done` what has been written of a chunk.
+#include <algorithm>
+
 #include "gated_delta_walk.cuh"
 
 namespace oryx::gated_delta_cuda {
@@ -22,8 +24,8 @@ struct Layout {
   static constexpr int kLoaded = kRecord + kRecordBytes;
   static constexpr int kP = kLoaded;  // P, then scale exp(G) / |q|
   static constexpr int kStage = kP + kPanel + 1024;
-  static constexpr int kOut = kStages * kStage;                            // 64 tokens of 16 columns of dV for each warp
-  static constexpr int kState = kOut + (kOutput ? kWarps * kC * 32 : 0);   // 4 KiB for each warp
+  static constexpr int kOut = kStages * kStage;                           // 64 tokens of 16 columns of dV for each warp
+  static constexpr int kState = kOut + (kOutput ? kWarps * kC * 32 : 0);  // 4 KiB for each warp
   static constexpr int kBarriers = kState + (kOutput ? kWarps * 4096 : 0);
   static constexpr int kBytes = kBarriers + 24 * kStages + 1024;
 };
@@ -37,7 +39,7 @@ struct Arguments {
   float* d_initial;    // or null
   uint32_t* done;      // of each record: row blocks whose dV and dS1 are written
   const uint8_t* wanted;
-  int walks;           // in all
+  int walks;                    // in all
   int pieces, merged, skipped;  // walks of a sequence and head; segments of each; segments before the first
 };
 
@@ -54,6 +56,9 @@ struct Walk {
     c0 = static_cast<int>(chunks * first / s.segments), c1 = static_cast<int>(chunks * last / s.segments);
   }
 };
+
+// Whether backward_chunk takes up this step of a walk soon (see order_kernel).
+__device__ __forceinline__ bool soon(int step) { return step % kSoon == 0; }
 
 // Rows of dO that are not wanted become zero. wanted: of this thread's row.
 template <int kPanels>
@@ -108,12 +113,13 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
           if (i >= kStages) finish(i - kStages);
           barrier_expect(bar, L::kLoaded);
           const int token = w.seq.begin + (w.c1 - 1 - i / groups) * kC;
-          tensor_load(at + L::kQ, &q_map, bar, 0, hq, token, 0);
-          tensor_load(at + L::kQ + kPanel, &q_map, bar, 0, hq, token, 1);
-          tensor_load(at + L::kK, &k_map, bar, 0, hk, token, 0);
-          tensor_load(at + L::kK + kPanel, &k_map, bar, 0, hk, token, 1);
-          bulk_load(at + L::kRecord, a.record + record(i) * kRecordBytes, kRecordBytes, bar);
-          for (int p = 0; p < kRows / 64; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, bar, 0, ho, token, w.rb * (kRows / 64) + p);
+          const uint64_t hint = kOutput && !soon(i / groups) ? kEvictFirst : kEvictNormal;
+          tensor_load(at + L::kQ, &q_map, bar, 0, hq, token, 0, hint);
+          tensor_load(at + L::kQ + kPanel, &q_map, bar, 0, hq, token, 1, hint);
+          tensor_load(at + L::kK, &k_map, bar, 0, hk, token, 0, hint);
+          tensor_load(at + L::kK + kPanel, &k_map, bar, 0, hk, token, 1, hint);
+          bulk_load(at + L::kRecord, a.record + record(i) * kRecordBytes, kRecordBytes, bar, hint);
+          for (int p = 0; p < kRows / 64; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, bar, 0, ho, token, w.rb * (kRows / 64) + p, hint);
           if (kOutput && i >= kStages) count_done(i - kStages);
         }
         for (int i = max(0, steps - kStages); i < steps; ++i) {
@@ -194,6 +200,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
     for (int j = 0; j < 32; ++j) sb[j] = pack(S[2 * j], S[2 * j + 1]);
     for (int c = w.c1 - 1; c >= w.c0; --c) {
       const int token = w.seq.begin + c * kC, count = min(kC, w.seq.length - c * kC);
+      const uint64_t hint = soon(w.c1 - 1 - c) ? kEvictNormal : kEvictFirst;
       uint32_t at, rows;
       int stage;
       float x[32], y[32];
@@ -222,7 +229,8 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
         if constexpr (kOutput) {
           if (!kGrouped || g == 0)
             store_state(sb, base + L::kState + warp * 4096,
-                        a.d_states + (static_cast<size_t>(w.seq.first_chunk + c) * s.Hs + w.hs) * state_bytes(s.D) + (w.rb * kRows + 16 * warp) * 128, s.D, lane);
+                        a.d_states + (static_cast<size_t>(w.seq.first_chunk + c) * s.Hs + w.hs) * state_bytes(s.D) + (w.rb * kRows + 16 * warp) * 128,
+                        s.D, lane, hint);
         }
 
         // dS = exp(G_C) dS1 + dO^T diag(scale exp(G)) Q
@@ -297,8 +305,8 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
       for (int kk = 0; kk < 4; ++kk) wgmma_64x128_kn(S, ws + 4 * kk, descriptor(at + L::kK + kk * 2048, kPanel, 1024), 1);
       wgmma_commit();
       if constexpr (kOutput)
-        store_out(wb, base + L::kOut + warp * kC * 32, a.d_v, nullptr, token, count, static_cast<size_t>(s.Hs) * s.D, w.hs * s.D + w.rb * kRows + 16 * warp,
-                  lane);
+        store_out(wb, base + L::kOut + warp * kC * 32, a.d_v, nullptr, token, count, static_cast<size_t>(s.Hs) * s.D,
+                  w.hs * s.D + w.rb * kRows + 16 * warp, lane, hint);
       wgmma_wait<0>();
       keep(S);
       keep(ws);
@@ -320,7 +328,8 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
       for (int j = 0; j < 16; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          if (8 * j < width) *reinterpret_cast<float2*>(to + (row + 8 * h) * width + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
+          if (8 * j < width)
+            *reinterpret_cast<float2*>(to + (row + 8 * h) * width + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
     }
   }
 }
@@ -331,7 +340,7 @@ cudaError_t launch(const Shape& s, int blocks, const CUtensorMap* maps, const Ar
   auto* kernel = backward_recurrence_kernel<kRows, kOutput, kGrouped>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<a.walks < blocks ? a.walks : blocks, L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], s, a);
+  kernel<<<std::min(a.walks, blocks), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], s, a);
   return cudaGetLastError();
 }
 
@@ -343,8 +352,8 @@ cudaError_t launch(const Shape& s, bool output, int rows, int blocks, const CUte
 
 }  // namespace
 
-cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows, int merged, int blocks,
-                                       const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, uint32_t* done,
+cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows, int merged,
+                                       int blocks, const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, uint32_t* done,
                                        cudaStream_t stream) {
   Arguments a{d.d_final_state, own, record, d_states, static_cast<__nv_bfloat16*>(d_v), d.d_initial_state, done, p.wanted};
   a.pieces = output ? (s.segments + merged - 1) / merged : s.segments - 1;

@@ -21,7 +21,8 @@
 // (db: (I + A)^-T dU = W / b and the unwritten residual is U / b; to divide, b is kept off 0 by 1e-12 where a backward pass follows.) The
 // forward pass saves T, the row factors and S0 of every chunk, the latter in bfloat16. `backward_recurrence` walks the chunks in reverse as
 // `recurrence` does, writes dV and keeps dS1 of every chunk in bfloat16; with segments, dS0 = dS1 M^T + N' with the forward's M.
-// `backward_chunk` makes the rest, all chunks at once. A log decay at or under -100 has gradient 0.
+// `backward_chunk` makes the rest, chunk by chunk as the walk comes to them: it runs beside the walk, which has half of the chip. A log decay
+// under -99.9 has gradient 0.
 //
 // Products take bfloat16 operands (S, V - exp(G) K S^T, U, T and P are rounded to it); sums, S, G and the inverse's blocks are float32 (the
 // inverse's off-diagonal products tf32). A log decay under -100 counts as -100: exp of it is 0 in float32 either way.
@@ -37,7 +38,8 @@ extern "C" {
 #endif
 
 // All pointers are device pointers; tensors are contiguous, their start aligned to 16 bytes, with the shapes and grouped heads of
-// ../gated_delta.h: Hs = max(Hk, Hv), Ho = max(Hq, Hs); K = V = D, 64 or 128 (64 runs as 128 with zeros that are not in memory). Every element of o and final_state is written.
+// ../gated_delta.h: Hs = max(Hk, Hv), Ho = max(Hq, Hs); K = V = D, 64 or 128 (64 runs as 128 with zeros that are not in memory). Every element
+// of o and final_state is written.
 // With cu_seqlens, B = 1, cu_seqlens[0] = 0 and cu_seqlens[N] = T; sequences may be empty. The caller checks arguments; the values of cu_seqlens
 // and spans are checked on the device, where bad ones print a line and trap.
 struct OryxGatedDelta {
@@ -66,7 +68,8 @@ int oryx_gated_delta_wanted(const int32_t* spans, int32_t n, int32_t B, int32_t 
 // head, and with segments 2 * 64 KiB for each segment, sequence and state head. cu_seqlens is not read here.
 size_t oryx_gated_delta_workspace(const struct OryxGatedDelta* p);
 
-// Bytes of `saved` (aligned to 128): 41984 (D = 64: 17408) for each chunk and state head, and with segments 64 KiB for each segment, sequence and state head.
+// Bytes of `saved` (aligned to 128): 41984 (D = 64: 17408) for each chunk and state head, and with segments 64 KiB for each segment, sequence
+// and state head.
 size_t oryx_gated_delta_saved(const struct OryxGatedDelta* p);
 
 // Launches the forward pass on `stream`. Needs compute capability 9.0. Returns a cudaError_t.

@@ -8,8 +8,8 @@ namespace oryx::gated_delta_cuda {
 
 using namespace oryx::hopper;
 
-constexpr int kC = 64;    // tokens of a chunk
-constexpr int kD = 128;   // K and V of the kernels
+constexpr int kC = 64;   // tokens of a chunk
+constexpr int kD = 128;  // K and V of the kernels
 constexpr float kLog2e = 1.4426950408889634f;
 // One record: T (64 x 64 bfloat16, 128-byte swizzle), then four times 64 floats: exp(G) rk, exp(G_C - G) rk, G log2(e), rk; rk = 1 / |k|.
 constexpr int kRecordT = 0;
@@ -18,9 +18,9 @@ constexpr int kRecordBytes = 9216;
 
 struct Shape {
   int B, T, N, Hq, Hk, Hv, Hs, Ho;
-  int D;            // K and V as they are in memory; beyond, zeros up to kD
-  int chunks;       // of a sequence; packed: an upper bound over all sequences together
-  int segments;     // of a sequence
+  int D;         // K and V as they are in memory; beyond, zeros up to kD
+  int chunks;    // of a sequence; packed: an upper bound over all sequences together
+  int segments;  // of a sequence
   float scale, l2_eps;
   const int32_t* cu_seqlens;
   const int32_t* chunk_offsets;  // [N + 1], packed only
@@ -33,7 +33,7 @@ __device__ __forceinline__ float power2(float x) {
 }
 
 struct Sequence {
-  int begin;        // first token, in [0, B T)
+  int begin;  // first token, in [0, B T)
   int length;
   int first_chunk;  // in the numbering of the records
 };
@@ -69,15 +69,18 @@ constexpr int kStateBytes = 2 * kD * kD;
 constexpr int kStatePanel = kD * 128;
 __host__ __device__ constexpr int state_bytes(int D) { return 2 * D * D; }
 
+// Of the steps of the backward walk every kSoon-th is taken up by backward_chunk at once, while its inputs are in the L2 cache.
+constexpr int kSoon = 2;
+
 constexpr int kPanel = kC * 128;  // 64 tokens of 64 elements
 
 // Where things lie in `saved` and in the workspaces.
 struct Plan {
   Shape shape;
-  int rows;        // of S a block of the pass with outputs keeps
-  size_t records;  // in number
-  size_t states, maps_transposed, saved;         // in `saved`: chunk states, M^T of the segments; its size
-  size_t record, own, map, offsets, bytes;       // in the forward workspace
+  int rows;                                                                         // of S a block of the pass with outputs keeps
+  size_t records;                                                                   // in number
+  size_t states, maps_transposed, saved;                                            // in `saved`: chunk states, M^T of the segments; its size
+  size_t record, own, map, offsets, bytes;                                          // in the forward workspace
   size_t d_states, d_own, d_offsets, d_done, d_order, d_q, d_k, d_v, d_g, d_bytes;  // in the backward workspace
   int d_rows, merged, d_blocks;  // of the backward walk: as `rows`; segments that one walk takes; blocks, which take one walk after another
 };
@@ -91,23 +94,22 @@ cudaError_t launch_offsets(const Shape& s, int32_t* chunk_offsets, cudaStream_t 
 cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, float floor, char* record, cudaStream_t stream);
 
 // mode 0: with outputs; 1: segments' N and M, without outputs. `maps`: tensor maps of q, k, v. states: S0 of the chunks, or null.
-cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode, int rows, const CUtensorMap* maps, const char* record,
-                              float* own, float* map, float* map_transposed, char* states, cudaStream_t stream);
+cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode, int rows, const CUtensorMap* maps, const char* record, float* own,
+                              float* map, float* map_transposed, char* states, cudaStream_t stream);
 // own[i] += own[i - 1] map[i], i = 1 .. segments - 2; reverse: own[i] += own[i + 1] map[i], i = segments - 2 .. 1.
 cudaError_t launch_combine(const Shape& s, bool reverse, float* own, const float* map, cudaStream_t stream);
 
-// order: the records' chunks in the order in which the backward walk comes to them, `together` sequences (or their pieces) at a time; zero: done [records, Hs] and the counter behind it.
+// order: the records' chunks in the order in which the backward walk comes to them, `together` sequences (or their pieces) at a time; zero: done
+// [records, Hs] and the counter behind it.
 cudaError_t launch_order(const Shape& s, int records, int merged, int together, int32_t* order, uint32_t* done, cudaStream_t stream);
 // `maps`: tensor maps of q, k, d_o. Without outputs: the segments' N'.
-cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows, int merged, int blocks,
-                                       const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, uint32_t* done,
+cudaError_t launch_backward_recurrence(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, bool output, int rows, int merged,
+                                       int blocks, const CUtensorMap* maps, const char* record, float* own, char* d_states, void* d_v, uint32_t* done,
                                        cudaStream_t stream);
 // Runs beside launch_backward_recurrence, launched right before it in the stream: a chunk is taken up when its count in `done` is row_blocks.
 // `maps`: tensor maps of q, k, v, d_o, d_v (Hs heads). d_q, d_k: [B, T, Ho, D], d_g [B, T, Ho]: not yet summed over heads.
 cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaGradients& d, const Shape& s, int records, const CUtensorMap* maps,
                                   const char* record, const char* states, const char* d_states, const int32_t* order, uint32_t* done, int row_blocks,
                                   void* d_q, void* d_k, float* d_g, cudaStream_t stream);
-// to[r, h] = sum over `count` consecutive heads of from, [rows, heads * count, D] bfloat16, or with D = 0 [rows, heads * count] float32.
-cudaError_t launch_sum_heads(const void* from, void* to, int64_t rows, int heads, int count, int D, cudaStream_t stream);
 
 }  // namespace oryx::gated_delta_cuda

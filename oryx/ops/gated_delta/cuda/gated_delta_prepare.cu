@@ -39,8 +39,8 @@ __global__ void chunk_offsets_kernel(const int32_t* cu_seqlens, int N, int T, in
   if (lane == 0) offsets[0] = 0;
 }
 
-// One thread a chunk: its place is the number of chunks that are taken up before it. `together` walks take their steps side by side; of these the
-// even steps come first, since backward_chunk is about half as fast beside them: what it takes up has just been written and is in the L2 cache.
+// One thread a chunk: its place is the number of chunks that are taken up before it. `together` walks take their steps side by side; of these every
+// kSoon-th comes first, since backward_chunk is slower than they are: what it takes up has then just been written.
 __global__ void order_kernel(const Shape s, int records, int merged, int together, int32_t* order, uint32_t* done) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   for (int64_t k = i; k < static_cast<int64_t>(records) * s.Hs + 1; k += gridDim.x * blockDim.x) done[k] = 0;
@@ -64,7 +64,9 @@ __global__ void order_kernel(const Shape s, int records, int merged, int togethe
       const int round = (m * walks + w) / together;
       if (round < own) before += length;
       if (round != own) continue;
-      before += step % 2 == 0 ? (min(length, step) + 1) / 2 : (length + 1) / 2 + min(length, step) / 2;
+      const auto soon = [&](int steps) { return (steps + kSoon - 1) / kSoon; };  // of the first `steps` steps
+      const int passed = min(length, step);
+      before += step % kSoon == 0 ? soon(passed) : soon(length) + passed - soon(passed);
       before += length > step && (m < n || (m == n && w < walk)) ? 1 : 0;
     }
   }
@@ -132,7 +134,7 @@ __device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t k, int bloc
         mma_bf16(raw[nb][0], a, b[0], b[1]);
         mma_bf16(raw[nb][1], a, b[2], b[3]);
       }
-    // The block on the diagonal: its right operand is the left one in another order.
+      // The block on the diagonal: its right operand is the left one in another order.
 #pragma unroll
     for (int nb = 0; nb < 4; ++nb)
       if (nb == block) {
@@ -151,9 +153,8 @@ __device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t k, int bloc
   }
 }
 
-__global__ void __launch_bounds__(128, 6)
-    prepare_kernel(Shape s, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g, const float* __restrict__ beta, float floor,
-                   char* __restrict__ record) {
+__global__ void __launch_bounds__(128, 6) prepare_kernel(Shape s, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g,
+                                                         const float* __restrict__ beta, float floor, char* __restrict__ record) {
   extern __shared__ __align__(128) char raw_shared[];
   Shared& sh = *reinterpret_cast<Shared*>(raw_shared);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -290,8 +291,7 @@ __global__ void __launch_bounds__(128, 6)
       const float4 a = *reinterpret_cast<const float4*>(from);
       const float4 b = *reinterpret_cast<const float4*>(from + 4);
       const float* w = sh.beta + unit * 8;
-      units = make_uint4(pack(a.x * w[0], a.y * w[1]), pack(a.z * w[2], a.w * w[3]), pack(b.x * w[4], b.y * w[5]),
-                         pack(b.z * w[6], b.w * w[7]));
+      units = make_uint4(pack(a.x * w[0], a.y * w[1]), pack(a.z * w[2], a.w * w[3]), pack(b.x * w[4], b.y * w[5]), pack(b.z * w[6], b.w * w[7]));
     }
     *reinterpret_cast<uint4*>(out + kRecordT + row * 128 + ((unit ^ (row & 7)) << 4)) = units;
   }

@@ -20,7 +20,7 @@ struct Layout {
   static constexpr int kLoaded = kRecord + kRecordBytes;  // what is copied in; what follows is computed here
   static constexpr int kP = kLoaded;                      // P, then scale exp(G) / |q|
   static constexpr int kStage = kP + (kOutput ? kPanel + 1024 : 0);
-  static constexpr int kOut = kStages * kStage;  // 64 tokens of 16 rows for each warp
+  static constexpr int kOut = kStages * kStage;                           // 64 tokens of 16 rows for each warp
   static constexpr int kState = kOut + (kOutput ? kWarps * kC * 32 : 0);  // 4 KiB for each warp
   static constexpr int kBarriers = kState + (kSave ? kWarps * 4096 : 0);
   static constexpr int kBytes = kBarriers + 24 * kStages + 1024;  // and what aligning the start to 1024 may take
@@ -40,8 +40,8 @@ struct Arguments {
 
 template <int kRows, bool kOutput, bool kSave>
 __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows == 64 && !kOutput ? 2 : 1)
-    recurrence_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                      const __grid_constant__ CUtensorMap v_map, const Shape s, const Arguments a) {
+    recurrence_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                      const Shape s, const Arguments a) {
   using L = Layout<kRows, kOutput, kSave>;
   constexpr int kStages = L::kStages;
   extern __shared__ char raw_shared[];
@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
     if constexpr (kRows == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
     else asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
   }
-  const int panel = warp / 4;                               // 64 rows of this warpgroup
-  const int row = rb * kRows + 16 * warp + lane / 4;        // this thread's rows of S: this one and 8 further on
-  const int column = 2 * (lane % 4);                        // and its columns: this one and the next of every eight
+  const int panel = warp / 4;                         // 64 rows of this warpgroup
+  const int row = rb * kRows + 16 * warp + lane / 4;  // this thread's rows of S: this one and 8 further on
+  const int column = 2 * (lane % 4);                  // and its columns: this one and the next of every eight
   const size_t state = (static_cast<size_t>(n) * s.Hs + hs) * s.D * s.D;
   const size_t segments = (static_cast<size_t>(n) * s.Hs + hs) * s.segments;
 
@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
 #pragma unroll
       for (int kk = 0; kk < 8; ++kk) wgmma_64x64(o, sb + 4 * kk, descriptor(at + L::kQ + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
       wgmma_commit();
-      store_out(ob, staging, a.o, a.wanted, token - kC, i > 0 ? kC : 0, static_cast<size_t>(s.Ho) * s.D, ho * s.D + rb * kRows + 16 * warp, lane);
+      store_out(ob, staging, a.o, a.wanted, token - kC, i > 0 ? kC : 0, static_cast<size_t>(s.Ho) * s.D, ho * s.D + rb * kRows + 16 * warp, lane,
+                kEvictNormal);
       wgmma_wait<1>();
     } else {
       wgmma_wait<0>();
@@ -201,7 +202,8 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
     if constexpr (kSave) {
       if (ho % (s.Ho / s.Hs) == 0)
         store_state(sb, base + L::kState + warp * 4096,
-                    a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_bytes(s.D) + (rb * kRows + 16 * warp) * 128, s.D, lane);
+                    a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_bytes(s.D) + (rb * kRows + 16 * warp) * 128, s.D, lane,
+                    kEvictNormal);
     }
     const float decay = power2(load_shared(at + L::kRecord + kRecordRows + 4 * 191));
 #pragma unroll
@@ -259,7 +261,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
   if constexpr (kOutput) {
     if (c1 > c0)
       store_out(ob, staging, a.o, a.wanted, seq.begin + (c1 - 1) * kC, min(kC, seq.length - (c1 - 1) * kC), static_cast<size_t>(s.Ho) * s.D,
-                ho * s.D + rb * kRows + 16 * warp, lane);
+                ho * s.D + rb * kRows + 16 * warp, lane, kEvictNormal);
   }
 
   float* to = nullptr;
@@ -271,7 +273,8 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput, kSave>::kThreads, kRows
     for (int j = 0; j < 16; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (8 * j < width) *reinterpret_cast<float2*>(to + (row + 8 * h) * width + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
+        if (8 * j < width)
+          *reinterpret_cast<float2*>(to + (row + 8 * h) * width + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
   }
   if (is_map && a.map_transposed != nullptr) {
     to = a.map_transposed + (segments + segment) * kD * kD;
@@ -307,7 +310,7 @@ __global__ void __launch_bounds__(kD) combine_kernel(int segments, bool reverse,
     fetch(1);
     if (segments > 3) fetch(2);
   }
-  const auto keep_before = [&](const float4 (&x)[4]) {  // transposed: [column][row]
+  const auto keep_before = [&](const float4(&x)[4]) {  // transposed: [column][row]
     *reinterpret_cast<float4*>(&before[(k + 0) * kCombineRows + r0]) = make_float4(x[0].x, x[1].x, x[2].x, x[3].x);
     *reinterpret_cast<float4*>(&before[(k + 1) * kCombineRows + r0]) = make_float4(x[0].y, x[1].y, x[2].y, x[3].y);
     *reinterpret_cast<float4*>(&before[(k + 2) * kCombineRows + r0]) = make_float4(x[0].z, x[1].z, x[2].z, x[3].z);
@@ -352,8 +355,8 @@ cudaError_t launch(const Shape& s, const CUtensorMap* maps, const Arguments& a, 
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
   const int heads = kOutput ? s.Ho : s.Hs;
-  kernel<<<dim3(s.N * heads * (s.D == 64 ? 1 : kD / kRows), kOutput ? s.segments : 2 * s.segments - 3), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2],
-                                                                                                                        s, a);
+  kernel<<<dim3(s.N * heads * (s.D == 64 ? 1 : kD / kRows), kOutput ? s.segments : 2 * s.segments - 3), L::kThreads, L::kBytes, stream>>>(
+      maps[0], maps[1], maps[2], s, a);
   return cudaGetLastError();
 }
 

@@ -12,7 +12,8 @@ __device__ __forceinline__ void wgmma_64x32_ss(float (&d)[16], uint64_t a, uint6
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
       "}, %16, %17, p, 1, 1, 0, 0;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),
+        "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
       : "l"(a), "l"(b), "r"(accumulate));
 }
 // The same with a in registers and b stored k x n.
@@ -22,7 +23,8 @@ __device__ __forceinline__ void wgmma_64x32_rs_kn(float (&d)[16], const uint32_t
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
       "}, {%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),
+        "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
@@ -46,9 +48,7 @@ __device__ __forceinline__ float dot(uint32_t a, uint32_t b, float sum) { return
 
 // A tile of 64 rows (tokens) of 128 swizzled bytes by accumulator position: a warp has 16 rows, a matrix load or store moves two of their eight
 // 8-column blocks, j and j + 1 (j even), as the words of rows lane / 4 and lane / 4 + 8 of j, then of j + 1.
-__device__ __forceinline__ uint32_t tile_rows(int warp, int lane) {
-  return (16 * (warp % 4) + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4);
-}
+__device__ __forceinline__ uint32_t tile_rows(int warp, int lane) { return (16 * (warp % 4) + lane % 16) * 128 + ((lane / 16 ^ lane % 8) << 4); }
 // rows: the tile's address + tile_rows
 __device__ __forceinline__ void load_tile(uint32_t (&r)[4], uint32_t rows, int j) { load_matrix(r, rows ^ (j << 4)); }
 __device__ __forceinline__ void store_tile(uint32_t rows, int j, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -5,6 +5,25 @@
 
 namespace oryx::gated_delta_cuda {
 
+// ---- copies with a hint to the L2 cache: what is not read again soon makes room first (PTX: createpolicy)
+using hopper::bulk_load, hopper::bulk_store, hopper::tensor_load;
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
+__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3, uint64_t hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
+      "l"(map), "r"(bar), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(hint)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int bytes, uint32_t bar, uint64_t hint) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst), "l"(src),
+               "r"(bytes), "r"(bar), "l"(hint)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* dst, uint32_t src, int bytes, uint64_t hint) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(dst), "r"(src), "r"(bytes), "l"(hint)
+               : "memory");
+}
+
 // d (64 x 64) = a (64 x 16) b + (accumulate ? d : 0), a from shared memory m x k (kTransposedA: k x m), b n x k (kTransposedB: k x n).
 template <int kTransposedA, int kTransposedB>
 __device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
@@ -14,10 +33,9 @@ __device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b,
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
       "}, %32, %33, p, 1, 1, %35, %36;\n}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]),
+        "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),
+        "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposedA), "n"(kTransposedB));
 }
 // Right operands (and transposed left ones) whose rows of 128 bytes are the summed index: 64 and 128 columns from k-step kk on.
@@ -29,19 +47,19 @@ __device__ __forceinline__ uint64_t descriptor_nk(uint32_t panel, int kk, int by
 
 // A warp's 16 rows of a state (fragments of 16 x 16: `sb`) to its image in device memory, whose first of these rows is at `to`; `staging`:
 // 4 KiB of shared memory of the warp's own. Returns before the bytes have left: bulk_wait at the end.
-__device__ __forceinline__ void store_state(const uint32_t (&sb)[32], uint32_t staging, char* to, int D, int lane) {
+__device__ __forceinline__ void store_state(const uint32_t (&sb)[32], uint32_t staging, char* to, int D, int lane, uint64_t hint) {
   if (lane == 0) bulk_wait_read();
   __syncwarp();
   const int r = lane % 16;
 #pragma unroll
   for (int kk = 0; kk < 8; ++kk)
     store_matrix(staging + kk / 4 * 2048 + r * 128 + (((kk % 4 * 2 + lane / 16) ^ (r & 7)) << 4), sb[4 * kk], sb[4 * kk + 1], sb[4 * kk + 2],
-                      sb[4 * kk + 3]);
+                 sb[4 * kk + 3]);
   fence_async_proxy();
   __syncwarp();
   if (lane == 0) {
-    bulk_store(to, staging, 2048);
-    if (D == kD) bulk_store(to + kStatePanel, staging + 2048, 2048);
+    bulk_store(to, staging, 2048, hint);
+    if (D == kD) bulk_store(to + kStatePanel, staging + 2048, 2048, hint);
     bulk_commit();
   }
 }
@@ -66,13 +84,13 @@ __device__ __forceinline__ float load_shared(uint32_t at) {
 }
 
 // 16 bytes at once: left to itself the compiler makes four stores of it.
-__device__ __forceinline__ void store_global(void* to, const uint4& x) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+__device__ __forceinline__ void store_global(void* to, const uint4& x, uint64_t hint) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(hint) : "memory");
 }
 
 // A warp's 64 tokens of 16 columns of O (or dV): through shared memory, so that a token's 32 bytes leave together.
-__device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t staging, __nv_bfloat16* out, const uint8_t* wanted, int token, int count, size_t stride,
-                                          int column, int lane) {
+__device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t staging, __nv_bfloat16* out, const uint8_t* wanted, int token, int count,
+                                          size_t stride, int column, int lane, uint64_t hint) {
   __syncwarp();
 #pragma unroll
   for (int nn = 0; nn < 4; ++nn) {
@@ -90,7 +108,7 @@ __device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t sta
                    : "r"(staging + t * 32 + ((unit ^ (t >> 2 & 1)) << 4))
                    : "memory");
       if (wanted != nullptr && wanted[token + t] == 0) x = make_uint4(0, 0, 0, 0);
-      store_global(out + (token + t) * stride + column + 8 * unit, x);
+      store_global(out + (token + t) * stride + column + 8 * unit, x, hint);
     }
   }
 }
