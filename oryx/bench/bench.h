@@ -23,7 +23,7 @@ struct BenchResult {
 struct BenchModel {
   std::string preset;  // or the path of a training config (.json), whose model it then is
   std::string precision = "float32";  // of activations: float32 or bfloat16; parameters are float32
-  std::string device = "cpu";         // of bench_decode: cpu, cuda or cuda:N
+  std::string device = "cpu";         // of bench_prefill and bench_decode: cpu, cuda or cuda:N
   ModelConfig config() const;
   at::ScalarType compute() const { return precision == "bfloat16" ? at::kBFloat16 : at::kFloat; }
 };
@@ -51,6 +51,18 @@ struct ForwardBenchOptions {
 // A forward without gradients at each length. Rows: tokens, ms (median), memory_bytes (peak above what the process held before),
 // state_bytes, and both per token relative to the first length (1 is proportional).
 BenchResult bench_forward(const ForwardBenchOptions& options);
+
+struct PrefillBenchOptions {
+  BenchModel model;
+  std::vector<int64_t> lengths = {2048, 8192};
+  std::vector<int64_t> shares = {0, 5, 10, 25, 100};  // percent of the prompt's tokens that are read in attention
+  std::string placement = "last";                     // where they are: last, the prompt's end; random, chunks of 256 tokens
+  int64_t piece = 8192;                               // tokens of one pass
+  int64_t repeat = 3;
+};
+// A prompt read into a new state, piece by piece, as generation does. Rows: tokens, attention_share (of the tokens, as it came out), ms (median), tokens_per_second,
+// peak_bytes (on a GPU all that tensors take, weights included; on a CPU what came on top of what was there) and state_bytes.
+BenchResult bench_prefill(const PrefillBenchOptions& options);
 
 struct DecodeBenchOptions {
   BenchModel model;

@@ -101,6 +101,8 @@ int64_t peak_device_memory(at::Device device) {
   return stats.allocated_bytes[0].peak;  // over all pools
 }
 
+void reset_peak_device_memory(at::Device device) { c10::getDeviceAllocator(device.type())->resetPeakStats(device.index()); }
+
 int64_t resident_memory() { return status_bytes("VmRSS"); }
 
 int64_t peak_memory() { return status_bytes("VmHWM"); }

@@ -24,8 +24,9 @@ Times time_repeated(int64_t warmup, int64_t repeat, const std::function<void()>&
 
 // The same on a GPU, between events of its stream: nothing waits between the calls, as nothing does in training.
 Times time_repeated_on(at::Device device, int64_t warmup, int64_t repeat, const std::function<void()>& f);
-// The most bytes of a GPU's memory that tensors have taken at once since the process began.
+// The most bytes of a GPU's memory that tensors have taken at once since the process or reset_peak_device_memory() began.
 int64_t peak_device_memory(at::Device device);
+void reset_peak_device_memory(at::Device device);
 
 // Bytes of this process in memory now, and the most since reset_peak_memory() (or since it began).
 int64_t resident_memory();

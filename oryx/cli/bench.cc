@@ -1,4 +1,4 @@
-// oryx bench step|forward|decode|state|attention: how fast and how large models are on this machine.
+// oryx bench step|forward|prefill|decode|state|attention: how fast and how large models are on this machine.
 #include "oryx/bench/bench.h"
 
 #include "oryx/bench/measure.h"
@@ -100,6 +100,20 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   add_count(forward, "--piece", f->piece, "tokens of one pass, with a state, as generation reads a prompt; 0: one pass, no state", 0);
   add_count(forward, "--repeat", f->repeat, "passes at each length");
   finish(forward, f, bench_forward);
+
+  CLI::App& prefill = *app.add_subcommand("prefill", "time and memory of reading a prompt against its share of tokens in attention");
+  auto p = std::make_shared<PrefillBenchOptions>();
+  prefill.add_option("MODEL", p->model.preset, "SIZE or SIZE-VARIANT (130m, 130m-mamba2), or a training config")->required();
+  prefill.add_option("--dtype", p->model.precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+  prefill.add_option("--device", p->model.device, "cpu, cuda or cuda:N")->capture_default_str();
+  add_list(prefill, "--lengths", p->lengths, "tokens of the prompt");
+  prefill.add_option("--shares", p->shares, "percent of its tokens in attention")
+      ->delimiter(',')->check(CLI::Range(int64_t{0}, int64_t{100}))->capture_default_str()->type_name("N,N,...");
+  prefill.add_option("--placement", p->placement, "where they are: the prompt's last tokens, or chunks of 256 drawn at random")
+      ->check(CLI::IsMember({"last", "random"}))->capture_default_str();
+  add_count(prefill, "--piece", p->piece, "tokens of one pass");
+  add_count(prefill, "--repeat", p->repeat, "passes at each length and share");
+  finish(prefill, p, bench_prefill);
 
   CLI::App& decode = *app.add_subcommand("decode", "time of one token and bytes of state against context");
   auto d = std::make_shared<DecodeBenchOptions>();
