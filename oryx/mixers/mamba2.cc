@@ -75,7 +75,9 @@ class Mamba2 : public Mixer {
     const at::Tensor own = dt * k.square().sum(-1).repeat_interleave(heads / k.size(2), 2);  // [B, T, Hs]
     const at::Tensor before = after - own.unsqueeze(-1) * v;
     const auto norm = [](const at::Tensor& x) { return x.square().sum({2, 3}).sqrt(); };
-    return 1 - (before * v).sum({2, 3}) / (norm(before) * norm(v)).clamp_min(1e-12);
+    // What the difference leaves of an empty state is rounding, and predicts nothing.
+    const at::Tensor length = at::maximum(norm(before), 1e-4 * norm(own.unsqueeze(-1) * v));
+    return 1 - (before * v).sum({2, 3}) / (length * norm(v)).clamp_min(1e-12);
   }
 
   MixerFlops flops(int64_t) const override {
