@@ -82,7 +82,7 @@ TEST_F(BadSession, Metadata) {
   expect_refused_with("lengths", "6;6", "'lengths' in its metadata is '6;6', expected integers");
   expect_refused_with("lengths", "99999999999999999999", "expected integers of 0 to");
   expect_refused_with("lengths", "7", "is missing or not of 7 tokens");
-  expect_refused_with("lengths", "6,6", "tensor 'sequence1.");
+  expect_refused_with("lengths", "6,6", "rows_from of 1 sequences, expected 2");
   expect_refused_with("checkpoints", "2,9", "a checkpoint at 9 in a sequence of 6 tokens");
   expect_refused_with("checkpoints", "4,2", "a checkpoint at 2 in a sequence of 6 tokens, after one at 4");
   expect_refused_with("checkpoints", "2,3,4,6", "is missing");

@@ -112,7 +112,8 @@ void read_session(std::string_view bytes) {
   state.trim(0, state.reachable(0, length / 2), session_model());
   if (state.sequences() > 1) return;
   static const ModelSchedule schedule(session_model().config(), "linear");
-  Session session(session_model(), schedule, {.prompt_length = 0, .tokens = state.lengths()[0] + 2}, std::move(state));
+  const SessionOptions room{.prompt_length = 0, .tokens = state.lengths()[0] + 2};
+  Session session(session_model(), schedule, room, std::move(state));
   session.extend(std::vector<int32_t>{1, 2});
 }
 
