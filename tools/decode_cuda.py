@@ -20,7 +20,6 @@ ap = argparse.ArgumentParser()
 ap.add_argument("library")
 ap.add_argument("--only", default="step,attention,model,batch")
 ap.add_argument("--no-times", action="store_true")
-ap.add_argument("--trace", action="store_true")
 ap.add_argument("--layers", type=int, default=24)
 args = ap.parse_args()
 ONLY = args.only.split(",")
@@ -279,7 +278,7 @@ class Layer(C.Structure):
 class Step(C.Structure):
     _fields_ = [("layers", C.c_void_p), ("num_layers", C.c_int32), ("vocab_size", C.c_int32), ("below", C.c_int32), ("capacity", C.c_int64)] + [
         (n, C.c_void_p) for n in "embed head final_norm rope token position modes feed_back id_rows likeliest logits workspace".split()] + [
-        (n, C.c_float) for n in "norm_eps head_norm_eps attention_scale".split()] + [("trace", C.c_void_p)]
+        (n, C.c_float) for n in "norm_eps head_norm_eps attention_scale".split()]
 
 
 lib.oryx_decode_workspace.restype = C.c_int64
@@ -306,7 +305,7 @@ class Model:
         table = (Layer * L)(*[Layer(*[d[f].data_ptr() for f, _ in Layer._fields_]) for d in self.layers])
         self.table = torch.frombuffer(bytearray(bytes(table)), dtype=torch.uint8).to(DEV)
         self.step = Step(self.table.data_ptr(), L, vocab, vocab, capacity, *[t.data_ptr() for t in (self.embed, self.embed, self.final_norm, self.rope, self.token, self.position, self.modes, self.feed,
-                         self.ids, self.likeliest, self.logits, self.work)], 1e-6, 1e-6, 128**-0.5, 0)
+                         self.ids, self.likeliest, self.logits, self.work)], 1e-6, 1e-6, 128**-0.5)
 
     def run(self):
         ok(lib.oryx_decode_step(C.byref(self.step), self.D, self.F, stream()))
@@ -414,31 +413,9 @@ def check_model():
         print("  FAIL other bits in the second run")
 
 
-NAMES = "pro1 P1 mix attend pro3 P3 pro4 P4 pro5 P5".split()
-
-
-def trace(m):
-    t = torch.zeros(132, 128, 16, dtype=torch.int64, device=DEV)
-    m.step.trace = t.data_ptr()
-    m.run()
-    torch.cuda.synchronize()
-    m.step.trace = 0
-    d = (t[:, 2:22, 1:11] - t[:, 2:22, 0:10]).double()
-    print("  trace, cycles: " + ", ".join(f"{n} {d[:, :, i].mean():.0f} ({d[:, :, i].mean(1).min():.0f} to {d[:, :, i].mean(1).max():.0f})" for i, n in enumerate(NAMES)), flush=True)
-
-
 def time_model():
     capacity = 32768 + 64
     m = Model(args.layers, capacity)
-    if args.trace:
-        for mode, position in ((0, 4096), (1, 4096)):
-            m.modes.fill_(mode)
-            for _ in range(3):
-                m.position.fill_(position)
-                m.run()
-            m.position.fill_(position)
-            trace(m)
-        return
     g = torch.cuda.CUDAGraph()
     m.run()
     torch.cuda.synchronize()
@@ -477,7 +454,7 @@ class Mix(C.Structure):
 
 
 class Product(C.Structure):
-    _fields_ = [(n, C.c_void_p) for n in "weight x out".split()] + [(n, C.c_int64) for n in "N rows K".split()] + [("form", C.c_int32), ("splits", C.c_int32)]
+    _fields_ = [(n, C.c_void_p) for n in "weight x out".split()] + [(n, C.c_int64) for n in "N rows K".split()] + [("form", C.c_int32), ("splits", C.c_int32), ("needed", C.c_void_p), ("optional", C.c_int64)]
 
 
 lib.oryx_product_tiles.restype = C.c_int64
@@ -524,8 +501,8 @@ class Batch:
                  None if narrow is None else narrow.data_ptr(), self.narrow.data_ptr(), self.N, m.D, 2 * m.H, 2, self.tiles, 1e-6)
         ok(lib.oryx_batch_norm(C.byref(a), stream()))
 
-    def product(self, w, x, out, rows, K, form=0, splits=1):
-        a = Product(w.data_ptr(), x.data_ptr(), out.data_ptr(), self.N, rows, K, form, splits)
+    def product(self, w, x, out, rows, K, form=0, splits=1, needed=None):
+        a = Product(w.data_ptr(), x.data_ptr(), out.data_ptr(), self.N, rows, K, form, splits, p(needed), 4 * self.m.D)
         ok(lib.oryx_product(C.byref(a), stream()))
 
     def run(self, only=None):
@@ -533,7 +510,7 @@ class Batch:
         D, Fw = m.D, m.F
         for l, (d, s, w) in enumerate(zip(m.layers, self.state, self.packed)):
             self.norm(None if l == 0 else 1, 0, None if l == 0 else self.delta, d["norm1"], d["w_beta_decay"], self.u)
-            self.product(w["w_in"], self.u, self.proj, 5 * D, D)
+            self.product(w["w_in"], self.u, self.proj, 5 * D, D, needed=self.modes[l])
             r = [s[k].data_ptr() if self.rows else None for k in ("keys", "values", "g_rows", "beta_rows", "mode_rows")] if self.rows else [None] * 5
             st = [s[k].stride(0) if self.rows else 0 for k in ("keys", "values", "g_rows", "beta_rows", "mode_rows")] if self.rows else [0] * 5
             a = Mix(self.proj.data_ptr(), self.narrow.data_ptr(), *[d[k].data_ptr() for k in ("k_conv", "v_conv", "A_log", "dt_bias", "o_norm")], s["k_tail"].data_ptr(), s["v_tail"].data_ptr(), s["S"].data_ptr(), *r, *st,
@@ -615,7 +592,7 @@ if "step" in ONLY:
     check_steps()
 if "attention" in ONLY:
     check_attention()
-if "model" in ONLY and not args.trace:
+if "model" in ONLY:
     check_model()
 if "batch" in ONLY:
     check_batch()

@@ -301,8 +301,9 @@ class CudaDecoder : public FusedDecoder {
     projected_ = at::empty({N_ * 5 * width}, half), logits_ = at::empty({N_, vocab_}, half);
   }
 
-  void product(const at::Tensor& weight, const at::Tensor& x, const at::Tensor& out, int64_t rows, int64_t K, int form) const {
-    const OryxProduct a{weight.data_ptr(), x.data_ptr(), out.data_ptr(), N_, rows, K, form, form == kOryxProductParts ? kSplits : 1};
+  void product(const at::Tensor& weight, const at::Tensor& x, const at::Tensor& out, int64_t rows, int64_t K, int form, const uint8_t* needed = nullptr,
+               int64_t optional = 0) const {
+    const OryxProduct a{weight.data_ptr(), x.data_ptr(), out.data_ptr(), N_, rows, K, form, form == kOryxProductParts ? kSplits : 1, needed, optional};
     check("oryx_product", oryx_product(&a, stream_of(u_)));
   }
 
@@ -331,7 +332,8 @@ class CudaDecoder : public FusedDecoder {
     for (size_t i = 0; i < packed_.layers.size(); ++i) {
       const PackedLayer& w = packed_.layers[i];
       norm(i == 0 ? -1 : 1, 0, i > 0, w.norm1, w.narrow);
-      product(w.in, u_, projected_, w.in_rows, D_, kOryxProductRows);
+      // The query of attention is wanted only where a sequence is in attention.
+      product(w.in, u_, projected_, w.in_rows, D_, kOryxProductRows, w.attends ? pointer<uint8_t>(modes_) + i * static_cast<size_t>(N_) : nullptr, 4 * H_ * 128);
       mix(i);
       if (w.attends && slots_[i].keys.defined()) attend(i);
       product(w.out, y_, delta_, D_, H_ * 128, kOryxProductParts);

@@ -24,6 +24,15 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 3 : 1) product_kern
   const uint4* w = static_cast<const uint4*>(a.weight) + (blockIdx.x * 2 * K16 + 2 * begin) * 32 + lane;
   const uint4* x = static_cast<const uint4*>(a.x) + static_cast<int64_t>(begin) * kTiles * 32 + lane;
   const int count = end - begin;
+  if (a.needed != nullptr && static_cast<int64_t>(blockIdx.x) * kBlockRows >= a.optional) {
+    bool any = false;
+    for (int n = lane; n < a.N; n += 32) any |= a.needed[n] != 0;
+    if (!__any_sync(~0u, any)) {
+      launch_dependents();
+      wait_for_previous();
+      return;
+    }
+  }
   uint4 ring[kAhead][4];
   const auto fetch = [&](int step, uint4(&to)[4]) {
     if (step >= count) return;

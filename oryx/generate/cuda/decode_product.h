@@ -19,6 +19,8 @@ typedef struct {
   void* out;         // rows: bfloat16 [N, rows].  parts: float32 [splits, N, rows], to be added up.  swiglu: activations of rows / 2 columns, silu(row 2 i) * (row 2 i + 1)
   int64_t N, rows, K;  // N at most 64; rows and K multiples of 32
   int32_t form, splits;  // splits along K, 1 but for parts
+  const uint8_t* needed;   // [N] or null: where all are zero, rows from `optional` on (a multiple of 32) are left out
+  int64_t optional;
 } OryxProduct;
 
 // Tiles of eight sequences that activations of N have: a power of two.

@@ -1,19 +1,16 @@
 // The persistent decoding kernel of decode_step.h.
 //
-// The last warp is the producer: it walks through the whole step and copies units of at most 4 KB, a row of weights or of cached keys, into a ring of slots. Twelve warps walk
-// through the same units and compute. For a matrix-vector product every warp holds the vector in registers and takes whole rows; the wide product of the feed-forward's
-// second half splits a row among three warps.
+// Warp 8 is the producer: it walks through the whole step and copies 16 KB pieces into the ring. Warps 0 to 7 walk through the same pieces and compute. A matrix-vector
+// product keeps the vector in registers (thread t holds columns 8 t to 8 t + 7, and every 2,048 columns on) and reads each row of weights once; a row's sum goes through
+// the warp, then through shared memory. Between phases all multiprocessors meet:
 //
-// Phases of a layer:
 //   1  u = norm(x):            k, v, gate, query, beta, decay
-//   2  convolutions, S, readout; in attention mode this share of the cached tokens instead of the readout, then the shares together
-//   3  head norm, gate, xa = x + W_out o
-//   4  h = norm(xa):           silu(W_gate h) * (W_up h)
-//   5  x = xa + W_down (...)
+//   2  convolutions, S, readout; in attention mode this share of the cached tokens instead of the readout, and 2b: the shares together
+//   3  head norm, gate, x += W_out o
+//   4  h = norm(x):            silu(W_gate h) * (W_up h)
+//   5  x += W_down (...)
 //
-// There is no barrier among multiprocessors. What goes from one to another is written as words of 8 bytes, a value and the number of the step and layer it belongs to; whoever needs it reads until the
-// number is right. A word is overwritten a layer later at the earliest, which every multiprocessor reaches only with the results of phases 3 and 5 of all others, so after
-// they have read it. Sums are in a fixed order: the same inputs give the same bits.
+// Sums are in a fixed order: the same inputs give the same bits.
 #include <cfloat>
 
 #include "oryx/generate/cuda/decode_step_mix.cuh"
@@ -22,258 +19,207 @@
 namespace oryx::decode_cuda {
 namespace {
 
-template <int kD, int kF>
-__device__ void produce(const OryxDecodeStep& a, Shared<kD, kF>& s) {
+template <int kD, int kF, typename Out>
+__device__ void produce(const OryxDecodeStep& a, Shared& s, Out out) {
   constexpr int H = kD / kWidth;
-  Producer out(s);
   const int position = __ldcg(a.position);
-  const auto rows = [&](const void* w, Share share, int count) {
-    const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.begin) * count * kD * 2;
-    for (int i = 0; i < share.count() * count; ++i, from += kD * 2) out.load(from, kD * 2);
+  const auto rows = [&](const void* w, Share share, int piece_rows, int columns) {
+    const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.begin) * piece_rows * columns * 2;
+    for (int i = share.begin; i < share.end; ++i, from += piece_rows * columns * 2) out.load(from, piece_rows * columns * 2);
   };
   for (int l = 0; l < a.num_layers; ++l) {
     const OryxDecodeLayer& layer = a.layers[l];
     const bool attention = s.modes[l] != 0;
-    const Share in(2 * kD, 0);
-    for (int row = 2 * in.begin; row < 2 * in.end; ++row) {
-      out.load(static_cast<const bf16*>(layer.w_in) + static_cast<int64_t>(row + (attention && row >= 3 * kD ? kD : 0)) * kD, kD * 2);
+    const Share in(4 * kD / kRows, 0);
+    for (int i = in.begin; i < in.end; ++i) {
+      const int row = i * kRows + (attention && i * kRows >= 3 * kD ? kD : 0);
+      out.load(static_cast<const bf16*>(layer.w_in) + static_cast<int64_t>(row) * kD, kRows * kD * 2);
     }
     const int narrow = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2 * H);
-    if (narrow >= 0) {
-      for (int half = 0; half < 2; ++half) out.load(layer.w_beta_decay + static_cast<int64_t>(narrow) * kD + half * (kD / 2), kD * 2);
-    }
+    if (narrow >= 0) out.load(layer.w_beta_decay + static_cast<int64_t>(narrow) * kD, kD * 4);
+    if (blockIdx.x < H * kSlices) out.load(layer.S + static_cast<int64_t>(blockIdx.x) * kSliceRows * kWidth, kSliceRows * kWidth * 4);
     if (attention) {
       const Share share((position + kTokens - 1) / kTokens, 3);
       for (int i = share.begin; i < share.end; ++i) {
-        const int tokens = min(kTokens, position - i * kTokens);
-        for (int t = 0; t < 2 * tokens; ++t) {
-          const void* from = t < tokens ? layer.keys : layer.values;
-          out.load(static_cast<const bf16*>(from) + (static_cast<int64_t>(i) * kTokens + t % tokens) * kD, kD * 2);
-        }
+        const int64_t at = static_cast<int64_t>(i) * kTokens * kD;
+        const int bytes = min(kTokens, position - i * kTokens) * kD * 2;
+        out.load(static_cast<const bf16*>(layer.keys) + at, bytes);
+        out.load(static_cast<const bf16*>(layer.values) + at, bytes);
       }
     }
-    rows(layer.w_out, Share(kD, 1), 1);
-    rows(layer.w_gate_up, Share(kF / 2, 2), 4);
-    const Share down(kD, 4);
-    constexpr int kPart = (kF / 8 + kParts - 1) / kParts;  // vectors of eight columns
-    for (int row = down.begin; row < down.end; ++row) {
-      for (int part = 0; part < kParts; ++part) {
-        const int vectors = min(kPart, kF / 8 - part * kPart);
-        out.load(static_cast<const bf16*>(layer.w_down) + static_cast<int64_t>(row) * kF + part * kPart * 8, vectors * 16);
-      }
-    }
+    rows(layer.w_out, Share(kD / kRows, 1), kRows, kD);
+    rows(layer.w_gate_up, Share(2 * kF / kRows, 2), kRows, kD);
+    rows(layer.w_down, Share(kD, 4), 1, kF);
   }
-  rows(a.head, Share(a.vocab_size / 4, 5), 4);
+  rows(a.head, Share(a.vocab_size / kRows, 5), kRows, kD);
 }
 
 template <int kD, int kF>
-__device__ void consume(const OryxDecodeStep& a, Shared<kD, kF>& s, const Workspace& ws) {
+__device__ void consume(const OryxDecodeStep& a, Shared& s, const Workspace& ws) {
   constexpr int H = kD / kWidth;
-  static_assert(kD * 2 <= kSlotBytes && kD % 256 == 0 && kD / 8 <= kConsumers && H % 2 == 0 && H <= 2 * kMixWarps);
   const int t = threadIdx.x, lane = t & 31, warp = t >> 5;
   Consumer in(s);
   const int position = __ldcg(a.position), token = __ldcg(a.token);
-  const uint32_t launch = __ldcg(ws.launch);
-  const bf16* embedding = static_cast<const bf16*>(a.embed) + static_cast<int64_t>(token) * kD;
-  const int head = blockIdx.x / kSlices, slice = blockIdx.x % kSlices;
-  if (blockIdx.x == 0 && t == 0 && a.id_rows != nullptr && position < a.capacity) a.id_rows[position] = token;
-  float x[kVectors<kD> * 8];
-  uint32_t before = 0;
+  const uint32_t start = __ldcg(ws.epoch);
+  Grid grid{ws.arrived, start};
+  float x[8];
   for (int l = 0; l < a.num_layers; ++l) {
     const OryxDecodeLayer& layer = a.layers[l];
     const bool attention = s.modes[l] != 0;
-    const uint32_t flag = launch + l + 1;
     // 1
+    if (l > 0) {
+      read_columns<kD>(ws.x, x);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = 0.0f;
+      if (t < kD / 8) {
+        const uint4 e = __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.embed) + static_cast<int64_t>(token) * kD) + t);
+        x[0] = low(e.x), x[1] = high(e.x), x[2] = low(e.y), x[3] = high(e.y), x[4] = low(e.z), x[5] = high(e.z), x[6] = low(e.w), x[7] = high(e.w);
+        if (blockIdx.x == 0) {
+          reinterpret_cast<float4*>(ws.x)[2 * t] = make_float4(x[0], x[1], x[2], x[3]);
+          reinterpret_cast<float4*>(ws.x)[2 * t + 1] = make_float4(x[4], x[5], x[6], x[7]);
+        }
+      }
+      if (blockIdx.x == 0 && t == 0 && a.id_rows != nullptr && position < a.capacity) a.id_rows[position] = token;
+    }
+    normalise<kD>(x, layer.norm1, a.norm_eps, s);
     {
-      const float scale = gather_normed<kD>(s.narrow, s.sums[0], layer.norm1, a.norm_eps, [&](float(&y)[8]) {
-        if (l > 0) return await<4>(ws.x + 8 * t, 2, before, y);
-        const uint4 e = __ldg(reinterpret_cast<const uint4*>(embedding) + t);
-        y[0] = low(e.x), y[1] = high(e.x), y[2] = low(e.y), y[3] = high(e.y), y[4] = low(e.z), y[5] = high(e.z), y[6] = low(e.w), y[7] = high(e.w);
-      });
-      take_vector<kD>(s.narrow, x);
-      const Share share(2 * kD, 0);
-      product<kD, 2>(in, share.count(), x, [&](int row, const float(&sum)[2]) {
-        if (lane == 0) put2(ws.proj + 2 * share.begin + row, __float_as_uint(sum[0] * scale), __float_as_uint(sum[1] * scale), flag);
-      });
+      const Share share(4 * kD / kRows, 0);
+      const int count = share.end - share.begin;
+      product<kD, kRows>(in, count, x, s.red);
       const int narrow = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2 * H);
       if (narrow >= 0) {
-        if (warp == kWarps - 1) {
-          float sum = 0.0f;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t at = in.wait(half);
-#pragma unroll
-            for (int v = 0; v < kVectors<kD> / 2; ++v) {
-              const float4 p = lds_float4(at + (lane + 32 * v) * 32), q = lds_float4(at + (lane + 32 * v) * 32 + 16);
-              const float* y = x + 8 * (v + half * (kVectors<kD> / 2));
-              sum += p.x * y[0] + p.y * y[1] + p.z * y[2] + p.w * y[3] + q.x * y[4] + q.y * y[5] + q.z * y[6] + q.w * y[7];
-            }
-            in.release<8>(at);
-          }
-          sum = warp_sum(sum);
-          if (lane == 0) put(ws.proj + 4 * kD + narrow, sum * scale, flag);
+        const uint32_t at = in.wait();
+        float sum = 0.0f;
+        if (t < kD / 8) {
+          const float4 p = lds_float4(at + 32 * t), q = lds_float4(at + 32 * t + 16);
+          sum = p.x * x[0] + p.y * x[1] + p.z * x[2] + p.w * x[3] + q.x * x[4] + q.y * x[5] + q.z * x[6] + q.w * x[7];
         }
-        in.next_phase(2);
+        in.release();
+        sum = warp_sum(sum);
+        if (lane == 0) s.red[count * kRows * kRedStride + warp] = sum;
       }
+      named_barrier(1, kConsumers);
+      if (t < count * kRows) ws.proj[share.begin * kRows + t] = row_total(s.red, t);
+      if (narrow >= 0 && t == kConsumers - 1) ws.proj[4 * kD + narrow] = row_total(s.red, count * kRows);
     }
     // 2
-    const bool mine = head < H && warp < kMixWarps;
-    HeadWork work;
-    if (mine) work = advance_state<kD>(layer, ws, head, slice, position, layer.keys != nullptr && position < a.capacity, !attention, flag);
-    if (attention) {
-      __syncwarp();
-      named_barrier(1, kConsumers);  // all of phase 1's units have been read (Consumer::wait)
-      if (warp < kMixWarps) attend_share<kD>(a, ws, in, position, flag);
-      in.next_phase(attention_units(position));
-      if (mine) join_shares<kD>(a, ws, work, head, slice, flag);
-    }
+    float gate[8];
+    mix<kD>(gate, a, layer, ws, in, grid, position, attention);
     // 3
     {
-      if (t < kD / 8) {
-        float gate[8], o[8], sum = 0.0f;
-        await<4>(ws.proj + 2 * kD + 8 * t, 2, flag, gate);
-        const float4 n0 = __ldg(reinterpret_cast<const float4*>(layer.o_norm) + 2 * (t & 15)), n1 = __ldg(reinterpret_cast<const float4*>(layer.o_norm) + 2 * (t & 15) + 1);
-        const float n[8] = {n0.x, n0.y, n0.z, n0.w, n1.x, n1.y, n1.z, n1.w};
+      read_columns<kD>(ws.o, x);
+      float sum = 0.0f;
+      const float4 n0 = __ldg(reinterpret_cast<const float4*>(layer.o_norm) + 2 * (t & 15)), n1 = __ldg(reinterpret_cast<const float4*>(layer.o_norm) + 2 * (t & 15) + 1);
+      const float n[8] = {n0.x, n0.y, n0.z, n0.w, n1.x, n1.y, n1.z, n1.w};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) gate[i] = silu(gate[i]) * n[i];
-        await<4>(ws.o + 8 * t, 2, flag, o);
-        __syncwarp();
+      for (int i = 0; i < 8; ++i) sum = fmaf(x[i], x[i], sum);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum = fmaf(o[i], o[i], sum);
+      for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      const float scale = rsqrtf(sum / kWidth + a.head_norm_eps);
 #pragma unroll
-        for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-        const float scale = rsqrtf(sum / kWidth + a.head_norm_eps);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) o[i] *= scale * gate[i];
-        s.other.narrow[0][t] = make_float4(o[0], o[1], o[2], o[3]);
-        s.other.narrow[1][t] = make_float4(o[4], o[5], o[6], o[7]);
-      }
-      __syncwarp();
+      for (int i = 0; i < 8; ++i) x[i] *= scale * n[i] * silu(gate[i]);
+      const Share share(kD / kRows, 1);
+      const int count = share.end - share.begin;
+      product<kD, kRows>(in, count, x, s.red);
       named_barrier(1, kConsumers);
-      // Every slice has given its part of o, so it has read the old tail.
-      if (mine && slice == 0 && warp == 0) work.new_tail.store(layer.k_tail, head * kWidth + 4 * lane);
-      take_vector<kD>(s.other.narrow, x);
-      const Share share(kD, 1);
-      product<kD, 1>(in, share.count(), x, [&](int i, const float(&sum)[1]) {
-        const int row = share.begin + i;
-        if (lane == 0) put(ws.xa + row, sum[0] + (l > 0 ? __uint_as_float(look(ws.x + row).x) : __bfloat162float(embedding[row])), flag);
-      });
+      if (t < count * kRows) {
+        float* to = ws.x + share.begin * kRows + t;
+        *to = __ldcg(to) + row_total(s.red, t);
+      }
     }
+    grid.meet();
     // 4
     {
-      const float scale = gather_normed<kD>(s.narrow, s.sums[1], layer.norm2, a.norm_eps, [&](float(&y)[8]) { await<4>(ws.xa + 8 * t, 2, flag, y); });
-      take_vector<kD>(s.narrow, x);
-      const Share share(kF / 2, 2);
-      product<kD, 4>(in, share.count(), x, [&](int row, const float(&sum)[4]) {
-        if (lane == 0) put(ws.mid + share.begin + row / 4, pack(silu(sum[0] * scale) * sum[1] * scale, silu(sum[2] * scale) * sum[3] * scale), flag);
-      });
+      read_columns<kD>(ws.x, x);
+      normalise<kD>(x, layer.norm2, a.norm_eps, s);
+      const Share share(2 * kF / kRows, 2);
+      const int count = share.end - share.begin;
+      product<kD, kRows>(in, count, x, s.red);
+      named_barrier(1, kConsumers);
+      for (int r = t; r < count * kRows / 2; r += kConsumers) ws.mid[share.begin * kRows / 2 + r] = silu(row_total(s.red, 2 * r)) * row_total(s.red, 2 * r + 1);
     }
+    grid.meet();
     // 5
     {
-      constexpr int kPairs = kF / 4, kTurns = (kPairs + kConsumers - 1) / kConsumers;  // two words each
-      uint4 v[kTurns];
-      bool missing;
-      do {
-        missing = false;
+      float wide[kVectors<kF> * 8];
 #pragma unroll
-        for (int i = 0; i < kTurns; ++i) {
-          v[i] = make_uint4(0, flag, 0, flag);
-          if (t + i * kConsumers < kPairs) v[i] = look2(ws.mid + 2 * (t + i * kConsumers));
+      for (int v = 0; v < kVectors<kF>; ++v) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) wide[8 * v + i] = 0.0f;
+        const int vector = t + v * kConsumers;
+        if (vector < kF / 8) {
+          const float4 p = read4(ws.mid + 8 * vector), q = read4(ws.mid + 8 * vector + 4);
+          wide[8 * v] = p.x, wide[8 * v + 1] = p.y, wide[8 * v + 2] = p.z, wide[8 * v + 3] = p.w;
+          wide[8 * v + 4] = q.x, wide[8 * v + 5] = q.y, wide[8 * v + 6] = q.z, wide[8 * v + 7] = q.w;
         }
-#pragma unroll
-        for (int i = 0; i < kTurns; ++i) missing |= v[i].y != flag || v[i].w != flag;
-      } while (missing);
-#pragma unroll
-      for (int i = 0; i < kTurns; ++i) {
-        if (t + i * kConsumers < kPairs) reinterpret_cast<uint2*>(s.other.wide)[t + i * kConsumers] = make_uint2(v[i].x, v[i].z);
-      }
-      __syncwarp();
-      named_barrier(1, kConsumers);
-      constexpr int kPart = (kF / 8 + kParts - 1) / kParts, kMost = (kPart + 31) / 32;
-      static_assert(kPart * 16 <= kSlotBytes && kMost == kVectors<kD>);
-      const int part = warp % kParts, trio = warp / kParts, vectors = min(kPart, kF / 8 - part * kPart);
-#pragma unroll
-      for (int i = 0; i < kMost; ++i) {
-        uint4 w = make_uint4(0, 0, 0, 0);
-        if (lane + 32 * i < vectors) w = s.other.wide[part * kPart + lane + 32 * i];
-        x[8 * i] = low(w.x), x[8 * i + 1] = high(w.x), x[8 * i + 2] = low(w.y), x[8 * i + 3] = high(w.y);
-        x[8 * i + 4] = low(w.z), x[8 * i + 5] = high(w.z), x[8 * i + 6] = low(w.w), x[8 * i + 7] = high(w.w);
       }
       const Share share(kD, 4);
-      constexpr int kTrios = kWarps / kParts;
-      int turn = 0;
-      for (int i = trio; i < share.count(); i += kTrios, ++turn) {
-        const uint32_t at = in.wait(i * kParts + part);
-        float sum = row_part<kMost>(at, vectors, x);
-        in.release<8>(at);
-        sum = warp_sum(sum);
-        if (lane == 0) s.red[trio][turn][part] = sum;
-      }
-      in.next_phase(share.count() * kParts);
-      named_barrier(2 + trio, kParts * 32);
-      if (part == 0 && lane < turn) {
-        const int row = share.begin + trio + lane * kTrios;
-        put(ws.x + row, __uint_as_float(look(ws.xa + row).x) + (s.red[trio][lane][0] + s.red[trio][lane][1] + s.red[trio][lane][2]), flag);
+      const int count = share.end - share.begin;
+      product<kF, 1>(in, count, wide, s.red);
+      named_barrier(1, kConsumers);
+      if (t < count) {
+        float* to = ws.x + share.begin + t;
+        *to = __ldcg(to) + row_total(s.red, t);
       }
     }
-    before = flag;
+    grid.meet();
   }
   // The head, and the likeliest token.
-  const float scale = gather_normed<kD>(s.narrow, s.sums[0], a.final_norm, a.norm_eps, [&](float(&y)[8]) { await<4>(ws.x + 8 * t, 2, before, y); });
-  take_vector<kD>(s.narrow, x);
-  const Share share(a.vocab_size / 4, 5);
+  read_columns<kD>(ws.x, x);
+  normalise<kD>(x, a.final_norm, a.norm_eps, s);
+  const Share share(a.vocab_size / kRows, 5);
+  const int count = share.end - share.begin;
+  product<kD, kRows>(in, count, x, s.red);
+  named_barrier(1, kConsumers);
   float best = -FLT_MAX;
   int index = 0x7fffffff;
+  for (int r = t; r < count * kRows; r += kConsumers) {
+    const float y = row_total(s.red, r);
+    const int id = share.begin * kRows + r;
+    a.logits[id] = y;
+    if (id < a.below && (y > best || (y == best && id < index))) best = y, index = id;
+  }
   const auto better = [&](float y, int id) {
     if (y > best || (y == best && id < index)) best = y, index = id;
   };
-  product<kD, 4>(in, share.count(), x, [&](int row, const float(&sum)[4]) {
-    const int id = share.begin * 4 + row;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      if (id + r < a.below) better(sum[r] * scale, id + r);
-    }
-    if (lane == 0) *reinterpret_cast<float4*>(a.logits + id) = make_float4(sum[0] * scale, sum[1] * scale, sum[2] * scale, sum[3] * scale);
-  });
+  for (int d = 16; d > 0; d /= 2) better(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, index, d));
   if (lane == 0) s.best_value[warp] = best, s.best_index[warp] = index;
   named_barrier(1, kConsumers);
-  const uint32_t flag = launch + a.num_layers + 1;
   if (t == 0) {
     for (int w = 1; w < kWarps; ++w) better(s.best_value[w], s.best_index[w]);
-    put2(ws.top + blockIdx.x, __float_as_uint(best), static_cast<uint32_t>(index), flag);
+    reinterpret_cast<float2*>(ws.top)[blockIdx.x] = make_float2(best, __int_as_float(index));
   }
+  grid.meet();
   if (blockIdx.x != 0 || warp != 0) return;
   best = -FLT_MAX, index = 0x7fffffff;
   for (int c = lane; c < static_cast<int>(gridDim.x); c += 32) {
-    uint4 top;
-    do {
-      top = look2(ws.top + c);
-    } while (top.y != flag || top.w != flag);
-    better(__uint_as_float(top.x), static_cast<int>(top.z));
+    const float2 top = __ldcg(reinterpret_cast<const float2*>(ws.top) + c);
+    better(top.x, __float_as_int(top.y));
   }
-  __syncwarp();
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) better(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, index, d));
   if (lane == 0) {
     *a.likeliest = index;
     if (__ldcg(a.feed_back) != 0) *a.token = index;
     *a.position = position + 1;
-    *ws.launch = launch + 128;
+    *ws.epoch = grid.target;
   }
 }
 
 template <int kD, int kF>
 __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_constant__ OryxDecodeStep a) {
   extern __shared__ uint8_t raw[];
-  auto& s = *reinterpret_cast<Shared<kD, kF>*>((reinterpret_cast<uintptr_t>(raw) + 127) & ~static_cast<uintptr_t>(127));
+  Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 127) & ~static_cast<uintptr_t>(127));
   for (int l = threadIdx.x; l < a.num_layers; l += kThreads) s.modes[l] = static_cast<int8_t>(__ldcg(a.modes + l));
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kSlots; ++i) barrier_init(smem_address(s.full + i), 1), barrier_init(smem_address(s.empty + i), 8);
+    for (int i = 0; i < kStages; ++i) barrier_init(smem_address(s.full + i), 1), barrier_init(smem_address(s.empty + i), kWarps);
     barrier_init_fence();
   }
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
-    if (threadIdx.x == kConsumers) produce<kD, kF>(a, s);
+    if (threadIdx.x == kConsumers) produce<kD, kF>(a, s, Producer(s));
     return;
   }
   consume<kD, kF>(a, s, carve<kD, kF>(a.workspace));
@@ -284,9 +230,9 @@ int launch(const OryxDecodeStep* step, cudaStream_t stream) {
   int device = 0, count = 0;
   if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
   if (const cudaError_t e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
-  // 32 rows of phase 5 a multiprocessor at most.
-  if (count < kD / kWidth * kSlices || count < kD / 32 || count > kMaxGrid || step->num_layers >= kMaxLayers || step->vocab_size % 4 != 0) return cudaErrorInvalidValue;
-  const int bytes = static_cast<int>(sizeof(Shared<kD, kF>)) + 128;
+  if (count < kD / kWidth * kSlices || count > kMaxGrid || step->num_layers > kMaxLayers || step->vocab_size % kRows != 0) return cudaErrorInvalidValue;
+  if ((step->vocab_size / kRows + count - 1) / count * kRows > kMaxRows) return cudaErrorInvalidValue;
+  const int bytes = static_cast<int>(sizeof(Shared)) + 128;
   const auto kernel = decode_step_kernel<kD, kF>;
   if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); e != cudaSuccess) return e;
   void* arguments[] = {const_cast<OryxDecodeStep*>(step)};
@@ -297,7 +243,7 @@ int launch(const OryxDecodeStep* step, cudaStream_t stream) {
 }  // namespace oryx::decode_cuda
 
 extern "C" int64_t oryx_decode_workspace(int32_t hidden_size, int32_t intermediate_size) {
-  return oryx::decode_cuda::workspace_bytes(hidden_size, intermediate_size);
+  return 4 * oryx::decode_cuda::workspace_floats(hidden_size, intermediate_size);
 }
 
 extern "C" int oryx_decode_supports(int32_t hidden_size, int32_t num_heads, int32_t intermediate_size) {
