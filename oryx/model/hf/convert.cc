@@ -97,14 +97,15 @@ void make_folder_whole(const fs::path& given, const std::function<void(const fs:
   const fs::path parent = out.has_parent_path() ? out.parent_path() : fs::path(".");
   make_folders(parent);
   const fs::path partial = parent / fmt::format(".{}.partial-{}", out.filename().string(), ::getpid());
+  bool placed = false;
   try {
     make_folders(partial);
     fill(partial);
-    fs::rename(partial, out, error);
-    if (error) fail("{}: cannot rename the folder into place: {}", out.string(), error.message());
+    rename_path(partial, out);
+    placed = true;
     sync_folder(parent);
   } catch (...) {
-    fs::remove_all(partial, error);
+    fs::remove_all(placed ? out : partial, error);  // the same command works the next time
     throw;
   }
 }
