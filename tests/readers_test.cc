@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 
@@ -18,7 +19,11 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kMutations = 4000;
+// ORYX_MUTATIONS=100000 tries more of them.
+int mutations() {
+  const char* given = std::getenv("ORYX_MUTATIONS");
+  return given != nullptr ? std::atoi(given) : 4000;
+}
 
 std::vector<std::pair<std::string, std::string>> corpus(const std::string& reader) {
   std::vector<std::pair<std::string, std::string>> files;
@@ -100,7 +105,7 @@ TEST_P(Readers, MutationsAreReadOrRefused) {
   const auto files = corpus(GetParam().name);
   ASSERT_FALSE(files.empty());
   int refused = 0;
-  for (int i = 0; i < kMutations && !HasFailure(); ++i) {
+  for (int i = 0; i < mutations() && !HasFailure(); ++i) {
     CounterRng draw(1, static_cast<uint64_t>(i));
     std::string bytes = files[draw.below(files.size())].second;
     const std::string& other = files[draw.below(files.size())].second;
@@ -109,7 +114,7 @@ TEST_P(Readers, MutationsAreReadOrRefused) {
     SCOPED_TRACE(i);
     refused += !refusal(GetParam(), bytes).empty();
   }
-  EXPECT_GT(refused, kMutations / 10);
+  EXPECT_GT(refused, mutations() / 10);
 }
 
 // Writes tests/corpus/session/good-* anew, for when what a state holds has changed:
