@@ -127,7 +127,7 @@ TEST(SessionCorpus, DISABLED_WriteSessions) {
     for (int64_t piece = 0; piece < 2; ++piece) {
       ModelInput in;
       in.input_ids = at::arange(3 * sequences, at::kLong).view({sequences, 3});
-      in.routing = {std::make_shared<Routing>(sequences, 3, "attention")};
+      in.routing = {std::make_shared<Routing>(sequences, 3, options.drop_rows ? "gated_delta_net" : "attention")};
       in.state = &state;
       (void)m.hidden(in);
     }
