@@ -103,6 +103,11 @@ class PerplexityTask : public EvalTask {
     const auto& config = subject.model.config();
     std::vector<ModelSchedule> parsed;  // all of them before any work
     for (const auto& s : schedules.empty() ? default_schedules(config) : schedules) parsed.emplace_back(config, s);
+    for (const auto& s : parsed) {
+      for (const auto& need : s.needs()) {
+        if (need.starts_with("part:")) fail("schedule '{}': part '{}' of the prompt is not known here; known: none", s.text(), need.substr(5));
+      }
+    }
     const EvalText text = open_text(subject, data_, max_tokens_);
     EvalReader reader(text.tokens, {.seq_len = seq_len_, .tokens_per_batch = batch_tokens_, .max_tokens = static_cast<uint64_t>(max_tokens_)});
     EvalTable table{columns(), {}};
