@@ -37,7 +37,7 @@ TEST(Selftest, EveryOperatorTakesPart) {
 TEST(Selftest, UnknownOperatorAndDevice) {
   const auto operators = run({"selftest", "--only", "swigloo"});
   EXPECT_EQ(operators.exit_code, 1);
-  EXPECT_THAT(operators.err, HasSubstr("did you mean 'swiglu'"));
+  EXPECT_THAT(operators.err, HasSubstr("Did you mean 'swiglu'"));
   const auto device = run({"selftest", "--device", "gpu"});
   EXPECT_EQ(device.exit_code, 1);
   EXPECT_THAT(device.err, HasSubstr("device is 'gpu', expected cpu, cuda or cuda:N"));

@@ -40,10 +40,10 @@ at::Tensor span_attention_naive(const at::Tensor& q, const at::Tensor& k, const 
   for (const AttentionSequence& s : plan.sequences) {
     const at::Tensor o =
         attend(q[s.row].narrow(0, s.q_begin, s.queries).to(inner), kx[s.row].narrow(0, s.k_begin, s.keys),
-               vx[s.row].narrow(0, s.k_begin, s.keys), visibility(plan, s), plan.scale);
+               vx[s.row].narrow(0, s.k_begin, s.keys), visibility(plan, s).to(q.device()), plan.scale);
     const at::Tensor computed = at::zeros({s.queries, 1, 1}, at::kBool);
     for (const int64_t i : plan.computed_queries(s)) computed[i].fill_(true);
-    parts.push_back(at::where(computed, o, at::zeros({}, o.options())));
+    parts.push_back(at::where(computed.to(q.device()), o, at::zeros({}, o.options())));
   }
   if (parts.empty()) return at::zeros({q.size(0), q.size(1), q.size(2), v.size(3)}, q.options());
   const at::Tensor o = by_row ? at::stack(parts) : at::cat(parts).unsqueeze(0);

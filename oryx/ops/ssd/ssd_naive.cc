@@ -19,7 +19,7 @@ SsdResult ssd_naive(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
       q, k, v, dt_raw, dt_bias, A_log, D, or_undefined(initial_state), or_undefined(cu_seqlens), or_undefined(spans)};
   const SsdSizes s = ssd_sizes("ssd_naive", in);
   const auto dtype = ssd_compute_dtype(in);
-  const auto options = at::TensorOptions().dtype(dtype);
+  const auto options = v.options().dtype(dtype);
   const at::Tensor qc = q.to(dtype), kc = k.to(dtype), vc = v.to(dtype), D_head = D.to(dtype).unsqueeze(-1);
   const at::Tensor x = dt_raw.to(dtype) + dt_bias.to(dtype);
   const at::Tensor dt = at::logaddexp(x, at::zeros_like(x));         // [B, T, Hs]
