@@ -31,6 +31,13 @@ struct Sink : torch::CustomClassHolder {
       sum = at::mm(dy, weight);
     }
   }
+  void add(const at::Tensor& share) {
+    if (sum.defined()) {
+      sum.add_(share);
+    } else {
+      sum = share;
+    }
+  }
 };
 
 Sink& sink_of(const c10::IValue& capsule) { return *static_cast<Sink*>(capsule.toCapsule().get()); }
@@ -64,7 +71,7 @@ at::Tensor halves(const at::Tensor& weight) {
 }
 
 at::Tensor wide_product(const at::Tensor& x, const at::Tensor& weight) {
-  if (x.scalar_type() != at::kBFloat16 || weight.scalar_type() != at::kFloat) return at::linear(x.to(weight.scalar_type()), weight);
+  if (!x.is_cuda() || x.scalar_type() != at::kBFloat16 || weight.scalar_type() != at::kFloat) return at::linear(x.to(weight.scalar_type()), weight);
   const int64_t n = weight.size(0);
   const at::Tensor both = at::mm(flat(x), halves(weight).t(), at::kFloat);  // [rows, 2 n]
   return unflat(both.narrow(1, 0, n) + both.narrow(1, n, n), x);
@@ -90,6 +97,13 @@ struct Product : torch::autograd::Function<Product> {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor& weight = saved[1];
     const auto form = static_cast<Form>(ctx->saved_data["form"].toInt());
+    // On the CPU no product takes bfloat16 and gives float32: the narrow ones are made in float32 there.
+    const bool exact = weight.scalar_type() == at::kFloat && saved[0].scalar_type() == at::kBFloat16;
+    if (form == Form::kWide && exact && !saved[0].is_cuda()) {
+      const at::Tensor x = flat(saved[0]).to(at::kFloat), dy = flat(grads[0]).to(at::kFloat);
+      if (ctx->needs_input_grad(0)) sink_of(ctx->saved_data["sink"]).add(at::mm(dy, weight).to(saved[0].scalar_type()));
+      return {none, ctx->needs_input_grad(1) ? at::mm(dy.t(), x) : none, none, none, none};
+    }
     const at::Tensor x = form == Form::kRows ? flat(saved[0]).index_select(0, saved[2]) : flat(saved[0]);
     const at::Tensor dy = flat(grads[0]).to(x.scalar_type());
     if (ctx->needs_input_grad(0)) {
@@ -104,8 +118,7 @@ struct Product : torch::autograd::Function<Product> {
     }
     at::Tensor d_weight;
     if (ctx->needs_input_grad(1)) {
-      const bool exact = weight.scalar_type() == at::kFloat && x.scalar_type() == at::kBFloat16;
-      d_weight = exact ? at::mm(dy.t(), x, at::kFloat) : at::mm(dy.t(), x);
+      d_weight = exact && x.is_cuda() ? at::mm(dy.t(), x, at::kFloat) : at::mm(dy.t(), x).to(weight.scalar_type());
     }
     return {none, d_weight, none, none, none};
   }
@@ -126,14 +139,14 @@ struct JoinRows : torch::autograd::Function<JoinRows> {
 }  // namespace
 
 at::Tensor join_rows(const at::Tensor& o, const at::Tensor& part, const at::Tensor& index) {
-  if (!o.is_cuda() || !o.is_contiguous()) return o + part;
+  if (!o.is_contiguous()) return o + part;
   return JoinRows::apply(o, part, index);
 }
 
 at::Tensor project(const at::Tensor& x, const at::Tensor& weight) { return at::linear(x, cast(weight, x)); }
 
 Projections::Projections(const at::Tensor& x) : x_(x) {
-  if (!x.is_cuda() || !at::GradMode::is_enabled() || !x.requires_grad()) return;
+  if (!at::GradMode::is_enabled() || !x.requires_grad()) return;
   sink_ = c10::IValue::make_capsule(c10::make_intrusive<Sink>());
   x_ = FanOut::apply(x, sink_);
 }
