@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "oryx/common/error.h"
+#include "oryx/model/routed_cost.h"
 
 namespace oryx {
 namespace {
