@@ -134,11 +134,12 @@ def reference(x, init=None, cu=None, wanted=None):
     return (o if wanted is None else torch.where((wanted != 0)[..., None, None], o, 0)), S
 
 
-def error(a, b):
+def error(a, b, least=0):
+    """Norm of the difference over the norm of b; `least`: at least over this (a sum over tokens may cancel, its rounding does not)."""
     a, b = a.detach().double(), b.detach().double()
     if not torch.isfinite(a).all():
         return float("nan")
-    n = b.norm().item()
+    n = max(b.norm().item(), least)
     return (a - b).norm().item() / n if n > 1e-25 else (a - b).norm().item()
 
 
@@ -189,7 +190,7 @@ class Check:
                     same = same and all(a is None or torch.equal(a, b) for a, b in zip(outs, before))
                 before = outs
             for n, a, b in zip(INPUTS + ["state"], outs, expected):
-                errors["d_" + n] = error(a, b)
+                errors["d_" + n] = error(a, b, expected[3].norm().item() if n == "dt_bias" else 0)
                 ok = ok and errors["d_" + n] < 2e-2
         for n, e in errors.items():
             if not e <= self.worst.get(n, 0):
@@ -275,13 +276,13 @@ def bench(fn, reps=20):
 SHAPES = [(B, T, *s) for s in ((1, 32, 128, 64), (16, 16, 128, 128)) for B, T in ((4, 8192), (1, 32768), (8, 2048))] + [(4, 8192, 12, 12, 64, 64)]
 
 
-def times(lib, peers):
+def times(lib, peers, shapes=SHAPES):
     x = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device=DEV)
     y = torch.empty_like(x)
     copy = 2 * x.numel() / bench(lambda: y.copy_(x)) / 1e9
     del x, y
     print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s (floor: q, k, v, o once)")
-    for B, T, G, H, K, V in SHAPES:
+    for B, T, G, H, K, V in shapes:
         x = inputs(B, T, G, G, H, K, V)
         run, (o, _) = prepare(lib, x, final=False, poison=False)
         row = f"B{B} T{T} H{H} P{V} N{K} groups {G}: floor {2 * B * T * 2 * (G * K + H * V) / copy / 1e9:.4f} ms, forward {bench(run):.4f}"
@@ -299,6 +300,7 @@ def times(lib, peers):
                 row += f", mamba_ssm {bench(peer):.4f} (differs by {error(peer(), o):.1e})"
             out, d = peer(), torch.randn_like(o)
             row += f" / {bench(lambda: torch.autograd.grad(out, y, d, retain_graph=True)):.4f}"  # noqa: B023
+            del out
         print(row, flush=True)
 
 
@@ -307,12 +309,14 @@ if __name__ == "__main__":
     p.add_argument("library")
     p.add_argument("--small", action="store_true", help="few small cases, for compute-sanitizer")
     p.add_argument("--no-times", action="store_true")
+    p.add_argument("--times-only", action="store_true")
     p.add_argument("--peers", default="")
     args = p.parse_args()
     torch.manual_seed(1)
     library = load(args.library)
-    bad = check(library, args.small)
-    print("FAILED: " + ", ".join(bad) if bad else "all cases pass", flush=True)
+    bad = [] if args.times_only else check(library, args.small)
+    if not args.times_only:
+        print("FAILED: " + ", ".join(bad) if bad else "all cases pass", flush=True)
     if not args.no_times:
         times(library, [x for x in args.peers.split(",") if x])
     sys.exit(1 if bad else 0)

@@ -23,10 +23,12 @@ cudaError_t launch_sum(const float* part, T* out, int64_t rows, int dim, int cou
 }
 
 // out [3][Hs] = sums of part [3, Hs, readers * records] over the chunks there are.
-__global__ void __launch_bounds__(256) head_sum_kernel(const float* __restrict__ part, const int32_t* chunk_offsets, int N, int records, int Hs, int readers,
-                                                       float* d_bias, float* d_A_log, float* d_D) {
+__global__ void __launch_bounds__(256)
+    head_sum_kernel(const float* __restrict__ part, const int32_t* chunk_offsets, int N, int records, int Hs,
+                    int readers, float* d_bias, float* d_A_log, float* d_D) {
   __shared__ double shared[256];
-  const int h = blockIdx.x, kind = blockIdx.y, count = chunk_offsets == nullptr ? records : min(chunk_offsets[N], records);
+  const int h = blockIdx.x, kind = blockIdx.y,
+            count = chunk_offsets == nullptr ? records : min(chunk_offsets[N], records);
   double sum = 0;
   for (int r = 0; r < readers; ++r) {
     const float* from = part + ((static_cast<size_t>(kind) * Hs + h) * readers + r) * records;
@@ -111,7 +113,8 @@ extern "C" int oryx_ssd_backward(const OryxSsd* p, const OryxSsdGradients* g, vo
     if (offsets != nullptr && (status = launch_chunk_offsets(s, offsets, stream)) != cudaSuccess) return status;
 
     Walk w{};
-    w.directions = 2, w.dt_raw = p->dt_raw, w.dt_bias = p->dt_bias, w.A_log = p->A_log, w.wanted = p->wanted, w.chunk_offsets = offsets;
+    w.directions = 2, w.dt_raw = p->dt_raw, w.dt_bias = p->dt_bias, w.A_log = p->A_log, w.wanted = p->wanted,
+    w.chunk_offsets = offsets;
     w.start[0] = p->initial_state, w.start[1] = g->d_final_state, w.end[1] = g->d_initial_state;
     const size_t pieces = static_cast<size_t>(s.N) * s.Hs * (s.V / 64) * s.segments * s.pieces;
     for (int i = 0; i < 2; ++i) {
@@ -127,18 +130,27 @@ extern "C" int oryx_ssd_backward(const OryxSsd* p, const OryxSsdGradients* g, vo
       a.dt_raw = p->dt_raw, a.dt_bias = p->dt_bias, a.A_log = p->A_log, a.D = p->D, a.wanted = p->wanted;
       a.states[0] = w.states[0], a.states[1] = w.states[1];
       a.chunk_offsets = offsets, a.records = r.records, a.heads = r.heads;
-      a.d_q = static_cast<__nv_bfloat16*>(g->d_q), a.d_k = static_cast<__nv_bfloat16*>(g->d_k), a.d_v = static_cast<__nv_bfloat16*>(g->d_v);
+      a.d_q = static_cast<__nv_bfloat16*>(g->d_q), a.d_k = static_cast<__nv_bfloat16*>(g->d_k),
+      a.d_v = static_cast<__nv_bfloat16*>(g->d_v);
       a.dq_part = units == s.Hq ? nullptr : floats(r.dq), a.dk_part = units == s.Hk ? nullptr : floats(r.dk);
       a.dv_part = s.Ho == s.Hv ? nullptr : floats(r.dv), a.d_step = s.Ho == s.Hs ? g->d_dt_raw : floats(r.step);
       a.head_part = floats(r.head);
       if ((status = launch_gradients(s, a, maps, stream)) != cudaSuccess) return status;
-      if (a.dq_part != nullptr && (status = launch_sum(a.dq_part, a.d_q, tokens * s.Hq, s.K, units / s.Hq, stream)) != cudaSuccess) return status;
-      if (a.dk_part != nullptr && (status = launch_sum(a.dk_part, a.d_k, tokens * s.Hk, s.K, units / s.Hk, stream)) != cudaSuccess) return status;
-      if (a.dv_part != nullptr && (status = launch_sum(a.dv_part, a.d_v, tokens * s.Hv, s.V, s.Ho / s.Hv, stream)) != cudaSuccess) return status;
-      if (s.Ho != s.Hs && (status = launch_sum(a.d_step, g->d_dt_raw, tokens * s.Hs, 1, s.Ho / s.Hs, stream)) != cudaSuccess) return status;
+      if (a.dq_part != nullptr &&
+          (status = launch_sum(a.dq_part, a.d_q, tokens * s.Hq, s.K, units / s.Hq, stream)) != cudaSuccess)
+        return status;
+      if (a.dk_part != nullptr &&
+          (status = launch_sum(a.dk_part, a.d_k, tokens * s.Hk, s.K, units / s.Hk, stream)) != cudaSuccess)
+        return status;
+      if (a.dv_part != nullptr &&
+          (status = launch_sum(a.dv_part, a.d_v, tokens * s.Hv, s.V, s.Ho / s.Hv, stream)) != cudaSuccess)
+        return status;
+      if (s.Ho != s.Hs &&
+          (status = launch_sum(a.d_step, g->d_dt_raw, tokens * s.Hs, 1, s.Ho / s.Hs, stream)) != cudaSuccess)
+        return status;
     }
   }
-  head_sum_kernel<<<dim3(s.Hs, 3), 256, 0, stream>>>(floats(r.head), offsets, s.N, tokens > 0 ? r.records : 0, s.Hs, s.Ho / s.Hs, g->d_dt_bias, g->d_A_log,
-                                                     g->d_D);
+  head_sum_kernel<<<dim3(s.Hs, 3), 256, 0, stream>>>(floats(r.head), offsets, s.N, tokens > 0 ? r.records : 0, s.Hs,
+                                                     s.Ho / s.Hs, g->d_dt_bias, g->d_A_log, g->d_D);
   return cudaGetLastError();
 }

@@ -18,7 +18,8 @@ struct GradientArguments {
   __nv_bfloat16* d_q;
   __nv_bfloat16* d_k;
   __nv_bfloat16* d_v;
-  // Where several blocks or heads add to one row, float32 shares take its place: [B T, Ho / heads, K] (q and k), [B T, Ho, V].
+  // Where several blocks or heads add to one row, float32 shares take its place: [B T, Ho / heads, K] (q and k), [B T,
+  // Ho, V].
   float* dq_part;
   float* dk_part;
   float* dv_part;

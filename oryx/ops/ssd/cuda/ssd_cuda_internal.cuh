@@ -14,7 +14,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kProcessors = 132;  // of the H100 and H200: only choices of speed read it
 
 // The scalars of a chunk, 64 floats each: G log2(e), dt, exp(G_C - G) dt, exp(G). Bytes from the start.
-constexpr int kG = 0, kDt = 256, kTail = 512, kGamma = 768, kScalarBytes = 1024;
+constexpr int kG = 0, kDt = 256, kTail = 512, kGamma = 768, kShifted = 768, kScalarBytes = 1024;
 
 struct Shape {
   int B, T, N, Hq, Hk, Hv, Hs, Ho, K, V;
@@ -50,7 +50,8 @@ struct Range {
 };
 __device__ __forceinline__ Range segment_chunks(int length, int segment, int segments) {
   const int chunks = (length + kC - 1) / kC;
-  return {static_cast<int>(static_cast<int64_t>(chunks) * segment / segments), static_cast<int>(static_cast<int64_t>(chunks) * (segment + 1) / segments)};
+  return {static_cast<int>(static_cast<int64_t>(chunks) * segment / segments),
+          static_cast<int>(static_cast<int64_t>(chunks) * (segment + 1) / segments)};
 }
 
 __device__ __forceinline__ float power2(float x) {
@@ -75,7 +76,9 @@ __device__ __forceinline__ float2 load_shared2(uint32_t at) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(at) : "memory");
   return r;
 }
-__device__ __forceinline__ void store_shared(uint32_t at, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory"); }
+__device__ __forceinline__ void store_shared(uint32_t at, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
+}
 __device__ __forceinline__ void store_shared2(uint32_t at, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
 }
@@ -86,7 +89,8 @@ __device__ __forceinline__ void clear_rows(uint32_t at, int panels, uint64_t kee
     if (keep >> (i % kC) & 1) continue;
 #pragma unroll
     for (int unit = 0; unit < 8; ++unit)
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + i * 128 + ((unit + lane) % 8) * 16), "r"(0) : "memory");
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at + i * 128 + ((unit + lane) % 8) * 16), "r"(0)
+                   : "memory");
   }
 }
 __device__ __forceinline__ uint64_t first_rows(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
@@ -124,9 +128,44 @@ __device__ __forceinline__ float2 load_steps(const float* dt_raw, int Hs, int hs
   if (2 * lane + 1 < count) x.y = dt_raw[static_cast<size_t>(token + 2 * lane + 1) * Hs + hs];
   return x;
 }
+// ---- small values that a warp reads ahead of their use, past registers: a load into one would be waited for together
+// with the latest of its kind. Each lane copies into its own kBytes of a slot in shared memory and reads them back.
+template <int kBytes>
+struct Ahead {
+  static constexpr int kSlots = 8, kSize = kSlots * 32 * kBytes;
+  // use(i, slot) for i < items; issue(i, slot) kSlots - 1 uses before.
+  template <typename Issue, typename Use>
+  static __device__ __forceinline__ void run(uint32_t at, int items, int lane, Issue issue, Use use) {
+    const auto slot = [&](int i) { return at + (i % kSlots * 32 + lane) * kBytes; };
+    for (int i = 0; i < kSlots - 1; ++i) {
+      if (i < items) issue(i, slot(i));
+      asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    for (int i = 0; i < items; ++i) {
+      if (i + kSlots - 1 < items) issue(i + kSlots - 1, slot(i + kSlots - 1));
+      asm volatile("cp.async.commit_group;" ::: "memory");
+      asm volatile("cp.async.wait_group %0;" ::"n"(kSlots - 1) : "memory");
+      use(i, slot(i));
+    }
+  }
+};
+// 4 bytes, or zeros when !valid (nothing is read then).
+__device__ __forceinline__ void copy4(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0) : "memory");
+}
+// dt_raw of the two tokens that lane has of a chunk.
+__device__ __forceinline__ void copy_steps(uint32_t dst, const float* dt_raw, int Hs, int hs, int token, int count,
+                                           int lane) {
+  const float* from = dt_raw + static_cast<size_t>(token) * Hs + hs;
+  copy4(dst, 2 * lane < count ? from + 2 * lane * Hs : dt_raw, 2 * lane < count);
+  copy4(dst + 4, 2 * lane + 1 < count ? from + (2 * lane + 1) * Hs : dt_raw, 2 * lane + 1 < count);
+}
 // The scalars of a chunk from them, by a warp, to shared memory. Returns G_C log2(e). Tokens from `count` on have dt 0.
+// kShift: the last array is not exp(G) but G log2(e) - log2(dt), infinite where dt is 0.
+template <bool kShift = false>
 __device__ __forceinline__ float chunk_scalars(uint32_t at, float2 raw, float bias, float rate, int count, int lane) {
-  const float d0 = 2 * lane < count ? softplus(raw.x + bias) : 0.f, d1 = 2 * lane + 1 < count ? softplus(raw.y + bias) : 0.f;
+  const float d0 = 2 * lane < count ? softplus(raw.x + bias) : 0.f,
+              d1 = 2 * lane + 1 < count ? softplus(raw.y + bias) : 0.f;
   // 2^-150 is 0 in float32: what lies below says the same and would only cost the sums their digits. NaN stays.
   float g0 = d0 * rate, g1 = d1 * rate;
   g0 = g0 < -150.f ? -150.f : g0;
@@ -141,11 +180,15 @@ __device__ __forceinline__ float chunk_scalars(uint32_t at, float2 raw, float bi
   store_shared2(at + kG + 8 * lane, first, sum);
   store_shared2(at + kDt + 8 * lane, d0, d1);
   store_shared2(at + kTail + 8 * lane, power2(end - first) * d0, power2(end - sum) * d1);
-  store_shared2(at + kGamma + 8 * lane, power2(first), power2(sum));
+  if constexpr (kShift)
+    store_shared2(at + kGamma + 8 * lane, first - __log2f(d0), sum - __log2f(d1));
+  else
+    store_shared2(at + kGamma + 8 * lane, power2(first), power2(sum));
   return end;
 }
 
-// ---- a warpgroup's 64 rows of S (K columns): row 16 warp + lane / 4 (+ 8 h), column 8 j + 2 (lane % 4) + e at S[4 j + 2 h + e]
+// ---- a warpgroup's 64 rows of S (K columns): row 16 warp + lane / 4 (+ 8 h), column 8 j + 2 (lane % 4) + e at S[4 j +
+// 2 h + e]
 template <int kK>
 struct State {
   static constexpr int kN = kK / 2;
@@ -161,7 +204,8 @@ struct State {
     for (int j = 0; j < kK / 8; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float2 y = *reinterpret_cast<const float2*>(from + (16 * warp + lane / 4 + 8 * h) * kK + 8 * j + 2 * (lane % 4));
+        const float2 y =
+            *reinterpret_cast<const float2*>(from + (16 * warp + lane / 4 + 8 * h) * kK + 8 * j + 2 * (lane % 4));
         x[4 * j + 2 * h] += f * y.x;
         x[4 * j + 2 * h + 1] += f * y.y;
       }
@@ -171,19 +215,21 @@ struct State {
     for (int j = 0; j < kK / 8; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(to + (16 * warp + lane / 4 + 8 * h) * kK + 8 * j + 2 * (lane % 4)) = make_float2(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]);
+        *reinterpret_cast<float2*>(to + (16 * warp + lane / 4 + 8 * h) * kK + 8 * j + 2 * (lane % 4)) =
+            make_float2(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]);
   }
   // In bfloat16 as panels of 64 columns in shared memory.
   __device__ __forceinline__ void stage(uint32_t at, int warp, int lane) const {
     const int row = 16 * warp + lane % 16;
 #pragma unroll
     for (int j = 0; j < kK / 8; j += 2)
-      store_matrix(at + j / 8 * kPanel + row * 128 + (((j % 8 + lane / 16) ^ (row & 7)) << 4), pack(x[4 * j], x[4 * j + 1]),
-                   pack(x[4 * j + 2], x[4 * j + 3]), pack(x[4 * j + 4], x[4 * j + 5]), pack(x[4 * j + 6], x[4 * j + 7]));
+      store_matrix(at + j / 8 * kPanel + row * 128 + (((j % 8 + lane / 16) ^ (row & 7)) << 4),
+                   pack(x[4 * j], x[4 * j + 1]), pack(x[4 * j + 2], x[4 * j + 3]), pack(x[4 * j + 4], x[4 * j + 5]),
+                   pack(x[4 * j + 6], x[4 * j + 7]));
   }
-  // = decay * S + (diag(weight) rows)^T columns: `rows` [64 tokens][64] and `columns` [64 tokens][K] panels, `weight` 64 floats.
-  __device__ __forceinline__ void step(uint32_t rows, uint32_t columns, uint32_t weight, float decay, int warp, int lane) {
-    uint32_t a[16];
+  // The left operand of `advance`: (diag(weight) rows)^T, of `rows` [64 tokens][64] panels and `weight` 64 floats.
+  static __device__ __forceinline__ void load_rows(uint32_t (&a)[16], uint32_t rows, uint32_t weight, int warp,
+                                                   int lane) {
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
       const int t = 16 * kk + lane / 16 * 8 + lane % 8, unit = 2 * warp + lane / 8 % 2;
@@ -196,6 +242,9 @@ struct State {
         for (int h = 0; h < 2; ++h) a[4 * kk + j + h] = pack(low(r[j + h]) * w.x, high(r[j + h]) * w.y);
       }
     }
+  }
+  // Starts S = decay S + a columns, `columns` [64 tokens][K] panels; `settle` waits for it.
+  __device__ __forceinline__ void advance(uint32_t (&a)[16], uint32_t columns, float decay) {
 #pragma unroll
     for (int i = 0; i < kN; ++i) x[i] *= decay;
     keep(x);
@@ -203,10 +252,14 @@ struct State {
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
-      if constexpr (kK == 128) wgmma_64x128_kn(x, a + 4 * kk, descriptor(columns + kk * 2048, kPanel, 1024), 1);
-      else wgmma_64x64_kn(x, a + 4 * kk, descriptor(columns + kk * 2048, kPanel, 1024), 1);
+      if constexpr (kK == 128)
+        wgmma_64x128_kn(x, a + 4 * kk, descriptor(columns + kk * 2048, kPanel, 1024), 1);
+      else
+        wgmma_64x64_kn(x, a + 4 * kk, descriptor(columns + kk * 2048, kPanel, 1024), 1);
     }
     wgmma_commit();
+  }
+  __device__ __forceinline__ void settle(uint32_t (&a)[16]) {
     wgmma_wait<0>();
     keep(x);
     keep(a);
@@ -214,18 +267,23 @@ struct State {
 };
 
 // A warp's 16 tokens of 64 elements, through shared memory, so that a token's 128 bytes leave together.
-__device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t staging, __nv_bfloat16* o, size_t stride, uint64_t keep, int count, int warp, int lane) {
+__device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t staging, __nv_bfloat16* o, size_t stride,
+                                          uint64_t keep, int count, int warp, int lane) {
   const int row = lane % 16;
   __syncwarp();
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk)
-    store_matrix(staging + row * 128 + (((2 * kk + lane / 16) ^ (row & 7)) << 4), ob[4 * kk], ob[4 * kk + 1], ob[4 * kk + 2], ob[4 * kk + 3]);
+    store_matrix(staging + row * 128 + (((2 * kk + lane / 16) ^ (row & 7)) << 4), ob[4 * kk], ob[4 * kk + 1],
+                 ob[4 * kk + 2], ob[4 * kk + 3]);
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const int r = 4 * j + lane / 8, t = 16 * warp + r, unit = lane % 8;
     uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(staging + r * 128 + ((unit ^ (r & 7)) << 4)) : "memory");
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(staging + r * 128 + ((unit ^ (r & 7)) << 4))
+                 : "memory");
     if ((keep >> t & 1) == 0) x = make_uint4(0, 0, 0, 0);
     if (t < count) *reinterpret_cast<uint4*>(o + t * stride + 8 * unit) = x;
   }
@@ -239,7 +297,8 @@ struct Segments {
 
 // The state that the piece `piece` starts from; first is the index of the sequence's piece 0 (of these rows).
 template <int kK>
-__device__ __forceinline__ void segment_start(State<kK>& S, const Segments& g, size_t first, int piece, int warp, int lane) {
+__device__ __forceinline__ void segment_start(State<kK>& S, const Segments& g, size_t first, int piece, int warp,
+                                              int lane) {
   float f = 0.f;  // log2 of the decay of the pieces between
   for (int i = piece - 1; i >= 0; --i) {
     S.add(g.own + (first + i) * kC * kK, power2(f), warp, lane);
@@ -250,23 +309,25 @@ __device__ __forceinline__ void segment_start(State<kK>& S, const Segments& g, s
 // [tokens, heads, dim] bfloat16 as boxes of 64 tokens of one head, panels of 64 elements, rows of 128 bytes, swizzled.
 cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int dim);
 
-// Walks without outputs. Direction 0: S, of k and v, from the first chunk to the last. Direction 1: its gradient, of q and d_o, from the last
-// chunk to the first; "segment 0" is where a walk starts.
+// Walks without outputs. Direction 0: S, of k and v, from the first chunk to the last. Direction 1: its gradient, of q
+// and d_o, from the last chunk to the first; "segment 0" is where a walk starts.
 struct Walk {
-  int direction, directions;          // the first, and how many (both: 0, 2)
+  int direction, directions;  // the first, and how many (both: 0, 2)
   const float* dt_raw;
   const float* dt_bias;
   const float* A_log;
-  const float* start[2];              // [N, Hs, V, K] or null: zeros
-  float* end[2];                      // [N, Hs, V, K] or null
-  const uint8_t* wanted;              // of d_o, or null
-  __nv_bfloat16* states[2];           // [records, Hs, V / 64, 64, K] the state before each chunk in walking order, panels as in shared memory
-  const int32_t* chunk_offsets;       // [N + 1], packed only: chunks before each sequence
+  const float* start[2];     // [N, Hs, V, K] or null: zeros
+  float* end[2];             // [N, Hs, V, K] or null
+  const uint8_t* wanted;     // of d_o, or null
+  __nv_bfloat16* states[2];  // [records, Hs, V / 64, 64, K] the state before each chunk in walking order, panels as in
+                             // shared memory
+  const int32_t* chunk_offsets;  // [N + 1], packed only: chunks before each sequence
   Segments segments[2];
 };
 
 // `only_segments`: a pass that fills `segments` for all pieces but those of the last segment. Maps: k, v, q, d_o.
-cudaError_t launch_walk(const Shape& s, const Walk& w, bool only_segments, const CUtensorMap* maps, cudaStream_t stream);
+cudaError_t launch_walk(const Shape& s, const Walk& w, bool only_segments, const CUtensorMap* maps,
+                        cudaStream_t stream);
 // Number of chunks before each packed sequence, [N + 1].
 cudaError_t launch_chunk_offsets(const Shape& s, int32_t* offsets, cudaStream_t stream);
 
@@ -278,7 +339,8 @@ inline int choose_segments(int64_t walks, int64_t chunks) {
   return n < 2 ? 1 : static_cast<int>(n);
 }
 
-// Pieces of each of these segments, so that the pass before (walks, directions) fills the chip too, two blocks a processor.
+// Pieces of each of these segments, so that the pass before (walks, directions) fills the chip too, two blocks a
+// processor.
 inline int choose_pieces(int64_t walks, int directions, int segments, int64_t chunks) {
   if (segments < 2) return 1;
   const int64_t fit = 2 * kProcessors / (walks * directions * (segments - 1)), most = chunks / segments / 4;

@@ -1,5 +1,6 @@
-// Walks over the chunks of a sequence without outputs: the state before every chunk (backward needs it), and what segments start from. One
-// warpgroup has 64 rows of S in registers; of two more warps one copies the inputs in, one computes the scalars.
+// Walks over the chunks of a sequence without outputs: the state before every chunk (backward needs it), and what
+// segments start from. One warpgroup has 64 rows of S in registers; of two more warps one copies the inputs in, one
+// computes the scalars.
 #include "oryx/ops/ssd/cuda/ssd_cuda_internal.cuh"
 
 namespace oryx::ssd_cuda {
@@ -16,21 +17,24 @@ struct Layout {
   static constexpr int kStage = kScalars + kScalarBytes;
   static constexpr int kState = kPanels * kPanel;
   static constexpr int kOut = kStages * kStage;
-  static constexpr int kBarriers = kOut + (kStore ? 2 * kState : 0);
+  static constexpr int kAhead = kOut + (kStore ? 2 * kState : 0);  // dt_raw of the chunks to come
+  static constexpr int kBarriers = kAhead + Ahead<8>::kSize;
   static constexpr int kBytes = kBarriers + 16 * kStages + 8 + 1024;  // and what aligning the start to 1024 may take
 };
 
 template <int kK, bool kStore>
 __global__ void __launch_bounds__(192, 2)
-    walk_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, const __grid_constant__ CUtensorMap q_map,
-                const __grid_constant__ CUtensorMap d_map, const Shape s, const __grid_constant__ Walk w) {
+    walk_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap d_map, const Shape s,
+                const __grid_constant__ Walk w) {
   using L = Layout<kK, kStore>;
   extern __shared__ char raw_shared[];
   const uint32_t base = (smem_address(raw_shared) + 1023) & ~1023u;
   const uint32_t full = base + L::kBarriers, empty = full + 8 * kStages, aside = empty + 8 * kStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  const int blocks = s.V / 64, rb = blockIdx.x % blocks, hs = blockIdx.x / blocks % s.Hs, n = blockIdx.x / blocks / s.Hs;
+  const int blocks = s.V / 64, rb = blockIdx.x % blocks, hs = blockIdx.x / blocks % s.Hs,
+            n = blockIdx.x / blocks / s.Hs;
   const int direction = w.direction + blockIdx.z, segment = blockIdx.y, readers = direction == 0 ? 1 : s.Ho / s.Hs;
   const Sequence seq = sequence(s, n);
   const int parts = kStore ? s.segments : s.segments * s.pieces;  // `segment` is one of them
@@ -54,17 +58,22 @@ __global__ void __launch_bounds__(192, 2)
       return direction == 0 ? first_rows(count) : wanted_rows(w.wanted, seq.begin + c * kC, count, lane);
     };
     uint32_t phase = 0;
-    loaded_ahead(items, keep_of, [&](int i, uint64_t keep) {
+    uint64_t ahead = items > 0 ? keep_of(0) : 0;
+    for (int i = 0; i < items; ++i) {
+      const uint64_t keep = ahead;
+      if (i + 1 < items) ahead = keep_of(i + 1);
       const int stage = i % kStages, token = seq.begin + chunk_of(i) * kC, ho = hs * readers + i % readers;
       const uint32_t at = base + stage * L::kStage, bar = keep == ~0ull ? full + 8 * stage : aside;
       if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) & 1);
       if (lane == 0 && keep != 0) {
         barrier_expect(bar, L::kScalars);
         if (direction == 0) {
-          for (int p = 0; p < L::kPanels; ++p) tensor_load(at + L::kColumns + p * kPanel, &k_map, bar, 0, hs / (s.Hs / s.Hk), token, p);
+          for (int p = 0; p < L::kPanels; ++p)
+            tensor_load(at + L::kColumns + p * kPanel, &k_map, bar, 0, hs / (s.Hs / s.Hk), token, p);
           tensor_load(at + L::kRows, &v_map, bar, 0, hs / (s.Hs / s.Hv), token, rb);
         } else {
-          for (int p = 0; p < L::kPanels; ++p) tensor_load(at + L::kColumns + p * kPanel, &q_map, bar, 0, ho / (s.Ho / s.Hq), token, p);
+          for (int p = 0; p < L::kPanels; ++p)
+            tensor_load(at + L::kColumns + p * kPanel, &q_map, bar, 0, ho / (s.Ho / s.Hq), token, p);
           tensor_load(at + L::kRows, &d_map, bar, 0, ho, token, rb);
         }
       }
@@ -75,25 +84,29 @@ __global__ void __launch_bounds__(192, 2)
         __syncwarp();
         if (lane == 0) barrier_arrive(full + 8 * stage);
       }
-    });
+    }
     return;
   }
   const size_t first = static_cast<size_t>(blockIdx.x) * s.segments * s.pieces;  // of `segments`
-  if (warp == 5) {  // scalars
+  if (warp == 5) {                                                               // scalars
     const float bias = w.dt_bias[hs], rate = log2_rate(w.A_log[hs]);
-    const auto steps_of = [&](int i) {
-      const int c = chunk_of(i);
-      return load_steps(w.dt_raw, s.Hs, hs, seq.begin + c * kC, seq.length - c * kC, lane);
-    };
     float total = 0.f;
-    loaded_ahead(items, steps_of, [&](int i, float2 raw) {
-      const int stage = i % kStages;
-      if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) & 1);
-      const float end = chunk_scalars(base + stage * L::kStage + L::kScalars, raw, bias, rate, seq.length - chunk_of(i) * kC, lane);
-      if (i % readers == 0) total += end;
-      __syncwarp();
-      if (lane == 0) barrier_arrive(full + 8 * stage);
-    });
+    Ahead<8>::run(
+        base + L::kAhead, items, lane,
+        [&](int i, uint32_t slot) {
+          const int c = chunk_of(i);
+          copy_steps(slot, w.dt_raw, s.Hs, hs, seq.begin + c * kC, seq.length - c * kC, lane);
+        },
+        [&](int i, uint32_t slot) {
+          const int stage = i % kStages;
+          const float2 raw = load_shared2(slot);
+          if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) & 1);
+          const float end = chunk_scalars(base + stage * L::kStage + L::kScalars, raw, bias, rate,
+                                          seq.length - chunk_of(i) * kC, lane);
+          if (i % readers == 0) total += end;
+          __syncwarp();
+          if (lane == 0) barrier_arrive(full + 8 * stage);
+        });
     if (!kStore && lane == 0) w.segments[direction].decay[first + segment] = total;
     return;
   }
@@ -107,7 +120,15 @@ __global__ void __launch_bounds__(192, 2)
     S.add(w.start[direction] + rows, 1.f, warp, lane);
   }
   const int first_chunk = s.cu_seqlens == nullptr ? n * ((s.T + kC - 1) / kC) : kStore ? w.chunk_offsets[n] : 0;
-  for (int i = 0; i < items; ++i) {
+  // The rows of the next item are made while this one's product runs.
+  uint32_t even[16], odd[16];
+  const auto load = [&](int i, uint32_t(&to)[16]) {
+    const int stage = i % kStages;
+    const uint32_t at = base + stage * L::kStage;
+    barrier_wait(full + 8 * stage, (i / kStages) & 1);
+    S.load_rows(to, at + L::kRows, at + L::kScalars + (direction == 0 ? kTail : kGamma), warp, lane);
+  };
+  const auto item = [&](int i, uint32_t(&now)[16], uint32_t(&next)[16]) {
     const int stage = i % kStages;
     const uint32_t at = base + stage * L::kStage;
     if (kStore && i % readers == 0) {
@@ -123,14 +144,20 @@ __global__ void __launch_bounds__(192, 2)
         bulk_commit();
       }
     }
-    barrier_wait(full + 8 * stage, (i / kStages) & 1);
-    const uint32_t scalars = at + L::kScalars;
-    S.step(at + L::kRows, at + L::kColumns, scalars + (direction == 0 ? kTail : kGamma), i % readers == 0 ? load_shared(scalars + kGamma + 252) : 1.f,
-           warp, lane);
+    S.advance(now, at + L::kColumns, i % readers == 0 ? load_shared(at + L::kScalars + kGamma + 252) : 1.f);
+    if (i + 1 < items) load(i + 1, next);
+    S.settle(now);
     if (lane == 0) barrier_arrive(empty + 8 * stage);
+  };
+  if (items > 0) load(0, even);
+  for (int i = 0; i < items; i += 2) {
+    item(i, even, odd);
+    if (i + 1 < items) item(i + 1, odd, even);
   }
-  if (!kStore) S.write(w.segments[direction].own + (first + segment) * kC * kK, warp, lane);
-  else if (segment == s.segments - 1 && w.end[direction] != nullptr) S.write(w.end[direction] + rows, warp, lane);
+  if (!kStore)
+    S.write(w.segments[direction].own + (first + segment) * kC * kK, warp, lane);
+  else if (segment == s.segments - 1 && w.end[direction] != nullptr)
+    S.write(w.end[direction] + rows, warp, lane);
   if (kStore && threadIdx.x == 0) bulk_wait();
 }
 
@@ -156,14 +183,15 @@ cudaError_t launch(const Shape& s, const Walk& w, const CUtensorMap* maps, cudaS
   const int bytes = Layout<kK, kStore>::kBytes;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(s.N * s.Hs * (s.V / 64), kStore ? s.segments : (s.segments - 1) * s.pieces, w.directions), 192, bytes, stream>>>(maps[0], maps[1], maps[2], maps[3],
-                                                                                                                 s, w);
+  kernel<<<dim3(s.N * s.Hs * (s.V / 64), kStore ? s.segments : (s.segments - 1) * s.pieces, w.directions), 192, bytes,
+           stream>>>(maps[0], maps[1], maps[2], maps[3], s, w);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_walk(const Shape& s, const Walk& w, bool only_segments, const CUtensorMap* maps, cudaStream_t stream) {
+cudaError_t launch_walk(const Shape& s, const Walk& w, bool only_segments, const CUtensorMap* maps,
+                        cudaStream_t stream) {
   if (s.K == 128) return only_segments ? launch<128, false>(s, w, maps, stream) : launch<128, true>(s, w, maps, stream);
   return only_segments ? launch<64, false>(s, w, maps, stream) : launch<64, true>(s, w, maps, stream);
 }
