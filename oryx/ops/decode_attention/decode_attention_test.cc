@@ -1,6 +1,7 @@
 #include "oryx/ops/decode_attention/decode_attention.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
@@ -128,6 +129,30 @@ TEST(DecodeAttention, DoesNotDependOnThreads) {
   at::set_num_threads(2);
   EXPECT_TRUE(at::equal(run(c), one));
   at::set_num_threads(before);
+}
+
+// On a GPU against float64 on the CPU: the split kernel (K = V of 64 or 128), the plain one, pages, and fewer keys than multiprocessors.
+TEST(DecodeAttention, CudaEqualsNaive) {
+  if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
+  at::manual_seed(8);
+  const auto there = [](Case c) {
+    for (at::Tensor* t : {&c.q, &c.keys, &c.values, &c.lengths}) *t = t->to(at::kCUDA);
+    if (c.blocks) c.blocks = c.blocks->to(at::kCUDA);
+    if (c.wanted) c.wanted = c.wanted->to(at::kCUDA);
+    return c;
+  };
+  for (const int64_t width : {40, 64, 128}) {
+    for (const int64_t heads : {1, 2, 4, 8}) {
+      Case c = make_case({1, 37, 600, 1025}, 1100, 8, heads, width, width);
+      const std::string what = c10::str("width ", width, ", ", heads, " key heads");
+      EXPECT_LT(norm_error(run(there(c)).cpu(), run_naive(c.to(at::kDouble))), 1e-5) << what;
+      c = c.to(at::kBFloat16);
+      EXPECT_LT(norm_error(run(there(c)).cpu(), run_naive(c.to(at::kDouble))), 1e-2) << what;
+      c.wanted = at::tensor({1, 0, 1, 0}, at::kInt).to(at::kBool);
+      c.window = 100;
+      EXPECT_LT(norm_error(run(there(c)).cpu(), run_naive(c.to(at::kDouble))), 1e-2) << what << ", wanted, window";
+    }
+  }
 }
 
 TEST(DecodeAttention, BadInputIsOneLine) {
