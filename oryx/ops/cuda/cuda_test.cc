@@ -170,6 +170,21 @@ TEST_F(Cuda, GatedDeltaKernels) {
   }
 }
 
+// Outputs and the state, which is updated in place; heads of 20 by the plain kernel.
+TEST_F(Cuda, Steps) {
+  for (const int64_t K : {16, 20, 64, 128, 256}) {
+    const at::Tensor q = random({3, 4, K}), k = random({3, 2, K}), v = random({3, 2, 33}), state = random({3, 2, 33, K});
+    const at::Tensor g = -random({3, 2}).abs(), beta = at::rand({3, 2}, at::kDouble), bias = random({2}), A_log = random({2}), D = random({2});
+    const auto there = [](const at::Tensor& x) { return x.to(at::kCUDA, at::kFloat); };
+    at::Tensor host = state.clone(), device = there(state);
+    EXPECT_LE(relative_error(gated_delta_step(there(q), there(k), there(v), there(g), there(beta), device), gated_delta_step(q, k, v, g, beta, host)), 1e-5) << "K " << K;
+    EXPECT_LE(relative_error(device, host), 1e-5) << "gated delta rule, K " << K;
+    host = state.clone(), device = there(state);
+    EXPECT_LE(relative_error(ssd_step(there(q), there(k), there(v), there(g), there(bias), there(A_log), there(D), device), ssd_step(q, k, v, g, bias, A_log, D, host)), 1e-5) << "K " << K;
+    EXPECT_LE(relative_error(device, host), 1e-5) << "SSD, K " << K;
+  }
+}
+
 TEST_F(Cuda, Ssd) {
   expect_same(
       [](const Tensors& t) {
