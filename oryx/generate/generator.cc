@@ -70,7 +70,7 @@ class Decoder {
  private:
   static SessionOptions session_options(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& o) {
     const auto length = static_cast<int64_t>(prompt.size());
-    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), o.state, gather_facts(model, schedule, prompt)};
+    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), o.state, gather_facts(model, schedule, prompt), o.fused};
   }
 
   void advance(std::span<const int32_t> ids) {

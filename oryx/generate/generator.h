@@ -21,6 +21,7 @@ struct GenerateOptions {
   int64_t vocab_size = 0;        // only tokens below are drawn: a model's vocabulary may be padded beyond its tokeniser's; 0: all
   SamplingOptions sampling = {};
   StateOptions state = {};       // what is kept of keys and values, among others
+  bool fused = false;            // decode by one captured launch a token on a GPU (SessionOptions)
 };
 
 enum class StopReason { kEos, kLength, kCallback, kInterrupted };

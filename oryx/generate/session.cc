@@ -122,7 +122,7 @@ at::Tensor Session::run(std::span<const int32_t> ids) {
 at::Tensor Session::step(int32_t id) {
   TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
   at::NoGradGuard no_grad;
-  if (!asked_ && !model_.device().is_cpu()) {
+  if (!asked_ && options_.fused) {
     std::string why;
     fused_ = make_fused_decoder(model_, state_, options_.tokens, &why);
     if (fused_ == nullptr) log::warn_once("decoding operator by operator, slowly: {}", why);
