@@ -59,7 +59,7 @@ void selftest(const Options& o) {
 ORYX_COMMAND(selftest, "check every operator on this machine against its formula in float64", [](CLI::App& app) {
   auto o = std::make_shared<Options>();
   app.add_option("--device", o->device, "cpu, cuda or cuda:N")->capture_default_str();
-  app.add_flag("--quick", o->quick, "short inputs only: seconds instead of a minute");
+  app.add_flag("--quick", o->quick, "short inputs only: seconds instead of minutes");
   app.add_option("--only", o->only, "operators to check")->delimiter(',')->type_name("NAME,NAME,...");
   app.callback([o] { selftest(*o); });
 });
