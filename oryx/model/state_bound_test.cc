@@ -52,7 +52,7 @@ TEST_P(EveryBound, TrimIsExactOrSaysWhereItIs) {
     const auto modes = random_modes(rng, 1, T, c.mixers().size()), more_modes = random_modes(rng, 1, 9, c.mixers().size());
     State state = m->make_state(1, options);
     feed(*m, state, ids, modes, T, rng);
-    for (int64_t length = T; length >= 0; length -= 1 + static_cast<int64_t>(rng.below(3))) {
+    for (int64_t length = T; length >= 0; length -= 1 + static_cast<int64_t>(rng.below(13))) {
       State fork = state.fork({0});
       const int64_t nearest = fork.reachable(0, length);
       EXPECT_LE(nearest, length);
@@ -79,8 +79,8 @@ TEST_P(EveryBound, TrimIsExactOrSaysWhereItIs) {
     // The start and, where rows are enough to replay, every one of the first tokens.
     EXPECT_EQ(state.reachable(0, 0), 0);
   }
-  EXPECT_GT(reached, 15);
-  EXPECT_GT(refused, 15);
+  EXPECT_GT(reached, 5);
+  EXPECT_GT(refused, 3);
 }
 
 // A draft is dropped as it is without a bound: by a copy.
@@ -108,10 +108,10 @@ TEST_P(EveryBound, ForksSnapshotsAndFilesGoOnAlike) {
   const auto m = make(c);
   const TemporaryFolder folder;
   const auto path = folder.path() / "session.safetensors";
-  for (const int64_t prompt : {2, 5, 23, 64, 97}) {
+  for (const int64_t prompt : {5, 23, 64}) {
     CounterRng rng(92 + prompt);
     const StateOptions options = bounded(3, 10, 12, 5, 2);
-    const int64_t more = 60;
+    const int64_t more = 36;
     const at::Tensor ids = random_ids(rng, 2, prompt, c.vocab_size), tails = random_ids(rng, 2, more, c.vocab_size);
     const auto modes = random_modes(rng, 2, prompt, c.mixers().size()), tail_modes = random_modes(rng, 2, more, c.mixers().size());
     State state = m->make_state(2, options);
