@@ -86,7 +86,7 @@ struct StateBenchOptions {
   int64_t repeat = 3;
 };
 // Going back, forking and resuming against reading the context again. Each context is read once for all its rows, with the closest checkpoints, and the trims,
-// on forks of that state, are timed under ever fewer of them. Rows: context, action, checkpoint_every (null where it plays no part; 0: none), ms (median),
+// on forks of a state without a ring, are timed under ever fewer of them. Rows: context, action, checkpoint_every (null where it plays no part; 0: none), ms (median),
 // rerun_ms (reading the context again), relative_time (rerun_ms over ms), scanned tokens (an upper bound), and bytes: state_bytes (recurrent, tails and
 // rows), checkpoint_bytes, ring_bytes.
 BenchResult bench_state(const StateBenchOptions& options);
