@@ -4,7 +4,7 @@
 namespace oryx::ops {
 namespace {
 
-at::Tensor or_undefined(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
+at::Tensor given(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
 
 // [h, d] -> [heads, d]; consecutive heads share a source head.
 at::Tensor spread(const at::Tensor& x, int64_t heads) { return x.repeat_interleave(heads / x.size(0), 0); }
@@ -16,7 +16,7 @@ SsdResult ssd_naive(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
                     const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens,
                     const std::optional<at::Tensor>& spans) {
   const SsdInputs in{
-      q, k, v, dt_raw, dt_bias, A_log, D, or_undefined(initial_state), or_undefined(cu_seqlens), or_undefined(spans)};
+      q, k, v, dt_raw, dt_bias, A_log, D, given(initial_state), given(cu_seqlens), given(spans)};
   const SsdSizes s = ssd_sizes("ssd_naive", in);
   const auto dtype = ssd_compute_dtype(in);
   const auto options = v.options().dtype(dtype);
