@@ -55,6 +55,7 @@ std::unique_ptr<LanguageModel> model_of(const Fixture& run) {
     at::Tensor p = model->parameters()[i];
     p.copy_(params.at(fixture_name(params, model->specs()[i].name)));
   }
+  model->to(run.device);
   return model;
 }
 

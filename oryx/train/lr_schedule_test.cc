@@ -11,7 +11,7 @@ TEST(LearningRateFixture, CosineWithWarmup) {
   ORYX_REQUIRE_FIXTURES();
   for (const auto& f : test::fixtures("ops", "cosine_schedule")) {
     SCOPED_TRACE(f.name);
-    const at::Tensor steps = f.at("steps").to(at::kLong), want = f.at("lr");
+    const at::Tensor steps = f.at("steps").to(at::kCPU, at::kLong), want = f.at("lr").cpu();
     at::Tensor got = at::empty_like(want);
     for (int64_t i = 0; i < steps.numel(); ++i) {
       got.data_ptr<double>()[i] = cosine_with_warmup(steps[i].item<int64_t>(), f.attrs.at("peak"), f.attrs.at("warmup"), f.attrs.at("total"),

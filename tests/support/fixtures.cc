@@ -1,5 +1,7 @@
 #include "tests/support/fixtures.h"
 
+#include <ATen/Context.h>
+
 #include <cstdlib>
 #include <limits>
 
@@ -40,6 +42,12 @@ Fixture load_fixture(const fs::path& stem) {
   return f;
 }
 
+std::vector<at::Device> devices() {
+  std::vector<at::Device> all{at::kCPU};
+  if (at::hasCUDA() && at::getNumGPUs() > 0) all.emplace_back(at::kCUDA, 0);
+  return all;
+}
+
 std::vector<Fixture> fixtures(const std::string& folder, const std::string& op) {
   std::vector<fs::path> stems;
   for (const auto& entry : fs::directory_iterator(fixture_folder() / folder)) {
@@ -49,7 +57,15 @@ std::vector<Fixture> fixtures(const std::string& folder, const std::string& op) 
   }
   std::sort(stems.begin(), stems.end());
   std::vector<Fixture> out;
-  for (const auto& stem : stems) out.push_back(load_fixture(stem));
+  for (const at::Device device : devices()) {
+    for (const auto& stem : stems) {
+      Fixture& f = out.emplace_back(load_fixture(stem));
+      if (device.is_cpu()) continue;
+      f.device = device;
+      f.name += " on cuda";
+      for (auto& [name, tensor] : f.tensors) tensor = tensor.to(device);
+    }
+  }
   EXPECT_FALSE(out.empty()) << "no fixture of op '" << op << "' in " << (fixture_folder() / folder);
   return out;
 }

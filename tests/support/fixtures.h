@@ -2,6 +2,8 @@
 //
 // The folder is $ORYX_FIXTURES, or else ../shared/fixtures beside the source tree. Without $ORYX_FIXTURES a missing folder skips the test and
 // says so; with it, a folder that holds none of the wanted files fails the test.
+//
+// Where there is a GPU every fixture comes twice, on the CPU and on the GPU: a test over fixtures() then checks both.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,7 +18,8 @@
 namespace oryx::test {
 
 struct Fixture {
-  std::string name;  // file name without ending
+  std::string name;  // file name without ending, and " on cuda" there
+  at::Device device = at::kCPU;
   nlohmann::json attrs, sidecar;
   std::map<std::string, at::Tensor> tensors;  // integers as stored (int32)
 
@@ -30,8 +33,9 @@ struct Fixture {
 
 std::filesystem::path fixture_folder();  // "" when there is none
 Fixture load_fixture(const std::filesystem::path& stem);
+std::vector<at::Device> devices();  // of this build and machine: the CPU, and a GPU where there is one
 
-// Every fixture in `folder` (below the root: "ops", "block") whose sidecar says "op": op. Sorted by name.
+// Every fixture in `folder` (below the root: "ops", "block") whose sidecar says "op": op, sorted by name; then, with a GPU, all of them there.
 std::vector<Fixture> fixtures(const std::string& folder, const std::string& op);
 
 // max|x - ref| / max|ref|; with by_row the worst over rows (last axis). NaN and a wrong shape give infinity.

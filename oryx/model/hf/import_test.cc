@@ -74,7 +74,11 @@ TEST(FixtureModel, LogitsOfEveryFamily) {
     import_checkpoint(folder, out / "model");
     const auto model = load_model(out / "model");
     const test::Fixture f = test::load_fixture(folder / "expected");
-    EXPECT_LT(test::fixture_error(logits_of(*model, f.at("input_ids").to(at::kLong)), f.at("logits")), kLogits);
+    for (const at::Device device : test::devices()) {
+      SCOPED_TRACE(device.str());
+      model->to(device);
+      EXPECT_LT(test::fixture_error(logits_of(*model, f.at("input_ids").to(at::kLong)).cpu(), f.at("logits")), kLogits);
+    }
   }
 }
 
@@ -87,9 +91,13 @@ TEST(FixtureModel, ComputesInBfloat16) {
     import_checkpoint(folder, out / "model");
     const auto model = load_model(out / "model", at::kBFloat16);
     const test::Fixture f = test::load_fixture(folder / "expected");
-    const double error = test::norm_error(logits_of(*model, f.at("input_ids").to(at::kLong)), f.at("logits"));
-    RecordProperty(folder.filename().string(), std::to_string(error));
-    EXPECT_LT(error, kBfloat16);
+    for (const at::Device device : test::devices()) {
+      SCOPED_TRACE(device.str());
+      model->to(device);
+      const double error = test::norm_error(logits_of(*model, f.at("input_ids").to(at::kLong)).cpu(), f.at("logits"));
+      RecordProperty(folder.filename().string() + " " + device.str(), std::to_string(error));
+      EXPECT_LT(error, kBfloat16);
+    }
   }
 }
 
@@ -103,14 +111,18 @@ TEST(FixtureModel, DecodesThroughTheState) {
     const auto model = load_model(out / "model");
     const test::Fixture f = test::load_fixture(folder / "expected");
     const at::Tensor ids = f.at("input_ids").to(at::kLong);
-    State state = model->make_state(ids.size(0));
-    std::vector<at::Tensor> parts;
-    const int64_t prompt = std::max<int64_t>(f.attrs.at("prefill").get<int64_t>(), 5);
-    // The prompt, a piece shorter than the convolutions reach, then token by token.
-    for (int64_t begin = 0, n = prompt; begin < ids.size(1); begin += n, n = parts.size() == 1 ? 2 : 1) {
-      parts.push_back(logits_of(*model, ids.narrow(1, begin, n), &state));
+    for (const at::Device device : test::devices()) {
+      SCOPED_TRACE(device.str());
+      model->to(device);
+      State state = model->make_state(ids.size(0));
+      std::vector<at::Tensor> parts;
+      const int64_t prompt = std::max<int64_t>(f.attrs.at("prefill").get<int64_t>(), 5);
+      // The prompt, a piece shorter than the convolutions reach, then token by token.
+      for (int64_t begin = 0, n = prompt; begin < ids.size(1); begin += n, n = parts.size() == 1 ? 2 : 1) {
+        parts.push_back(logits_of(*model, ids.narrow(1, begin, n), &state));
+      }
+      EXPECT_LT(test::fixture_error(at::cat(parts, 1).cpu(), f.at("logits")), kLogits);
     }
-    EXPECT_LT(test::fixture_error(at::cat(parts, 1), f.at("logits")), kLogits);
   }
 }
 
