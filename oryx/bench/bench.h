@@ -30,15 +30,16 @@ struct BenchModel {
 
 struct StepBenchOptions {
   BenchModel model;
-  std::string schedule = "linear";
+  std::vector<std::string> schedules = {"linear"};
   std::string device = "cpu";
-  int64_t batch_size = 2, seq_len = 512;
+  std::vector<int64_t> batch_sizes = {2}, seq_lens = {512};  // pairs: as many of one as of the other, or one of either for all
   int64_t warmup = 2, repeat = 5;
   bool checkpoint_layers = false;
 };
-// A full training step: forward, loss, backward, clipping, AdamW. One row: step_ms (median), min_ms, cpu_ms (of the processor, all threads), tokens_per_second, gflops (three
-// times the forward's, over the median), peak_bytes (on a GPU of its memory), and every step's times in all_ms and all_cpu_ms. On a GPU the times are of the device, from the
-// end of one step to the end of the next, and mfu is the share of kPeakFlops (oryx/model/device.h).
+// A full training step: forward, loss, backward, clipping, AdamW. One row for each shape and schedule, of one and the same model, so that a mixture stands beside its parts: batch,
+// seq_len, step_ms (median), min_ms, cpu_ms (of the processor, all threads), tokens_per_second, gflops (three times the forward's, over the median), peak_bytes (on a GPU of its
+// memory), and every step's times in all_ms and all_cpu_ms. On a GPU the times are of the device, from the end of one step to the end of the next, and mfu is the share of
+// kPeakFlops (oryx/model/device.h).
 BenchResult bench_step(const StepBenchOptions& options);
 
 struct ForwardBenchOptions {
@@ -58,6 +59,7 @@ struct PrefillBenchOptions {
   std::vector<int64_t> shares = {0, 5, 10, 25, 100};  // percent of the prompt's tokens that are read in attention
   std::string placement = "last";                     // where they are: last, the prompt's end; random, chunks of 256 tokens
   int64_t piece = 8192;                               // tokens of one pass
+  std::string kv = "keep";                            // keys and values: keep, drop, bounded:F+W (StateOptions); drop takes shares of 0 only
   int64_t repeat = 3;
 };
 // A prompt read into a new state, piece by piece, as generation does. Rows: tokens, attention_share (of the tokens, as it came out), ms (median), tokens_per_second,

@@ -44,6 +44,7 @@ Pass read_prompt(const LanguageModel& model, const std::string& text, const std:
   SessionOptions s;
   s.prompt_length = s.tokens = static_cast<int64_t>(ids.size());
   s.piece = std::min(o.piece, s.tokens);
+  set_kv(s.state, o.kv);
   Pass pass;
   const auto once = [&] {
     Session session(model, schedule, s);
@@ -58,7 +59,7 @@ Pass read_prompt(const LanguageModel& model, const std::string& text, const std:
   } else {
     reset_peak_device_memory(device);
   }
-  const Times times = device.is_cpu() ? time_repeated(0, o.repeat, once) : time_repeated_on(device, 1, o.repeat, once);
+  const Times times = device.is_cpu() ? time_repeated(0, o.repeat, once) : time_repeated_on(device, 0, o.repeat, once);
   pass.ms = 1e3 * times.median();
   pass.peak = device.is_cpu() ? peak_memory() - before : peak_device_memory(device);
   return pass;
@@ -86,12 +87,15 @@ std::vector<Chart> charts_of(const std::vector<Json>& rows) {
 BenchResult bench_prefill(const PrefillBenchOptions& o) {
   const ModelConfig config = o.model.config();
   const at::Device device = parse_device(o.model.device);
+  StateOptions kept;
+  set_kv(kept, o.kv);
+  if (kept.drop_rows && o.shares != std::vector<int64_t>{0}) fail("--kv drop keeps no keys and values for attention to look at; use --shares 0");
   LanguageModel model(config, o.model.compute());
   model.initialize(0);
   model.to(device);
   if (device.is_cuda()) model.keep_copies();
   const at::NoGradGuard no_grad;
-  // Thread pools, handles and scratch space come with the first pass and belong to no length.
+  // Thread pools, handles and scratch space come with the first pass and belong to no length; memory of a GPU comes with the first pass at a length.
   PrefillBenchOptions first = o;
   first.repeat = 1;
   for (const int64_t percent : o.shares) (void)read_prompt(model, schedule_of(o.placement, percent), random_prompt(o.lengths.front(), config.vocab_size), first);
@@ -100,6 +104,7 @@ BenchResult bench_prefill(const PrefillBenchOptions& o) {
   auto& rows = result.table.rows;
   for (const int64_t length : o.lengths) {
     const std::vector<int32_t> ids = random_prompt(length, config.vocab_size);
+    if (device.is_cuda() && length != o.lengths.front()) (void)read_prompt(model, schedule_of(o.placement, o.shares.front()), ids, first);
     for (const int64_t percent : o.shares) {
       const Pass pass = read_prompt(model, schedule_of(o.placement, percent), ids, o);
       rows.push_back({{"tokens", length},
@@ -118,7 +123,8 @@ BenchResult bench_prefill(const PrefillBenchOptions& o) {
                           {"state_bytes", "state", cell_bytes()}};
   result.charts = charts_of(rows);
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"device", o.model.device},       {"placement", o.placement},
-                    {"lengths", o.lengths},     {"shares", o.shares},         {"piece", o.piece},               {"repeat", o.repeat}};
+                    {"lengths", o.lengths},     {"shares", o.shares},         {"piece", o.piece},               {"kv", o.kv},
+                    {"repeat", o.repeat}};
   return result;
 }
 

@@ -1,5 +1,7 @@
 #include <ATen/ATen.h>
 
+#include <algorithm>
+
 #include "oryx/bench/bench.h"
 #include "oryx/bench/measure.h"
 #include "oryx/common/error.h"
@@ -37,21 +39,34 @@ class RandomSource : public BatchSource {
 
 ModelConfig BenchModel::config() const { return preset.ends_with(".json") ? load_train_options(preset, {}).model : oryx::preset(preset); }
 
-BenchResult bench_step(const StepBenchOptions& o) {
-  const ModelConfig config = o.model.config();
-  const ModelSchedule schedule(config, o.schedule);
-  const at::Device device = parse_device(o.device);
+namespace {
+
+struct StepShape {
+  int64_t rows, tokens;
+};
+
+std::vector<StepShape> shapes_of(const StepBenchOptions& o) {
+  const size_t n = std::max(o.batch_sizes.size(), o.seq_lens.size());
+  const auto at = [&](const std::vector<int64_t>& list, size_t i) { return list.size() == 1 ? list[0] : list[i]; };
+  for (const auto* list : {&o.batch_sizes, &o.seq_lens}) {
+    if (list->size() != 1 && list->size() != n) {
+      fail("{} batch sizes and {} lengths; expected as many of one as of the other, or one of either", o.batch_sizes.size(), o.seq_lens.size());
+    }
+  }
+  std::vector<StepShape> shapes;
+  for (size_t i = 0; i < n; ++i) shapes.push_back({at(o.batch_sizes, i), at(o.seq_lens, i)});
+  return shapes;
+}
+
+Json measure_steps(LanguageModel& model, Optimizer& optimizer, const std::string& schedule_text, const StepShape& shape, const StepBenchOptions& o) {
+  const ModelSchedule schedule(model.config(), schedule_text);
+  const at::Device device = model.device();
   const bool gpu = !device.is_cpu();
-  LanguageModel model(config, o.model.compute());
-  model.initialize(0);
-  model.to(device);
-  model.requires_grad(true);
-  if (gpu) model.keep_copies();
-  Optimizer optimizer(model, {});
-  RandomSource source(o.batch_size, o.seq_len, config.vocab_size);
+  RandomSource source(shape.rows, shape.tokens, model.config().vocab_size);
   BatchFeed feed(source, schedule, model, {});
   StepOptions options;
   options.checkpoint_layers = o.checkpoint_layers;
+  if (gpu) reset_peak_device_memory(device);
   std::vector<StepResult> results;
   const auto step = [&] { results.push_back(train_step(model, optimizer, feed, 1e-4, options)); };
   const Times times = gpu ? time_repeated_on(device, o.warmup, o.repeat, step) : time_repeated(o.warmup, o.repeat, step);
@@ -65,38 +80,71 @@ BenchResult bench_step(const StepBenchOptions& o) {
   std::vector<double> all, all_cpu;
   for (const double s : times.seconds) all.push_back(1e3 * s);
   for (const double s : times.cpu_seconds) all_cpu.push_back(1e3 * s);
-  const auto tokens = static_cast<double>(o.batch_size * o.seq_len);
+  const auto tokens = static_cast<double>(shape.rows * shape.tokens);
+  return {{"preset", o.model.preset},
+          {"schedule", schedule.text()},
+          {"batch", shape.rows},
+          {"seq_len", shape.tokens},
+          {"parameters", count_parameters(model.config())},
+          {"step_ms", 1e3 * times.median()},
+          {"min_ms", 1e3 * times.min()},
+          {"cpu_ms", 1e3 * times.cpu_median()},
+          {"tokens_per_second", tokens / times.median()},
+          {"gflops", 1e-9 * flops / times.median()},
+          {"peak_bytes", gpu ? peak_device_memory(device) : peak_memory()},
+          {"mfu", flops / times.median() / kPeakFlops},
+          {"attention_share", attention},
+          {"flops_per_token", flops / tokens},
+          {"first_loss", results.front().loss},
+          {"last_loss", results.back().loss},
+          {"all_ms", all},
+          {"all_cpu_ms", all_cpu}};
+}
+
+// The parts of the FLOPs behind MFU differ by row only in numbers.
+std::string mfu_note(const std::vector<Json>& rows) {
+  std::string note = fmt::format("MFU = FLOPs a token x tokens/s / {:.4g} FLOP/s; FLOPs a token = 3 x forward: 2 a weight that a token of its mode passes through, the recurrences at every token, "
+                                 "attention over its own context at tokens in attention:",
+                                 kPeakFlops);
+  for (const Json& row : rows) note += fmt::format(" {:.4g}", row["flops_per_token"].get<double>());
+  return note;
+}
+
+}  // namespace
+
+BenchResult bench_step(const StepBenchOptions& o) {
+  const ModelConfig config = o.model.config();
+  const std::vector<StepShape> shapes = shapes_of(o);
+  for (const std::string& text : o.schedules) (void)ModelSchedule(config, text);  // what is wrong is said before the work
+  const at::Device device = parse_device(o.device);
+  const bool gpu = !device.is_cpu();
+  LanguageModel model(config, o.model.compute());
+  model.initialize(0);
+  model.to(device);
+  model.requires_grad(true);
+  if (gpu) model.keep_copies();
+  Optimizer optimizer(model, {});
   BenchResult result;
-  result.table.columns = {{"preset", "preset", cell_text()},           {"schedule", "schedule", cell_text()},
-                          {"step_ms", "step ms", cell_fixed(1)},       {"min_ms", "min ms", cell_fixed(1)},
-                          {"cpu_ms", "processor ms", cell_fixed(1)},
-                          {"tokens_per_second", "tokens/s", cell_fixed(1)}, {"gflops", "GFLOP/s", cell_fixed(1)},
-                          {"peak_bytes", "peak memory", cell_bytes()}};
-  if (gpu) result.table.columns.push_back({"mfu", "MFU", cell_percent()});
-  if (gpu) {
-    result.note = fmt::format(
-        "MFU = tokens x {:.4g} FLOPs / step time / {:.4g} FLOP/s; FLOPs a token = 3 x forward: 2 a weight that a token of its mode passes through, the recurrences at "
-        "every token, attention over its own context at the {:.1f}% of tokens in attention",
-        flops / static_cast<double>(o.batch_size * o.seq_len), kPeakFlops, 100 * attention);
+  for (const StepShape& shape : shapes) {
+    for (const std::string& schedule : o.schedules) result.table.rows.push_back(measure_steps(model, optimizer, schedule, shape, o));
   }
-  result.table.rows.push_back({{"preset", o.model.preset},
-                               {"schedule", schedule.text()},
-                               {"parameters", count_parameters(config)},
-                               {"step_ms", 1e3 * times.median()},
-                               {"min_ms", 1e3 * times.min()},
-                               {"cpu_ms", 1e3 * times.cpu_median()},
-                               {"tokens_per_second", tokens / times.median()},
-                               {"gflops", 1e-9 * flops / times.median()},
-                               {"peak_bytes", gpu ? peak_device_memory(device) : peak_memory()},
-                               {"mfu", flops / times.median() / kPeakFlops},
-                               {"attention_share", attention},
-                               {"flops_per_token", flops / tokens},
-                               {"first_loss", results.front().loss},
-                               {"last_loss", results.back().loss},
-                               {"all_ms", all},
-                               {"all_cpu_ms", all_cpu}});
-  result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedule", o.schedule}, {"device", o.device}, {"batch", o.batch_size},
-                    {"seq_len", o.seq_len},     {"warmup", o.warmup},         {"repeat", o.repeat}};
+  result.table.columns = {{"preset", "preset", cell_text()},
+                          {"batch", "batch", cell_text()},
+                          {"seq_len", "tokens", cell_text()},
+                          {"schedule", "schedule", cell_text()},
+                          {"attention_share", "in attention", cell_percent()},
+                          {"step_ms", "step ms", cell_fixed(1)},
+                          {"min_ms", "min ms", cell_fixed(1)},
+                          {"cpu_ms", "processor ms", cell_fixed(1)},
+                          {"tokens_per_second", "tokens/s", cell_fixed(1)},
+                          {"gflops", "GFLOP/s", cell_fixed(1)},
+                          {"peak_bytes", "peak memory", cell_bytes()}};
+  if (gpu) {
+    result.table.columns.push_back({"mfu", "MFU", cell_percent()});
+    result.note = mfu_note(result.table.rows);
+  }
+  result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedules", o.schedules}, {"device", o.device}, {"batch", o.batch_sizes},
+                    {"seq_len", o.seq_lens},    {"warmup", o.warmup},         {"repeat", o.repeat},       {"checkpoint_layers", o.checkpoint_layers}};
   return result;
 }
 

@@ -14,7 +14,7 @@ namespace oryx::cli {
 namespace {
 
 struct Outputs {
-  std::string json, report;
+  std::string json, report, charts;
 };
 
 std::string machine_text(const Json& machine) {
@@ -40,6 +40,9 @@ void report(const std::string& name, const BenchResult& result, const Json& mach
   if (!result.note.empty()) print("{}\n", result.note);
   flush();
   if (!out.report.empty()) write_report(name, result, machine, out.report);
+  for (size_t i = 0; !out.charts.empty() && i < result.charts.size(); ++i) {
+    write_file(fmt::format("{}-{}.svg", out.charts, i + 1), chart_svg(result.charts[i]));
+  }
   if (out.json.empty()) return;
   const Json all = {{"benchmark", name}, {"machine", machine}, {"options", result.options}, {"rows", result.table.rows}};
   write_file(out.json, all.dump(2) + "\n");
@@ -51,9 +54,10 @@ void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(cons
   auto out = std::make_shared<Outputs>();
   app.add_option("--json", out->json, "write the results there too")->type_name("FILE");
   app.add_option("--report", out->report, "write the results there too, as HTML with charts where there are any")->type_name("FILE");
+  app.add_option("--charts", out->charts, "write each of its charts to PREFIX-1.svg, PREFIX-2.svg ...")->type_name("PREFIX");
   app.callback([o, out, bench, name = app.get_name()] {
     // Found out before the work, not after it.
-    for (const auto& path : {out->json, out->report}) {
+    for (const auto& path : {out->json, out->report, out->charts}) {
       if (!path.empty() && !std::filesystem::is_directory(std::filesystem::absolute(path).parent_path())) {
         fail("{}: cannot write, there is no such folder", path);
       }
@@ -64,9 +68,13 @@ void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(cons
   });
 }
 
-void add_model(CLI::App& app, BenchModel& model, std::string& schedule) {
-  app.add_option("MODEL", model.preset, "SIZE or SIZE-VARIANT (130m, 130m-transformer), or a training config (configs/130m-oryx.json)")->required();
+void add_model(CLI::App& app, BenchModel& model) {
+  app.add_option("MODEL", model.preset, "SIZE or SIZE-VARIANT (130m, 130m-transformer), or a training config (configs/1.3b-gdn.json)")->required();
   app.add_option("--dtype", model.precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+}
+
+void add_model(CLI::App& app, BenchModel& model, std::string& schedule) {
+  add_model(app, model);
   app.add_option("--schedule", schedule, "which mixer processes which token (docs/modes.md)")->capture_default_str();
 }
 
@@ -84,10 +92,12 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
 
   CLI::App& step = *app.add_subcommand("step", "time of a training step");
   auto s = std::make_shared<StepBenchOptions>();
-  add_model(step, s->model, s->schedule);
+  add_model(step, s->model);
+  step.add_option("--schedule", s->schedules, "which mixer processes which token (docs/modes.md); several, each with its own --schedule: one after another with one model")
+      ->capture_default_str()->expected(1)->allow_extra_args(false)->take_all()->type_name("TEXT");
   step.add_option("--device", s->device, "cpu, cuda or cuda:N")->capture_default_str();
-  add_count(step, "--batch", s->batch_size, "rows");
-  add_count(step, "--seq,--seq-len", s->seq_len, "tokens of a row");
+  add_list(step, "--batch", s->batch_sizes, "rows; several (8,2) with as many lengths, or one");
+  add_list(step, "--seq,--seq-len", s->seq_lens, "tokens of a row");
   step.add_flag("--checkpoint-layers", s->checkpoint_layers, "compute each layer's activations again in the backward pass");
   add_count(step, "--repeat", s->repeat, "steps that are timed");
   add_count(step, "--warmup", s->warmup, "steps before them", 0);
@@ -112,6 +122,7 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   prefill.add_option("--placement", p->placement, "where they are: the prompt's last tokens, or chunks of 256 drawn at random")
       ->check(CLI::IsMember({"last", "random"}))->capture_default_str();
   add_count(prefill, "--piece", p->piece, "tokens of one pass");
+  prefill.add_option("--kv", p->kv, "keys and values: keep, drop, or bounded:F+W, those of the first F and the last W tokens (docs/state.md)")->capture_default_str()->type_name("WHAT");
   add_count(prefill, "--repeat", p->repeat, "passes at each length and share");
   finish(prefill, p, bench_prefill);
 

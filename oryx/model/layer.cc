@@ -14,7 +14,8 @@ namespace oryx {
 
 namespace {
 
-constexpr int64_t kFeedForwardTokens = 2048;
+// Tokens of the feed-forward at once without gradients: what stays near the processor; on a GPU, products large enough to fill it.
+constexpr int64_t kFeedForwardTokens = 2048, kFeedForwardTokensOnGpu = 8192;
 
 bool has(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
@@ -369,13 +370,14 @@ at::Tensor MultiMixerLayer::feed_forward(const at::Tensor& h) const {
     return project(ops::swiglu(reads(gate_proj_), reads(up_proj_)), down_proj_);
   };
   const int64_t tokens = h.size(0) * h.size(1);
-  if (at::GradMode::is_enabled() || tokens <= kFeedForwardTokens) return whole(h);
+  const int64_t most = h.is_cuda() ? kFeedForwardTokensOnGpu : kFeedForwardTokens;
+  if (at::GradMode::is_enabled() || tokens <= most) return whole(h);
   // Nothing is kept for a backward pass, so the widest activations of the model need not stand for all tokens at once: less memory, and
   // what stands stays near the processor.
   at::Tensor out = at::empty_like(h);
   const at::Tensor x = h.view({tokens, h.size(2)}), y = out.view({tokens, h.size(2)});
-  for (int64_t begin = 0; begin < tokens; begin += kFeedForwardTokens) {
-    const int64_t n = std::min(kFeedForwardTokens, tokens - begin);
+  for (int64_t begin = 0; begin < tokens; begin += most) {
+    const int64_t n = std::min(most, tokens - begin);
     y.narrow(0, begin, n).copy_(whole(x.narrow(0, begin, n)));
   }
   return out;
