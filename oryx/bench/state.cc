@@ -44,7 +44,7 @@ class StateBench {
 
   void measure(int64_t context, std::vector<Json>& rows) {
     std::vector<int64_t> sparsities = o_.checkpoint_every;
-    std::erase_if(sparsities, [&](int64_t every) { return every == 0 || every > context; });
+    std::erase_if(sparsities, [&](int64_t every) { return every == 0 || every >= context; });
     std::sort(sparsities.begin(), sparsities.end());
     sparsities.push_back(0);
     const auto start = std::chrono::steady_clock::now();
@@ -137,27 +137,39 @@ class StateBench {
   std::vector<int32_t> ids_;
 };
 
-// Milliseconds of each action against the context, and of the worst trim against the bytes of checkpoints.
+// Milliseconds of each action against the context; and what the distance of checkpoints costs: milliseconds of the worst trim, bytes. Without any the distance
+// is the whole context.
 std::vector<Chart> charts(const std::vector<Json>& rows) {
   Chart time{.title = "Going back and forth against reading the context again", .x_label = "tokens of context", .y_label = "ms", .log_x = true, .log_y = true};
-  Chart sparse{.title = "What checkpoints cost and save: the worst trim", .x_label = "MiB of checkpoints", .y_label = "ms", .log_y = true};
-  const auto series = [](Chart& chart, const std::string& name) -> Series& {
-    for (Series& s : chart.series) {
-      if (s.name == name) return s;
-    }
-    return chart.series.emplace_back(Series{name});
+  Chart trim{.title = "The farther apart checkpoints are, the longer a trim takes at worst", .x_label = "tokens between checkpoints (the last of each: no checkpoint)",
+             .y_label = "ms", .log_x = true, .log_y = true};
+  Chart bytes{.title = "The farther apart checkpoints are, the less memory they take", .x_label = trim.x_label, .y_label = "MiB of checkpoints", .log_x = true};
+  const auto add = [](Chart& chart, const std::string& name, double x, double y) {
+    auto s = std::find_if(chart.series.begin(), chart.series.end(), [&](const Series& other) { return other.name == name; });
+    if (s == chart.series.end()) s = chart.series.insert(s, Series{name});
+    s->points.emplace_back(x, y);
+    if (std::find(chart.x_ticks.begin(), chart.x_ticks.end(), x) == chart.x_ticks.end()) chart.x_ticks.push_back(x);
   };
+  int64_t closest = 0;
   for (const Json& row : rows) {
-    const double context = row["context"].get<double>(), ms = row["ms"].get<double>();
-    std::string action = row["action"].get<std::string>();
-    if (!row["checkpoint_every"].is_null()) {
-      series(sparse, fmt::format("{} tokens", row["context"].dump())).points.emplace_back(row["checkpoint_bytes"].get<double>() / (1 << 20), ms);
-      const auto every = row["checkpoint_every"].get<int64_t>();
-      action += every > 0 ? fmt::format(", checkpoints every {}", every) : ", without checkpoints";
+    const auto context = row["context"].get<int64_t>();
+    const auto ms = row["ms"].get<double>();
+    const auto action = row["action"].get<std::string>();
+    if (row["checkpoint_every"].is_null()) {
+      add(time, action, static_cast<double>(context), ms);
+      continue;
     }
-    series(time, action).points.emplace_back(context, ms);
+    const auto every = row["checkpoint_every"].get<int64_t>();
+    const auto distance = static_cast<double>(every > 0 ? every : context);
+    const std::string name = fmt::format("{} tokens of context", context);
+    add(trim, name, distance, ms);
+    add(bytes, name, distance, row["checkpoint_bytes"].get<double>() / (1 << 20));
+    // The two ends of that stand beside the other actions.
+    if (closest == 0) closest = every;
+    if (every == 0 || every == closest) add(time, fmt::format("{}, {}", action, every > 0 ? fmt::format("checkpoints every {}", every) : "no checkpoint"), static_cast<double>(context), ms);
   }
-  return {time, sparse};
+  for (Chart* chart : {&trim, &bytes}) std::sort(chart->x_ticks.begin(), chart->x_ticks.end());
+  return {time, trim, bytes};
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <string>
 
 #include "oryx/report/markup.h"
 
@@ -41,6 +43,15 @@ Axis::Axis(double low, double high, bool log, bool round_ends) : low_(low), high
 double Axis::place(double value) const {
   if (log_) return (std::log(value) - std::log(low_)) / (std::log(high_) - std::log(low_));
   return (value - low_) / (high_ - low_);
+}
+
+void Axis::ticks_at(const std::vector<double>& values) {
+  ticks_.clear();
+  for (const double v : values) {
+    // Whoever names the values wants to read them, not a rounded form.
+    const bool whole = std::abs(v) < 1e7 && v == std::floor(v);
+    if (shows(v) && v >= low_ && v <= high_) ticks_.push_back({v, whole ? std::to_string(static_cast<int64_t>(v)) : short_number(v)});
+  }
 }
 
 bool Axis::shows(double value) const { return std::isfinite(value) && (!log_ || value > 0); }

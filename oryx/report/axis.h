@@ -21,6 +21,8 @@ class Axis {
   double place(double value) const;  // low -> 0, high -> 1
   bool shows(double value) const;    // finite and, on a log axis, above 0
   const std::vector<Tick>& ticks() const { return ticks_; }
+  // Ticks at these values, where the axis shows them, in place of round numbers.
+  void ticks_at(const std::vector<double>& values);
 
  private:
   void linear_ticks(bool round_ends);

@@ -82,6 +82,7 @@ class Drawing {
   // Room for what stands around the plot.
   void layout() {
     x_axis_ = Axis(x_.low, x_.high, chart_.log_x, false);
+    if (!chart_.x_ticks.empty()) x_axis_.ticks_at(chart_.x_ticks);
     y_axis_ = Axis(y_.low, y_.high, chart_.log_y, true);
     double widest = 0;
     for (const Tick& t : y_axis_.ticks()) widest = std::max(widest, text_width(t.label));
@@ -162,13 +163,13 @@ class Drawing {
     return out;
   }
 
-  // Each series has a shape of its own too, for readers who cannot tell the colours apart.
+  // Each series has a shape of its own too, for readers who cannot tell the colours apart; where colours come round again, they meet another shape.
   static std::string marker(double x, double y, size_t series, const std::string& tooltip) {
     const char* shapes[] = {"m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0", "m-3.2 -3.2h6.4v6.4h-6.4z",
                             "m0 -4.2l4 7h-8z", "m0 -4.6l4.6 4.6l-4.6 4.6l-4.6 -4.6z"};
     const std::string title = tooltip.empty() ? "" : "<title>" + tooltip + "</title>";
     return fmt::format("<path class=\"mark s{}\" d=\"M{:.1f} {:.1f}{}\">{}</path>\n", series % kColours, x, y,
-                       shapes[series % std::size(shapes)], title);
+                       shapes[(series + series / kColours) % std::size(shapes)], title);
   }
 
   bool inside(const Point& p) const { return x_axis_.shows(p.first) && y_axis_.shows(p.second); }

@@ -23,6 +23,7 @@ struct Chart {
   std::vector<Series> series = {};
   bool log_x = false, log_y = false;
   std::optional<double> y_low = {}, y_high = {};  // default: from the points
+  std::vector<double> x_ticks = {};               // values to mark on the x axis; default: round numbers
   int width = 760, height = 400;
 };
 

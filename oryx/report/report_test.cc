@@ -108,6 +108,30 @@ TEST(Chart, PlacesPointsBetweenTheAxes) {
   EXPECT_EQ((std::vector<double>{x0, y0, x1, y1}), (std::vector<double>{left, bottom, right, top}));
 }
 
+TEST(Chart, TicksStandWhereTheyAreAskedFor) {
+  Chart c;
+  c.log_x = true;
+  c.x_ticks = {512, 1024, 16384, kNan};
+  c.series = {{"s", {{1024, 1}, {16384, 2}}, true}};
+  const std::string svg = chart_element(c);
+  EXPECT_THAT(svg, HasSubstr(">1024</text>"));
+  EXPECT_THAT(svg, HasSubstr(">16384</text>"));
+  EXPECT_THAT(svg, Not(HasSubstr(">512</text>")));   // left of the points
+  EXPECT_THAT(svg, Not(HasSubstr(">2000</text>")));  // a round number
+}
+
+// Eight colours and four shapes: the ninth series has the first one's colour and another shape.
+TEST(Chart, SeriesBeyondTheColoursCanStillBeTold) {
+  Chart c;
+  for (int i = 0; i < 9; ++i) c.series.push_back({fmt::format("s{}", i), {{i, i}}, false});
+  const std::string svg = chart_element(c);
+  const auto shape_of_last = [&](const std::string& tooltip) {
+    const size_t title = svg.find("<title>" + tooltip), from = svg.rfind('m', svg.rfind('"', title));
+    return svg.substr(from, title - from);
+  };
+  EXPECT_NE(shape_of_last("s0:"), shape_of_last("s8:"));
+}
+
 TEST(Chart, PointsThatAreNotFiniteAreLeftOutAndSaid) {
   Chart c;
   c.series = {{"loss", {{0, 3}, {1, 2.5}, {2, kNan}, {3, 2}, {4, kInf}, {5, 1}, {kNan, 1}}, true}};
