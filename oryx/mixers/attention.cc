@@ -96,9 +96,9 @@ class Attention : public Mixer {
     const int64_t longest = cache.lengths.max().item<int64_t>();
     const at::Tensor keys = cache.keys.narrow(1, 0, longest);      // [N, longest, Hk, K]
     const at::Tensor values = cache.values.narrow(1, 0, longest);  // [N, longest, Hk, V]
-    at::Tensor positions = at::arange(longest, cache.lengths.options()).expand({N, longest});
-    if (cache.window > 0) positions = positions + cache.starts.unsqueeze(1);
-    positions = positions.to(q.device());
+    // Made where they are read: a copy from the host would wait for all that the device still has to do.
+    at::Tensor positions = at::arange(longest, at::device(q.device()).dtype(at::kInt)).expand({N, longest});
+    if (cache.window > 0) positions = positions + cache.starts.to(q.device()).unsqueeze(1);
     const at::Tensor k = rotate(keys, k_norm_, positions);
     if (cache.window > 0) return over_window(q, k, values, in);
     if (!in.sequences.cu_seqlens) {
@@ -135,7 +135,7 @@ class Attention : public Mixer {
                          .scale = scale()};
     a.reach = window();
     a.sink_k =
-        rotate(cache.first_keys, k_norm_, at::arange(first, cache.lengths.options()).to(q.device()).expand({N, first}));
+        rotate(cache.first_keys, k_norm_, at::arange(first, at::device(q.device()).dtype(at::kInt)).expand({N, first}));
     a.sink_v = cache.first_values;
     a.key_lengths = cache.lengths;
     if (!in.sequences.cu_seqlens) return ops::sink_attention(a);

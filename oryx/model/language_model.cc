@@ -264,7 +264,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
     if (!input.refill) input.state->prepare(counts);
   }
   if (input.state != nullptr && !input.refill && input.state->layer(config_.num_layers).has("ids")) {
-    input.state->append(config_.num_layers, "ids", input.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
+    input.state->append(config_.num_layers, "ids", ready.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   }
   at::Tensor x = at::embedding(embed_, ready.input_ids).to(compute_), delta;  // [B, T, D]
   if (config_.embedding_multiplier != 1) x = x * config_.embedding_multiplier;

@@ -300,7 +300,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
   static const TokenSet kEverything;
   std::vector<KeyValues> kvs;
   for (const auto& g : groups_) kvs.push_back(project_kv(g, reads, pass));
-  if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_), pass);
+  if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_, u.device()), pass);
   std::vector<at::Tensor> outputs;  // [B, T, output heads, V] each
   std::vector<at::Tensor> rows;     // of each: the tokens that it answers for, undefined for all
   std::map<std::string, at::Tensor> projected;

@@ -39,9 +39,10 @@ const TokenSet& Routing::tokens(const std::vector<std::string>& layer_mixers, si
   return it->second[m];
 }
 
-const at::Tensor& Routing::places(const std::vector<std::string>& layer_mixers) const {
-  at::Tensor& places = places_[layer_mixers];
+const at::Tensor& Routing::places(const std::vector<std::string>& layer_mixers, at::Device device) const {
+  at::Tensor& places = places_[{device.str(), layer_mixers}];
   if (places.defined()) return places;
+  if (!device.is_cpu()) return places = to_device(this->places(layer_mixers), device);
   places = at::zeros({B_ * T_}, at::kChar);
   for (size_t m = 1; m < layer_mixers.size(); ++m) {
     const TokenSet& set = tokens(layer_mixers, m);

@@ -36,8 +36,8 @@ class Routing {
   // What mixer `m` of a layer with these mixers answers for. A token whose mixer the layer lacks goes to the layer's first.
   // Spans and index stand on `device`.
   const TokenSet& tokens(const std::vector<std::string>& layer_mixers, size_t m, at::Device device = at::kCPU) const;
-  // The place of each token's mixer in such a layer's list: [B, T] int8.
-  const at::Tensor& places(const std::vector<std::string>& layer_mixers) const;
+  // The place of each token's mixer in such a layer's list: [B, T] int8 on `device`.
+  const at::Tensor& places(const std::vector<std::string>& layer_mixers, at::Device device = at::kCPU) const;
   // Share of the batch's tokens that the schedule puts in `mixer`.
   double share(const std::string& mixer) const;
   int64_t rows() const { return B_; }
@@ -53,7 +53,7 @@ class Routing {
   std::vector<RoutedSpan> spans_;
   // Layers of one kind share their token sets.
   mutable std::map<std::pair<std::string, std::vector<std::string>>, std::vector<TokenSet>> cache_;
-  mutable std::map<std::vector<std::string>, at::Tensor> places_;
+  mutable std::map<std::pair<std::string, std::vector<std::string>>, at::Tensor> places_;
 };
 
 }  // namespace oryx

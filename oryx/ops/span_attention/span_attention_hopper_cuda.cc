@@ -63,7 +63,10 @@ AttentionArguments hopper_arguments(const AttentionArguments& a) {
   AttentionArguments r = a;
   r.q = aligned(a.q), r.k = aligned(a.k), r.v = aligned(a.v);
   for (auto* x : {&r.spans, &r.cu_seqlens, &r.cu_seqlens_k, &r.key_lengths}) {
-    if (*x) *x = (*x)->to(a.q.options().dtype(at::kInt)).contiguous();
+    if (!*x) continue;
+    // From the host through pinned memory: the copy does not wait for what the device still has to do.
+    const at::Tensor ints = (*x)->to(at::kInt).contiguous();
+    *x = ints.is_cpu() && ints.numel() > 0 ? ints.pin_memory().to(a.q.device(), /*non_blocking=*/true) : ints.to(a.q.device());
   }
   // No spans at all is not the absence of spans, which is how the kernels would read a null pointer.
   if (r.spans && r.spans->numel() == 0) r.spans = at::zeros({1, 3}, r.spans->options());
