@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < D / 16; ++kk)
-        if (kk == 0) product_shared_start(s, descriptor(own_k, 16, 1024), descriptor(q, 16, 1024));
-        else wgmma_64x64_shared(s, descriptor(own_k + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024),
+        if (kk == 0) wgmma_start(s, descriptor(own_k, 16, 1024), descriptor(q, 16, 1024));
+        else wgmma(s, descriptor(own_k + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024),
                                 descriptor(q + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), 1);
     };
     if (steps > 0) {
@@ -244,8 +244,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < D / 16; ++kk)
-          if (kk == 0) product_shared_start(dp, descriptor(own_v, 16, 1024), descriptor(d_o, 16, 1024));
-          else wgmma_64x64_shared(dp, descriptor(own_v + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024),
+          if (kk == 0) wgmma_start(dp, descriptor(own_v, 16, 1024), descriptor(d_o, 16, 1024));
+          else wgmma(dp, descriptor(own_v + kk / 4 * L::kPanel + kk % 4 * 32, 16, 1024),
                                   descriptor(d_o + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024), 1);
         wgmma_commit();
         const int first = __shfl_sync(~0u, load_shared_int(stats + 4 * 192), 0), last = __shfl_sync(~0u, load_shared_int(stats + 4 * 193), 0);
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         keep(dv);
         wgmma_fence();
 #pragma unroll
-        for (int kk = 0; kk < 4; ++kk) product_kn(dv, pb + 4 * kk, descriptor(d_o + kk * 2048, L::kSmallPanel, 1024), 1);
+        for (int kk = 0; kk < 4; ++kk) wgmma<true>(dv, pb + 4 * kk, descriptor(d_o + kk * 2048, L::kSmallPanel, 1024), 1);
         wgmma_commit();
 #pragma unroll
         for (int jj = 0; jj < 4; ++jj) {
@@ -297,13 +297,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         wgmma_fence();
 #pragma unroll
         for (int kk = 0; kk < 8; ++kk)
-          product_shared_kn(dq, descriptor(ds + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024),
+          wgmma<true>(dq, descriptor(ds + kk / 4 * L::kSmallPanel + kk % 4 * 32, 16, 1024),
                             descriptor(base + L::kK + (D == 128 ? group * L::kPanel : group * 64) + kk * 2048, L::kPanel, 1024), kk > 0);
         wgmma_commit();
         keep(dk);
         wgmma_fence();
 #pragma unroll
-        for (int kk = 0; kk < 4; ++kk) product_kn(dk, sb + 4 * kk, descriptor(q + kk * 2048, L::kSmallPanel, 1024), 1);
+        for (int kk = 0; kk < 4; ++kk) wgmma<true>(dk, sb + 4 * kk, descriptor(q + kk * 2048, L::kSmallPanel, 1024), 1);
         wgmma_commit();
         wgmma_wait<2>();
         keep(dv);

@@ -115,14 +115,14 @@ __device__ __forceinline__ void scores(float (&s)[64], uint32_t q, uint32_t k) {
 #pragma unroll
   for (int kk = 0; kk < D / 16; ++kk) {
     const int at = kk / 4 * Layout<D>::kPanel + kk % 4 * 32;
-    product_shared(s, descriptor(q + at, 16, 1024), descriptor(k + at, 16, 1024), kk > 0);
+    wgmma(s, descriptor(q + at, 16, 1024), descriptor(k + at, 16, 1024), kk > 0);
   }
   wgmma_commit();
 }
 template <int D>
 __device__ __forceinline__ void add_values(float (&o)[D / 2], const uint32_t (&p)[32], uint32_t v) {
 #pragma unroll
-  for (int kk = 0; kk < 8; ++kk) product_kn(o, p + 4 * kk, descriptor(v + kk * 2048, Layout<D>::kPanel, 1024), 1);
+  for (int kk = 0; kk < 8; ++kk) wgmma<true>(o, p + 4 * kk, descriptor(v + kk * 2048, Layout<D>::kPanel, 1024), 1);
   wgmma_commit();
 }
 
