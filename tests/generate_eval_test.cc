@@ -173,6 +173,26 @@ TEST_F(GenerateEval, RecallAndNeedle) {
   EXPECT_EQ(parse_json(read_file(json), json)["rows"].size(), 3u * 2);
 }
 
+// One process, many tasks: each result is a file, what is there is left alone, what fails does not stop the others.
+TEST_F(GenerateEval, ASuiteRunsWhatIsMissing) {
+  const auto plan = file("plan.json"), out = file("suite");
+  write_file(plan, "[{\"name\": \"words\", \"task\": \"recall\", \"options\": {\"pairs\": [2], \"examples\": 2, \"key_symbols\": 100000, \"words\": true}},\n"
+                   " {\"name\": \"noise\", \"task\": \"needle\", \"options\": {\"lengths\": [300], \"depths\": [0.5], \"examples\": 1}, \"schedules\": [\"question\"]}]\n");
+  const auto first = eval("suite", {"--plan", plan.string(), "--out", out.string()});
+  expect_error(first, "1 of 2 tasks failed: words");
+  EXPECT_THAT(first.err, HasSubstr("symbols want as many words"));
+  const Json j = parse_json(read_file(out / "noise.json"), "noise.json");
+  EXPECT_EQ(j["task"], "needle");
+  ASSERT_EQ(j["rows"].size(), 1u);
+  EXPECT_EQ(j["rows"][0]["schedule"], "question");
+  const auto again = eval("suite", {"--plan", plan.string(), "--out", out.string()});
+  EXPECT_THAT(again.err, HasSubstr("noise.json: is there"));
+  write_file(plan, "[{\"name\": \"a\", \"task\": \"nedle\"}]");
+  expect_error(eval("suite", {"--plan", plan.string(), "--out", out.string()}), "Did you mean 'needle'?");
+  write_file(plan, "[{\"name\": \"a\", \"task\": \"needle\", \"options\": {\"length\": 3}}]");
+  expect_error(eval("suite", {"--plan", plan.string(), "--out", out.string()}), "length");
+}
+
 TEST_F(GenerateEval, LanguageModelTasksAndRetrieval) {
   const auto data = file("tasks");
   for (const char* folder : {"piqa", "lambada_openai", "winogrande", "squad", "kv"}) make_folders(data / folder);
@@ -201,6 +221,15 @@ TEST_F(GenerateEval, LanguageModelTasksAndRetrieval) {
   const Json s = parse_json(read_file(json), json);
   EXPECT_EQ(s["rows"][0]["kv"], "bounded:2+16");
   EXPECT_GT(s["rows"][0]["attention_share"].get<double>(), 0.3);
+  // Side by side or one after the other makes no difference.
+  write_file(data / "squad" / "xquad_en.jsonl", "{\"context\": \"Ana has a boat.\", \"question\": \"Who has a boat?\", \"answers\": [{\"text\": \"a\"}]}\n"
+                                                "{\"context\": \"The red hen has gone up the hill.\", \"question\": \"Where is it?\", \"answers\": [{\"text\": \"e\"}]}\n");
+  const auto rows_with = [&](const char* batch) {
+    const auto r = eval("squad", {"--data", data.string(), "--max-new-tokens", "8", "--batch-tokens", batch, "--schedule", "question", "--schedule", "linear", "--json", json});
+    EXPECT_EQ(r.exit_code, 0) << r.err;
+    return parse_json(read_file(json), json)["rows"];
+  };
+  EXPECT_EQ(rows_with("0"), rows_with("4096"));
   ASSERT_EQ(eval("kv_retrieval", {"--data", data.string(), "--keys", "2", "--max-new-tokens", "2", "--schedule", "linear"}).exit_code, 0);
 
   expect_error(eval("piqa", {}), "--data is missing");

@@ -42,6 +42,7 @@ LoadedModel load(const ModelArguments& a) {
   if (!tokenizer.empty()) out.tokenizer = load_tokenizer(tokenizer);
   out.model = load_model(folder, a.precision == "bfloat16" ? at::kBFloat16 : at::kFloat);
   out.model->to(device);
+  if (!device.is_cpu()) out.model->keep_copies();  // else each pass casts every matrix again
   if (out.tokenizer && out.tokenizer->vocab_size() > out.model->config().vocab_size) {
     fail("{}: the tokeniser has {} tokens, the model {}; do they belong together?", out.name, out.tokenizer->vocab_size(),
          out.model->config().vocab_size);

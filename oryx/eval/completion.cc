@@ -9,6 +9,7 @@
 
 #include "oryx/common/interrupt.h"
 #include "oryx/common/progress.h"
+#include "oryx/generate/greedy_batch.h"
 #include "oryx/generate/sampling.h"
 
 namespace oryx {
@@ -49,7 +50,8 @@ void CompletionTask::describe(Fields& f) {
   f.add("max_new_tokens", max_new_tokens_, "of a completion, which ends at a line's end too", at_least(1));
   f.add("max_prompt_tokens", max_prompt_tokens_, "longer prompts lose the beginning of their text; 0: none does", at_least(0));
   f.add("kv", kv_, "keys and values that the state holds: keep, drop, or bounded:F+W (docs/state.md)");
-  f.add("piece", piece_, "tokens of one pass over the prompt at most", at_least(1));
+  f.add("batch_tokens", batch_tokens_, "tokens of prompts that run side by side; a longer one runs alone", at_least(0));
+  f.add("piece", piece_, "tokens of one pass over a prompt that runs alone", at_least(1));
   f.add("seed", seed_, "of random schedules", at_least(0));
 }
 
@@ -97,8 +99,54 @@ EvalTable CompletionTask::run(const EvalSubject& subject, const std::vector<std:
   return table;
 }
 
-// Greedy text up to a line's end, eos, or max_new_tokens.
-std::string CompletionTask::complete(const EvalSubject& subject, const std::string& name, const Prompt& prompt, EvalCost& cost) const {
+namespace {
+
+// Greedy text up to a line's end or eos.
+class CompletedText {
+ public:
+  CompletedText(const Tokenizer& tokenizer, const std::vector<int32_t>& prompt) : tokenizer_(tokenizer), decoder_(tokenizer) {
+    for (const int32_t id : prompt) decoder_.add(id);
+  }
+
+  // False when that was the end.
+  bool add(int32_t id) {
+    if (id == tokenizer_.eos_id()) return false;
+    text_ += decoder_.add(id);
+    // A space or a line's end before the first word is no end.
+    const size_t begin = text_.find_first_not_of(" \n"), end = begin == std::string::npos ? begin : text_.find('\n', begin);
+    if (end == std::string::npos) {
+      ++tokens_;
+      return true;
+    }
+    text_.resize(end);
+    ended_ = true;
+    return false;
+  }
+  std::string finish() { return text_ + (ended_ ? "" : decoder_.finish()); }
+  int64_t tokens() const { return tokens_; }  // behind which more was wanted
+
+ private:
+  const Tokenizer& tokenizer_;
+  StreamDecoder decoder_;
+  std::string text_;
+  int64_t tokens_ = 0;
+  bool ended_ = false;
+};
+
+}  // namespace
+
+void CompletionTask::count(const EvalSubject& subject, const ModelSchedule& schedule, const Prompt& prompt, const std::shared_ptr<const TokenFacts>& facts,
+                           size_t sequence, int64_t tokens, EvalCost& cost) const {
+  const auto length = static_cast<int64_t>(prompt.ids.size());
+  ModePiece piece{.row = 0, .column = 0, .length = tokens, .start = 0, .context = {}};
+  piece.context.prompt_length = length;
+  piece.context.seed = static_cast<uint64_t>(seed_);
+  piece.context.sequence = sequence;
+  piece.context.facts = facts;
+  cost.add(subject.model, schedule.route({piece}, 1, tokens), tokens, state(), first_pass_flops(subject.model.config(), schedule, length));
+}
+
+std::string CompletionTask::complete_alone(const EvalSubject& subject, const std::string& name, const Prompt& prompt, EvalCost& cost) const {
   const at::NoGradGuard no_grad;
   const Tokenizer& tokenizer = *subject.tokenizer;
   const ModelSchedule schedule = question_schedule(subject.model.config(), name, prompt.question_tokens);
@@ -106,31 +154,40 @@ std::string CompletionTask::complete(const EvalSubject& subject, const std::stri
   SessionOptions options{length, length + max_new_tokens_, piece_, static_cast<uint64_t>(seed_), state()};
   options.facts = gather_facts(subject.model, schedule, prompt.ids, {{"question", {{length - prompt.question_tokens, length}}}});
   Session session(subject.model, schedule, options);
-  StreamDecoder decoder(tokenizer);
-  for (const int32_t id : prompt.ids) decoder.add(id);
-  std::string text;
+  CompletedText text(tokenizer, prompt.ids);
   at::Tensor hidden = session.extend(prompt.ids);
   for (int64_t i = 0; i < max_new_tokens_; ++i) {
     const at::Tensor logits = subject.model.logits(hidden).squeeze(0).narrow(0, 0, tokenizer.vocab_size());
     const auto next = static_cast<int32_t>(sample_token(logits, {}, static_cast<uint64_t>(session.length())));
-    if (next == tokenizer.eos_id()) break;
-    text += decoder.add(next);
-    // A space or a line's end before the first word is no end.
-    const size_t begin = text.find_first_not_of(" \n"), end = begin == std::string::npos ? begin : text.find('\n', begin);
-    if (end != std::string::npos) {
-      text.resize(end);
-      break;
-    }
+    if (!text.add(next)) break;
     if (i + 1 < max_new_tokens_) hidden = session.extend({&next, 1});
   }
-  text += decoder.finish();
-  ModePiece piece{.row = 0, .column = 0, .length = session.length(), .start = 0, .context = {}};
-  piece.context.prompt_length = length;
-  piece.context.seed = options.seed;
-  piece.context.facts = options.facts;
-  cost.add(subject.model, schedule.route({piece}, 1, session.length()), session.length(), options.state,
-           first_pass_flops(subject.model.config(), schedule, length));
-  return text;
+  count(subject, schedule, prompt, options.facts, 0, session.length(), cost);
+  return text.finish();
+}
+
+std::vector<std::string> CompletionTask::complete(const EvalSubject& subject, const std::string& name, const std::vector<Prompt>& prompts, size_t first, size_t last,
+                                                  EvalCost& cost) const {
+  if (last - first == 1) return {complete_alone(subject, name, prompts[first], cost)};
+  // One schedule for prompts whose questions differ in length.
+  const ModelSchedule schedule(subject.model.config(), name == kQuestionSchedule ? "linear,part(attention=question),attention@gen" : name);
+  std::vector<BatchPrompt> batch;
+  std::vector<CompletedText> texts;
+  for (size_t i = first; i < last; ++i) {
+    const auto length = static_cast<int64_t>(prompts[i].ids.size());
+    batch.push_back({prompts[i].ids, gather_facts(subject.model, schedule, prompts[i].ids, {{"question", {{length - prompts[i].question_tokens, length}}}})});
+    texts.emplace_back(*subject.tokenizer, prompts[i].ids);
+  }
+  const GreedyBatchOptions options{max_new_tokens_, subject.tokenizer->vocab_size(), static_cast<uint64_t>(seed_), state()};
+  generate_greedily(subject.model, schedule, batch, options, [&](size_t i, int32_t id) { return texts[i].add(id); });
+  std::vector<std::string> out;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    // The last token of a completion is not read.
+    const auto read = static_cast<int64_t>(batch[i].ids.size()) + std::min(texts[i].tokens(), max_new_tokens_ - 1);
+    count(subject, schedule, prompts[first + i], batch[i].facts, i, read, cost);
+    out.push_back(texts[i].finish());
+  }
+  return out;
 }
 
 Json CompletionTask::evaluate(const EvalSubject& subject, const std::string& schedule, const std::vector<CompletionItem>& items,
@@ -139,12 +196,20 @@ Json CompletionTask::evaluate(const EvalSubject& subject, const std::string& sch
   EvalCost cost;
   std::vector<double> found;
   double tokens = 0, hits = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
+  for (size_t first = 0; first < items.size();) {
     check_interrupt();
-    found.push_back(contains_answer(complete(subject, schedule, prompts[i], cost), items[i].answers) ? 1 : 0);
-    hits += found.back();
-    tokens += static_cast<double>(prompts[i].ids.size());
-    bar.update(static_cast<int64_t>(i) + 1, fmt::format("found {:.0f}%", 100 * hits / static_cast<double>(i + 1)));
+    size_t last = first;
+    int64_t together = 0;
+    const auto size = [&](size_t i) { return static_cast<int64_t>(prompts[i].ids.size()); };
+    while (last < items.size() && (last == first || together + size(last) <= batch_tokens_)) together += size(last++);
+    const auto texts = complete(subject, schedule, prompts, first, last, cost);
+    for (size_t i = first; i < last; ++i) {
+      found.push_back(contains_answer(texts[i - first], items[i].answers) ? 1 : 0);
+      hits += found.back();
+      tokens += static_cast<double>(size(i));
+    }
+    first = last;
+    bar.update(static_cast<int64_t>(first), fmt::format("found {:.0f}%", 100 * hits / static_cast<double>(first)));
   }
   bar.finish();
   const Spread s = spread_of(found);

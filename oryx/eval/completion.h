@@ -51,12 +51,17 @@ class CompletionTask : public EvalTask {
     std::vector<int32_t> ids;
     int64_t question_tokens;
   };
-  std::string complete(const EvalSubject& subject, const std::string& schedule, const Prompt& prompt, EvalCost& cost) const;
+  // The texts that follow prompts [first, last), which run side by side; a single one piece by piece.
+  std::vector<std::string> complete(const EvalSubject& subject, const std::string& schedule, const std::vector<Prompt>& prompts, size_t first, size_t last,
+                                    EvalCost& cost) const;
+  std::string complete_alone(const EvalSubject& subject, const std::string& schedule, const Prompt& prompt, EvalCost& cost) const;
+  void count(const EvalSubject& subject, const ModelSchedule& schedule, const Prompt& prompt, const std::shared_ptr<const TokenFacts>& facts, size_t sequence,
+             int64_t tokens, EvalCost& cost) const;
   Json evaluate(const EvalSubject& subject, const std::string& schedule, const std::vector<CompletionItem>& items, const std::vector<Prompt>& prompts) const;
   StateOptions state() const;
 
   std::string data_, kv_ = "keep";
-  int64_t limit_ = 0, max_prompt_tokens_ = 0, piece_ = 1024, seed_ = 0;
+  int64_t limit_ = 0, max_prompt_tokens_ = 0, batch_tokens_ = 4096, piece_ = 1024, seed_ = 0;
 };
 
 }  // namespace oryx

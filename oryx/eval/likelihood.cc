@@ -9,6 +9,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
+#include "oryx/generate/facts.h"
 #include "oryx/model/inspect.h"
 #include "oryx/model/routed_cost.h"
 
@@ -91,10 +92,11 @@ void score_batch(const LanguageModel& model, const ModelSchedule& schedule, cons
     piece.context.prompt_length = head;
     piece.context.seed = o.seed;
     piece.context.sequence = i;
+    piece.context.facts = p.facts;
     pieces.push_back(piece);
     ModePiece alone = piece;
     alone.column = 0;
-    cost.add(model, schedule.route({alone}, 1, alone.length), alone.length);
+    cost.add(model, schedule.route({alone}, 1, alone.length), alone.length, {}, first_pass_flops(model.config(), schedule, head));
   }
   const auto T = static_cast<int64_t>(ids.size());
   ModelInput input;

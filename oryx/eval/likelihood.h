@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,7 +15,8 @@
 namespace oryx {
 
 struct TokenPair {
-  std::vector<int32_t> context, continuation;  // bos stands before the context
+  std::vector<int32_t> context, continuation;     // bos stands before the context
+  std::shared_ptr<const TokenFacts> facts = {};   // of the context, where the schedule asks for them
 };
 
 // The two texts as tokens: spaces at the context's end go over to the continuation, the whole is tokenised, and what lies behind as many tokens as the

@@ -20,15 +20,22 @@ namespace {
 
 constexpr size_t kHayBytes = size_t{4} << 20;  // text read for the hay at most
 
+int64_t needle_question_tokens(const Tokenizer& tokenizer, const NeedleExample& e) { return static_cast<int64_t>(tokenizer.encode("\n\n" + e.question).size()); }
+
+PromptParts needle_parts(const NeedleExample& e, int64_t question) {
+  const auto length = static_cast<int64_t>(e.ids.size());
+  return {{"question", {{length - question, length}}}, {"needle", {{e.needle_begin, e.needle_end}}}};
+}
+
 // One example: prompt and answer go in, the logits before each answer token are compared with it.
 void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleExample& e, const NeedleEvaluation& o, NeedleResult& r) {
-  const auto length = static_cast<int64_t>(e.ids.size()), question = static_cast<int64_t>(tokenizer.encode("\n\n" + e.question).size());
+  const auto length = static_cast<int64_t>(e.ids.size()), question = needle_question_tokens(tokenizer, e);
   const ModelSchedule schedule = question_schedule(model.config(), o.schedule, question);
   std::vector<int32_t> ids = e.ids;
   ids.insert(ids.end(), e.answer_ids.begin(), e.answer_ids.end() - 1);
   const auto answer = static_cast<int64_t>(e.answer_ids.size()), tokens = static_cast<int64_t>(ids.size());
   SessionOptions options{length, tokens, o.prefill_piece, o.seed, o.state};
-  options.facts = gather_facts(model, schedule, e.ids, {{"question", {{length - question, length}}}, {"needle", {{e.needle_begin, e.needle_end}}}});
+  options.facts = gather_facts(model, schedule, e.ids, needle_parts(e, question));
   Session session(model, schedule, options);
   const at::Tensor hidden = session.extend(ids, answer);                                                    // [A, D]
   const at::Tensor log_p = model.logits(hidden).to(at::kFloat).log_softmax(-1);                             // [A, V]
@@ -47,6 +54,24 @@ void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleE
   ++r.examples;
 }
 
+// The same of many examples, packed: no state is needed where all tokens of a prompt are at hand.
+void score_needles(const LanguageModel& model, const Tokenizer& tokenizer, const std::vector<NeedleExample>& examples, const NeedleEvaluation& o, NeedleResult& r) {
+  const ModelSchedule schedule(model.config(), o.schedule == kQuestionSchedule ? "linear,part(attention=question),attention@gen" : o.schedule);
+  std::vector<TokenPair> pairs;
+  for (const NeedleExample& e : examples) {
+    pairs.push_back({e.ids, e.answer_ids, gather_facts(model, schedule, e.ids, needle_parts(e, needle_question_tokens(tokenizer, e)))});
+    r.answer_tokens += static_cast<int64_t>(e.answer_ids.size());
+    r.prompt_tokens += static_cast<int64_t>(e.ids.size());
+  }
+  LikelihoodOptions options{.batch_tokens = o.batch_tokens, .seed = o.seed};
+  for (const Likelihood& l : score_pairs(model, schedule, pairs, options, r.cost)) {
+    r.nll_sum -= l.log_p;
+    r.correct += l.greedy ? 1 : 0;
+    ++r.examples;
+  }
+  if (o.progress) o.progress(r.examples, r.accuracy());
+}
+
 }  // namespace
 
 NeedleResult evaluate_needle(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleTask& task, const NeedleEvaluation& o) {
@@ -54,8 +79,15 @@ NeedleResult evaluate_needle(const LanguageModel& model, const Tokenizer& tokeni
   check_question_schedule(model.config(), o.schedule);
   if (o.examples < 1 || o.prefill_piece < 1) fail("needle: {} examples in pieces of {}, expected at least one of each", o.examples, o.prefill_piece);
   NeedleResult r;
+  const auto example = [&](int64_t i) { return task.example(o.length, o.depth, o.seed, o.first_index + static_cast<uint64_t>(i)); };
+  if (o.length <= o.batch_tokens && kv_text(o.state) == "keep") {
+    std::vector<NeedleExample> examples;
+    for (int64_t i = 0; i < o.examples; ++i) examples.push_back(example(i));
+    score_needles(model, tokenizer, examples, o, r);
+    return r;
+  }
   for (int64_t i = 0; i < o.examples; ++i) {
-    score(model, tokenizer, task.example(o.length, o.depth, o.seed, o.first_index + static_cast<uint64_t>(i)), o, r);
+    score(model, tokenizer, example(i), o, r);
     if (o.progress) o.progress(r.examples, r.accuracy());
   }
   return r;
@@ -83,7 +115,8 @@ class NeedleEvalTask : public EvalTask {
     f.add("hay", hay_, "text for the essay kinds: a .txt or .jsonl, or a folder of them");
     f.add("examples", examples_, "prompts for each length and depth", at_least(1));
     f.add("kv", kv_, "keys and values that the state holds: keep, drop, or bounded:F+W (docs/state.md)");
-    f.add("piece", piece_, "tokens of one pass over the prompt at most", at_least(1));
+    f.add("batch_tokens", batch_tokens_, "tokens of one pass, several prompts packed; longer prompts and other kv than keep run one at a time", at_least(0));
+    f.add("piece", piece_, "tokens of one pass over a prompt that runs alone", at_least(1));
     f.add("seed", seed_, "of the prompts", at_least(0));
   }
 
@@ -130,6 +163,7 @@ class NeedleEvalTask : public EvalTask {
     ProgressBar bar(fmt::format("{}, {}, {} tokens, depth {:g}", schedule, kind, length, depth), examples_, "prompts");
     NeedleEvaluation e{.schedule = schedule, .length = length, .depth = depth, .examples = examples_, .seed = static_cast<uint64_t>(seed_)};
     e.prefill_piece = piece_;
+    e.batch_tokens = batch_tokens_;
     e.state = state();
     e.progress = [&](int64_t done, double accuracy) { bar.update(done, fmt::format("found {:.0f}%", 100 * accuracy)); };
     const NeedleResult r = evaluate_needle(subject.model, *subject.tokenizer, task, e);
@@ -166,7 +200,7 @@ class NeedleEvalTask : public EvalTask {
   std::vector<double> depths_{0, 0.25, 0.5, 0.75, 1};
   std::vector<std::string> kinds_{"noise"};
   std::string hay_, kv_ = "keep";
-  int64_t examples_ = 8, piece_ = 1024, seed_ = 0;
+  int64_t examples_ = 8, batch_tokens_ = 4096, piece_ = 1024, seed_ = 0;
 };
 
 ORYX_EVAL_TASK(needle, "needle in a haystack by length, depth and mode schedule", NeedleEvalTask);

@@ -11,6 +11,8 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
+#include "oryx/common/random.h"
+#include "oryx/data/packing.h"
 #include "oryx/model/inspect.h"
 #include "oryx/model/routed_cost.h"
 #include "oryx/model/scheduling.h"
@@ -66,6 +68,40 @@ void score(const LanguageModel& model, const RecallBatch& batch, const Routings&
 
 }  // namespace
 
+namespace {
+
+// The batch in the evaluation's tokens, behind its bos.
+RecallBatch recall_tokens(RecallBatch batch, const RecallEvaluation& e) {
+  if (!e.symbols.empty()) {
+    const at::Tensor tokens = at::tensor(std::vector<int64_t>(e.symbols.begin(), e.symbols.end()), at::kLong);
+    batch.input_ids = tokens.index({batch.input_ids});
+    batch.targets = at::where(batch.targets == kIgnoreTarget, batch.targets, tokens.index({batch.targets.clamp_min(0)}));
+  }
+  if (e.bos >= 0) {
+    const std::vector<int64_t> column{batch.input_ids.size(0), 1};
+    batch.input_ids = at::cat({at::full(column, e.bos, at::kLong), batch.input_ids}, 1);
+    batch.targets = at::cat({at::full(column, kIgnoreTarget, at::kLong), batch.targets}, 1);
+    batch.query_positions = batch.query_positions + 1;
+  }
+  return batch;
+}
+
+}  // namespace
+
+std::vector<int32_t> word_symbols(const Tokenizer& tokenizer, int64_t count, uint64_t seed) {
+  std::vector<int32_t> words;
+  for (int32_t id = 0; id < tokenizer.vocab_size(); ++id) {
+    const std::string text(tokenizer.token_bytes(id));
+    const bool word = text.size() >= 4 && text[0] == ' ' && std::all_of(text.begin() + 1, text.end(), [](char c) { return c >= 'a' && c <= 'z'; });
+    if (word && tokenizer.encode(text) == std::vector<int32_t>{id}) words.push_back(id);
+  }
+  if (static_cast<int64_t>(words.size()) < count) fail("recall: {} symbols want as many words, the tokeniser has {} that are one token", count, words.size());
+  CounterRng rng(seed, 0);
+  for (size_t i = 0; i < static_cast<size_t>(count); ++i) std::swap(words[i], words[i + static_cast<size_t>(rng.below(words.size() - i))]);
+  words.resize(static_cast<size_t>(count));
+  return words;
+}
+
 struct RecallRouting::Parts {
   std::string text;
   std::vector<std::string> mixers;
@@ -108,7 +144,8 @@ void check_recall(const ModelConfig& config, const RecallOptions& task) {
 }
 
 RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& task, const RecallEvaluation& e) {
-  check_recall(model.config(), task);
+  if (e.symbols.empty()) check_recall(model.config(), task);
+  TORCH_CHECK(e.symbols.empty() || static_cast<int64_t>(e.symbols.size()) >= task.vocab_size(), "recall: ", e.symbols.size(), " tokens for ", task.vocab_size(), " symbols");
   if (e.examples < 1 || e.batch_size < 1) fail("recall: {} examples, {} at a time, expected at least one of each", e.examples, e.batch_size);
   at::NoGradGuard no_grad;
   const auto start = std::chrono::steady_clock::now();
@@ -120,7 +157,7 @@ RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& ta
     check_interrupt();
     const int64_t B = std::min(e.batch_size, e.examples - done);
     const uint64_t first = e.first_index + static_cast<uint64_t>(done);
-    const RecallBatch batch = recall_batch(task, e.seed, first, B);
+    const RecallBatch batch = recall_tokens(recall_batch(task, e.seed, first, B), e);
     const Routings routing = modes.route(batch, e.seed, 0, first);
     score(model, batch, routing, r);
     attention += oryx::attention_share(model.config(), routing) * static_cast<double>(B);
@@ -129,8 +166,9 @@ RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& ta
     if (e.progress) e.progress(done, r.accuracy());
   }
   r.attention_share = attention / static_cast<double>(e.examples);
-  r.flops_per_token = flops / static_cast<double>(e.examples * task.tokens());
-  r.state_bytes = state_bytes(model.config(), task.tokens(), model.compute_dtype()).total();
+  const int64_t tokens = task.tokens() + (e.bos >= 0 ? 1 : 0);
+  r.flops_per_token = flops / static_cast<double>(e.examples * tokens);
+  r.state_bytes = state_bytes(model.config(), tokens, model.compute_dtype()).total();
   r.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return r;
 }

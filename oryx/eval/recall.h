@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "oryx/data/synthetic.h"
+#include "oryx/data/tokenizer.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/routing.h"
 
@@ -35,6 +36,9 @@ struct RecallEvaluation {
   uint64_t first_index = 0;            // of the first example
   int64_t examples = 128;
   int64_t batch_size = 16;             // examples at a time; the result does not depend on it
+  // The token that stands for each of the task's symbols, and one that begins every sequence (-1: none). Empty: symbol i is token i.
+  std::vector<int32_t> symbols = {};
+  int32_t bos = -1;
   // Called after each batch with the examples done so far and the accuracy on them.
   std::function<void(int64_t examples, double accuracy)> progress = {};
 };
@@ -54,6 +58,10 @@ struct RecallResult {
 
 // Throws Error when the task's numbers do not fit together, or its symbols the model's vocabulary.
 void check_recall(const ModelConfig& config, const RecallOptions& task);
+
+// So many different words of a tokeniser, in an order drawn from `seed`: tokens that are a space and three or more small letters and that text gives back as
+// themselves. Throws Error when there are fewer.
+std::vector<int32_t> word_symbols(const Tokenizer& tokenizer, int64_t count, uint64_t seed);
 
 // A query is right when the likeliest token (of the whole vocabulary) after its key is its value. Throws Error when the task does not
 // fit the model's vocabulary or a logit is not finite, and Interrupted after Ctrl-C.

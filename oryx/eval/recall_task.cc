@@ -16,6 +16,7 @@ class RecallTask : public EvalTask {
     f.add("key_symbols", task_.key_symbols, "distinct keys", at_least(1));
     f.add("value_symbols", task_.value_symbols, "distinct values", at_least(2));
     f.add("filler_symbols", task_.filler_symbols, "distinct noise tokens", at_least(0));
+    f.add("words", words_, "symbols are words of the model's tokeniser, as in text, behind bos; else symbol i is token i");
     f.add("examples", evaluation_.examples, "sequences of each kind", at_least(1));
     f.add("batch_size", evaluation_.batch_size, "sequences run at once", at_least(1));
     f.add("seed", seed_, "of the sequences: one that training did not use", at_least(0));
@@ -25,8 +26,16 @@ class RecallTask : public EvalTask {
     const auto& config = subject.model.config();
     const auto list = schedules.empty() ? default_schedules(config) : schedules;
     for (const auto& s : list) RecallRouting(config, s);
+    if (words_) {
+      if (subject.tokenizer == nullptr) fail("{}: has no tokeniser to take words from", subject.name);
+      evaluation_.symbols = word_symbols(*subject.tokenizer, task_.vocab_size(), kWordSeed);
+      evaluation_.bos = subject.tokenizer->bos_id();
+    }
     for (const int64_t pairs : pairs_) {
-      for (const int64_t length : lengths_) check_recall(config, kind(pairs, length));
+      for (const int64_t length : lengths_) {
+        if (words_) check(kind(pairs, length));
+        if (!words_) check_recall(config, kind(pairs, length));
+      }
     }
     EvalTable table{columns(), {}};
     for (const auto& s : list) {
@@ -38,6 +47,8 @@ class RecallTask : public EvalTask {
   }
 
  private:
+  static constexpr uint64_t kWordSeed = 1;  // which words are keys, values and filler: the same for every evaluation with one tokeniser
+
   static std::vector<std::string> default_schedules(const ModelConfig& config) {
     auto list = single_modes(config);
     if (has_attention_choice(config)) list.push_back("queries");
@@ -60,7 +71,8 @@ class RecallTask : public EvalTask {
     const RecallResult r = evaluate_recall(subject.model, task, e);
     return {{"schedule", r.schedule},
             {"pairs", task.pairs},
-            {"length", task.tokens()},
+            {"length", task.tokens() + (words_ ? 1 : 0)},
+            {"words", words_},
             {"accuracy", r.accuracy()},
             {"nats", r.nats()},
             {"attention_share", r.attention_share},
@@ -83,6 +95,7 @@ class RecallTask : public EvalTask {
   }
 
   std::vector<int64_t> pairs_{4, 8, 16}, lengths_{0};
+  bool words_ = false;
   RecallOptions task_;
   RecallEvaluation evaluation_;
   int64_t seed_ = static_cast<int64_t>(RecallEvaluation{}.seed);

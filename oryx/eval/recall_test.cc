@@ -121,6 +121,23 @@ TEST(Recall, QueriesScheduleIsAttentionAtTheQueryKeysAlone) {
   }
 }
 
+// Other tokens for the symbols, behind a bos: the same sequences to a model whose tokens are renamed so.
+TEST(Recall, SymbolsMayBeAnyTokens) {
+  const int64_t vocab = kTask.vocab_size(), answer = kTask.key_symbols + 2;
+  const auto plain = make_constant(vocab, answer);
+  RecallEvaluation e{.schedule = "queries", .seed = 8, .examples = 30};
+  const RecallResult expected = evaluate_recall(*plain, kTask, e);
+  ASSERT_GT(expected.correct, 0);
+  for (int64_t i = 0; i < vocab; ++i) e.symbols.push_back(static_cast<int32_t>(2 * vocab - i));
+  e.bos = 3;
+  const auto renamed = make_constant(2 * vocab + 1, 2 * vocab - answer);
+  const RecallResult r = evaluate_recall(*renamed, kTask, e);
+  EXPECT_EQ(r.correct, expected.correct);
+  EXPECT_EQ(r.queries, expected.queries);
+  const auto tokens = static_cast<double>(kTask.tokens());
+  EXPECT_NEAR(r.attention_share * (tokens + 1), expected.attention_share * tokens, 1e-9);
+}
+
 TEST(Recall, RefusesWhatDoesNotFit) {
   const auto m = make_random(config_of(kTask.vocab_size() - 1));
   EXPECT_THAT(error_of([&] { evaluate_recall(*m, kTask); }), HasSubstr("need a vocabulary of 20, the model's is 19"));
@@ -184,6 +201,27 @@ TEST(Needle, PartsAndSurpriseAreKnown) {
   EXPECT_NEAR(surprise.attention_share, std::round(0.1 * static_cast<double>(e.ids.size())) / T, 1e-12);
   EXPECT_GT(surprise.flops_per_token, 1.9 * linear.flops_per_token);
   EXPECT_THAT(error_of([&] { share("part(attention=answer)"); }), HasSubstr("part 'answer' of the prompt is not known here; known: needle, question"));
+}
+
+// Packed prompts, parts and first passes included, give what one after the other gives.
+TEST(Needle, PackedPromptsGiveTheSame) {
+  const auto tokenizer = make_byte_tokenizer();
+  const auto m = make_random(config_of(tokenizer->vocab_size()));
+  const NeedleTask task(*tokenizer, NeedleKind::noise);
+  for (const char* schedule : {"question", "linear", "part(attention=needle),attention@gen", "surprise(attention=0.1)"}) {
+    NeedleEvaluation o{.schedule = schedule, .length = 300, .depth = 0.4, .examples = 4, .seed = 3};
+    const NeedleResult one = evaluate_needle(*m, *tokenizer, task, o);
+    o.batch_tokens = 700;  // two a pass
+    const NeedleResult packed = evaluate_needle(*m, *tokenizer, task, o);
+    EXPECT_EQ(packed.examples, 4);
+    EXPECT_EQ(packed.answer_tokens, one.answer_tokens);
+    EXPECT_EQ(packed.prompt_tokens, one.prompt_tokens);
+    EXPECT_EQ(packed.correct, one.correct);
+    EXPECT_NEAR(packed.nll_sum / one.nll_sum, 1, 1e-5) << schedule;
+    EXPECT_NEAR(packed.cost.attention_share, one.cost.attention_share, 1e-12) << schedule;
+    EXPECT_NEAR(packed.cost.flops_per_token / one.cost.flops_per_token, 1, 1e-9) << schedule;
+    EXPECT_NEAR(packed.cost.state_bytes, one.cost.state_bytes, 1) << schedule;
+  }
 }
 
 // A bounded state that holds every token that is looked at gives the same; one that dropped the needle is another matter.

@@ -1,0 +1,108 @@
+#include "oryx/generate/greedy_batch.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "oryx/common/error.h"
+#include "oryx/common/interrupt.h"
+
+namespace oryx {
+
+namespace {
+
+class GreedyBatch {
+ public:
+  GreedyBatch(const LanguageModel& model, const ModelSchedule& schedule, const std::vector<BatchPrompt>& prompts, const GreedyBatchOptions& options)
+      : model_(model), schedule_(schedule), prompts_(prompts), options_(options), state_(model.make_state(static_cast<int64_t>(prompts.size()), options.state)) {
+    int64_t longest = 0;
+    for (const auto& p : prompts) longest = std::max(longest, static_cast<int64_t>(p.ids.size()));
+    state_.reserve(longest + options.max_new_tokens);
+  }
+
+  // -> the first new token of each prompt
+  std::vector<int32_t> read() {
+    ModelInput input;
+    std::vector<int64_t> ids, last;
+    std::vector<int32_t> bounds{0};
+    std::vector<ModePiece> pieces;
+    for (size_t i = 0; i < prompts_.size(); ++i) {
+      const auto count = static_cast<int64_t>(prompts_[i].ids.size());
+      pieces.push_back(piece(i, 0, static_cast<int64_t>(ids.size()), 0, count));
+      ids.insert(ids.end(), prompts_[i].ids.begin(), prompts_[i].ids.end());
+      bounds.push_back(static_cast<int32_t>(ids.size()));
+      last.push_back(static_cast<int64_t>(ids.size()) - 1);
+    }
+    const auto T = static_cast<int64_t>(ids.size());
+    input.input_ids = at::tensor(ids, at::kLong).view({1, T});
+    if (prompts_.size() > 1) input.cu_seqlens = at::tensor(bounds, at::kInt);
+    input.routing = schedule_.route(pieces, 1, T);
+    return likeliest(run(input)[0].index_select(0, at::tensor(last, at::kLong).to(model_.device())));
+  }
+
+  // One token more of each.
+  std::vector<int32_t> step(const std::vector<int32_t>& ids) {
+    const auto N = static_cast<int64_t>(ids.size());
+    std::vector<ModePiece> pieces;
+    for (size_t i = 0; i < ids.size(); ++i) pieces.push_back(piece(i, static_cast<int64_t>(i), 0, state_.lengths()[i], 1));
+    ModelInput input;
+    input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({N, 1});
+    input.routing = schedule_.route(pieces, N, 1);
+    return likeliest(run(input).select(1, 0));
+  }
+
+ private:
+  ModePiece piece(size_t i, int64_t row, int64_t column, int64_t start, int64_t length) const {
+    ModePiece p{.row = row, .column = column, .length = length, .start = start, .context = {}};
+    p.context.prompt_length = static_cast<int64_t>(prompts_[i].ids.size());
+    p.context.seed = options_.seed;
+    p.context.sequence = i;
+    p.context.facts = prompts_[i].facts;
+    return p;
+  }
+
+  at::Tensor run(ModelInput& input) {
+    input.state = &state_;
+    return model_.hidden(input);
+  }
+
+  std::vector<int32_t> likeliest(const at::Tensor& hidden) const {  // [N, D]
+    at::Tensor logits = model_.logits(hidden).to(at::kFloat);
+    if (options_.vocab_size > 0) logits = logits.narrow(1, 0, options_.vocab_size);
+    // A NaN is the largest there is to max().
+    const auto [most, at] = logits.max(1);
+    if (!at::isfinite(most).all().item<bool>()) fail("schedule '{}' gives logits that are not finite; the model's weights are damaged", schedule_.text());
+    const at::Tensor ids = at.to(at::kInt).cpu().contiguous();
+    return {ids.const_data_ptr<int32_t>(), ids.const_data_ptr<int32_t>() + ids.numel()};
+  }
+
+  const LanguageModel& model_;
+  const ModelSchedule& schedule_;
+  const std::vector<BatchPrompt>& prompts_;
+  const GreedyBatchOptions& options_;
+  State state_;
+};
+
+}  // namespace
+
+void generate_greedily(const LanguageModel& model, const ModelSchedule& schedule, const std::vector<BatchPrompt>& prompts, const GreedyBatchOptions& options,
+                       const std::function<bool(size_t prompt, int32_t id)>& on_token) {
+  TORCH_CHECK(!prompts.empty() && options.max_new_tokens > 0, "greedy: ", prompts.size(), " prompts, ", options.max_new_tokens, " new tokens");
+  const at::NoGradGuard no_grad;
+  GreedyBatch batch(model, schedule, prompts, options);
+  // A prompt that is done runs along until the last one is: its tokens are not looked at.
+  std::vector<char> open(prompts.size(), 1);
+  std::vector<int32_t> next = batch.read();
+  for (int64_t n = 1;; ++n) {
+    check_interrupt();
+    for (size_t i = 0; i < next.size(); ++i) {
+      if (open[i]) open[i] = on_token(i, next[i]);
+    }
+    if (n == options.max_new_tokens || std::none_of(open.begin(), open.end(), [](char o) { return o; })) return;
+    next = batch.step(next);
+  }
+}
+
+}  // namespace oryx
