@@ -179,7 +179,8 @@ TEST_F(GenerateEval, ASuiteRunsWhatIsMissing) {
   write_file(plan, "[{\"name\": \"words\", \"task\": \"recall\", \"options\": {\"pairs\": [2], \"examples\": 2, \"key_symbols\": 100000, \"words\": true}},\n"
                    " {\"name\": \"noise\", \"task\": \"needle\", \"options\": {\"lengths\": [300], \"depths\": [0.5], \"examples\": 1}, \"schedules\": [\"question\"]}]\n");
   const auto first = eval("suite", {"--plan", plan.string(), "--out", out.string()});
-  expect_error(first, "1 of 2 tasks failed: words");
+  EXPECT_EQ(first.exit_code, 1);
+  EXPECT_THAT(first.err, HasSubstr("1 of 2 tasks failed: words"));
   EXPECT_THAT(first.err, HasSubstr("symbols want as many words"));
   const Json j = parse_json(read_file(out / "noise.json"), "noise.json");
   EXPECT_EQ(j["task"], "needle");
