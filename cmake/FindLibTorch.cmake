@@ -32,7 +32,7 @@ set(LibTorch_LIBRARY_DIRS "${TORCH_DIR}/lib" ${_nvidia_libs})
 add_library(LibTorch::torch INTERFACE IMPORTED)
 target_include_directories(LibTorch::torch SYSTEM INTERFACE
   "${TORCH_DIR}/include" "${TORCH_DIR}/include/torch/csrc/api/include")
-target_compile_definitions(LibTorch::torch INTERFACE FMT_HEADER_ONLY=1)
+# fmt, whose headers libtorch ships: its compiled half is oryx/common/fmt.cc, in liboryx.
 target_link_libraries(LibTorch::torch INTERFACE "${TORCH_DIR}/lib/libtorch_cpu.so" "${TORCH_DIR}/lib/libc10.so")
 # at::parallel_for is an OpenMP region in the header: compiled without OpenMP it is silently serial. The runtime must be the one that libtorch
 # loads, or two thread pools compete; the wheel ships its own.

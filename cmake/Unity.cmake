@@ -1,10 +1,7 @@
-# Unity groups: up to eight files of one folder of the library as one translation unit. Most of what a small file costs to compile are templates of
-# libtorch's headers, instantiated once more for each unit: this halves a build from nothing, and a change of one file still rebuilds in seconds.
+# Unity groups: up to eight files of one folder as one translation unit. Most of what a small file costs to compile are templates of the libraries'
+# headers, instantiated once more for each unit: groups take more than half off a build from nothing, and a change of one file still rebuilds in seconds.
 # -DORYX_UNITY=OFF compiles each file by itself (which also finds a missing include).
-option(ORYX_UNITY "Compile files of one folder of the library together" ON)
-
-# Folders where each file is one entry of a registry, made to be added to: their files keep short names of their own (`make`, `Options`).
-set(ORYX_UNITY_APART "/oryx/(modes/policies|model/hf|mixers|eval|cli|bench)/")
+option(ORYX_UNITY "Compile files of one folder together" ON)
 
 function(oryx_unity target)
   if(NOT ORYX_UNITY)
@@ -14,7 +11,7 @@ function(oryx_unity target)
   get_target_property(_sources ${target} SOURCES)
   foreach(_source IN LISTS _sources)
     # Kernels and CUDA glue have compile options of their own, which keeps CMake from joining them.
-    if(_source MATCHES "_kernels\\.cc$|_cuda\\.cc$|${ORYX_UNITY_APART}")
+    if(_source MATCHES "_kernels\\.cc$|_cuda\\.cc$")
       continue()
     endif()
     get_filename_component(_folder "${_source}" DIRECTORY)

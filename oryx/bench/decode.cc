@@ -37,9 +37,9 @@ double copy_rate(at::Device device) {
 }
 
 // A batch of sequences that decode side by side, through the fused decoder where there is one.
-class Batch {
+class DecodeBatch {
  public:
-  Batch(const LanguageModel& model, const ModelSchedule& schedule, int64_t sequences, int64_t prompt, int64_t tokens, bool fused)
+  DecodeBatch(const LanguageModel& model, const ModelSchedule& schedule, int64_t sequences, int64_t prompt, int64_t tokens, bool fused)
       : model_(model), schedule_(schedule), prompt_(prompt), state_(model.make_state(sequences)) {
     state_.reserve(tokens);
     std::string why;
@@ -138,7 +138,7 @@ BenchResult bench_decode(const DecodeBenchOptions& o) {
   const double rate = copy_rate(device);
   const int64_t longest = o.contexts.back() + o.tokens;
   // The same sequences grow through all contexts; what is decoded at one is part of the next.
-  Batch batch(model, schedule, o.batch, longest, longest + o.tokens, o.fused);
+  DecodeBatch batch(model, schedule, o.batch, longest, longest + o.tokens, o.fused);
   int64_t weights = 0;  // bytes that a step reads of them
   if (batch.fused() != nullptr) weights = batch.fused()->weight_bytes(0);
   for (const ModeUse& use : report_parameters(config).modes) {

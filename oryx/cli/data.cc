@@ -12,7 +12,7 @@ namespace oryx::cli {
 
 namespace {
 
-struct BuildOptions {
+struct DataBuildArguments {
   std::string text, out, tokenizer;
   TextSourceOptions source;
   DatasetOptions dataset;
@@ -25,7 +25,7 @@ void print_split(const char* name, const SplitInfo& s) {
         s.tokens ? static_cast<double>(s.bytes) / static_cast<double>(s.tokens) : 0);
 }
 
-void build(BuildOptions o) {
+void build_data(DataBuildArguments o) {
   catch_interrupts();
   if (o.compress) o.dataset.tokens.encoding = TokenEncoding::zstd;
   const auto tokenizer = load_tokenizer(o.tokenizer);
@@ -34,12 +34,12 @@ void build(BuildOptions o) {
   print_split("valid", info.valid);
 }
 
-struct InspectOptions {
+struct DataInspectArguments {
   std::string path;
   bool json = false, verify = false;
 };
 
-nlohmann::ordered_json describe(const TokenFile& file) {
+nlohmann::ordered_json describe_token_file(const TokenFile& file) {
   const TokenHeader& h = file.header();
   uint64_t longest = 0;
   for (uint64_t i = 0; i < file.documents(); ++i) longest = std::max(longest, file.document_size(i));
@@ -55,9 +55,9 @@ nlohmann::ordered_json describe(const TokenFile& file) {
           {"bytes", bytes}};
 }
 
-void inspect_file(const TokenFile& file, const InspectOptions& o) {
+void inspect_token_file(const TokenFile& file, const DataInspectArguments& o) {
   if (o.verify) file.verify();
-  const auto json = describe(file);
+  const auto json = describe_token_file(file);
   if (o.json) return print("{}\n", json.dump());
   for (const auto& [key, value] : json.items()) {
     print("{:<17} {}\n", key, value.is_string() ? value.get<std::string>() : value.dump());
@@ -65,22 +65,22 @@ void inspect_file(const TokenFile& file, const InspectOptions& o) {
   if (o.verify) print("{:<17} every token and checksum\n", "verified");
 }
 
-void inspect(const InspectOptions& o) {
-  if (!std::filesystem::is_directory(o.path)) return inspect_file(TokenFile(o.path), o);
+void inspect_data(const DataInspectArguments& o) {
+  if (!std::filesystem::is_directory(o.path)) return inspect_token_file(TokenFile(o.path), o);
   const Dataset d = open_dataset(o.path);
   if (!o.json) {
     print_split("train", d.info.train);
     print_split("valid", d.info.valid);
     write("\n");
   }
-  inspect_file(*d.train, o);
+  inspect_token_file(*d.train, o);
   if (!o.json) write("\n");
-  inspect_file(*d.valid, o);
+  inspect_token_file(*d.valid, o);
 }
 
 ORYX_COMMAND(data, "turn text into token files, or look into them", [](CLI::App& app) {
   app.require_subcommand(1);
-  auto b = std::make_shared<BuildOptions>();
+  auto b = std::make_shared<DataBuildArguments>();
   CLI::App* building = app.add_subcommand("build", "tokenise a folder of text into a data set");
   add_text_options(*building, b->text, b->source);
   building->add_option("--tokenizer", b->tokenizer, "a tokeniser file, a folder that holds one, or 'byte'")->required();
@@ -94,14 +94,14 @@ ORYX_COMMAND(data, "turn text into token files, or look into them", [](CLI::App&
   building->add_option("--seed", b->dataset.seed, "of the choice of held-out documents (default: 0)")->type_name("N");
   building->add_flag("--compress", b->compress, "write zstd blocks instead of plain arrays");
   building->add_flag("--overwrite", b->dataset.overwrite, "replace a data set that is there already");
-  building->callback([b] { build(*b); });
+  building->callback([b] { build_data(*b); });
 
-  auto i = std::make_shared<InspectOptions>();
+  auto i = std::make_shared<DataInspectArguments>();
   CLI::App* inspecting = app.add_subcommand("inspect", "print what a token file or a data set holds");
   inspecting->add_option("path", i->path, "a .tok file or a data set")->required();
   inspecting->add_flag("--verify", i->verify, "read every token and check the checksums");
   inspecting->add_flag("--json", i->json, "print one line of JSON for each file");
-  inspecting->callback([i] { inspect(*i); });
+  inspecting->callback([i] { inspect_data(*i); });
 });
 
 }  // namespace

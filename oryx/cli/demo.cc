@@ -13,7 +13,7 @@ namespace oryx {
 
 namespace {
 
-struct Arguments {
+struct DemoArguments {
   std::string text, out = "runs/demo", json, only;
   double text_seconds = 60;
   std::vector<std::string> overrides;
@@ -25,7 +25,7 @@ void print_row(const char* name, const RecallResult& r) {
 }
 
 // Returns what was not reached.
-std::vector<std::string> recall(const Arguments& a) {
+std::vector<std::string> recall(const DemoArguments& a) {
   RecallDemoOptions o;
   read_options(o, Json::object(), "options", a.overrides);
   cli::print("Recall: {} key-value pairs, {} layer(s) with a linear state of {} x {} x {}; one set of weights, trained with mixed modes\n", o.pairs, o.layers,
@@ -49,7 +49,7 @@ std::vector<std::string> recall(const Arguments& a) {
   return r.missed;
 }
 
-void text(const Arguments& a) {
+void text(const DemoArguments& a) {
   TextDemoOptions o;
   o.text = a.text.empty() ? "." : a.text;
   o.out = std::filesystem::path(a.out) / "text";
@@ -65,7 +65,7 @@ void text(const Arguments& a) {
   cli::print("\n  model: {0}/run/model   report: {0}/run/report.html\n", o.out.string());
 }
 
-void run(const Arguments& a) {
+void run_demo(const DemoArguments& a) {
   if (a.keys) return cli::print("{}", options_table<RecallDemoOptions>());
   if (!a.only.empty() && a.only != "recall" && a.only != "text") fail("--only is '{}', expected recall or text", a.only);
   catch_interrupts();
@@ -78,7 +78,7 @@ void run(const Arguments& a) {
 }  // namespace
 
 ORYX_COMMAND(demo, "the main job in a few minutes: recall by mode, then a small text model", [](CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<DemoArguments>();
   app.add_option("overrides", a->overrides, "key=value: options of the recall task (see --keys)");
   app.add_option("--text", a->text, "folder of text for the second part (default: this one)")->type_name("DIR");
   app.add_option("--out", a->out, "where reports and models go (default: runs/demo)")->type_name("DIR");
@@ -86,7 +86,7 @@ ORYX_COMMAND(demo, "the main job in a few minutes: recall by mode, then a small 
   app.add_option("--only", a->only, "recall or text");
   app.add_option("--text-seconds", a->text_seconds, "training time of the text part (default: 60)")->type_name("S");
   app.add_flag("--keys", a->keys, "print the options of the recall task");
-  app.callback([a] { run(*a); });
+  app.callback([a] { run_demo(*a); });
 });
 
 }  // namespace oryx

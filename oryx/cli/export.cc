@@ -7,17 +7,17 @@ namespace oryx::cli {
 
 namespace {
 
-struct Options {
+struct ExportArguments {
   std::string folder, out;
 };
 
-void export_model(const Options& o) {
+void export_model(const ExportArguments& o) {
   const Conversion done = export_checkpoint(model_folder(o.folder), o.out);
   print("{}: {} of {} layers, {} parameters in {} tensors\n", o.out, done.family, done.config.num_layers, done.parameters, done.tensors);
 }
 
 ORYX_COMMAND(export, "write a model as a Hugging Face checkpoint", [](CLI::App& app) {
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<ExportArguments>();
   app.add_option("MODEL", o->folder, "folder of a model, or of a training run")->required();
   app.add_option("--out", o->out, "the folder to make")->required()->type_name("HF_DIR");
   app.callback([o] { export_model(*o); });

@@ -17,7 +17,7 @@ namespace oryx::cli {
 
 namespace {
 
-struct Options {
+struct GenerateArguments {
   ModelArguments model;
   std::string prompt, prompt_file, schedule, kv = "keep";
   bool has_prompt = false, json = false, stats = false;
@@ -31,7 +31,7 @@ std::string without_last_newline(std::string text) {
   return text;
 }
 
-std::string read_prompt(const Options& o) {
+std::string read_prompt(const GenerateArguments& o) {
   if (o.has_prompt) return o.prompt;
   if (!o.prompt_file.empty()) return without_last_newline(read_file(o.prompt_file));
   if (isatty(STDIN_FILENO)) fail("no prompt; give --prompt TEXT or --prompt-file FILE, or write it to standard input");
@@ -64,7 +64,7 @@ void print_stats(const GenerateStats& s) {
              bytes(s.predicted.state.total()), bytes(s.predicted.activations));
 }
 
-void run(Options o) {
+void generate_text(GenerateArguments o) {
   set_kv(o.generate.state, o.kv);
   const LoadedModel loaded = load(o.model);
   if (!loaded.tokenizer) fail("{}: has no tokeniser; give one with --tokenizer", loaded.name);
@@ -103,7 +103,7 @@ void run(Options o) {
 }
 
 ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<GenerateArguments>();
   o->model.add_to(app);
   auto* prompt = app.add_option("--prompt", o->prompt, "the text to go on with (default: standard input)")->type_name("TEXT");
   app.add_option("--prompt-file", o->prompt_file, "a file that holds it")->type_name("FILE")->excludes(prompt);
@@ -122,7 +122,7 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_flag("--stats", o->stats, "print speed, share of attention and state bytes to standard error");
   app.callback([o, prompt] {
     o->has_prompt = prompt->count() > 0;
-    run(*o);
+    generate_text(*o);
   });
 });
 

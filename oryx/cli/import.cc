@@ -6,17 +6,17 @@ namespace oryx::cli {
 
 namespace {
 
-struct Options {
+struct ImportArguments {
   std::string folder, out;
 };
 
-void import_model(const Options& o) {
+void import_model(const ImportArguments& o) {
   const Conversion done = import_checkpoint(o.folder, o.out);
   print("{}: {} of {} layers, {} parameters in {} tensors\n", o.out, done.family, done.config.num_layers, done.parameters, done.tensors);
 }
 
 ORYX_COMMAND(import, "make a model's folder of a published Hugging Face checkpoint", [](CLI::App& app) {
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<ImportArguments>();
   app.add_option("HF_DIR", o->folder, "folder with config.json and model.safetensors, or shards with their index")->required();
   app.add_option("--out", o->out, "the model's folder to make")->required()->type_name("DIR");
   app.callback([o] { import_model(*o); });

@@ -14,7 +14,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-struct Options {
+struct InspectArguments {
   std::vector<std::string> arguments;  // the subject, then key=value
   std::vector<int64_t> contexts = {1024, 8192, 32768, 131072};
   std::string family, precision = "float32", kv = "keep";
@@ -70,11 +70,11 @@ ModelConfig config_of_preset(const std::string& name, const std::vector<std::str
   return c;
 }
 
-void show(const Options& o, const Json& report, std::string (*text)(const Json&)) {
+void show(const InspectArguments& o, const Json& report, std::string (*text)(const Json&)) {
   write(o.json ? report.dump(2) + "\n" : text(report));
 }
 
-void inspect_folder(const Options& o, const std::string& path) {
+void inspect_folder(const InspectArguments& o, const std::string& path) {
   const fs::path folder = model_folder(path);
   if (!exists(folder / "model.safetensors")) {
     fail("{}: holds no model.safetensors; expected a model's folder, or a training run with a folder 'model'", path);
@@ -92,7 +92,7 @@ void inspect_folder(const Options& o, const std::string& path) {
   });
 }
 
-void inspect_subject(const Options& o, const std::string& subject, const std::vector<std::string>& overrides) {
+void inspect_subject(const InspectArguments& o, const std::string& subject, const std::vector<std::string>& overrides) {
   if (is_preset(subject))
     return show(o, model_report(subject, config_of_preset(subject, overrides), o.contexts, o.compute(), o.state), model_text);
   if (is_folder(subject)) {
@@ -110,7 +110,7 @@ void inspect_subject(const Options& o, const std::string& subject, const std::ve
   show(o, model_report(subject, config, o.contexts, o.compute(), o.state), model_text);
 }
 
-void inspect(Options o) {
+void inspect(InspectArguments o) {
   set_kv(o.state, o.kv);
   const std::string subject = take_subject(o.arguments);
   const int wanted = int{!subject.empty()} + int{!o.family.empty()} + o.keys + o.list;
@@ -126,7 +126,7 @@ void inspect(Options o) {
 }
 
 ORYX_COMMAND(inspect, "parameters, FLOPs and state bytes of a model, by part and by mode", [](CLI::App& app) {
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<InspectArguments>();
   app.add_option(
          "subject", o->arguments,
          "a preset (see --list), a model's or a training run's config.json, a .safetensors file, or a folder of a "

@@ -10,13 +10,13 @@ namespace oryx::cli {
 
 namespace {
 
-struct Options {
+struct SelftestArguments {
   std::string device = "cpu";
   bool quick = false;
   std::vector<std::string> only;
 };
 
-std::vector<ops::SelftestOperator> chosen(const Options& o) {
+std::vector<ops::SelftestOperator> chosen(const SelftestArguments& o) {
   std::vector<ops::SelftestOperator> all = ops::selftest_operators(), wanted;
   std::vector<std::string> names;
   for (const auto& op : all) names.push_back(op.name);
@@ -36,7 +36,7 @@ void print_line(const ops::SelftestResult& r) {
   flush();
 }
 
-void selftest(const Options& o) {
+void selftest(const SelftestArguments& o) {
   const at::Device device = parse_device(o.device);
   const auto operators = chosen(o);
   catch_interrupts();
@@ -57,7 +57,7 @@ void selftest(const Options& o) {
 }
 
 ORYX_COMMAND(selftest, "check every operator on this machine against its formula in float64", [](CLI::App& app) {
-  auto o = std::make_shared<Options>();
+  auto o = std::make_shared<SelftestArguments>();
   app.add_option("--device", o->device, "cpu, cuda or cuda:N")->capture_default_str();
   app.add_flag("--quick", o->quick, "short inputs only: seconds instead of minutes");
   app.add_option("--only", o->only, "operators to check")->delimiter(',')->type_name("NAME,NAME,...");

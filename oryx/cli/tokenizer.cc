@@ -16,14 +16,14 @@ namespace oryx::cli {
 
 namespace {
 
-struct TrainOptions {
+struct TokenizerTrainArguments {
   std::string text, out;
   TextSourceOptions source;
   SentencePieceTraining training;
   double sample_mib = 32;
 };
 
-void train(TrainOptions o) {
+void train_tokenizer(TokenizerTrainArguments o) {
   const std::filesystem::path out = o.out;
   if (std::filesystem::is_directory(out)) fail("{}: is a folder, expected a file name", o.out);
   if (!(o.sample_mib > 0 && o.sample_mib <= 1 << 20)) fail("--sample {}: expected MiB above 0", o.sample_mib);
@@ -35,7 +35,7 @@ void train(TrainOptions o) {
   print("{}: {} pieces, fingerprint {}\n", o.out, tokenizer->vocab_size(), fingerprint_text(tokenizer->fingerprint()));
 }
 
-struct UseOptions {
+struct TokenizerUseArguments {
   std::string file;
   std::vector<std::string> arguments;
   bool pieces = false;
@@ -60,7 +60,7 @@ std::string visible(std::string_view bytes) {
   return out;
 }
 
-void encode(const UseOptions& o) {
+void encode(const TokenizerUseArguments& o) {
   const auto tokenizer = load_tokenizer(o.file);
   const std::string text = o.arguments.empty() ? standard_input() : o.arguments[0];
   bool first = true;
@@ -87,7 +87,7 @@ int32_t parse_id(const std::string& word) {
   return static_cast<int32_t>(value);
 }
 
-void decode(const UseOptions& o) {
+void decode(const TokenizerUseArguments& o) {
   const auto tokenizer = load_tokenizer(o.file);
   std::vector<std::string> words = o.arguments;
   if (words.empty()) words.assign(std::istream_iterator<std::string>(std::cin), {});
@@ -98,7 +98,7 @@ void decode(const UseOptions& o) {
 
 ORYX_COMMAND(tokenizer, "train a tokeniser, or encode and decode with one", [](CLI::App& app) {
   app.require_subcommand(1);
-  auto t = std::make_shared<TrainOptions>();
+  auto t = std::make_shared<TokenizerTrainArguments>();
   CLI::App* training = app.add_subcommand("train", "learn a SentencePiece BPE model from text");
   add_text_options(*training, t->text, t->source);
   training->add_option("--vocab-size", t->training.vocab_size, "pieces to learn (default: 32000)")->type_name("N");
@@ -106,16 +106,16 @@ ORYX_COMMAND(tokenizer, "train a tokeniser, or encode and decode with one", [](C
   training->add_option("--sample", t->sample_mib, "MiB of text to learn from, drawn from all of it (default: 32)")
       ->type_name("MIB");
   training->add_option("--seed", t->training.seed, "of that draw (default: 1)")->type_name("N");
-  training->callback([t] { train(*t); });
+  training->callback([t] { train_tokenizer(*t); });
 
-  auto e = std::make_shared<UseOptions>();
+  auto e = std::make_shared<TokenizerUseArguments>();
   CLI::App* encoding = app.add_subcommand("encode", "print the token ids of a text");
   encoding->add_option("tokenizer", e->file, "a tokeniser file, a folder that holds one, or 'byte'")->required();
   encoding->add_option("text", e->arguments, "the text (default: standard input)")->expected(0, 1);
   encoding->add_flag("--pieces", e->pieces, "one token a line, with what it stands for");
   encoding->callback([e] { encode(*e); });
 
-  auto d = std::make_shared<UseOptions>();
+  auto d = std::make_shared<TokenizerUseArguments>();
   CLI::App* decoding = app.add_subcommand("decode", "print the text of token ids");
   decoding->add_option("tokenizer", d->file, "a tokeniser file, a folder that holds one, or 'byte'")->required();
   decoding->add_option("ids", d->arguments, "the ids (default: standard input)");

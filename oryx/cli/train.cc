@@ -12,13 +12,13 @@ namespace oryx {
 
 namespace {
 
-struct Arguments {
+struct TrainArguments {
   std::string config, resume;
   std::vector<std::string> overrides;
   bool keys = false;
 };
 
-TrainOptions resolve(const Arguments& a) {
+TrainOptions resolve_options(const TrainArguments& a) {
   if (!a.resume.empty()) {
     if (!a.config.empty()) fail("--resume takes the run's own config: leave --config out");
     TrainOptions o = load_train_options(std::filesystem::path(a.resume) / "config.json", a.overrides);
@@ -40,13 +40,13 @@ void refuse_another_run(const TrainOptions& options, bool resume) {
   fail("{}: holds a run with other options; continue that one with `oryx train --resume {}`, or choose another out=DIR", options.out, options.out);
 }
 
-void run(const Arguments& a) {
+void train_text(const TrainArguments& a) {
   if (a.keys) {
     cli::write(train_options_table());
     return;
   }
   catch_interrupts();
-  const TrainOptions options = resolve(a);
+  const TrainOptions options = resolve_options(a);
   refuse_another_run(options, !a.resume.empty());
   TrainTask task = text_task(options);
   const TrainSummary s = train(options, task);
@@ -67,14 +67,14 @@ void run(const Arguments& a) {
 }  // namespace
 
 ORYX_COMMAND(train, "train a model on a data set", [](CLI::App& app) {
-  auto a = std::make_shared<Arguments>();
+  auto a = std::make_shared<TrainArguments>();
   app.add_option("overrides", a->overrides, "key=value: any key of the config file, e.g. data=DIR out=DIR preset=tiny steps=2000");
   app.add_option("--config", a->config, "JSON file with the options");
   app.add_option("--resume", a->resume, "RUN folder to go on with, under its own config");
   app.add_option_function<std::string>(
       "--device", [a](const std::string& v) { a->overrides.push_back("device=" + v); }, "the same as device=NAME: cpu, cuda or cuda:N");
   app.add_flag("--keys", a->keys, "print all options as a table");
-  app.callback([a] { run(*a); });
+  app.callback([a] { train_text(*a); });
 });
 
 }  // namespace oryx

@@ -6,7 +6,7 @@ namespace oryx {
 
 namespace {
 
-LayerConfig attention_layer(const LayerConfig& mamba, HfConfig& hf) {
+LayerConfig bamba_attention_layer(const LayerConfig& mamba, HfConfig& hf) {
   LayerConfig l = mamba;
   set_attention_heads(l, hf);
   l.conv = l.conv_bias = l.query_conv = l.gate = l.head_norm = false;
@@ -36,7 +36,7 @@ ModelConfig bamba_config(HfConfig& hf) {
   l.conv_kernel = hf.integer("mamba_d_conv", 4);
   l.conv_bias = hf.flag("mamba_conv_bias", true);
   l.norm_eps = hf.number("rms_norm_eps", 1e-5);
-  c.layer_overrides = attention_overrides(c, attention_layer(l, hf));
+  c.layer_overrides = attention_overrides(c, bamba_attention_layer(l, hf));
   expect_no_time_step_limit(hf);
   hf.expect("hidden_act", "silu");
   hf.expect("attention_bias", false);

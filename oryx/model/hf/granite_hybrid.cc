@@ -6,7 +6,7 @@ namespace oryx {
 
 namespace {
 
-LayerConfig attention_layer(const LayerConfig& mamba, HfConfig& hf) {
+LayerConfig granite_attention_layer(const LayerConfig& mamba, HfConfig& hf) {
   LayerConfig l = mamba;
   set_attention_heads(l, hf);
   l.conv = l.conv_bias = l.query_conv = l.gate = l.head_norm = false;
@@ -38,7 +38,7 @@ ModelConfig granite_hybrid_config(HfConfig& hf) {
   l.conv_kernel = hf.integer("mamba_d_conv", 4);
   l.conv_bias = hf.flag("mamba_conv_bias", true);
   l.norm_eps = hf.number("rms_norm_eps", 1e-6);
-  c.layer_overrides = attention_overrides(c, attention_layer(l, hf));
+  c.layer_overrides = attention_overrides(c, granite_attention_layer(l, hf));
   // Where the key is absent, the class has 8 experts.
   if (hf.integer("num_local_experts", 8) != 0) hf.refuse("num_local_experts", "0 (dense feed-forwards)");
   expect_no_time_step_limit(hf);

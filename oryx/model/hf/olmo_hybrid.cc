@@ -5,7 +5,7 @@ namespace oryx {
 
 namespace {
 
-LayerConfig attention_layer(const LayerConfig& linear, HfConfig& hf) {
+LayerConfig olmo_attention_layer(const LayerConfig& linear, HfConfig& hf) {
   LayerConfig l = linear;
   set_attention_heads(l, hf);
   l.conv = l.query_conv = l.gate = l.head_norm = false;
@@ -38,7 +38,7 @@ ModelConfig olmo_hybrid_config(HfConfig& hf) {
   l.allow_neg_eigval = hf.flag("linear_allow_neg_eigval", true);
   l.norm_eps = hf.number("rms_norm_eps", 1e-6);
   l.head_norm_eps = 1e-5;  // fixed in the class, whatever rms_norm_eps
-  c.layer_overrides = attention_overrides(c, attention_layer(l, hf));
+  c.layer_overrides = attention_overrides(c, olmo_attention_layer(l, hf));
   hf.expect("hidden_act", "silu");
   hf.expect("attention_bias", false);
   hf.expect("linear_use_gate", true);

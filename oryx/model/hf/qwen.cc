@@ -14,7 +14,7 @@ std::vector<std::vector<std::string>> layer_mixers(HfConfig& hf) {
   return mixers;
 }
 
-LayerConfig attention_layer(const LayerConfig& linear, HfConfig& hf) {
+LayerConfig qwen_attention_layer(const LayerConfig& linear, HfConfig& hf) {
   LayerConfig l = linear;
   set_attention_heads(l, hf);
   l.conv = l.query_conv = l.head_norm = false;
@@ -70,7 +70,7 @@ ModelConfig qwen_config(HfConfig& hf) {
   l.query_conv = true;
   l.norm_eps = hf.number("rms_norm_eps", 1e-6);
   l.zero_centred_norm = true;
-  c.layer_overrides = attention_overrides(c, attention_layer(l, hf));
+  c.layer_overrides = attention_overrides(c, qwen_attention_layer(l, hf));
   hf.expect("hidden_act", "silu");
   hf.expect("attention_bias", false);
   return c;

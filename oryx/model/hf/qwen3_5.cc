@@ -12,7 +12,7 @@ ModelConfig qwen3_5_config(HfConfig& hf) {
   return c;
 }
 
-void projections(std::vector<HfTensor>& out, const LayerConfig& l, int64_t i, const std::string& prefix) {
+void qwen3_5_projections(std::vector<HfTensor>& out, const LayerConfig& l, int64_t i, const std::string& prefix) {
   const auto ours = [&](const char* name) { return layer_name(i, std::string("mixer.") + name); };
   out.push_back(
       {prefix + "in_proj_qkv.weight",
@@ -22,7 +22,7 @@ void projections(std::vector<HfTensor>& out, const LayerConfig& l, int64_t i, co
   out.push_back({prefix + "in_proj_a.weight", {{ours("gated_delta_net.a_proj.weight"), 0}}});
 }
 
-std::vector<HfTensor> qwen3_5_tensors(const ModelConfig& c) { return qwen_tensors(c, projections); }
+std::vector<HfTensor> qwen3_5_tensors(const ModelConfig& c) { return qwen_tensors(c, qwen3_5_projections); }
 
 ORYX_HF_FAMILY(qwen3_5, "qwen3_5_text", "Qwen3_5ForCausalLM", qwen3_5_config, qwen3_5_tensors);
 

@@ -15,7 +15,7 @@ ModelConfig qwen3_next_config(HfConfig& hf) {
 }
 
 // For each key head: its query, its key, the values of its value heads, their gates; likewise the write strengths and the decays.
-void projections(std::vector<HfTensor>& out, const LayerConfig& l, int64_t i, const std::string& prefix) {
+void qwen3_next_projections(std::vector<HfTensor>& out, const LayerConfig& l, int64_t i, const std::string& prefix) {
   const auto ours = [&](const char* name) { return layer_name(i, std::string("mixer.") + name); };
   const int64_t ratio = l.value_heads() / l.kv_heads(), values = ratio * l.value_dim();
   out.push_back({prefix + "in_proj_qkvz.weight",
@@ -28,7 +28,7 @@ void projections(std::vector<HfTensor>& out, const LayerConfig& l, int64_t i, co
       {prefix + "in_proj_ba.weight", {{ours("gated_delta_net.b_proj.weight"), ratio}, {ours("gated_delta_net.a_proj.weight"), ratio}}, l.kv_heads()});
 }
 
-std::vector<HfTensor> qwen3_next_tensors(const ModelConfig& c) { return qwen_tensors(c, projections); }
+std::vector<HfTensor> qwen3_next_tensors(const ModelConfig& c) { return qwen_tensors(c, qwen3_next_projections); }
 
 ORYX_HF_FAMILY(qwen3_next, "qwen3_next", "Qwen3NextForCausalLM", qwen3_next_config, qwen3_next_tensors);
 

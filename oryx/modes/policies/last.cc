@@ -31,10 +31,10 @@ class LastPolicy : public ModePolicy {
   std::vector<std::pair<int32_t, int64_t>> parts_;
 };
 
-std::unique_ptr<ModePolicy> make(PolicyArguments& arguments) { return std::make_unique<LastPolicy>(arguments); }
+std::unique_ptr<ModePolicy> make_last(PolicyArguments& arguments) { return std::make_unique<LastPolicy>(arguments); }
 
 }  // namespace
 
-ORYX_MODE_POLICY(last, make);
+ORYX_MODE_POLICY(last, make_last);
 
 }  // namespace oryx

@@ -41,10 +41,10 @@ class PartPolicy : public ModePolicy {
   std::string name_;
 };
 
-std::unique_ptr<ModePolicy> make(PolicyArguments& arguments) { return std::make_unique<PartPolicy>(arguments); }
+std::unique_ptr<ModePolicy> make_part(PolicyArguments& arguments) { return std::make_unique<PartPolicy>(arguments); }
 
 }  // namespace
 
-ORYX_MODE_POLICY(part, make);
+ORYX_MODE_POLICY(part, make_part);
 
 }  // namespace oryx

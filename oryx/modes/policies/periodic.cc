@@ -45,10 +45,10 @@ class PeriodicPolicy : public ModePolicy {
   std::vector<std::pair<int32_t, int64_t>> parts_;
 };
 
-std::unique_ptr<ModePolicy> make(PolicyArguments& arguments) { return std::make_unique<PeriodicPolicy>(arguments); }
+std::unique_ptr<ModePolicy> make_periodic(PolicyArguments& arguments) { return std::make_unique<PeriodicPolicy>(arguments); }
 
 }  // namespace
 
-ORYX_MODE_POLICY(periodic, make);
+ORYX_MODE_POLICY(periodic, make_periodic);
 
 }  // namespace oryx

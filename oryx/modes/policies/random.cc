@@ -58,10 +58,10 @@ class RandomPolicy : public ModePolicy {
   std::vector<std::pair<int32_t, double>> shares_;
 };
 
-std::unique_ptr<ModePolicy> make(PolicyArguments& arguments) { return std::make_unique<RandomPolicy>(arguments); }
+std::unique_ptr<ModePolicy> make_random(PolicyArguments& arguments) { return std::make_unique<RandomPolicy>(arguments); }
 
 }  // namespace
 
-ORYX_MODE_POLICY(random, make);
+ORYX_MODE_POLICY(random, make_random);
 
 }  // namespace oryx

@@ -43,7 +43,7 @@ class SurprisePolicy : public ModePolicy {
   double share_;
 };
 
-std::unique_ptr<ModePolicy> make(PolicyArguments& arguments) { return std::make_unique<SurprisePolicy>(arguments); }
+std::unique_ptr<ModePolicy> make_surprise(PolicyArguments& arguments) { return std::make_unique<SurprisePolicy>(arguments); }
 
 }  // namespace
 
@@ -57,6 +57,6 @@ std::vector<int64_t> most_surprising(const std::vector<float>& scores, int64_t l
   return order;
 }
 
-ORYX_MODE_POLICY(surprise, make);
+ORYX_MODE_POLICY(surprise, make_surprise);
 
 }  // namespace oryx
