@@ -16,6 +16,7 @@ set_property(SOURCE "${CMAKE_SOURCE_DIR}/tests/support/paths.cc" APPEND PROPERTY
   ORYX_SOURCE_DIR="${CMAKE_SOURCE_DIR}" ORYX_PROGRAM="${CMAKE_BINARY_DIR}/oryx")
 set_source_files_properties("${CMAKE_SOURCE_DIR}/tests/support/paths.cc" PROPERTIES SKIP_PRECOMPILE_HEADERS ON)
 target_precompile_headers(oryx_test_support REUSE_FROM oryx)
+oryx_unity(oryx_test_support 8)
 
 function(oryx_add_tests room)
   if(NOT ARGN)
@@ -24,6 +25,9 @@ function(oryx_add_tests room)
   add_executable(test_${room} ${ARGN})
   target_link_libraries(test_${room} PRIVATE oryx_test_support)
   target_precompile_headers(test_${room} REUSE_FROM oryx)
+  if(NOT room STREQUAL cli)  # it has the program's files in it
+    oryx_unity(test_${room} 4)
+  endif()
   add_dependencies(test_${room} oryx_plugins)
   set_target_properties(test_${room} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
   gtest_discover_tests(test_${room} DISCOVERY_MODE PRE_TEST WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}" PROPERTIES TIMEOUT 300

@@ -1,9 +1,9 @@
-# Unity groups: up to eight files of one folder as one translation unit. Most of what a small file costs to compile are templates of the libraries'
+# oryx_unity(TARGET N): up to N files of one folder as one translation unit. Most of what a small file costs to compile are templates of the libraries'
 # headers, instantiated once more for each unit: groups take more than half off a build from nothing, and a change of one file still rebuilds in seconds.
 # -DORYX_UNITY=OFF compiles each file by itself (which also finds a missing include).
 option(ORYX_UNITY "Compile files of one folder together" ON)
 
-function(oryx_unity target)
+function(oryx_unity target size)
   if(NOT ORYX_UNITY)
     return()
   endif()
@@ -14,10 +14,11 @@ function(oryx_unity target)
     if(_source MATCHES "_kernels\\.cc$|_cuda\\.cc$")
       continue()
     endif()
-    get_filename_component(_folder "${_source}" DIRECTORY)
+    get_filename_component(_path "${_source}" ABSOLUTE)
+    get_filename_component(_folder "${_path}" DIRECTORY)
     string(MAKE_C_IDENTIFIER "${_folder}" _key)
     math(EXPR _count_${_key} "0${_count_${_key}} + 1")
-    math(EXPR _group "(${_count_${_key}} - 1) / 8")
+    math(EXPR _group "(${_count_${_key}} - 1) / ${size}")
     file(RELATIVE_PATH _name "${CMAKE_SOURCE_DIR}" "${_folder}")
     string(MAKE_C_IDENTIFIER "${_name}_${_group}" _name)
     set_source_files_properties("${_source}" PROPERTIES UNITY_GROUP "${_name}")

@@ -19,7 +19,7 @@ namespace {
 using ::testing::HasSubstr;
 using test::error_of;
 
-ModelConfig config_of(int64_t vocab) {
+ModelConfig text_config(int64_t vocab) {
   ModelConfig c;
   c.vocab_size = vocab;
   c.layer.hidden_size = 32;
@@ -28,7 +28,7 @@ ModelConfig config_of(int64_t vocab) {
   return c;
 }
 
-std::unique_ptr<LanguageModel> make(const ModelConfig& c) {
+std::unique_ptr<LanguageModel> random_model(const ModelConfig& c) {
   auto m = std::make_unique<LanguageModel>(c);
   m->initialize(2);
   at::NoGradGuard no_grad;
@@ -53,7 +53,7 @@ std::shared_ptr<const TokenFile> tokens(const test::TemporaryFolder& folder, int
 
 TEST(Perplexity, OfAUniformModelIsTheVocabulary) {
   const test::TemporaryFolder folder;
-  const LanguageModel m(config_of(53));  // all zeros: every logit is 0
+  const LanguageModel m(text_config(53));  // all zeros: every logit is 0
   EvalReader reader(tokens(folder, 53, {20, 1, 75, 2}), {.seq_len = 32});
   for (const char* schedule : {"linear", "attention", "random(attention=0.5;chunk=8)"}) {
     const auto r = evaluate_perplexity(m, ModelSchedule(m.config(), schedule), reader);
@@ -68,7 +68,7 @@ TEST(Perplexity, OfAUniformModelIsTheVocabulary) {
 
 TEST(Perplexity, IsTheLossOfEachWindowAlone) {
   const test::TemporaryFolder folder;
-  const auto m = make(config_of(53));
+  const auto m = random_model(text_config(53));
   const auto file = tokens(folder, 53, {50});
   const ModelSchedule schedule(m->config(), "linear,attention@50%:");
   EvalReader reader(file, {.seq_len = 30});
@@ -94,7 +94,7 @@ TEST(Perplexity, IsTheLossOfEachWindowAlone) {
 
 TEST(Perplexity, DoesNotDependOnThePacking) {
   const test::TemporaryFolder folder;
-  const auto m = make(config_of(53));
+  const auto m = random_model(text_config(53));
   const auto file = tokens(folder, 53, {20, 33, 100, 7, 2, 64, 65});
   for (const char* text : {"linear", "attention", "linear,attention@-5:", "random(attention=0.5;chunk=4)"}) {
     const ModelSchedule schedule(m->config(), text);
@@ -110,7 +110,7 @@ TEST(Perplexity, DoesNotDependOnThePacking) {
 
 TEST(Perplexity, RandomSchedulesFollowTheSeed) {
   const test::TemporaryFolder folder;
-  const auto m = make(config_of(53));
+  const auto m = random_model(text_config(53));
   EvalReader reader(tokens(folder, 53, {200}), {.seq_len = 64});
   const ModelSchedule schedule(m->config(), "random(attention=0.5;chunk=4)");
   const auto with = [&](uint64_t seed) { return evaluate_perplexity(*m, schedule, reader, {.seed = seed}).nll_sum; };
@@ -125,7 +125,7 @@ TEST(Perplexity, BitsPerByteCountTheBytesOfTargets) {
   writer.add(tokenizer->encode_document("sixteen bytes ab"));
   writer.add(tokenizer->encode_document("über"));  // 5 bytes
   writer.finish();
-  const LanguageModel m(config_of(257));
+  const LanguageModel m(text_config(257));
   EvalReader reader(std::make_shared<TokenFile>(folder / "text.tok"), {.seq_len = 8});
   const auto r = evaluate_perplexity(m, ModelSchedule(m.config(), "linear"), reader, {.tokenizer = tokenizer.get()});
   EXPECT_EQ(r.text_bytes, 21);
@@ -136,7 +136,7 @@ TEST(Perplexity, BitsPerByteCountTheBytesOfTargets) {
 
 TEST(Perplexity, FlopsAreThoseOfTheWindows) {
   const test::TemporaryFolder folder;
-  const auto m = make(config_of(53));
+  const auto m = random_model(text_config(53));
   EvalReader reader(tokens(folder, 53, {33}), {.seq_len = 32});
   const auto r = evaluate_perplexity(*m, ModelSchedule(m->config(), "attention"), reader);
   double expected = 0;
@@ -147,7 +147,7 @@ TEST(Perplexity, FlopsAreThoseOfTheWindows) {
 
 TEST(Perplexity, NaNIsAnError) {
   const test::TemporaryFolder folder;
-  const auto m = make(config_of(53));
+  const auto m = random_model(text_config(53));
   EvalReader reader(tokens(folder, 53, {33}), {.seq_len = 32});
   at::NoGradGuard no_grad;
   at::Tensor(m->parameter("layers.1.norm1.weight"))[3].fill_(std::nan(""));

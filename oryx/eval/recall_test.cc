@@ -20,7 +20,7 @@ using test::error_of;
 
 const RecallOptions kTask{.pairs = 6, .queries = 4, .length = 26, .key_symbols = 12, .value_symbols = 5, .filler_symbols = 3};
 
-ModelConfig config_of(int64_t vocab, std::vector<std::string> mixers = {"gated_delta_net", "attention"}) {
+ModelConfig recall_config(int64_t vocab, std::vector<std::string> mixers = {"gated_delta_net", "attention"}) {
   ModelConfig c;
   c.vocab_size = vocab;
   c.layer.hidden_size = 32;
@@ -42,7 +42,7 @@ std::unique_ptr<LanguageModel> make_random(const ModelConfig& c) {
 
 // A model that answers everything with token `answer`: its logits are 32 there and 0 elsewhere, at every token.
 std::unique_ptr<LanguageModel> make_constant(int64_t vocab, int64_t answer) {
-  ModelConfig c = config_of(vocab);
+  ModelConfig c = recall_config(vocab);
   c.tie_word_embeddings = false;
   auto m = std::make_unique<LanguageModel>(c);  // zeros: no layer adds anything
   at::NoGradGuard no_grad;
@@ -75,7 +75,7 @@ TEST(Recall, KnownLogitsGiveTheKnownAccuracy) {
 }
 
 TEST(Recall, IsTheArgmaxOfTheWholeModel) {
-  const auto m = make_random(config_of(kTask.vocab_size()));
+  const auto m = make_random(recall_config(kTask.vocab_size()));
   for (const std::string schedule : {"attention", "linear,attention@-8:"}) {
     const RecallResult r = evaluate_recall(*m, kTask, {.schedule = schedule, .seed = 3, .examples = 50, .batch_size = 50});
     at::NoGradGuard no_grad;
@@ -91,7 +91,7 @@ TEST(Recall, IsTheArgmaxOfTheWholeModel) {
 }
 
 TEST(Recall, DoesNotDependOnTheBatchSize) {
-  const auto m = make_random(config_of(kTask.vocab_size()));
+  const auto m = make_random(recall_config(kTask.vocab_size()));
   for (const char* schedule : {"queries", "random(attention=0.5;chunk=4)"}) {
     const auto with = [&](int64_t size) { return evaluate_recall(*m, kTask, {.schedule = schedule, .examples = 20, .batch_size = size}); };
     const RecallResult a = with(1), b = with(8);
@@ -103,7 +103,7 @@ TEST(Recall, DoesNotDependOnTheBatchSize) {
 }
 
 TEST(Recall, QueriesScheduleIsAttentionAtTheQueryKeysAlone) {
-  const ModelConfig c = config_of(kTask.vocab_size(), {"gated_delta_net", "sliding_window", "attention"});
+  const ModelConfig c = recall_config(kTask.vocab_size(), {"gated_delta_net", "sliding_window", "attention"});
   const RecallRouting modes(c, "queries");
   EXPECT_EQ(modes.text(), "queries");
   const RecallBatch batch = recall_batch(kTask, 1, 0, 3);
@@ -139,16 +139,16 @@ TEST(Recall, SymbolsMayBeAnyTokens) {
 }
 
 TEST(Recall, RefusesWhatDoesNotFit) {
-  const auto m = make_random(config_of(kTask.vocab_size() - 1));
+  const auto m = make_random(recall_config(kTask.vocab_size() - 1));
   EXPECT_THAT(error_of([&] { evaluate_recall(*m, kTask); }), HasSubstr("need a vocabulary of 20, the model's is 19"));
-  const auto linear = make_random(config_of(20, {"gated_delta_net"}));
+  const auto linear = make_random(recall_config(20, {"gated_delta_net"}));
   EXPECT_THAT(error_of([&] { evaluate_recall(*linear, kTask, {.schedule = "queries"}); }), HasSubstr("the model's mixers are gated_delta_net"));
   EXPECT_THAT(error_of([&] { evaluate_recall(*linear, kTask, {.schedule = "linear", .examples = 0}); }), HasSubstr("0 examples"));
   EXPECT_THAT(error_of([&] { evaluate_recall(*linear, kTask, {.schedule = "atention"}); }), HasSubstr("atention"));
 }
 
 TEST(Recall, NaNIsAnError) {
-  const auto m = make_random(config_of(kTask.vocab_size()));
+  const auto m = make_random(recall_config(kTask.vocab_size()));
   at::NoGradGuard no_grad;
   at::Tensor(m->parameter("embed.weight"))[kTask.vocab_size() - 1].fill_(std::nan(""));  // one logit of each row
   EXPECT_THAT(error_of([&] { evaluate_recall(*m, kTask); }), HasSubstr("not finite"));
@@ -156,7 +156,7 @@ TEST(Recall, NaNIsAnError) {
 
 TEST(Needle, IsTheWholeModelsAnswer) {
   const auto tokenizer = make_byte_tokenizer();
-  const auto m = make_random(config_of(tokenizer->vocab_size()));
+  const auto m = make_random(recall_config(tokenizer->vocab_size()));
   const NeedleTask task(*tokenizer, NeedleKind::noise);
   const NeedleExample e = task.example(400, 0.3, 5, 2);
   const auto question = static_cast<int64_t>(tokenizer->encode("\n\n" + e.question).size());
@@ -188,7 +188,7 @@ TEST(Needle, IsTheWholeModelsAnswer) {
 // The prompt's parts are the task's to name, and a first pass is made and counted where a schedule asks for scores.
 TEST(Needle, PartsAndSurpriseAreKnown) {
   const auto tokenizer = make_byte_tokenizer();
-  const auto m = make_random(config_of(tokenizer->vocab_size()));
+  const auto m = make_random(recall_config(tokenizer->vocab_size()));
   const NeedleTask task(*tokenizer, NeedleKind::noise);
   const NeedleExample e = task.example(400, 0.3, 5, 0);
   const auto T = static_cast<double>(e.ids.size() + e.answer_ids.size() - 1);
@@ -206,7 +206,7 @@ TEST(Needle, PartsAndSurpriseAreKnown) {
 // Packed prompts, parts and first passes included, give what one after the other gives.
 TEST(Needle, PackedPromptsGiveTheSame) {
   const auto tokenizer = make_byte_tokenizer();
-  const auto m = make_random(config_of(tokenizer->vocab_size()));
+  const auto m = make_random(recall_config(tokenizer->vocab_size()));
   const NeedleTask task(*tokenizer, NeedleKind::noise);
   for (const char* schedule : {"question", "linear", "part(attention=needle),attention@gen", "surprise(attention=0.1)"}) {
     NeedleEvaluation o{.schedule = schedule, .length = 300, .depth = 0.4, .examples = 4, .seed = 3};
@@ -227,7 +227,7 @@ TEST(Needle, PackedPromptsGiveTheSame) {
 // A bounded state that holds every token that is looked at gives the same; one that dropped the needle is another matter.
 TEST(Needle, KeysAndValuesMayBeBounded) {
   const auto tokenizer = make_byte_tokenizer();
-  const auto m = make_random(config_of(tokenizer->vocab_size()));
+  const auto m = make_random(recall_config(tokenizer->vocab_size()));
   const NeedleTask task(*tokenizer, NeedleKind::noise);
   NeedleEvaluation o{.schedule = "attention", .length = 400, .examples = 2};
   const NeedleResult kept = evaluate_needle(*m, *tokenizer, task, o);
@@ -254,7 +254,7 @@ TEST(Needle, EveryAnswerTokenMustBeTheLikeliest) {
 TEST(Needle, RefusesWhatDoesNotFit) {
   const auto tokenizer = make_byte_tokenizer();
   const NeedleTask task(*tokenizer, NeedleKind::noise);
-  const auto linear = make_random(config_of(257, {"gated_delta_net"}));
+  const auto linear = make_random(recall_config(257, {"gated_delta_net"}));
   EXPECT_THAT(error_of([&] { evaluate_needle(*linear, *tokenizer, task, {.schedule = "question"}); }), HasSubstr("the model's mixers are gated_delta_net"));
   EXPECT_THAT(error_of([&] { evaluate_needle(*linear, *tokenizer, task, {.schedule = "linear", .length = 20}); }), HasSubstr("too short"));
   EXPECT_THAT(error_of([&] { evaluate_needle(*linear, *tokenizer, task, {.schedule = "linear", .examples = 0}); }), HasSubstr("0 examples"));

@@ -10,7 +10,7 @@
 namespace oryx {
 namespace {
 
-ModelConfig small(int64_t hidden, int64_t heads, int64_t intermediate) {
+ModelConfig decoder_config(int64_t hidden, int64_t heads, int64_t intermediate) {
   ModelConfig c;
   c.vocab_size = 320, c.num_layers = 2;
   c.layer.hidden_size = hidden, c.layer.num_heads = heads, c.layer.head_dim = 128, c.layer.intermediate_size = intermediate;
@@ -19,7 +19,7 @@ ModelConfig small(int64_t hidden, int64_t heads, int64_t intermediate) {
 }
 
 TEST(FusedDecoder, SaysWhyThereIsNone) {
-  const LanguageModel model(small(256, 2, 256), at::kBFloat16);
+  const LanguageModel model(decoder_config(256, 2, 256), at::kBFloat16);
   State state = model.make_state(1);
   std::string why;
   EXPECT_EQ(make_fused_decoder(model, state, 8, &why), nullptr);
@@ -29,7 +29,7 @@ TEST(FusedDecoder, SaysWhyThereIsNone) {
 // Where there is none, a session's step is the generic one.
 TEST(FusedDecoder, StepEqualsExtend) {
   const at::NoGradGuard no_grad;
-  LanguageModel model(small(256, 2, 256));
+  LanguageModel model(decoder_config(256, 2, 256));
   model.initialize(1);
   const ModelSchedule schedule(model.config(), "linear,attention@7:9");
   Session a(model, schedule, {.prompt_length = 4, .tokens = 12, .fused = true}), b(model, schedule, {.prompt_length = 4, .tokens = 12});
@@ -101,15 +101,15 @@ void compare(const ModelConfig& config, int64_t N) {
   }
 }
 
-TEST_F(FusedDecoderCuda, BatchEqualsGeneric) { compare(small(256, 2, 288), 5); }
-TEST_F(FusedDecoderCuda, WideBatchEqualsGeneric) { compare(small(384, 3, 256), 64); }
-TEST_F(FusedDecoderCuda, OneSequenceEqualsGeneric) { compare(small(256, 2, 256), 1); }
-TEST_F(FusedDecoderCuda, PersistentKernelEqualsGeneric) { compare(small(2048, 16, 5440), 1); }
+TEST_F(FusedDecoderCuda, BatchEqualsGeneric) { compare(decoder_config(256, 2, 288), 5); }
+TEST_F(FusedDecoderCuda, WideBatchEqualsGeneric) { compare(decoder_config(384, 3, 256), 64); }
+TEST_F(FusedDecoderCuda, OneSequenceEqualsGeneric) { compare(decoder_config(256, 2, 256), 1); }
+TEST_F(FusedDecoderCuda, PersistentKernelEqualsGeneric) { compare(decoder_config(2048, 16, 5440), 1); }
 
 // What another changes in the state between steps is seen: a trim goes back, a fork takes the pages apart.
 TEST_F(FusedDecoderCuda, GoesOnBehindTrimAndFork) {
   const at::NoGradGuard no_grad;
-  LanguageModel model(small(256, 2, 256), at::kBFloat16);
+  LanguageModel model(decoder_config(256, 2, 256), at::kBFloat16);
   model.initialize(1);
   model.to(at::kCUDA);
   const ModelSchedule schedule(model.config(), "linear,attention@20:");

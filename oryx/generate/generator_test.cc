@@ -30,7 +30,7 @@ ModelConfig small_config(std::vector<std::vector<std::string>> mixers = {{"gated
   return c;
 }
 
-std::unique_ptr<LanguageModel> make(const ModelConfig& c) {
+std::unique_ptr<LanguageModel> make_model(const ModelConfig& c) {
   auto m = std::make_unique<LanguageModel>(c);
   m->initialize(5);
   at::NoGradGuard no_grad;
@@ -71,7 +71,7 @@ const std::vector<std::string> kSchedules = {"linear",
                                              R"({"layers": {"0": "attention", "1": "linear,attention@-9:"}})"};
 
 TEST(Generator, GreedyIsTheArgmaxOfTheWhole) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const auto prompt = prompt_of(37);
   for (const auto& text : kSchedules) {
     const ModelSchedule schedule(m->config(), text);
@@ -88,7 +88,7 @@ TEST(Generator, GreedyIsTheArgmaxOfTheWhole) {
 TEST(Generator, EveryMixerGenerates) {
   for (const auto& mixers : std::vector<std::vector<std::vector<std::string>>>{
            {{"mamba2", "attention"}}, {{"attention"}}, {{"gated_delta_net"}, {"attention"}}, {{"gated_delta_net", "sliding_window", "attention"}}}) {
-    const auto m = make(small_config(mixers));
+    const auto m = make_model(small_config(mixers));
     const ModelSchedule schedule(m->config(), "");
     const auto prompt = prompt_of(9);
     const Generated out = generate(*m, schedule, prompt, {.max_new_tokens = 8});
@@ -100,7 +100,7 @@ TEST(Generator, EveryMixerGenerates) {
 }
 
 TEST(Session, PiecesGiveTheWhole) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const auto ids = prompt_of(83);
   for (const auto& text : kSchedules) {
     const ModelSchedule schedule(m->config(), text);
@@ -117,7 +117,7 @@ TEST(Session, PiecesGiveTheWhole) {
 }
 
 TEST(Session, StateIsAsPlannedAndReserved) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear");
   Session session(*m, schedule, {.prompt_length = 40, .tokens = 40});
   session.extend(prompt_of(40));
@@ -131,7 +131,7 @@ TEST(Session, StateIsAsPlannedAndReserved) {
 }
 
 TEST(Session, CountsAttention) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear,attention@-10:");
   Session session(*m, schedule, {.prompt_length = 40, .tokens = 50, .piece = 7});
   session.extend(prompt_of(40));
@@ -141,7 +141,7 @@ TEST(Session, CountsAttention) {
 }
 
 TEST(Session, TrimAndResumeGoOnAsIfNothingHadBeen) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear,attention@-10:");
   const auto ids = prompt_of(60);
   const at::Tensor expected = whole(*m, schedule, ids, 40);
@@ -159,7 +159,7 @@ TEST(Session, TrimAndResumeGoOnAsIfNothingHadBeen) {
 }
 
 TEST(Generator, SamplingIsAFunctionOfTheSeed) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear,attention@gen");
   const auto prompt = prompt_of(12);
   const auto with = [&](int64_t seed, int64_t piece) {
@@ -170,7 +170,7 @@ TEST(Generator, SamplingIsAFunctionOfTheSeed) {
 }
 
 TEST(Generator, Stops) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "attention");
   const auto prompt = prompt_of(12);
   const auto free_run = generate(*m, schedule, prompt, {.max_new_tokens = 10}).ids;
@@ -194,7 +194,7 @@ TEST(Generator, Stops) {
 }
 
 TEST(Generator, Statistics) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "attention@prompt,linear@gen");
   const Generated out = generate(*m, schedule, prompt_of(30), {.max_new_tokens = 11});
   const GenerateStats& s = out.stats;
@@ -210,7 +210,7 @@ TEST(Generator, Statistics) {
 }
 
 TEST(Generator, DrawsOnlyFromTheTokenisersVocabulary) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear");
   const auto out = generate(*m, schedule, prompt_of(5), {.max_new_tokens = 100, .vocab_size = 4, .sampling = {.temperature = 3}});
   for (const int32_t id : out.ids) EXPECT_LT(id, 4);
@@ -220,7 +220,7 @@ TEST(Generator, StreamedTextIsTheDecodedText) {
   const auto tokenizer = make_byte_tokenizer();
   auto config = small_config();
   config.vocab_size = tokenizer->vocab_size();
-  const auto m = make(config);
+  const auto m = make_model(config);
   const ModelSchedule schedule(m->config(), "linear");
   StreamDecoder decoder(*tokenizer);
   std::string streamed;
@@ -246,7 +246,7 @@ std::string error_of(F f) {
 }
 
 TEST(Generator, RefusesWhatExceedsMemoryBeforeAllocating) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear");
   // 2 layers x 4 heads x (16 + 16) x 4 bytes a token: two terabytes.
   const std::string error = error_of([&] { generate(*m, schedule, prompt_of(3), {.max_new_tokens = 2'000'000'000}); });
@@ -257,7 +257,7 @@ TEST(Generator, RefusesWhatExceedsMemoryBeforeAllocating) {
 }
 
 TEST(Generator, RefusesBadInput) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear");
   const auto with = [&](std::vector<int32_t> prompt, GenerateOptions options) {
     return error_of([&] { generate(*m, schedule, prompt, options); });
@@ -272,7 +272,7 @@ TEST(Generator, RefusesBadInput) {
 }
 
 TEST(Generator, RefusesDamagedWeights) {
-  const auto m = make(small_config());
+  const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear");
   at::NoGradGuard no_grad;
   at::Tensor(m->parameter("final_norm.weight")).fill_(std::numeric_limits<float>::quiet_NaN());

@@ -9,7 +9,7 @@
 namespace oryx {
 namespace {
 
-ModelConfig small(bool tied) {
+ModelConfig tied_config(bool tied) {
   ModelConfig c;
   c.vocab_size = 50;
   c.num_layers = 2;
@@ -33,7 +33,7 @@ at::Tensor loss_of(const LanguageModel& model) {
 
 TEST(Copies, TheSameLossAndGradients) {
   for (const bool tied : {false, true}) {
-    LanguageModel plain(small(tied), at::kBFloat16), with(small(tied), at::kBFloat16);
+    LanguageModel plain(tied_config(tied), at::kBFloat16), with(tied_config(tied), at::kBFloat16);
     for (LanguageModel* m : {&plain, &with}) {
       m->initialize(3);
       m->requires_grad(true);
@@ -56,7 +56,7 @@ TEST(Copies, TheSameLossAndGradients) {
 }
 
 TEST(Copies, FollowTheirParametersWhenAsked) {
-  LanguageModel model(small(true), at::kBFloat16);
+  LanguageModel model(tied_config(true), at::kBFloat16);
   model.initialize(3);
   model.keep_copies();
   const at::Tensor before = loss_of(model);
@@ -65,7 +65,7 @@ TEST(Copies, FollowTheirParametersWhenAsked) {
     for (const at::Tensor& p : model.parameters()) p.mul_(1.5);
   }
   model.refresh_copies();
-  LanguageModel other(small(true), at::kBFloat16);
+  LanguageModel other(tied_config(true), at::kBFloat16);
   other.initialize(3);
   {
     const at::NoGradGuard no_grad;

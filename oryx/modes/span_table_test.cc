@@ -12,7 +12,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-const std::vector<std::string> kMixers = {"mamba2", "attention", "sliding_window"};
+const std::vector<std::string> kTableMixers = {"mamba2", "attention", "sliding_window"};
 
 at::Tensor ints(std::vector<std::vector<int>> rows) {
   at::Tensor t = at::empty({static_cast<int64_t>(rows.size()), 3}, at::kInt);
@@ -23,7 +23,7 @@ at::Tensor ints(std::vector<std::vector<int>> rows) {
 }
 
 TEST(SpanTable, RowsOfWholeDocuments) {
-  const auto s = Schedule::parse("linear,attention@-3:", kMixers);
+  const auto s = Schedule::parse("linear,attention@-3:", kTableMixers);
   const auto t = SpanTable::build(s, row_pieces(2, 10, {}), 2, 10);
   EXPECT_TRUE(at::equal(t.of(0), ints({{0, 0, 7}, {1, 0, 7}})));
   EXPECT_TRUE(at::equal(t.of(1), ints({{0, 7, 10}, {1, 7, 10}})));
@@ -38,20 +38,20 @@ TEST(SpanTable, RowsOfWholeDocuments) {
 }
 
 TEST(SpanTable, PackedDocumentsAreRelativeToThemselves) {
-  const auto s = Schedule::parse("linear,attention@50%:", kMixers);
+  const auto s = Schedule::parse("linear,attention@50%:", kTableMixers);
   const auto t = SpanTable::build(s, packed_pieces(at::tensor({0, 4, 4, 10}, at::kInt), {}), 1, 10);
   EXPECT_TRUE(at::equal(t.of(0), ints({{0, 0, 2}, {0, 4, 7}})));
   EXPECT_TRUE(at::equal(t.of(1), ints({{0, 2, 4}, {0, 7, 10}})));
 }
 
 TEST(SpanTable, OneMixerForAll) {
-  const auto t = SpanTable::build(Schedule::parse("attention", kMixers), row_pieces(3, 5, {}), 3, 5);
+  const auto t = SpanTable::build(Schedule::parse("attention", kTableMixers), row_pieces(3, 5, {}), 3, 5);
   EXPECT_TRUE(t.covers_all(1));
   EXPECT_TRUE(at::equal(t.of(1), ints({{0, 0, 5}, {1, 0, 5}, {2, 0, 5}})));
 }
 
 TEST(SpanTable, PiecesOfADocumentEqualTheWhole) {
-  const auto s = Schedule::parse("random(attention=0.5;chunk=3),sliding_window@gen", kMixers);
+  const auto s = Schedule::parse("random(attention=0.5;chunk=3),sliding_window@gen", kTableMixers);
   const ModeContext context{.prompt_length = 40, .seed = 1, .step = 2, .sequence = 3};
   const auto whole = SpanTable::build(s, {{0, 0, 50, 0, context}}, 1, 50);
   for (const int64_t cut : {1, 7, 39, 40, 41}) {
@@ -62,7 +62,7 @@ TEST(SpanTable, PiecesOfADocumentEqualTheWhole) {
 }
 
 TEST(SpanTable, SequencesDrawTheirOwn) {
-  const auto s = Schedule::parse("random(attention=0.5;chunk=1)", kMixers);
+  const auto s = Schedule::parse("random(attention=0.5;chunk=1)", kTableMixers);
   const auto t = SpanTable::build(s, row_pieces(2, 64, {.sequence = 5}), 2, 64);
   EXPECT_FALSE(at::equal(t.modes()[0], t.modes()[1]));
   const auto alone = SpanTable::build(s, row_pieces(1, 64, {.sequence = 6}), 1, 64);
@@ -70,14 +70,14 @@ TEST(SpanTable, SequencesDrawTheirOwn) {
 }
 
 TEST(SpanTable, TokensWithoutAPieceHaveNoMixer) {
-  const auto t = SpanTable::build(Schedule::parse("attention", kMixers), {{0, 2, 3, 0, {.prompt_length = 3}}}, 1, 8);
+  const auto t = SpanTable::build(Schedule::parse("attention", kTableMixers), {{0, 2, 3, 0, {.prompt_length = 3}}}, 1, 8);
   EXPECT_TRUE(at::equal(t.modes()[0], at::tensor({-1, -1, 1, 1, 1, -1, -1, -1}, at::kInt)));
   EXPECT_FALSE(t.covers_all(1));
   EXPECT_DOUBLE_EQ(t.share(1), 1.0);
 }
 
 TEST(SpanTable, MisuseIsRefused) {
-  const auto s = Schedule::parse("attention", kMixers);
+  const auto s = Schedule::parse("attention", kTableMixers);
   const ModeContext c{.prompt_length = 4};
   EXPECT_THROW(SpanTable::build(s, {{0, 0, 4, 0, c}, {0, 3, 4, 0, c}}, 1, 8), c10::Error);
   EXPECT_THROW(SpanTable::build(s, {{0, 6, 4, 0, c}}, 1, 8), c10::Error);
