@@ -61,6 +61,8 @@ struct PrefillBenchOptions {
   int64_t piece = 8192;                               // tokens of one pass
   std::string kv = "keep";                            // keys and values: keep, drop, bounded:F+W (StateOptions); drop takes shares of 0 only
   int64_t repeat = 3;
+  std::string name = {};                              // of this model, in the charts
+  std::vector<std::string> with = {};                 // results of other calls (--json), whose lines join the charts
 };
 // A prompt read into a new state, piece by piece, as generation does. Rows: tokens, attention_share (of the tokens, as it came out), ms (median), tokens_per_second,
 // peak_bytes (on a GPU all that tensors take, weights included; on a CPU what came on top of what was there) and state_bytes.

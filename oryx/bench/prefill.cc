@@ -7,6 +7,7 @@
 #include "oryx/bench/bench.h"
 #include "oryx/bench/measure.h"
 #include "oryx/common/error.h"
+#include "oryx/common/file.h"
 #include "oryx/common/log.h"
 #include "oryx/common/random.h"
 #include "oryx/generate/session.h"
@@ -70,11 +71,40 @@ Series& series_of(Chart& chart, const std::string& name) {
   return found != chart.series.end() ? *found : chart.series.emplace_back(Series{name});
 }
 
+// 131072 -> "131,072"
+std::string with_commas(int64_t n) {
+  std::string text = std::to_string(n);
+  for (int64_t at = static_cast<int64_t>(text.size()) - 3; at > 0; at -= 3) text.insert(static_cast<size_t>(at), ",");
+  return text;
+}
+
+// What the line of a chart is called: the length, and what of the model's keys and values is kept where that is not all.
+std::string line_of(int64_t length, const PrefillBenchOptions& o) {
+  std::string name = with_commas(length) + " tokens";
+  if (!o.name.empty()) name += ", " + o.name;
+  if (o.kv != "keep") name += ", keys and values " + o.kv;
+  return name;
+}
+
+std::vector<Json> rows_of_file(const std::string& path) {
+  const Json all = parse_json(read_file(path), path);
+  if (!all.is_object() || all.value("benchmark", Json()) != "prefill" || !all.contains("rows") || !all["rows"].is_array()) {
+    fail("{}: expected what oryx bench prefill --json wrote", path);
+  }
+  std::vector<Json> rows = all["rows"];
+  for (const Json& row : rows) {
+    for (const char* key : {"line", "attention_share", "ms", "peak_bytes"}) {
+      if (!row.is_object() || !row.contains(key)) fail("{}: a row without '{}'; expected what oryx bench prefill --json wrote", path, key);
+    }
+  }
+  return rows;
+}
+
 std::vector<Chart> charts_of(const std::vector<Json>& rows) {
   Chart time{.title = "Reading a prompt", .x_label = "% of its tokens in attention", .y_label = "ms", .log_y = true};
   Chart memory{.title = "Peak memory while reading it", .x_label = "% of its tokens in attention", .y_label = "GiB"};
   for (const Json& row : rows) {
-    const std::string name = fmt::format("{} tokens", row["tokens"].get<int64_t>());
+    const auto name = row["line"].get<std::string>();
     const double share = 100 * row["attention_share"].get<double>();
     series_of(time, name).points.emplace_back(share, row["ms"].get<double>());
     series_of(memory, name).points.emplace_back(share, row["peak_bytes"].get<double>() / (1 << 30));
@@ -102,12 +132,17 @@ BenchResult bench_prefill(const PrefillBenchOptions& o) {
 
   BenchResult result;
   auto& rows = result.table.rows;
+  std::vector<Json> drawn;  // with the other files'
+  for (const std::string& path : o.with) {
+    for (const Json& row : rows_of_file(path)) drawn.push_back(row);
+  }
   for (const int64_t length : o.lengths) {
     const std::vector<int32_t> ids = random_prompt(length, config.vocab_size);
     if (device.is_cuda() && length != o.lengths.front()) (void)read_prompt(model, schedule_of(o.placement, o.shares.front()), ids, first);
     for (const int64_t percent : o.shares) {
       const Pass pass = read_prompt(model, schedule_of(o.placement, percent), ids, o);
       rows.push_back({{"tokens", length},
+                      {"line", line_of(length, o)},
                       {"attention_share", pass.attention_share},
                       {"ms", pass.ms},
                       {"tokens_per_second", 1e3 * static_cast<double>(length) / pass.ms},
@@ -121,7 +156,8 @@ BenchResult bench_prefill(const PrefillBenchOptions& o) {
                           {"tokens_per_second", "tokens/s", cell_fixed(0)},
                           {"peak_bytes", "peak memory", cell_bytes()},
                           {"state_bytes", "state", cell_bytes()}};
-  result.charts = charts_of(rows);
+  drawn.insert(drawn.begin(), rows.begin(), rows.end());
+  result.charts = charts_of(drawn);
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"device", o.model.device},       {"placement", o.placement},
                     {"lengths", o.lengths},     {"shares", o.shares},         {"piece", o.piece},               {"kv", o.kv},
                     {"repeat", o.repeat}};

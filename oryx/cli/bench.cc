@@ -124,6 +124,8 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   add_count(prefill, "--piece", p->piece, "tokens of one pass");
   prefill.add_option("--kv", p->kv, "keys and values: keep, drop, or bounded:F+W, those of the first F and the last W tokens (docs/state.md)")->capture_default_str()->type_name("WHAT");
   add_count(prefill, "--repeat", p->repeat, "passes at each length and share");
+  prefill.add_option("--name", p->name, "of this model in the charts")->type_name("TEXT");
+  prefill.add_option("--with", p->with, "what another call wrote with --json: its lines join the charts")->expected(1)->allow_extra_args(false)->take_all()->type_name("FILE");
   finish(prefill, p, bench_prefill);
 
   CLI::App& decode = *app.add_subcommand("decode", "time of one token and bytes of state against context");
