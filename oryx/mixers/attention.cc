@@ -138,6 +138,10 @@ class Attention : public Mixer {
         rotate(cache.first_keys, k_norm_, at::arange(first, at::device(q.device()).dtype(at::kInt)).expand({N, first}));
     a.sink_v = cache.first_values;
     a.key_lengths = cache.lengths;
+    if (cache.kept_keys.defined()) {
+      const at::Tensor positions = cache.kept_positions.to(q.device());
+      a.between = ops::KeysBetween{rotate(cache.kept_keys, k_norm_, positions), cache.kept_values, positions, cache.kept_from.to(q.device()), cache.kept_until.to(q.device())};
+    }
     if (!in.sequences.cu_seqlens) return ops::sink_attention(a);
     const auto [ks, vs, cu_k] = side_by_side(k, v, cache.lengths);
     a.k = ks;

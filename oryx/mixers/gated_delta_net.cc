@@ -4,6 +4,7 @@
 //   S_t, o_t: oryx/ops/gated_delta/gated_delta.h
 #include <ATen/ATen.h>
 
+#include "oryx/mixers/delta_rule.h"
 #include "oryx/mixers/mixer.h"
 #include "oryx/ops/gated_delta/gated_delta.h"
 #include "oryx/ops/gated_delta/gates.h"
@@ -67,21 +68,12 @@ class GatedDeltaNet : public Mixer {
     S.copy_(ops::gated_delta_rule(rows.k, rows.k, rows.v, rows.own("gated_delta_net.g"), rows.own("gated_delta_net.beta"), S, {}, none).final_state);
   }
 
-  // |v - a S_{t-1} k^|^2 / |v|^2 over all heads. The state after the token, read with its own key, is (1 - b) a S_{t-1} k^ + b v.
   std::optional<at::Tensor> surprise(const MixerInput& in) const override {
     const auto [g, beta] = scalars(in.project);
-    const at::Tensor after = ops::gated_delta_rule(in.k, in.k, in.v, g, beta, {}, in.sequences.cu_seqlens, {}, 1.0).o.to(at::kFloat);  // [B, T, Hs, V]
-    const at::Tensor v = in.v.to(at::kFloat).repeat_interleave(after.size(2) / in.v.size(2), 2);
-    const at::Tensor left = 1 - beta;
-    const at::Tensor divisor = at::where(left.abs() < 1e-3, at::full_like(left, 1e-3), left).unsqueeze(-1);
-    return ((v - after) / divisor).square().sum({2, 3}) / v.square().sum({2, 3}).clamp_min(1e-12);
+    return delta_rule_surprise(ops::gated_delta_rule(in.k, in.k, in.v, g, beta, {}, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta);
   }
 
-  MixerFlops flops(int64_t) const override {
-    // Recurrent form: S k, the rank-one update and the decay (2 + 2 + 1) at every token; the readout S q in this mode.
-    const double cell = static_cast<double>(config_.head_dim) * config_.value_dim();
-    return {5 * cell * config_.state_heads(), 2 * cell * config_.output_heads()};
-  }
+  MixerFlops flops(int64_t) const override { return delta_rule_flops(config_); }
 
  private:
   // Log decay and write strength of each token and head, [B, T, Hs] float32.

@@ -64,11 +64,14 @@ class Mamba2 : public Mixer {
 
   // (1 - cos(v, a S_{t-1} k)) over all heads: the recurrence does not divide by the keys' length, so that only a prediction's direction counts. The state
   // after the token, read with its own key, is a S_{t-1} k + dt |k|^2 v.
+  bool predicts_values() const override { return true; }
   std::optional<at::Tensor> surprise(const MixerInput& in) const override {
     const at::Tensor dt_raw = in.project.wide(dt_proj_);  // [B, T, Hs]
     const at::Tensor none = at::zeros_like(D_);
     const at::Tensor k = in.k.to(at::kFloat), v_in = in.v.to(at::kFloat);
-    const at::Tensor after = ops::ssd(k, k, v_in, dt_raw, dt_bias_, A_log_, none, {}, in.sequences.cu_seqlens).o;  // [B, T, Hs, V]
+    std::optional<at::Tensor> S;
+    if (in.state != nullptr) S = in.state->tensor("mamba2.S");
+    const at::Tensor after = ops::ssd(k, k, v_in, dt_raw, dt_bias_, A_log_, none, S, in.sequences.cu_seqlens).o;  // [B, T, Hs, V]
     const int64_t heads = after.size(2);
     const at::Tensor v = v_in.repeat_interleave(heads / v_in.size(2), 2);
     const at::Tensor dt = at::logaddexp(dt_raw + dt_bias_, at::zeros({}, dt_bias_.options()));

@@ -33,6 +33,9 @@ struct KeyValueCache {
   int64_t window = 0;                    // 0: every row, and the two below are undefined
   at::Tensor starts = {};                     // [N] int32 on the CPU: the position of row 0
   at::Tensor first_keys = {}, first_values = {};  // [N, first, Hk, K or V]: zeros behind a sequence's own
+  // Rows between, that are kept by choice (KeptRows): query t sees token kept_positions when kept_from <= t < kept_until. Undefined where none are.
+  at::Tensor kept_keys = {}, kept_values = {};                            // [N, kept, Hk, K or V]; finite
+  at::Tensor kept_positions = {}, kept_from = {}, kept_until = {};        // [N, kept] int32 on the CPU
 };
 
 struct MixerInput {
@@ -85,8 +88,10 @@ class Mixer {
   virtual std::string borrows_query_of() const { return {}; }
   // Hands over its parameters (names as declared, under `prefix`).
   virtual void bind(const ParameterMap&, const std::string& prefix) { (void)prefix; }
+  // True when surprise() says something.
+  virtual bool predicts_values() const { return false; }
   // How badly the state before each token predicts that token's value from its key: 0 wholly, 1 as badly as no state at all. [B, T] float32; nothing for a
-  // mixer that predicts none. Sequences from their beginning (input.state null); input.q and spans play no part.
+  // mixer that predicts none. From input.state on, which stays as it is; null: from the sequences' beginning. input.q and spans play no part.
   virtual std::optional<at::Tensor> surprise(const MixerInput& input) const { return (void)input, std::nullopt; }
   // -> o [B, T, output heads, V]; rows outside of spans are zero.
   virtual at::Tensor forward(const MixerInput& input) const = 0;

@@ -138,6 +138,14 @@ StateBytes state_bytes(const ModelConfig& c, int64_t tokens, at::ScalarType comp
       inputs += slot.shape[0] * static_cast<int64_t>(at::elementSize(slot.dtype));
     }
   }
+  if (options.kept.on()) {
+    const int64_t kept = KeptRows::most_rows(options.kept, options.bound.first, options.bound.window, tokens);
+    for (const auto& layer : LanguageModel::slots(c, compute, options)) {
+      int64_t bytes = 0;
+      for (const auto& slot : layer) bytes += slot.kind == SlotKind::kPerToken && slot.looked_at ? slot.bytes() : 0;
+      b.tokens += bytes > 0 ? kept * (bytes + KeptRows::kRowBytes) : 0;
+    }
+  }
   const int64_t mark = b.recurrent + b.tails;
   if (options.checkpoint_every > 0) {
     // Under a bound those before its rows are dropped.

@@ -124,6 +124,15 @@ std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute, const State
     if (!rows) continue;
     for (const auto& own : mixers_[i]->row_slots()) s.push_back(own);
   }
+  const bool looked_at = std::any_of(s.begin(), s.end(), [](const SlotSpec& slot) { return slot.looked_at; });
+  if (looked_at && options.kept.wants_surprise()) {
+    if (std::none_of(mixers_.begin(), mixers_.end(), [](const auto& m) { return m->predicts_values(); })) {
+      fail("keys and values '{}': a layer's mixers are {}, none of which predicts values (as gated_delta_net, kimi_delta_attention and mamba2 do), so nothing says which rows it "
+           "keeps; bound them (bounded:F+W) instead",
+           kv_text(options), fmt::join(names_, ", "));
+    }
+    s.push_back({"surprise", SlotKind::kPerToken, {}, at::kFloat});
+  }
   const auto any_rows = std::any_of(s.begin(), s.end(), [](const SlotSpec& slot) { return slot.kind == SlotKind::kPerToken; });
   if (any_rows && names_.size() > 1 && !combines_all()) s.push_back({"mode", SlotKind::kPerToken, {}, at::kChar});
   return s;
@@ -200,64 +209,8 @@ MultiMixerLayer::KeyValues MultiMixerLayer::project_kv(const KeyValueGroup& grou
   // A refill's convolutions run for their tails' sake: their first outputs lack the inputs before it, and the rows are there.
   kv.k = keep(group.prefix + "keys", kv.k, pass);
   kv.v = keep(group.prefix + "values", kv.v, pass);
-  if (!group.keeps_tokens) return kv;
-  kv.cache = past_and_present(group, kv.k, kv.v, pass);
-  kv.cached = true;
+  kv.cached = group.keeps_tokens;
   return kv;
-}
-
-KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const ForwardPass& pass) const {
-  const State& state = *pass.state;
-  std::vector<int64_t> counts(state.lengths().size(), k.size(1));
-  for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
-  int64_t longest = 0;
-  for (size_t n = 0; n < counts.size(); ++n) longest = std::max(longest, state.lengths()[n] + counts[n]);
-  if (state.bounded(longest)) return bounded(group, k, v, counts, pass);
-  return {state.rows(index_, group.prefix + "keys", longest), state.rows(index_, group.prefix + "values", longest),
-          state.lengths_tensor() + at::tensor(counts, at::kLong).to(at::kInt)};
-}
-
-// The last window - 1 rows of the past and those of this call, and the first rows.
-KeyValueCache MultiMixerLayer::bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts,
-                                       const ForwardPass& pass) const {
-  const State& state = *pass.state;
-  const RowWindow& bound = state.options().bound;
-  const size_t N = counts.size();
-  std::vector<int64_t> begins(N), lengths(state.lengths()), ends(N), held(N), firsts(N);
-  bool stored = true;
-  for (size_t n = 0; n < N; ++n) {
-    begins[n] = std::max<int64_t>(0, lengths[n] - bound.window + 1);
-    ends[n] = lengths[n] + counts[n];
-    held[n] = ends[n] - begins[n];
-    firsts[n] = std::min(bound.first, ends[n]);
-    // A call of many tokens leaves fewer rows than its own queries look at.
-    stored = stored && (pass.refill || counts[n] <= state.row_bound().last);
-  }
-  const auto of = [&](const std::string& name, const at::Tensor& fresh) {
-    const std::string slot = group.prefix + name;
-    if (stored) return state.rows(index_, slot, begins, ends);
-    const at::Tensor past = state.rows(index_, slot, begins, lengths);
-    std::vector<int64_t> shape = past.sizes().vec();
-    shape[1] = *std::max_element(held.begin(), held.end());
-    at::Tensor all = at::empty(shape, past.options());
-    for (size_t n = 0; n < N; ++n) {
-      const auto row = static_cast<int64_t>(n);
-      const int64_t before = lengths[n] - begins[n];
-      const at::Tensor own = pass.cu_seqlens.empty() ? fresh[row] : fresh[0].narrow(0, pass.cu_seqlens[n], counts[n]);
-      all[row].narrow(0, 0, before).copy_(past[row].narrow(0, 0, before));
-      all[row].narrow(0, before, counts[n]).copy_(own);
-    }
-    return all;
-  };
-  const auto first = [&](const std::string& name) {
-    at::Tensor rows = state.rows(index_, group.prefix + name, std::vector<int64_t>(N, 0), firsts);
-    if (rows.size(1) == *std::min_element(firsts.begin(), firsts.end())) return rows;
-    rows = rows.clone();  // nothing unspecified enters a product
-    for (size_t n = 0; n < N; ++n) rows[static_cast<int64_t>(n)].narrow(0, firsts[n], rows.size(1) - firsts[n]).zero_();
-    return rows;
-  };
-  const auto ints = [](const std::vector<int64_t>& x) { return at::tensor(x, at::kLong).to(at::kInt); };
-  return {of("keys", k), of("values", v), ints(held), bound.window, ints(begins), first("keys"), first("values")};
 }
 
 at::Tensor MultiMixerLayer::keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const {
@@ -300,6 +253,10 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
   static const TokenSet kEverything;
   std::vector<KeyValues> kvs;
   for (const auto& g : groups_) kvs.push_back(project_kv(g, reads, pass));
+  if (state != nullptr) choose_rows(reads, kvs, pass);
+  for (size_t i = 0; i < kvs.size(); ++i) {
+    if (kvs[i].cached) kvs[i].cache = past_and_present(groups_[i], kvs[i].k, kvs[i].v, pass);
+  }
   if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_, u.device()), pass);
   std::vector<at::Tensor> outputs;  // [B, T, output heads, V] each
   std::vector<at::Tensor> rows;     // of each: the tokens that it answers for, undefined for all

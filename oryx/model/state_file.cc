@@ -122,6 +122,8 @@ void save_state(const LanguageModel& model, const State& state, const fs::path& 
                      {"drop_rows", o.drop_rows ? "1" : "0"},
                      {"bound", fmt::format("{},{},{}", o.bound.first, o.bound.window, o.bound.back)},
                      {"rows_from", fmt::format("{}", fmt::join(state.rows_from(), ","))},
+                     {"kept", o.kept.on() ? kv_text(o) : ""},
+                     {"kept_lost", fmt::format("{}", fmt::join(state.kept().lost(), ","))},
                      {"page_tokens", std::to_string(o.page_tokens)}});
 }
 
@@ -154,7 +156,7 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
   options.keep_rows = meta.number("keep_rows") != 0;
   options.drop_rows = meta.number("drop_rows") != 0;
   options.budget = budget;
-  std::vector<int64_t> rows_from(lengths.size(), 0);
+  std::vector<int64_t> rows_from(lengths.size(), 0), kept_lost(lengths.size(), 0);
   if (meta.has("bound")) {  // files of before bounds have none
     const auto bound = meta.list("bound", meta.text("bound"));
     if (bound.size() != 3) fail("{}: 'bound' in its metadata is '{}', expected three integers", file.path(), shown(meta.text("bound")));
@@ -163,6 +165,13 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
     rows_from = meta.list("rows_from", meta.text("rows_from"));
   }
   try {
+    if (meta.has("kept") && !meta.text("kept").empty()) {
+      StateOptions kept;
+      set_kv(kept, meta.text("kept"));
+      options.kept = kept.kept;
+      kept_lost = meta.list("kept_lost", meta.text("kept_lost"));
+      if (kept_lost.size() != lengths.size()) fail("kept_lost of {} sequences, expected {}", kept_lost.size(), lengths.size());
+    }
     options.validate();
   } catch (const Error& e) {
     fail("{}: {}", file.path(), e.what());
@@ -171,9 +180,10 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
   const auto rows_of = [&](size_t n) { return rows_from[n] > 0 ? options.bound.first + lengths[n] - rows_from[n] : lengths[n]; };
   const auto get = [&](const std::string& name, const SlotSpec& spec, int64_t rows) {
     std::vector<int64_t> shape = spec.shape;
-    if (rows >= 0) shape.insert(shape.begin(), rows);
     const auto it = file.tensors().find(name);
     if (it == file.tensors().end()) fail("{}: tensor '{}' is missing", file.path(), name);
+    if (rows == State::kAnyRows) rows = it->second.shape.empty() ? 0 : it->second.shape[0];
+    if (rows >= 0) shape.insert(shape.begin(), rows);
     if (it->second.shape != shape || it->second.dtype != spec.dtype) {
       fail("{}: tensor '{}' is {} [{}], expected {} [{}]", file.path(), name, safetensors_dtype(it->second.dtype), fmt::join(it->second.shape, ", "),
            safetensors_dtype(spec.dtype), fmt::join(shape, ", "));
@@ -195,7 +205,7 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
   }
   check_memory(file.path(), layers, lengths.size(), options);
   State state = model.make_state(static_cast<int64_t>(lengths.size()), options);
-  state.assign(lengths, rows_from, checkpoints, get);
+  state.assign(lengths, rows_from, checkpoints, kept_lost, get);
   return state;
 }
 

@@ -41,12 +41,26 @@ std::vector<SlotSpec> fixed_slots(const std::vector<std::vector<SlotSpec>>& laye
   return all;
 }
 
+// What later tokens look at, by layer.
+std::vector<std::vector<SlotSpec>> looked_at_slots(const std::vector<std::vector<SlotSpec>>& layers) {
+  std::vector<std::vector<SlotSpec>> all;
+  for (const auto& layer : layers) {
+    all.emplace_back();
+    for (const auto& spec : layer) {
+      if (spec.kind == SlotKind::kPerToken && spec.looked_at) all.back().push_back(spec);
+    }
+  }
+  return all;
+}
+
 }  // namespace
 
 State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences, const StateOptions& options, int64_t refill)
     : options_(options),
       budget_(std::make_shared<ByteBudget>(options.budget)),
       rows_(sequences, budget_, options.device, options.page_tokens, options.row_bound(refill)),
+      kept_(looked_at_slots(layers), sequences, options.kept, options.bound.first, options.bound.window, options.row_bound(refill).last - options.bound.window, budget_,
+            options.device),
       layers_(layers.size()),
       lengths_(static_cast<size_t>(sequences), 0),
       marks_(static_cast<size_t>(sequences)),
@@ -106,6 +120,7 @@ void State::prepare(const std::vector<int64_t>& counts) {
     marks += checkpoint_due(static_cast<int64_t>(n), needs[n]) ? 1 : 0;
     marks += options_.ring > 0 && static_cast<int64_t>(marks_[n].ring.size()) <= options_.ring ? 1 : 0;
   }
+  kept_.check_room(lengths_, counts);
   rows_.make_room(lengths_, needs, /*exact=*/false);
   budget_->check(marks * (mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail)));
 }
@@ -139,8 +154,10 @@ void State::advance(const std::vector<int64_t>& counts) {
     if (counts[n] == 0) continue;
     lengths_[n] += counts[n];
     rows_.retire(static_cast<int64_t>(n), lengths_[n]);
+    kept_.settle(static_cast<int64_t>(n), lengths_[n]);
     take_marks(static_cast<int64_t>(n));
   }
+  kept_.shrink();
 }
 
 int64_t State::mark_bytes(SlotKind kind) const {
@@ -155,7 +172,7 @@ StateBytes State::count(bool reserved) const {
   StateBytes b;
   b.recurrent = mark_bytes(SlotKind::kRecurrent) * sequences();
   b.tails = mark_bytes(SlotKind::kTail) * sequences();
-  b.tokens = reserved ? rows_.reserved_bytes() : rows_.used_bytes(lengths_);
+  b.tokens = reserved ? rows_.reserved_bytes() + kept_.reserved_bytes() : rows_.used_bytes(lengths_) + kept_.bytes();
   const int64_t mark = mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail);
   for (const auto& m : marks_) {
     b.checkpoints += mark * static_cast<int64_t>(m.checkpoints.size());

@@ -18,7 +18,9 @@
 #include <vector>
 
 #include "oryx/state/fixed_pool.h"
+#include "oryx/state/kept_rows.h"
 #include "oryx/state/pages.h"
+#include "oryx/state/row_policy.h"
 #include "oryx/state/slot.h"
 
 namespace oryx {
@@ -52,14 +54,19 @@ struct StateOptions {
   RowWindow bound = {};
   // Tokens of a page of rows: what forks share, and what a fork copies of a last, partly filled one is at most.
   int64_t page_tokens = RowStore::kPageTokens;
+  // Of a bounded state: rows that are kept by choice beside the first and the last ones, which attention then sees too.
+  KeptRule kept = {};
 
   // Throws Error for values that contradict each other.
   void validate() const;
   // The rows that a state of these options keeps of `tokens` tokens. `refill` as Replay::refill_tokens().
   RowBound row_bound(int64_t refill) const;
+  // Keys that a query behind `context` tokens sees at most, itself included.
+  int64_t seen(int64_t context) const;
 };
 
-// What is kept of keys and values, as text: "keep" (all rows), "drop" (none), or "bounded:F+W" (the first F tokens' and the last W's). Throws Error.
+// What is kept of keys and values, as text: "keep" (all rows), "drop" (none), "bounded:F+W" (the first F tokens' and the last W's), or a policy of row_policy.h, as in
+// "surprise:budget=256,first=4,window=64" (budget, share or threshold; first 4, window 64 unless said; seed). Throws Error.
 void set_kv(StateOptions& options, const std::string& text);
 std::string kv_text(const StateOptions& options);
 
@@ -137,6 +144,9 @@ class State {
   // True when rows of the sequence were dropped, or will be at `length` tokens.
   bool bounded(int64_t length) const { return rows_.bound().on() && length > options_.bound.first + options_.bound.window; }
   const RowBound& row_bound() const { return rows_.bound(); }
+  // The rows that are kept by choice. A layer lets tokens go and gives the rows of those that are kept during its pass.
+  const KeptRows& kept() const { return kept_; }
+  KeptRows& kept() { return kept_; }
   // The inputs of the convolution whose tail is slot `name`, rows as in append(): for the ring; does nothing without
   // one.
   void record(int64_t i, const std::string& name, const at::Tensor& inputs, const std::vector<int64_t>* cu_seqlens);
@@ -166,7 +176,8 @@ class State {
   // Takes over what tensors() gave: `get` returns a tensor by name and throws when there is none; `shape` and dtype are checked by it. The
   // state must be fresh.
   void assign(const std::vector<int64_t>& lengths, const std::vector<int64_t>& rows_from, const std::vector<std::vector<int64_t>>& checkpoints,
-              const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get);
+              const std::vector<int64_t>& kept_lost, const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get);
+  static constexpr int64_t kAnyRows = -2;  // what assign() asks for where only the tensor knows how many there are
   std::vector<std::vector<int64_t>> checkpoints() const;  // positions, by sequence
   // Drops checkpoints until those of a sequence stand at least `every` tokens apart, and from its start; 0: drops all. Frees memory for longer trims.
   void thin_checkpoints(int64_t every);
@@ -231,13 +242,14 @@ class State {
   void restart_ring(int64_t n);
 
   struct Empty {};
-  State(Empty, const State& like, RowStore rows, int64_t sequences);
+  State(Empty, const State& like, RowStore rows, KeptRows kept, int64_t sequences);
 
   StateOptions options_;
   std::shared_ptr<ByteBudget> budget_;
   Charge charge_;  // of recurrent slots, tails and the ring of inputs
   std::shared_ptr<FixedPool> pool_;  // one for all forks
   RowStore rows_;
+  KeptRows kept_;
   std::vector<LayerState> layers_;
   std::vector<int64_t> lengths_;
   std::vector<Marks> marks_;  // by sequence

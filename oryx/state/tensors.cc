@@ -42,12 +42,13 @@ std::vector<std::pair<std::string, at::Tensor>> State::tensors() const {
         ++fixed;
       }
     }
+    kept_.save(n, fmt::format("sequence{}.", n), out);
   }
   return out;
 }
 
 void State::assign(const std::vector<int64_t>& lengths, const std::vector<int64_t>& rows_from, const std::vector<std::vector<int64_t>>& checkpoints,
-                   const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get) {
+                   const std::vector<int64_t>& kept_lost, const std::function<at::Tensor(const std::string& name, const SlotSpec& spec, int64_t rows)>& get) {
   TORCH_CHECK(lengths.size() == lengths_.size() && checkpoints.size() == lengths_.size(), "state: ", lengths.size(), " lengths for ", lengths_.size());
   TORCH_CHECK(std::all_of(lengths_.begin(), lengths_.end(), [](int64_t length) { return length == 0; }), "state: only a fresh one takes over tensors");
   rows_.make_room(lengths_, lengths, /*exact=*/!rows_.bound().on());
@@ -75,6 +76,10 @@ void State::assign(const std::vector<int64_t>& lengths, const std::vector<int64_
         for (size_t k = 0; k < m.checkpoints.size(); ++k) m.checkpoints[k].page->values[fixed].copy_(get(fmt::format("sequence{}.checkpoint{}.{}", n, k, full), slot.spec, -1));
         ++fixed;
       }
+    }
+    if (kept_.on()) {
+      kept_.load(n, length, kept_lost[static_cast<size_t>(n)], fmt::format("sequence{}.", n),
+                 [&](const std::string& name, const SlotSpec& spec) { return get(name, spec, kAnyRows); });
     }
     lengths_[static_cast<size_t>(n)] = lengths[static_cast<size_t>(n)];
     m.last_checkpoint = !m.checkpoints.empty() ? m.checkpoints.back().length : from > 0 ? length : 0;

@@ -91,7 +91,10 @@ bool State::replayable() const {
 
 // Whether the rows that tokens from `length` on look back at are held.
 bool State::sees_what_it_must(int64_t n, int64_t length) const {
-  return !looked_at_ || rows_.holds(n, std::max<int64_t>(0, length - options_.bound.window + 1), length);
+  if (!looked_at_) return true;
+  // A choice among rows begins with the one that leaves the window next.
+  const int64_t seen = options_.bound.window - (kept_.on() ? 0 : 1);
+  return rows_.holds(n, std::max<int64_t>(0, length - seen), length) && kept_.holds(n, length);
 }
 
 std::optional<State::Way> State::way_to(int64_t n, int64_t length) const {
@@ -135,11 +138,12 @@ int64_t State::reachable(int64_t sequence, int64_t length) const {
   return best;
 }
 
-State::State(Empty, const State& like, RowStore rows, int64_t sequences)
+State::State(Empty, const State& like, RowStore rows, KeptRows kept, int64_t sequences)
     : options_(like.options_),
       budget_(like.budget_),
       pool_(like.pool_),
       rows_(std::move(rows)),
+      kept_(std::move(kept)),
       layers_(like.layers_),
       lengths_(static_cast<size_t>(sequences), 0),
       marks_(static_cast<size_t>(sequences)),
@@ -151,7 +155,7 @@ State::State(Empty, const State& like, RowStore rows, int64_t sequences)
 // A state of the one sequence, which shares its rows and has recurrent slots and tails of its own, those of the mark (zeros without one). It takes no marks
 // and lives shorter than a call: no budget counts it.
 State State::one_sequence(int64_t n, const Mark* from) const {
-  State one(Empty{}, *this, rows_.view(n), 1);
+  State one(Empty{}, *this, rows_.view(n), kept_.view(n), 1);
   one.options_.ring = one.options_.checkpoint_every = 0;
   one.lengths_[0] = from != nullptr ? from->length : 0;
   size_t at = 0;
@@ -169,7 +173,7 @@ State State::fork(const std::vector<int64_t>& from) const {
   for (const int64_t n : from) TORCH_CHECK(n >= 0 && n < sequences(), "state: fork of sequence ", n, " of ", sequences());
   TORCH_CHECK(!from.empty(), "state: a fork of no sequence");
   Charge charge(budget_, static_cast<int64_t>(from.size()) * fixed_bytes());
-  State fork(Empty{}, *this, rows_.fork(from, lengths_), static_cast<int64_t>(from.size()));
+  State fork(Empty{}, *this, rows_.fork(from, lengths_), kept_.fork(from), static_cast<int64_t>(from.size()));
   fork.charge_ = std::move(charge);
   const at::Tensor index = at::tensor(from, at::kLong).to(options_.device);
   for (auto& layer : fork.layers_) {
@@ -198,6 +202,7 @@ void State::adopt(int64_t n, int64_t length, const State& one) {
   for_each_fixed([&](const LayerState::Slot& slot) { slot.data[n].copy_(values[at++]); });
   lengths_[static_cast<size_t>(n)] = length;
   rows_.trim(n, length);
+  kept_.trim(n, length);
   Marks& m = marks_[static_cast<size_t>(n)];
   for (auto* marks : {&m.checkpoints, &m.ring}) {
     while (!marks->empty() && marks->back().length > length) marks->pop_back();
@@ -215,6 +220,12 @@ void State::refuse_trim(int64_t sequence, int64_t length) const {
         "cannot trim to {} of {} tokens: a layer keeps no rows to replay, so that only checkpoints can be reached, the "
         "nearest one below at {}; {}",
         length, held, nearest, way_out(marks));
+  }
+  if (kept_.on() && !kept_.holds(sequence, length)) {
+    fail(
+        "cannot trim to {} of {} tokens: rows that were kept there were dropped since for more surprising ones, the nearest position below that can be reached is {}; hold "
+        "such rows for longer (back), or keep all rows",
+        length, held, nearest);
   }
   fail(
       "cannot trim to {} of {} tokens: the rows of tokens {} to {} were dropped, the nearest position below that can be reached is {}; keep more rows behind "

@@ -15,14 +15,11 @@ struct Part {
   at::Tensor o, lse;  // [N, T, Hq, V], [N, T, Hq]
 };
 
-// q [N, T, Hq, K] over the first keys [N, F, Hk, K or V] that each query at `positions` [N, T] sees; where it sees none, o is 0 and lse -inf.
-Part over_first(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& positions, const SinkAttention& a) {
-  const int64_t F = k.size(1), Hk = k.size(2);
+// q [N, T, Hq, K] over keys [N, F, Hk, K or V], but for those that are `hidden` [N, T, F] to it; where it sees none, o is 0 and lse -inf.
+Part over_keys(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& hidden, const SinkAttention& a) {
+  const int64_t Hk = k.size(2);
   const double scale = a.scale.value_or(1 / std::sqrt(static_cast<double>(q.size(3))));
   const auto wide = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor s = at::arange(F, positions.options()), t = positions.unsqueeze(-1);  // [F], [N, T, 1]
-  at::Tensor hidden = s > t - a.window;                                                   // [N, T, F]; those are the window's
-  if (a.reach > 0) hidden = hidden | (s <= t - a.reach);
   const at::Tensor grouped = q.to(wide).unflatten(2, {Hk, -1}).permute({0, 2, 3, 1, 4});                        // [N, Hk, G, T, K]
   at::Tensor scores = at::matmul(grouped, k.to(wide).permute({0, 2, 3, 1}).unsqueeze(2)) * scale;               // [N, Hk, G, T, F]
   scores = scores.masked_fill(hidden.unsqueeze(1).unsqueeze(1), -std::numeric_limits<double>::infinity());
@@ -32,14 +29,40 @@ Part over_first(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c
   return {o.permute({0, 3, 1, 2, 4}).flatten(2, 3), lse.squeeze(-1).permute({0, 3, 1, 2}).flatten(2, 3)};
 }
 
-Part over_first(const SinkAttention& a) {
-  if (!a.cu_seqlens) return over_first(a.q, a.sink_k, a.sink_v, a.positions, a);
+Part joined(const Part& a, const Part& b) {
+  const at::Tensor all = at::logaddexp(a.lse, b.lse), base = all.masked_fill(all.isinf(), 0);
+  return {a.o * (a.lse - base).exp().unsqueeze(-1) + b.o * (b.lse - base).exp().unsqueeze(-1), all};
+}
+
+// Queries [begin, begin + count) of each row over the keys of sequences [n, n + sequences) outside of the window.
+Part over_far(const SinkAttention& a, int64_t n, int64_t sequences, int64_t begin, int64_t count) {
+  const at::Tensor q = a.q.narrow(1, begin, count), t = a.positions.narrow(1, begin, count).unsqueeze(-1);  // [N, T, 1]
+  const auto of = [&](const at::Tensor& x) { return x.narrow(0, n, sequences); };
+  std::optional<Part> part;
+  if (a.sink_k.size(1) > 0) {
+    const at::Tensor s = at::arange(a.sink_k.size(1), t.options());
+    at::Tensor hidden = s > t - a.window;  // those are the window's
+    if (a.reach > 0) hidden = hidden | (s <= t - a.reach);
+    part = over_keys(q, of(a.sink_k), of(a.sink_v), hidden, a);
+  }
+  if (a.between) {
+    const KeysBetween& b = *a.between;
+    at::Tensor hidden = (of(b.from).unsqueeze(1) > t) | (of(b.until).unsqueeze(1) <= t);
+    if (a.reach > 0) hidden = hidden | (of(b.positions).unsqueeze(1) <= t - a.reach);
+    const Part more = over_keys(q, of(b.k), of(b.v), hidden, a);
+    part = part ? joined(*part, more) : more;
+  }
+  return *part;
+}
+
+Part over_far(const SinkAttention& a) {
+  if (!a.cu_seqlens) return over_far(a, 0, a.q.size(0), 0, a.q.size(1));
   const at::Tensor bounds = a.cu_seqlens->to(at::kLong).cpu();
   std::vector<at::Tensor> o, lse;
   for (int64_t n = 0; n + 1 < bounds.numel(); ++n) {
     const int64_t begin = bounds[n].item<int64_t>(), count = bounds[n + 1].item<int64_t>() - begin;
     if (count == 0) continue;
-    const Part part = over_first(a.q.narrow(1, begin, count), a.sink_k.narrow(0, n, 1), a.sink_v.narrow(0, n, 1), a.positions.narrow(1, begin, count), a);
+    const Part part = over_far(a, n, 1, begin, count);
     o.push_back(part.o);
     lse.push_back(part.lse);
   }
@@ -60,15 +83,15 @@ at::Tensor in_spans(const at::Tensor& spans, const at::Tensor& q) {
 at::Tensor sink_attention(const SinkAttention& a) {
   TORCH_CHECK(a.window > 0 && a.reach >= 0, "sink_attention: a window of ", a.window, ", a reach of ", a.reach);
   const bool inside = a.reach > 0 && a.reach <= a.window;  // what a query sees lies in the window
-  if (inside || a.sink_k.size(1) == 0) {
+  if (inside || (a.sink_k.size(1) == 0 && !a.between)) {
     return span_attention(a.q, a.k, a.v, a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths, inside ? a.reach : a.window, a.scale);
   }
   const auto [o, lse] = span_attention_with_denominators(a.q, a.k, a.v, a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths, a.window, a.scale);
-  const Part first = over_first(a);
-  const at::Tensor all = at::logaddexp(lse, first.lse);
-  at::Tensor joined = o.to(first.o.scalar_type()) * (lse - all).exp().unsqueeze(-1) + first.o * (first.lse - all).exp().unsqueeze(-1);
-  if (a.spans) joined = joined.masked_fill(in_spans(*a.spans, a.q).logical_not().unsqueeze(-1).unsqueeze(-1), 0);
-  return joined.to(a.q.scalar_type());
+  const Part far = over_far(a);
+  const at::Tensor all = at::logaddexp(lse, far.lse);
+  at::Tensor both = o.to(far.o.scalar_type()) * (lse - all).exp().unsqueeze(-1) + far.o * (far.lse - all).exp().unsqueeze(-1);
+  if (a.spans) both = both.masked_fill(in_spans(*a.spans, a.q).logical_not().unsqueeze(-1).unsqueeze(-1), 0);
+  return both.to(a.q.scalar_type());
 }
 
 }  // namespace oryx::ops

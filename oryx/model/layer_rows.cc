@@ -1,0 +1,147 @@
+// What a layer reads of a state's rows: all of them, or those that a bounded state keeps.
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "oryx/model/layer.h"
+
+namespace oryx {
+
+namespace {
+
+// New tokens of a call by sequence; T of each where they are not packed.
+std::vector<int64_t> new_tokens(const ForwardPass& pass, int64_t T) {
+  std::vector<int64_t> counts(pass.state->lengths().size(), T);
+  for (size_t n = 0; n + 1 < pass.cu_seqlens.size(); ++n) counts[n] = pass.cu_seqlens[n + 1] - pass.cu_seqlens[n];
+  return counts;
+}
+
+}  // namespace
+
+KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const ForwardPass& pass) const {
+  const State& state = *pass.state;
+  const std::vector<int64_t> counts = new_tokens(pass, k.size(1));
+  int64_t longest = 0;
+  for (size_t n = 0; n < counts.size(); ++n) longest = std::max(longest, state.lengths()[n] + counts[n]);
+  if (state.bounded(longest)) return bounded(group, k, v, counts, pass);
+  return {state.rows(index_, group.prefix + "keys", longest), state.rows(index_, group.prefix + "values", longest),
+          state.lengths_tensor() + at::tensor(counts, at::kLong).to(at::kInt)};
+}
+
+// The last window - 1 rows of the past and those of this call, and the first rows.
+KeyValueCache MultiMixerLayer::bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts,
+                                       const ForwardPass& pass) const {
+  const State& state = *pass.state;
+  const RowWindow& bound = state.options().bound;
+  const size_t N = counts.size();
+  // A choice among rows begins with the one that leaves the window now.
+  const int64_t before_first = bound.window - (state.kept().on() ? 0 : 1);
+  std::vector<int64_t> begins(N), lengths(state.lengths()), ends(N), held(N), firsts(N);
+  bool stored = true;
+  for (size_t n = 0; n < N; ++n) {
+    begins[n] = std::max<int64_t>(0, lengths[n] - before_first);
+    ends[n] = lengths[n] + counts[n];
+    held[n] = ends[n] - begins[n];
+    firsts[n] = std::min(bound.first, ends[n]);
+    // A call of many tokens leaves fewer rows than its own queries look at.
+    stored = stored && (pass.refill || counts[n] <= state.row_bound().last);
+  }
+  const auto of = [&](const std::string& name, const at::Tensor& fresh) {
+    const std::string slot = group.prefix + name;
+    if (stored) return state.rows(index_, slot, begins, ends);
+    const at::Tensor past = state.rows(index_, slot, begins, lengths);
+    std::vector<int64_t> shape = past.sizes().vec();
+    shape[1] = *std::max_element(held.begin(), held.end());
+    at::Tensor all = at::empty(shape, past.options());
+    for (size_t n = 0; n < N; ++n) {
+      const auto row = static_cast<int64_t>(n);
+      const int64_t before = lengths[n] - begins[n];
+      const at::Tensor own = pass.cu_seqlens.empty() ? fresh[row] : fresh[0].narrow(0, pass.cu_seqlens[n], counts[n]);
+      all[row].narrow(0, 0, before).copy_(past[row].narrow(0, 0, before));
+      all[row].narrow(0, before, counts[n]).copy_(own);
+    }
+    return all;
+  };
+  const auto first = [&](const std::string& name) {
+    at::Tensor rows = state.rows(index_, group.prefix + name, std::vector<int64_t>(N, 0), firsts);
+    if (rows.size(1) == *std::min_element(firsts.begin(), firsts.end())) return rows;
+    rows = rows.clone();  // nothing unspecified enters a product
+    for (size_t n = 0; n < N; ++n) rows[static_cast<int64_t>(n)].narrow(0, firsts[n], rows.size(1) - firsts[n]).zero_();
+    return rows;
+  };
+  const auto ints = [](const std::vector<int64_t>& x) { return at::tensor(x, at::kLong).to(at::kInt); };
+  KeyValueCache cache{of("keys", k), of("values", v), ints(held), bound.window, ints(begins), first("keys"), first("values")};
+  if (state.kept().on()) add_kept(group, begins, pass, cache);
+  return cache;
+}
+
+// Lets the state choose which rows this layer keeps of the tokens that leave the window during this call.
+void MultiMixerLayer::choose_rows(const Projections& u, const std::vector<KeyValues>& kvs, ForwardPass& pass) const {
+  State& state = *pass.state;
+  KeptRows& kept = state.kept();
+  if (!kept.on() || pass.refill || std::none_of(kvs.begin(), kvs.end(), [](const KeyValues& kv) { return kv.cached; })) return;
+  const std::vector<int64_t>& lengths = state.lengths();
+  const std::vector<int64_t> counts = new_tokens(pass, u.input().size(1));
+  const size_t N = counts.size();
+  at::Tensor scores;  // [B, T]
+  if (state.layer(index_).has("surprise")) {
+    std::vector<at::Tensor> all;
+    for (size_t m = 0; m < mixers_.size(); ++m) {
+      const KeyValues& kv = kvs[config_.share_kv ? 0 : m];
+      const MixerInput input{u.input(), u, {}, kv.k, kv.v, {}, pass.sequences, &state.layer(index_)};
+      if (const auto score = mixers_[m]->surprise(input)) all.push_back(*score);
+    }
+    scores = (all.size() == 1 ? all[0] : at::stack(all).mean(0)).to(at::kFloat);
+    keep("surprise", scores, pass);
+  }
+  std::vector<int64_t> begins(N, 0), ends(N, 0);  // of tokens that leave and that earlier calls have read
+  bool any = false;
+  for (size_t n = 0; n < N; ++n) {
+    const auto [begin, end] = kept.leaving(lengths[n], counts[n]);
+    if (counts[n] == 0 || begin >= end) continue;
+    any = true;
+    if (begin < lengths[n]) begins[n] = begin, ends[n] = std::min(end, lengths[n]);
+  }
+  if (!any) return;
+  std::vector<std::vector<float>> leaving(N);
+  if (scores.defined()) {
+    const at::Tensor own = scores.cpu().contiguous(), past = state.rows(index_, "surprise", begins, ends).cpu().contiguous();
+    for (size_t n = 0; n < N; ++n) {
+      const auto [begin, end] = kept.leaving(lengths[n], counts[n]);
+      if (counts[n] == 0 || begin >= end) continue;
+      const auto row = static_cast<int64_t>(n);
+      const float* before = past.const_data_ptr<float>() + row * past.size(1);
+      leaving[n].assign(before, before + (ends[n] - begins[n]));
+      const int64_t from = std::max(begin, lengths[n]) - lengths[n], to = end - lengths[n];  // of this call's tokens
+      const float* here = own.const_data_ptr<float>() + (pass.cu_seqlens.empty() ? row * own.size(1) : pass.cu_seqlens[n]);
+      if (from < to) leaving[n].insert(leaving[n].end(), here + from, here + to);
+    }
+  }
+  kept.choose(index_, lengths, counts, leaving);
+}
+
+// The rows between the first and the last ones: those that were chosen during this call are written, from the cache's rows, which begin at `begins`.
+void MultiMixerLayer::add_kept(const KeyValueGroup& group, const std::vector<int64_t>& begins, const ForwardPass& pass, KeyValueCache& cache) const {
+  KeptRows& kept = pass.state->kept();
+  const auto of = [&](const std::string& name, const at::Tensor& rows) {
+    const std::string slot = group.prefix + name;
+    for (size_t n = 0; n < begins.size(); ++n) {
+      const auto row = static_cast<int64_t>(n);
+      std::vector<int64_t> fresh = kept.fresh(index_, row);
+      if (fresh.empty()) continue;
+      for (int64_t& position : fresh) position -= begins[n];
+      kept.write(index_, slot, row, rows[row].index_select(0, at::tensor(fresh, at::kLong).to(rows.device())));
+    }
+    return kept.rows(index_, slot);
+  };
+  const at::Tensor keys = of("keys", cache.keys), values = of("values", cache.values);
+  if (keys.size(1) == 0) return;
+  const KeptRows::Places places = kept.places(index_);
+  cache.kept_keys = keys;
+  cache.kept_values = values;
+  cache.kept_positions = places.positions;
+  cache.kept_from = places.from;
+  cache.kept_until = places.until;
+}
+
+}  // namespace oryx
