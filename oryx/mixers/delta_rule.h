@@ -1,0 +1,25 @@
+// What mixers of the delta rule (gated_delta_net, kimi_delta_attention) have in common, whatever their decays.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "oryx/mixers/mixer.h"
+
+namespace oryx {
+
+// Mixer::surprise(): |v - a S_{t-1} k^|^2 / |v|^2 over all heads, [B, T]. `after` [B, T, Hs, V] is the state after each token read with the token's own key
+// (scale 1), (1 - b) a S_{t-1} k^ + b v; v [B, T, Hv, V], b [B, T, Hs].
+inline at::Tensor delta_rule_surprise(const at::Tensor& after, const at::Tensor& v, const at::Tensor& beta) {
+  const at::Tensor read = after.to(at::kFloat), values = v.to(at::kFloat).repeat_interleave(after.size(2) / v.size(2), 2);
+  const at::Tensor left = 1 - beta;
+  const at::Tensor divisor = at::where(left.abs() < 1e-3, at::full_like(left, 1e-3), left).unsqueeze(-1);
+  return ((values - read) / divisor).square().sum({2, 3}) / values.square().sum({2, 3}).clamp_min(1e-12);
+}
+
+// Of the recurrent form: S k, the rank-one update and the decay (2 + 2 + 1) at every token; the readout S q in its mode.
+inline MixerFlops delta_rule_flops(const LayerConfig& config) {
+  const double cell = static_cast<double>(config.head_dim) * config.value_dim();
+  return {5 * cell * config.state_heads(), 2 * cell * config.output_heads()};
+}
+
+}  // namespace oryx
