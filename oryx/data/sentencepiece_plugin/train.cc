@@ -13,7 +13,7 @@ namespace oryx {
 
 namespace {
 
-constexpr size_t kPiece = 16 << 10;      // bytes of consecutive lines that are sampled together
+constexpr size_t kSampledBytes = 16 << 10;  // bytes of consecutive lines that are sampled together
 constexpr size_t kSentence = 4 << 10;    // bytes: SentencePiece passes over what is longer than max_sentence_length
 constexpr int64_t kSmallest = 261 + 64;  // unk, bos, eos, newline, tab, 256 bytes, and some characters
 
@@ -25,9 +25,9 @@ class Sample {
 
   void add(std::string_view text) {
     for (size_t begin = 0; begin < text.size();) {
-      size_t end = std::min(begin + kPiece, text.size());
+      size_t end = std::min(begin + kSampledBytes, text.size());
       const size_t newline = text.find('\n', end);
-      if (newline != std::string_view::npos && newline - begin < 2 * kPiece) end = newline + 1;
+      if (newline != std::string_view::npos && newline - begin < 2 * kSampledBytes) end = newline + 1;
       while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) ++end;
       add_piece(text.substr(begin, end - begin));
       begin = end;
