@@ -31,32 +31,31 @@ TokenPair encode_pair(const Tokenizer& tokenizer, std::string context, std::stri
   return pair;
 }
 
-namespace {
-
-// FLOPs of attention to tokens that a bounded state has dropped: counted by routed_flops, not spent.
-double unseen_flops(const ModelConfig& config, const std::vector<std::shared_ptr<const Routing>>& routing, const RowWindow& bound) {
-  if (!bound.on()) return 0;
-  const int64_t seen = bound.first + bound.window;
+double saved_flops(const ModelConfig& config, const std::vector<std::shared_ptr<const Routing>>& routing, const StateOptions& options) {
+  if (!options.bound.on()) return 0;
+  const int64_t all_seen = options.bound.first + options.bound.window;
   double flops = 0;
   for (int64_t i = 0; i < config.num_layers; ++i) {
     const auto& names = config.mixers_of(i);
     const Routing& r = *routing[routing.size() == 1 ? 0 : static_cast<size_t>(i)];
     for (size_t m = 0; m < names.size(); ++m) {
       const auto mixer = make_mixer(names[m], config.layer_of(names));
+      if (mixer->predicts_values() && options.kept.wants_surprise()) {
+        const MixerFlops readout = mixer->flops(1);
+        flops -= (readout.every_token + readout.in_mode) * static_cast<double>(r.rows() * r.length());
+      }
       if (!mixer->keeps_tokens()) continue;
       for (const RoutedSpan& span : r.spans()) {
         const std::string& mode = r.mixers()[static_cast<size_t>(span.mixer)];
         const auto at = std::find(names.begin(), names.end(), mode);
         const auto mine = at == names.end() ? size_t{0} : static_cast<size_t>(at - names.begin());
         if (mine != m && config.layer.combine != "mean") continue;
-        for (int64_t t = std::max<int64_t>(span.begin, seen); t < span.end; ++t) flops += mixer->flops(t + 1).in_mode - mixer->flops(seen).in_mode;
+        for (int64_t t = std::max<int64_t>(span.begin, all_seen); t < span.end; ++t) flops += mixer->flops(t + 1).in_mode - mixer->flops(options.seen(t + 1)).in_mode;
       }
     }
   }
   return flops;
 }
-
-}  // namespace
 
 void EvalCost::add(const LanguageModel& model, const std::vector<std::shared_ptr<const Routing>>& routing, int64_t count, const StateOptions& options,
                    double more_flops) {
@@ -65,7 +64,7 @@ void EvalCost::add(const LanguageModel& model, const std::vector<std::shared_ptr
   const auto mean = [](double& value, double before, double more, double total) { value = (value * before + more) / total; };
   const auto held = static_cast<double>(tokens);
   mean(attention_share, held, oryx::attention_share(config, routing) * weight, held + weight);
-  mean(flops_per_token, held, routed_flops(config, routing) - unseen_flops(config, routing, options.bound) + more_flops, held + weight);
+  mean(flops_per_token, held, routed_flops(config, routing) - saved_flops(config, routing, options) + more_flops, held + weight);
   mean(state_bytes, static_cast<double>(sequences), static_cast<double>(oryx::state_bytes(config, count, model.compute_dtype(), options).total()),
        static_cast<double>(sequences + 1));
   ++sequences;

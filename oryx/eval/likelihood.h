@@ -40,6 +40,10 @@ struct EvalCost {
            double more_flops = 0);
 };
 
+// FLOPs that routed_flops counts and a state that does not keep everything does not spend: attention to tokens that it has dropped; less those that a choice of rows takes, a readout of
+// the linear mixers at every token (KeptRule). Rows of the routing are sequences from their beginning.
+double saved_flops(const ModelConfig& config, const std::vector<std::shared_ptr<const Routing>>& routing, const StateOptions& options);
+
 struct LikelihoodOptions {
   int64_t batch_tokens = 4096;  // of one pass, packed; a longer sequence stands alone
   uint64_t seed = 0;            // of random schedules; pair i is sequence i

@@ -13,9 +13,12 @@
 #include "oryx/common/interrupt.h"
 #include "oryx/common/random.h"
 #include "oryx/data/packing.h"
+#include "oryx/eval/likelihood.h"
+#include "oryx/generate/facts.h"
 #include "oryx/model/inspect.h"
 #include "oryx/model/routed_cost.h"
 #include "oryx/model/scheduling.h"
+#include "oryx/model/surprise.h"
 
 namespace oryx {
 
@@ -47,11 +50,31 @@ std::shared_ptr<const Routing> route_queries(const std::vector<std::string>& mix
   return std::make_shared<Routing>(B, T, mixers, std::move(spans));
 }
 
+// The parts of row b: "question" and "needle".
+PromptParts recall_parts(const RecallBatch& batch, int64_t b) {
+  const at::Tensor ids = batch.input_ids[b].contiguous(), queries = batch.query_positions[b].contiguous();
+  const auto* id = ids.const_data_ptr<int64_t>();
+  const auto* at = queries.const_data_ptr<int32_t>();
+  std::vector<std::pair<int64_t, int64_t>> question, needle;
+  for (int64_t i = 0; i < queries.numel(); ++i) {
+    question.emplace_back(at[i], at[i] + 1);
+    const auto* pair = std::find(id, id + at[0], id[at[i]]);
+    if (pair != id + at[0]) needle.emplace_back(pair - id, pair - id + 2);
+  }
+  std::sort(needle.begin(), needle.end());
+  needle.erase(std::unique(needle.begin(), needle.end()), needle.end());
+  return {{"question", question}, {"needle", needle}};
+}
+
+bool keeps_all(const StateOptions& options) { return !options.drop_rows && !options.bound.on(); }
+
 // Adds a batch's answers to `r`.
-void score(const LanguageModel& model, const RecallBatch& batch, const Routings& routing, RecallResult& r) {
+void score(const LanguageModel& model, const RecallBatch& batch, const Routings& routing, const StateOptions& options, RecallResult& r) {
   ModelInput input;
   input.input_ids = batch.input_ids;
   input.routing = routing;
+  std::optional<State> state;
+  if (!keeps_all(options)) input.state = &state.emplace(model.make_state(batch.input_ids.size(0), options));
   const at::Tensor at_queries = batch.query_positions.to(model.device(), at::kLong);                                       // [B, Q]
   const at::Tensor hidden = model.hidden(input);                                                           // [B, T, D]
   const at::Tensor wanted = hidden.gather(1, at_queries.unsqueeze(-1).expand({-1, -1, hidden.size(-1)}));  // [B, Q, D]
@@ -61,6 +84,7 @@ void score(const LanguageModel& model, const RecallBatch& batch, const Routings&
   const double sum = nll.sum(at::kDouble).item<double>();
   // A NaN among the logits spreads to the whole row's log-softmax.
   if (!std::isfinite(sum)) fail("recall: schedule '{}' gives logits that are not finite; the model's weights are damaged", r.schedule);
+  if (state) r.state_bytes += state->bytes().total();
   r.nll_sum += sum;
   r.correct += log_p.argmax(-1).eq(targets).sum().item<int64_t>();
   r.queries += targets.numel();
@@ -124,7 +148,25 @@ RecallRouting::RecallRouting(RecallRouting&&) noexcept = default;
 
 const std::string& RecallRouting::text() const { return parts_->text; }
 
-std::vector<std::shared_ptr<const Routing>> RecallRouting::route(const RecallBatch& batch, uint64_t seed, uint64_t step, uint64_t first_sequence) const {
+bool RecallRouting::first_pass() const { return parts_->schedule && needs_surprise(parts_->schedule->needs()); }
+
+std::vector<std::shared_ptr<const TokenFacts>> RecallRouting::facts(const LanguageModel& model, const RecallBatch& batch) const {
+  if (!parts_->schedule || parts_->schedule->needs().empty()) return {};
+  const int64_t B = batch.input_ids.size(0), T = batch.input_ids.size(1);
+  std::vector<float> scores;
+  if (first_pass()) scores = token_surprise(model, batch.input_ids.reshape({1, B * T}), at::arange(0, (B + 1) * T, T, at::kInt));
+  std::vector<std::shared_ptr<const TokenFacts>> all;
+  for (int64_t b = 0; b < B; ++b) {
+    auto facts = std::make_shared<TokenFacts>();
+    facts->parts = recall_parts(batch, b);
+    if (!scores.empty()) facts->surprise.assign(scores.begin() + b * T, scores.begin() + (b + 1) * T);
+    all.push_back(std::move(facts));
+  }
+  return all;
+}
+
+std::vector<std::shared_ptr<const Routing>> RecallRouting::route(const RecallBatch& batch, uint64_t seed, uint64_t step, uint64_t first_sequence,
+                                                                 const std::vector<std::shared_ptr<const TokenFacts>>& facts) const {
   if (!parts_->schedule) return {route_queries(parts_->mixers, batch)};
   const int64_t B = batch.input_ids.size(0), T = batch.input_ids.size(1);
   ModeContext context;
@@ -132,7 +174,9 @@ std::vector<std::shared_ptr<const Routing>> RecallRouting::route(const RecallBat
   context.seed = seed;
   context.step = step;
   context.sequence = first_sequence;
-  return parts_->schedule->route(row_pieces(B, T, context), B, T);
+  std::vector<ModePiece> pieces = row_pieces(B, T, context);
+  for (size_t b = 0; b < facts.size(); ++b) pieces[b].context.facts = facts[b];
+  return parts_->schedule->route(pieces, B, T);
 }
 
 void check_recall(const ModelConfig& config, const RecallOptions& task) {
@@ -150,6 +194,7 @@ RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& ta
   at::NoGradGuard no_grad;
   const auto start = std::chrono::steady_clock::now();
   const RecallRouting modes(model.config(), e.schedule);
+  e.state.validate();
   RecallResult r;
   r.schedule = modes.text();
   double attention = 0, flops = 0;
@@ -158,17 +203,22 @@ RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& ta
     const int64_t B = std::min(e.batch_size, e.examples - done);
     const uint64_t first = e.first_index + static_cast<uint64_t>(done);
     const RecallBatch batch = recall_tokens(recall_batch(task, e.seed, first, B), e);
-    const Routings routing = modes.route(batch, e.seed, 0, first);
-    score(model, batch, routing, r);
+    const Routings routing = modes.route(batch, e.seed, 0, first, modes.facts(model, batch));
+    score(model, batch, routing, e.state, r);
     attention += oryx::attention_share(model.config(), routing) * static_cast<double>(B);
-    flops += routed_flops(model.config(), routing);
+    flops += routed_flops(model.config(), routing) - saved_flops(model.config(), routing, e.state);
+    if (modes.first_pass()) flops += routed_flops(model.config(), RecallRouting(model.config(), "linear").route(batch, 0, 0, 0));
     done += B;
     if (e.progress) e.progress(done, r.accuracy());
   }
   r.attention_share = attention / static_cast<double>(e.examples);
   const int64_t tokens = task.tokens() + (e.bos >= 0 ? 1 : 0);
   r.flops_per_token = flops / static_cast<double>(e.examples * tokens);
-  r.state_bytes = state_bytes(model.config(), tokens, model.compute_dtype()).total();
+  if (keeps_all(e.state)) {
+    r.state_bytes = state_bytes(model.config(), tokens, model.compute_dtype()).total();
+  } else {
+    r.state_bytes /= e.examples;  // as measured
+  }
   r.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return r;
 }

@@ -11,6 +11,7 @@
 #include "oryx/data/tokenizer.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/routing.h"
+#include "oryx/modes/schedule.h"
 
 namespace oryx {
 
@@ -21,8 +22,13 @@ class RecallRouting {
   RecallRouting(const ModelConfig& config, const std::string& schedule);
   ~RecallRouting();
   RecallRouting(RecallRouting&&) noexcept;
-  // For ModelInput::routing. Row b of the batch is sequence `first_sequence` + b of a random schedule's draws.
-  std::vector<std::shared_ptr<const Routing>> route(const RecallBatch& batch, uint64_t seed, uint64_t step, uint64_t first_sequence) const;
+  // For ModelInput::routing. Row b of the batch is sequence `first_sequence` + b of a random schedule's draws; facts[b] is known of it (empty: nothing is).
+  std::vector<std::shared_ptr<const Routing>> route(const RecallBatch& batch, uint64_t seed, uint64_t step, uint64_t first_sequence,
+                                                    const std::vector<std::shared_ptr<const TokenFacts>>& facts = {}) const;
+  // What a schedule needs of a batch (ModelSchedule::needs), by row: the parts "question", the keys that are asked for, and "needle", the pairs that answer them; and the scores
+  // of a first pass. Empty where it needs nothing.
+  std::vector<std::shared_ptr<const TokenFacts>> facts(const LanguageModel& model, const RecallBatch& batch) const;
+  bool first_pass() const;  // whether facts() runs the model
   const std::string& text() const;
 
  private:
@@ -39,6 +45,7 @@ struct RecallEvaluation {
   // The token that stands for each of the task's symbols, and one that begins every sequence (-1: none). Empty: symbol i is token i.
   std::vector<int32_t> symbols = {};
   int32_t bos = -1;
+  StateOptions state = {};             // what is kept of keys and values; all: the sequences run without a state, which gives the same
   // Called after each batch with the examples done so far and the accuracy on them.
   std::function<void(int64_t examples, double accuracy)> progress = {};
 };

@@ -19,7 +19,13 @@ class RecallTask : public EvalTask {
     f.add("words", words_, "symbols are words of the model's tokeniser, as in text, behind bos; else symbol i is token i");
     f.add("examples", evaluation_.examples, "sequences of each kind", at_least(1));
     f.add("batch_size", evaluation_.batch_size, "sequences run at once", at_least(1));
+    f.add("kv", kv_, "keys and values that a state holds: keep, drop, bounded:F+W or a policy, as surprise:budget=256 (docs/state.md)");
     f.add("seed", seed_, "of the sequences: one that training did not use", at_least(0));
+  }
+
+  void validate() const override {
+    StateOptions options;
+    set_kv(options, kv_);
   }
 
   EvalTable run(const EvalSubject& subject, const std::vector<std::string>& schedules) override {
@@ -65,6 +71,7 @@ class RecallTask : public EvalTask {
   Json evaluate(const EvalSubject& subject, const std::string& schedule, const RecallOptions& task) const {
     RecallEvaluation e = evaluation_;
     e.schedule = schedule;
+    set_kv(e.state, kv_);
     e.seed = static_cast<uint64_t>(seed_);
     ProgressBar bar(fmt::format("{}, {} pairs", schedule, task.pairs), e.examples, "sequences");
     e.progress = [&](int64_t done, double accuracy) { bar.update(done, fmt::format("correct {:.1f}%", 100 * accuracy)); };
@@ -78,6 +85,7 @@ class RecallTask : public EvalTask {
             {"attention_share", r.attention_share},
             {"flops_per_token", r.flops_per_token},
             {"state_bytes", r.state_bytes},
+            {"kv", kv_text(e.state)},
             {"queries", r.queries},
             {"seconds", r.seconds}};
   }
@@ -96,6 +104,7 @@ class RecallTask : public EvalTask {
 
   std::vector<int64_t> pairs_{4, 8, 16}, lengths_{0};
   bool words_ = false;
+  std::string kv_ = "keep";
   RecallOptions task_;
   RecallEvaluation evaluation_;
   int64_t seed_ = static_cast<int64_t>(RecallEvaluation{}.seed);
