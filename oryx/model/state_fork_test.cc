@@ -193,6 +193,38 @@ TEST(StateFork, TheBudgetIsOneForAllForks) {
               HasSubstr("budget"));
 }
 
+// Rows in pages of some tokens, recurrent states and tails in pages of one position each: two sizes, one budget that both draw on.
+TEST(StateFork, RowsAndRecurrentStatesHavePoolsOfTheirOwn) {
+  const ModelConfig c = small({{"gated_delta_net", "attention"}});
+  const auto m = make(c);
+  CounterRng rng(38);
+  const int64_t T = 24;
+  const StateBytes each = state_bytes(c, 1);
+  for (const int64_t page : {4, 8}) {
+    StateOptions options;
+    options.page_tokens = page;
+    options.checkpoint_every = 8;
+    // Just what these tokens, their state and three checkpoints take.
+    options.budget = 4 * (each.recurrent + each.tails) + T * each.tokens;
+    State state = m->make_state(1, options);
+    EXPECT_EQ(state.row_pool().page_bytes, page * each.tokens);
+    EXPECT_EQ(state.fixed_pool().page_bytes, each.recurrent + each.tails);
+    EXPECT_EQ(state.fixed_pool().pages, 0);
+    state.reserve(T);
+    EXPECT_EQ(state.row_pool().pages, T / page);
+    const at::Tensor ids = random_ids(rng, 1, T, c.vocab_size);
+    const auto modes = random_modes(rng, 1, T, 2);
+    for (int64_t at = 0; at < T; at += 8) run(*m, ids.narrow(1, at, 8), routing(c, modes, at, at + 8), &state);
+    EXPECT_EQ(state.row_pool().pages, T / page);
+    EXPECT_EQ(state.fixed_pool().pages, 3);
+    EXPECT_EQ(state.reserved_bytes().total(), options.budget);
+    EXPECT_THAT(error_of([&] { (void)state.fork({0}); }), HasSubstr("budget"));
+    state.thin_checkpoints(0);
+    const State fork = state.fork({0});  // what the checkpoints held serves the fork
+    EXPECT_EQ(fork.lengths()[0], T);
+  }
+}
+
 TEST(StateFile, RefusesAnotherModelAndDamage) {
   const ModelConfig c = small({{"gated_delta_net", "attention"}});
   const auto m = make(c);

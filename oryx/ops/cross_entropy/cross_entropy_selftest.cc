@@ -29,7 +29,21 @@ std::vector<SelftestCase> linear(bool quick) {
   return all;
 }
 
+std::vector<SelftestCase> of_logits(bool quick) {
+  std::vector<SelftestCase> all;
+  for (const int64_t T : selftest_lengths(quick)) {
+    for (const int64_t classes : {101, 4000}) {
+      all.push_back({fmt::format("{} x {} classes", T, classes),
+                     {{selftest_random({T, classes}, 3) * 2}, {targets(T, classes)}},
+                     [](const Tensors& x) { return Tensors{cross_entropy(x[0], x[1], -100, kZ).loss}; },
+                     [](const Tensors& x) { return Tensors{cross_entropy_naive(x[0], x[1], -100, kZ).loss}; }});
+    }
+  }
+  return all;
+}
+
 ORYX_SELFTEST(linear_cross_entropy, linear);
+ORYX_SELFTEST(cross_entropy, of_logits);
 
 }  // namespace
 }  // namespace oryx::ops
