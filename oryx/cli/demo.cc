@@ -31,15 +31,16 @@ std::vector<std::string> recall(const DemoArguments& a) {
   cli::print("Recall: {} key-value pairs, {} layer(s) with a linear state of {} x {} x {}; one set of weights, trained with mixed modes\n", o.pairs, o.layers,
              o.heads, o.head_dim, o.value_head_dim);
   cli::flush();
-  const RecallDemoResult r = run_recall_demo(o);
+  const auto model = std::filesystem::path(a.out) / "recall";
+  make_folders(model);
+  const RecallDemoResult r = run_recall_demo(o, model);
   cli::print("  {:<34} {:>8} {:>12} {:>13}\n", "the same weights, run", "correct", "attention", "FLOPs a token");
   print_row("wholly linear", r.linear);
   print_row("mixed: attention at the queries", r.mixed);
   print_row("wholly in attention", r.attention);
   const auto report = std::filesystem::path(a.out) / "recall.html";
-  make_folders(a.out);
   write_recall_report(o, r, report);
-  cli::print("  {} in all; report: {}\n", human_seconds(r.seconds), report.string());
+  cli::print("  {} in all; report: {}, model: {}\n", human_seconds(r.seconds), report.string(), model.string());
   cli::flush();
   if (!a.json.empty()) {
     const Json json = {{"attention", r.attention.accuracy()},       {"linear", r.linear.accuracy()}, {"mixed", r.mixed.accuracy()},

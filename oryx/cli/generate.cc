@@ -115,7 +115,7 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_option("--min-p", o->generate.sampling.min_p, "leave out tokens less likely than this times the likeliest")->capture_default_str();
   app.add_option("--seed", o->generate.sampling.seed, "of the draws, and of a random schedule")->type_name("N")->capture_default_str();
   app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory")->type_name("N")->capture_default_str();
-  app.add_option("--kv", o->kv, "keys and values: keep, drop, or bounded:F+W, those of the first F and the last W tokens (docs/state.md)")
+  app.add_option("--kv", o->kv, "keys and values: keep, drop, bounded:F+W (those of the first F and the last W tokens), or rows chosen by a policy, as surprise:budget=256 (docs/state.md)")
       ->type_name("POLICY")->capture_default_str();
   app.add_flag("--fused", o->generate.fused, "decode by one captured launch a token (a GPU, bfloat16; docs/generation.md)");
   app.add_flag("--json", o->json, "print one JSON object at the end instead of the text");

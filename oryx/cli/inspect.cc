@@ -140,7 +140,7 @@ ORYX_COMMAND(inspect, "parameters, FLOPs and state bytes of a model, by part and
   app.add_option("--precision", o->precision, "of activations: the type of tails, keys and values")
       ->check(CLI::IsMember({"float32", "bfloat16"}))
       ->capture_default_str();
-  app.add_option("--kv", o->kv, "keys and values that a state holds: keep, drop, or bounded:F+W, those of the first F and the last W tokens")
+  app.add_option("--kv", o->kv, "keys and values that a state holds: keep, drop, bounded:F+W (those of the first F and the last W tokens), or rows chosen by a policy, as surprise:budget=256 (docs/state.md)")
       ->type_name("POLICY")
       ->capture_default_str();
   app.add_option("--family", o->family, "the variants of a size, matched in parameters by intermediate_size")

@@ -132,7 +132,7 @@ Json model_report(const std::string& name, ModelConfig config, const std::vector
   Json flops = Json::array(), state = Json::array();
   for (const auto& mode : single_modes(config)) {
     for (const int64_t context : contexts) {
-      const int64_t seen = options.bound.on() ? std::min(context, options.bound.first + options.bound.window) : context;
+      const int64_t seen = options.seen(context);
       flops.push_back({{"mode", mode}, {"context", context}, {"flops", token_flops(config, mode, seen)}});
     }
   }

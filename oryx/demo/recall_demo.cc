@@ -6,6 +6,7 @@
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
 #include "oryx/common/progress.h"
+#include "oryx/model/checkpoint.h"
 #include "oryx/train/lr_schedule.h"
 #include "oryx/train/train_step.h"
 
@@ -21,6 +22,8 @@ void RecallDemoOptions::describe(Fields& f) {
   f.add("pairs", pairs, "key-value pairs of a sequence", at_least(1));
   f.add("queries", queries, "keys that are asked for at its end", at_least(1));
   f.add("symbols", symbols, "different keys, and as many values", at_least(2));
+  f.add("length", length, "tokens of a sequence, filled up with noise; 0: no noise", at_least(0));
+  f.add("filler_symbols", filler_symbols, "different noise tokens", at_least(0));
   f.add("first_pairs", first_pairs, "pairs at the first step; they grow to `pairs`", at_least(1));
   f.add("curriculum", curriculum, "share of the steps over which they grow", between(0, 1));
   f.add("hidden_size", hidden_size, "model width", at_least(1));
@@ -59,7 +62,8 @@ RecallOptions RecallDemoOptions::task() const {
   t.pairs = pairs;
   t.queries = queries;
   t.key_symbols = t.value_symbols = symbols;
-  t.filler_symbols = 0;
+  t.length = length;
+  t.filler_symbols = filler_symbols;
   return t;
 }
 
@@ -119,7 +123,7 @@ void judge(const RecallDemoOptions& o, RecallDemoResult& r) {
 
 }  // namespace
 
-RecallDemoResult run_recall_demo(const RecallDemoOptions& o) {
+RecallDemoResult run_recall_demo(const RecallDemoOptions& o, const std::filesystem::path& model_folder) {
   const auto start = std::chrono::steady_clock::now();
   RecallDemoResult result;
   LanguageModel model(o.model());
@@ -127,6 +131,7 @@ RecallDemoResult run_recall_demo(const RecallDemoOptions& o) {
   model.requires_grad(true);
   train(o, model, result);
   model.requires_grad(false);
+  if (!model_folder.empty()) save_model(model, model_folder);
 
   const int64_t tokens = o.task().tokens(), asked = 2 * o.queries;
   std::vector<int64_t> last;

@@ -20,6 +20,7 @@ struct RecallDemoOptions {
   double lr = 6e-3, weight_decay = 0.01;
   // The task: a linear state of head_dim x value_head_dim numbers is truly too small for so many pairs.
   int64_t pairs = 60, queries = 12, symbols = 64;
+  int64_t length = 0, filler_symbols = 0;  // tokens of a sequence, filled up with noise; 0: no noise
   int64_t first_pairs = 4;        // pairs in the beginning
   double curriculum = 0.5;        // share of the steps over which they grow
   int64_t hidden_size = 64, heads = 1, head_dim = 16, value_head_dim = 64, layers = 2;
@@ -44,8 +45,8 @@ struct RecallDemoResult {
   std::vector<std::string> missed;  // what was wanted and not reached, in words; empty: success
 };
 
-// Trains and evaluates, with a progress bar each. Throws Interrupted after Ctrl-C.
-RecallDemoResult run_recall_demo(const RecallDemoOptions& options);
+// Trains and evaluates, with a progress bar each; the model is saved in `model_folder`, unless that is empty. Throws Interrupted after Ctrl-C.
+RecallDemoResult run_recall_demo(const RecallDemoOptions& options, const std::filesystem::path& model_folder = {});
 
 // The self-contained report.
 void write_recall_report(const RecallDemoOptions& options, const RecallDemoResult& result, const std::filesystem::path& path);

@@ -49,7 +49,7 @@ void CompletionTask::describe(Fields& f) {
   f.add("limit", limit_, "examples, the first ones; 0: all", at_least(0));
   f.add("max_new_tokens", max_new_tokens_, "of a completion, which ends at a line's end too", at_least(1));
   f.add("max_prompt_tokens", max_prompt_tokens_, "longer prompts lose the beginning of their text; 0: none does", at_least(0));
-  f.add("kv", kv_, "keys and values that the state holds: keep, drop, or bounded:F+W (docs/state.md)");
+  f.add("kv", kv_, "keys and values that the state holds: keep, drop, bounded:F+W or a policy, as surprise:budget=256 (docs/state.md)");
   f.add("batch_tokens", batch_tokens_, "tokens of prompts that run side by side; a longer one runs alone", at_least(0));
   f.add("piece", piece_, "tokens of one pass over a prompt that runs alone", at_least(1));
   f.add("seed", seed_, "of random schedules", at_least(0));

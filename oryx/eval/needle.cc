@@ -114,7 +114,7 @@ class NeedleEvalTask : public EvalTask {
     f.add("kind", kinds_, "the haystacks", one_of({"noise", "essay_number", "essay_word"}));
     f.add("hay", hay_, "text for the essay kinds: a .txt or .jsonl, or a folder of them");
     f.add("examples", examples_, "prompts for each length and depth", at_least(1));
-    f.add("kv", kv_, "keys and values that the state holds: keep, drop, or bounded:F+W (docs/state.md)");
+    f.add("kv", kv_, "keys and values that the state holds: keep, drop, bounded:F+W or a policy, as surprise:budget=256 (docs/state.md)");
     f.add("batch_tokens", batch_tokens_, "tokens of one pass, several prompts packed; longer prompts and other kv than keep run one at a time", at_least(0));
     f.add("piece", piece_, "tokens of one pass over a prompt that runs alone", at_least(1));
     f.add("seed", seed_, "of the prompts", at_least(0));

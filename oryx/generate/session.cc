@@ -58,7 +58,7 @@ MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece,
   plan.activations = 4 * (piece * values + 2 * config.vocab_size);
   // Attention rotates a copy of one layer's cached keys, in float32 on the way.
   const RowBound bound = state.row_bound(LanguageModel::refill_tokens(config));
-  const int64_t attended = bound.on() ? std::min(tokens, state.bound.first + state.bound.window + piece) : tokens;
+  const int64_t attended = bound.on() ? std::min(tokens, state.seen(tokens) + piece) : tokens;
   if (plan.state.tokens > 0) plan.activations += (4 + static_cast<int64_t>(at::elementSize(compute))) * attended * key_width;
   if (bound.on() && plan.state.tokens > 0) {
     // What is reserved beyond the rows held, so that they stand side by side; and a call's rows beside the past's, in one layer.
