@@ -101,8 +101,8 @@ std::vector<Json> rows_of_file(const std::string& path) {
 }
 
 std::vector<Chart> charts_of(const std::vector<Json>& rows) {
-  Chart time{.title = "Reading a prompt", .x_label = "% of its tokens in attention", .y_label = "ms", .log_y = true};
-  Chart memory{.title = "Peak memory while reading it", .x_label = "% of its tokens in attention", .y_label = "GiB"};
+  Chart time{.title = "Reading a prompt", .x_label = "% of its tokens in attention", .y_label = "ms", .log_y = true, .x_ticks = {0, 5, 10, 25, 50, 75, 100}};
+  Chart memory{.title = "Peak memory while reading it", .x_label = "% of its tokens in attention", .y_label = "GiB", .x_ticks = {0, 5, 10, 25, 50, 75, 100}};
   for (const Json& row : rows) {
     const auto name = row["line"].get<std::string>();
     const double share = 100 * row["attention_share"].get<double>();
