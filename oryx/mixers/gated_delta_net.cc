@@ -68,9 +68,12 @@ class GatedDeltaNet : public Mixer {
     S.copy_(ops::gated_delta_rule(rows.k, rows.k, rows.v, rows.own("gated_delta_net.g"), rows.own("gated_delta_net.beta"), S, {}, none).final_state);
   }
 
+  bool predicts_values() const override { return true; }
   std::optional<at::Tensor> surprise(const MixerInput& in) const override {
     const auto [g, beta] = scalars(in.project);
-    return delta_rule_surprise(ops::gated_delta_rule(in.k, in.k, in.v, g, beta, {}, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta);
+    std::optional<at::Tensor> S;
+    if (in.state != nullptr) S = in.state->tensor("gated_delta_net.S");
+    return delta_rule_surprise(ops::gated_delta_rule(in.k, in.k, in.v, g, beta, S, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta);
   }
 
   MixerFlops flops(int64_t) const override { return delta_rule_flops(config_); }

@@ -74,9 +74,12 @@ class KimiDeltaAttention : public Mixer {
     S.copy_(ops::kda(rows.k, rows.k, rows.v, g, rows.own("kimi_delta_attention.beta"), S, {}, none).final_state);
   }
 
+  bool predicts_values() const override { return true; }
   std::optional<at::Tensor> surprise(const MixerInput& in) const override {
     const auto [f, beta] = narrow(in.project);
-    return delta_rule_surprise(ops::kda(in.k, in.k, in.v, decay(f), beta, {}, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta);
+    std::optional<at::Tensor> S;
+    if (in.state != nullptr) S = in.state->tensor("kimi_delta_attention.S");
+    return delta_rule_surprise(ops::kda(in.k, in.k, in.v, decay(f), beta, S, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta);
   }
 
   MixerFlops flops(int64_t) const override { return delta_rule_flops(config_); }
