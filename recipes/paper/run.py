@@ -73,7 +73,7 @@ class Experiment:
         self.deadline = START + o.seconds
         for d in ("logs", "configs", "runs", "results"):
             os.makedirs(os.path.join(o.work, d), exist_ok=True)
-        self.failed = []
+        self.failed, self.late = [], []
 
     def path(self, *parts):
         return os.path.join(self.o.work, *parts)
@@ -197,6 +197,8 @@ class Experiment:
             return True
         except Deadline:
             say("out of time:", *job)
+            self.late.append(job)
+            return False
         except Exception as e:  # the others go on
             say("FAILED", *job, e)
         self.failed.append(job)
@@ -212,16 +214,13 @@ class Experiment:
 
         second = threading.Thread(target=evaluate)
         second.start()
-        longest = 0
         for name, seed in jobs:
-            if time.time() + longest > self.deadline:
+            # What is cut off goes on from where it was, but starting costs some seconds.
+            if time.time() + 15 > self.deadline:
                 say("no time for", name, seed)
-                continue
-            begin = time.time()
-            if self.safely(self.train, name, seed, device):
+                self.late.append((name, seed))
+            elif self.safely(self.train, name, seed, device):
                 trained.put((name, seed))
-                took = time.time() - begin
-                longest = max(longest, took if took > 5 else 0)
         trained.put(None)
         second.join()
 
@@ -249,6 +248,26 @@ class Experiment:
                     self.safely(lambda *_: call([*command, "--json", to], self.path("logs", "bench.log"), self.deadline, device), "bench", title)
         say("timed")
 
+    def weights(self, id):
+        import torch
+        raw = open(self.path("runs", id, "model", "model.safetensors"), "rb").read()
+        size = int.from_bytes(raw[:8], "little")
+        header, out, body = json.loads(raw[8:8 + size]), {}, bytearray()
+        for name, t in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = t["data_offsets"]
+            x = torch.frombuffer(bytearray(raw[8 + size + begin:8 + size + end]), dtype=torch.float32).to(torch.bfloat16)
+            data = x.view(torch.int16).numpy().tobytes()
+            out[name] = {"dtype": "BF16", "shape": t["shape"], "data_offsets": [len(body), len(body) + len(data)]}
+            body += data
+        head = json.dumps(out).encode()
+        head += b" " * (-len(head) % 8)
+        whole = len(head).to_bytes(8, "little") + head + bytes(body)
+        for k in range(0, len(whole), 15 << 20):
+            open(self.path("%s.bf16.%d" % (id, k // (15 << 20))), "wb").write(whole[k:k + (15 << 20)])
+        say("weights of", id, len(whole), "bytes")
+
     def collect(self):
         with tarfile.open(self.path("results.tar.xz"), "w:xz", preset=6) as t:
             t.add(self.path("results"), "results")
@@ -272,12 +291,14 @@ class Experiment:
                 t.start()
             for t in threads:
                 t.join()
-            if o.bench:
+            if o.bench and not self.late:
                 self.bench()
+            for id in filter(None, o.weights.split(",") if not self.late else []):
+                self.safely(lambda *_: self.weights(id), "weights", id)
         finally:
             self.collect()
-        say("done;", len(self.failed), "failed:", *self.failed)
-        return 1 if self.failed else 0
+        say("done; %d out of time, %d failed:" % (len(self.late), len(self.failed)), *self.late, *self.failed)
+        return 1 if self.failed or self.late else 0
 
 
 def main():
@@ -296,6 +317,7 @@ def main():
     a.add_argument("--tokenizer", default="", help="default: one of 8192 pieces is trained on TEXT")
     a.add_argument("--override", action="append", default=[], help="key=value of every training config, model.KEY too")
     a.add_argument("--only", default="", help="tasks of the plan to run")
+    a.add_argument("--weights", default="", help="runs whose weights are written as WORK/MODEL-seedN.bf16.0, .1, ...: one safetensors file in pieces of at most 15 MiB (needs torch)")
     a.add_argument("--bench", action="store_true", help="time the core models at the end")
     a.add_argument("--bench-lengths", default="2048,8192,32768,131072")
     a.add_argument("--seconds", type=float, default=1e9, help="stop and collect by then; the same command goes on")
