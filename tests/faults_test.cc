@@ -10,6 +10,7 @@
 #include "oryx/data/dataset.h"
 #include "oryx/data/sentencepiece.h"
 #include "oryx/common/options.h"
+#include "oryx/io/sharded_safetensors.h"
 #include "oryx/model/checkpoint.h"
 #include "oryx/model/hf/convert.h"
 #include "oryx/model/state_file.h"
@@ -89,6 +90,16 @@ TEST(Faults, Safetensors) {
     EXPECT_TRUE(at::equal(SafetensorsReader(folder / "x.safetensors").load("a"), tensors[0].second));
   };
   EXPECT_GE(try_all_faults({write, read}), 3);
+}
+
+// An index and two shards.
+TEST(Faults, ShardedSafetensors) {
+  const auto write = [](const fs::path& folder) {
+    write_safetensors(folder / "one.safetensors", {{"a", at::ones({7})}});
+    write_safetensors(folder / "two.safetensors", {{"b", at::zeros({3, 2})}});
+    put(folder / "model.safetensors.index.json", R"({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})");
+  };
+  EXPECT_GE(try_all_faults({write, [](const fs::path& folder) { EXPECT_EQ(ShardedSafetensors(folder).load("b").numel(), 6); }}), 8);
 }
 
 TEST(Faults, TokenFile) {
@@ -246,6 +257,37 @@ TEST(Faults, RunFolder) {
   EXPECT_GE(try_all_faults({nothing, [&](const fs::path& folder) { save(folder, 2); }, whole}), 40);
   EXPECT_GE(try_all_faults({[&](const fs::path& folder) { save(folder, 1); }, [&](const fs::path& folder) { save(folder, 2); }, whole}), 40);
   EXPECT_GE(try_all_faults({[&](const fs::path& folder) { save(folder, 2); }, [&](const fs::path& folder) { save(folder, 2); }, whole}), 40);
+}
+
+// What a resumed run reads: a checkpoint and the metrics so far.
+TEST(Faults, ResumedRun) {
+  LanguageModel model(small_model()), loaded(small_model());
+  model.initialize(1);
+  Optimizer optimizer(model, {}), loaded_optimizer(loaded, {});
+  const auto tokenizer = make_byte_tokenizer();
+  const auto saved = [&](const fs::path& folder) {
+    const RunFolder run(folder);
+    run.log({{"kind", "skipped"}, {"step", 3}});
+    run.save(3, model, optimizer, {{"step", 3}, {"optimizer_steps", 0}, {"data", 0}}, tokenizer.get(), 1);
+  };
+  EXPECT_GE(try_all_faults({saved, [&](const fs::path& folder) { RunFolder(folder).load(3, loaded, loaded_optimizer); }}), 8);
+}
+
+// Killed while a checkpoint took the place of one of the same step: the older one stands aside, whole, and is the run's checkpoint again.
+TEST(Faults, ACheckpointThatWasBeingReplacedComesBack) {
+  const TemporaryFolder folder;
+  LanguageModel model(small_model()), loaded(small_model());
+  Optimizer optimizer(model, {}), loaded_optimizer(loaded, {});
+  const auto tokenizer = make_byte_tokenizer();
+  const RunFolder run(folder.path());
+  run.save(2, model, optimizer, {{"step", 2}, {"optimizer_steps", 0}, {"data", 0}}, tokenizer.get(), 1);
+  const fs::path own = run.checkpoint(2);
+  fs::rename(own, own.string() + ".old.partial");
+  fs::create_directory(own.string() + ".partial");  // the new one, not whole yet
+  run.clean();
+  EXPECT_EQ(run.checkpoints(), std::vector<int64_t>{2});
+  EXPECT_NO_THROW(run.load(2, loaded, loaded_optimizer));
+  for (const auto& entry : fs::directory_iterator(folder / "checkpoints")) EXPECT_NE(entry.path().extension(), ".partial") << entry.path();
 }
 
 TEST(Faults, TemporariesOfAKilledProcessGo) {

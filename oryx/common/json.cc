@@ -8,11 +8,39 @@
 
 namespace oryx {
 
+namespace {
+
+constexpr int kDeepest = 64;  // what copies, reads and prints values recurses
+
+[[noreturn]] void fail_depth(std::string_view source) { fail("{}: JSON nested deeper than {} levels", source, kDeepest); }
+
+}  // namespace
+
+void check_json_depth(std::string_view text, std::string_view source) {
+  int depth = 0;
+  for (size_t i = 0; i < text.size(); ++i) {
+    switch (text[i]) {
+      case '"':
+        for (++i; i < text.size() && text[i] != '"'; ++i) i += text[i] == '\\' ? 1 : 0;
+        break;
+      case '[':
+      case '{':
+        if (++depth > kDeepest) fail_depth(source);
+        break;
+      case ']':
+      case '}':
+        --depth;  // below 0 it is no JSON, which the parser says
+        break;
+      default:
+        break;
+    }
+  }
+}
+
 Json parse_json(std::string_view text, std::string_view source) {
-  constexpr int kDeepest = 64;              // what reads and prints values recurses
   std::vector<std::set<std::string>> open;  // the keys seen in each object that is being read
   const auto watch = [&](int depth, Json::parse_event_t event, Json& parsed) {
-    if (depth > kDeepest) fail("{}: JSON nested deeper than {} levels", source, kDeepest);
+    if (depth > kDeepest) fail_depth(source);
     if (event == Json::parse_event_t::object_start) open.emplace_back();
     if (event == Json::parse_event_t::object_end) open.pop_back();
     if (event == Json::parse_event_t::key && !open.back().insert(parsed.get<std::string>()).second) {

@@ -4,6 +4,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/file.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -21,8 +22,7 @@ DatasetInfo parse_info(const fs::path& path) {
   try {
     const auto json = nlohmann::json::parse(text);
     if (json.at("format").get<std::string>() != "oryx dataset 1") {
-      fail("{}: format '{}', expected 'oryx dataset 1'", path.string(),
-           json.at("format").get<std::string>().substr(0, 40));
+      fail("{}: format '{}', expected 'oryx dataset 1'", path.string(), shown(json.at("format").get<std::string>(), 40));
     }
     info.train = parse_split(json.at("train"));
     info.valid = parse_split(json.at("valid"));
@@ -36,7 +36,7 @@ DatasetInfo parse_info(const fs::path& path) {
     fail("{}: not the description of a data set ({})", path.string(), e.what());
   }
   if (fs::path(info.tokenizer_file).filename() != info.tokenizer_file) {
-    fail("{}: tokeniser file '{}' is not a plain name", path.string(), info.tokenizer_file);
+    fail("{}: tokeniser file '{}' is not a plain name", path.string(), shown(info.tokenizer_file));
   }
   return info;
 }

@@ -14,7 +14,8 @@ namespace oryx {
 static_assert(std::endian::native == std::endian::little, "token files are read in place");
 
 namespace {
-constexpr size_t kCachedBlocks = 32;  // 4 MiB of uint16 tokens at the default block size
+constexpr size_t kCachedBlocks = 32;       // 4 MiB of uint16 tokens at the default block size
+constexpr size_t kCachedBytes = 64 << 20;  // and no more than that of larger ones, which a small file may claim; the newest block stays
 constexpr uint64_t kLargestBlock = uint64_t{1} << 26;
 constexpr uint64_t kLargestCount = uint64_t{1} << 58;  // eight times the entries of both tables still fits into 64 bits
 }  // namespace
@@ -113,7 +114,7 @@ std::shared_ptr<const std::string> TokenFile::block(uint64_t index) const {
   if (ZSTD_isError(n)) fail("{}: damaged block {}: {}", path_, index, ZSTD_getErrorName(n));
   if (n != size) fail("{}: block {} holds {} bytes, expected {}", path_, index, n, size);
   cached.emplace_front(index, data);
-  if (cached.size() > kCachedBlocks) cached.pop_back();
+  while (cached.size() > kCachedBlocks || (cached.size() > 1 && cached.size() * size > kCachedBytes)) cached.pop_back();
   return data;
 }
 

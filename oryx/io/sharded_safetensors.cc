@@ -3,6 +3,7 @@
 #include "oryx/common/error.h"
 #include "oryx/common/file.h"
 #include "oryx/common/json.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -11,6 +12,7 @@ namespace fs = std::filesystem;
 namespace {
 constexpr const char* kSingle = "model.safetensors";
 constexpr const char* kIndex = "model.safetensors.index.json";
+constexpr uint64_t kLargestIndex = 100'000'000;  // as of a safetensors header, which lists as much
 }  // namespace
 
 ShardedSafetensors::ShardedSafetensors(const fs::path& folder) {
@@ -27,6 +29,10 @@ ShardedSafetensors::ShardedSafetensors(const fs::path& folder) {
 }
 
 void ShardedSafetensors::read_index(const fs::path& folder) {
+  std::error_code error;  // what cannot be asked for its size is refused by read_file
+  if (const uint64_t size = fs::file_size(path_, error); !error && size > kLargestIndex) {
+    fail("{}: {} bytes, expected an index of at most {}", path_, size, kLargestIndex);
+  }
   const Json index = parse_json(read_file(path_), path_);
   if (!index.is_object() || !index.contains("weight_map") || !index.at("weight_map").is_object()) fail("{}: has no object 'weight_map'", path_);
   std::map<std::string, const SafetensorsReader*> shards;
@@ -34,18 +40,18 @@ void ShardedSafetensors::read_index(const fs::path& folder) {
     const std::string file = value.is_string() ? value.get<std::string>() : "";
     // A shard lies beside its index: a path that leads elsewhere is no shard's.
     if (file.empty() || fs::path(file).filename() != file || file == "." || file == "..") {
-      fail("{}: weight_map names {} for tensor '{}', expected a file beside the index", path_, describe_json(value), name);
+      fail("{}: weight_map names {} for tensor '{}', expected a file beside the index", path_, describe_json(value), shown(name));
     }
     if (shards.count(file) == 0) {
       files_.push_back(std::make_unique<SafetensorsReader>(folder / file));
       shards.emplace(file, files_.back().get());
     }
-    if (!shards.at(file)->has(name)) fail("{}: tensor '{}' is not in {}, where weight_map puts it", path_, name, file);
+    if (!shards.at(file)->has(name)) fail("{}: tensor '{}' is not in {}, where weight_map puts it", path_, shown(name), shown(file));
     where_.emplace(name, shards.at(file));
   }
   for (const auto& file : files_) {
     for (const auto& [name, info] : file->tensors()) {
-      if (where_.count(name) == 0) fail("{}: tensor '{}' is not in the index {}", file->path(), name, path_);
+      if (where_.count(name) == 0) fail("{}: tensor '{}' is not in the index {}", file->path(), shown(name), path_);
     }
   }
 }

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "oryx/common/options.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -40,7 +41,7 @@ void check_parameters(const std::vector<ParameterSpec>& specs, const Safetensors
     }
   }
   for (const auto& [name, info] : file.tensors()) {
-    if (expected.count(name) == 0) fail("{}: tensor '{}' is not part of the model; is this the checkpoint of another config?", file.path(), name);
+    if (expected.count(name) == 0) fail("{}: tensor '{}' is not part of the model; is this the checkpoint of another config?", file.path(), shown(name));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <set>
 
 #include "oryx/common/options.h"
+#include "oryx/common/utf8.h"
 #include "oryx/mixers/mixer.h"
 #include "oryx/model/language_model.h"
 
@@ -95,7 +96,7 @@ void ModelConfig::validate() const {
   for (const auto& [name, keys] : layer_overrides.items()) {
     const auto known = mixer_names();
     if (std::find(known.begin(), known.end(), name) == known.end()) {
-      fail("layer_overrides: unknown mixer '{}', known: {}{}", name, fmt::join(known, ", "), did_you_mean(name, known));
+      fail("layer_overrides: unknown mixer '{}', known: {}{}", shown(name), fmt::join(known, ", "), did_you_mean(name, known));
     }
     layer_of({name});
   }

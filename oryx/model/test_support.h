@@ -59,6 +59,7 @@ inline std::vector<Case> cases() {
   add("inter_layer", {{"gated_delta_net"}, {"attention"}}, nothing);
   add("intra_layer", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) { c.layer.combine = "mean"; });
   add("three_mixers", {{"gated_delta_net", "sliding_window", "attention"}}, nothing);
+  add("looking_back_alone", {{"attention", "sliding_window"}}, nothing);
   add("window_own_query", {{"mamba2", "sliding_window", "attention"}}, [](ModelConfig& c) { c.layer.sliding_window_query = true; });
   add("shared_query", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) { c.layer.share_query = true; });
   add("own_kv", {{"gated_delta_net", "attention"}}, [](ModelConfig& c) { c.layer.share_kv = false; });

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "oryx/common/error.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -39,8 +40,8 @@ std::vector<size_t> layers_of(const std::string& key, size_t layers) {
     const auto first = layer_index(part.substr(0, dash));
     const auto last = dash == std::string::npos ? first : layer_index(part.substr(dash + 1));
     if (!first || !last || *first > *last)
-      fail("schedule: layers '{}', expected a layer, a range such as 0-3, or \"*\"", key);
-    if (*last >= layers) fail("schedule: layers '{}', but the model has {} layers, 0 to {}", key, layers, layers - 1);
+      fail("schedule: layers '{}', expected a layer, a range such as 0-3, or \"*\"", shown(key));
+    if (*last >= layers) fail("schedule: layers '{}', but the model has {} layers, 0 to {}", shown(key), layers, layers - 1);
     for (size_t i = *first; i <= *last; ++i) out.push_back(i);
     at = end + 1;
   }
@@ -62,8 +63,8 @@ std::vector<std::string> layer_texts(const Json& json, size_t layers) {
   for (const auto& [key, value] : json["layers"].items()) {
     if (key == "*") continue;
     for (const size_t i : layers_of(key, layers)) {
-      if (texts[i]) fail("schedule: layer {} is named twice, the second time by '{}'", i, key);
-      texts[i] = text_of(value, "layers '" + key + "'");
+      if (texts[i]) fail("schedule: layer {} is named twice, the second time by '{}'", i, shown(key));
+      texts[i] = text_of(value, "layers '" + shown(key) + "'");
     }
   }
   std::optional<std::string> rest;

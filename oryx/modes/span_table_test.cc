@@ -120,6 +120,9 @@ TEST(LayerSchedules, Errors) {
   EXPECT_THAT(error_of(R"({"layers": {"x": "linear"}})", mixers), HasSubstr("layers 'x', expected a layer, a range"));
   EXPECT_THAT(error_of(R"({"layers": {"2-1": "linear"}})", mixers), HasSubstr("expected a layer, a range"));
   EXPECT_THAT(error_of(R"({"layers": {"0,": "linear"}})", mixers), HasSubstr("expected a layer, a range"));
+  EXPECT_THAT(error_of(R"({"layers": {"18446744073709551616": "linear"}})", mixers), HasSubstr("expected a layer, a range"));
+  EXPECT_THAT(error_of(R"({"layers": {"0\n1": "linear"}})", mixers), HasSubstr("layers '0 1', expected a layer, a range")) << "one line";
+  EXPECT_LT(error_of(R"({"layers": {")" + std::string(5000, '7') + R"(": "linear"}})", mixers).size(), 300u);
   EXPECT_THAT(error_of(R"({"layers": {"*": 3}})", mixers), HasSubstr("layers '*' is 3, expected a schedule's text"));
   EXPECT_THAT(error_of(R"({"layer": {"*": "linear"}})", mixers),
               HasSubstr("expected a schedule's text or {\"layers\""));

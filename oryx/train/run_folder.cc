@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-constexpr std::string_view kPrefix = "step-", kPartial = ".partial";
+constexpr std::string_view kPrefix = "step-", kPartial = ".partial", kReplaced = ".old.partial";
 
 std::optional<int64_t> step_of(const fs::path& folder) {
   const std::string name = folder.filename().string();
@@ -54,6 +54,19 @@ void remove_partial(const fs::path& checkpoints) {
     if (entry->path().extension() == kPartial) found.push_back(entry->path());
   }
   for (const auto& path : found) fs::remove_all(path, error);
+}
+
+// A process killed while it put a checkpoint in the place of an older one of the same step left the older one aside.
+void bring_back_replaced(const fs::path& checkpoints) {
+  std::error_code error;
+  std::vector<fs::path> found;
+  for (fs::directory_iterator entry(checkpoints, error), end; !error && entry != end; entry.increment(error)) found.push_back(entry->path());
+  for (const auto& path : found) {
+    const std::string name = path.string();
+    if (!name.ends_with(kReplaced)) continue;
+    const fs::path own = name.substr(0, name.size() - kReplaced.size());
+    if (!fs::exists(own, error)) rename_path(path, own);
+  }
 }
 
 }  // namespace
@@ -108,7 +121,7 @@ void RunFolder::save(int64_t step, const LanguageModel& model, const Optimizer& 
 }
 
 void RunFolder::publish(const fs::path& partial, const fs::path& final_name) {
-  const fs::path aside = final_name.string() + ".old" + std::string(kPartial);  // the same step, saved before
+  const fs::path aside = final_name.string() + std::string(kReplaced);  // the same step, saved before
   const bool replaces = fs::exists(final_name);
   if (replaces) rename_path(final_name, aside);
   try {
@@ -133,6 +146,7 @@ void RunFolder::point_to_newest() const {
 
 void RunFolder::clean() const {
   for (const char* name : {"config.json", "metrics.jsonl", "report.html"}) remove_temporaries(folder_, name);
+  bring_back_replaced(folder_ / "checkpoints");
   remove_partial(folder_ / "checkpoints");
 }
 

@@ -12,6 +12,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/file.h"
+#include "oryx/common/json.h"
 #include "oryx/common/utf8.h"
 #include "oryx/data/bpe/merges.h"
 #include "oryx/data/bpe/pre_tokenizer.h"
@@ -214,7 +215,9 @@ class HuggingFaceTokenizer : public Tokenizer {
     f = {};
     const fs::path config = fs::path(path).parent_path() / "tokenizer_config.json";
     if (std::error_code ignored; fs::exists(config, ignored)) {
-      const JsonMap c = JsonMap::parse(read_file(config), nullptr, false);
+      const std::string text = read_file(config);
+      check_json_depth(text, config.string());
+      const JsonMap c = JsonMap::parse(text, nullptr, false);
       if (c.is_object()) f = {id_of(c.value("bos_token", JsonMap())), id_of(c.value("eos_token", JsonMap()))};
     }
     read_post_processor(json.value("post_processor", JsonMap()), &f);
@@ -236,6 +239,7 @@ class HuggingFaceTokenizer : public Tokenizer {
 };
 
 std::unique_ptr<Tokenizer> load(const std::string& path, std::string bytes) {
+  check_json_depth(bytes, path);
   const JsonMap json = JsonMap::parse(bytes, nullptr, false);
   if (!json.is_object()) fail("{}: is not a JSON object; was the file cut short?", path);
   if (!json.contains("model") || !json["model"].is_object()) fail("{}: not a tokenizer.json: it has no object \"model\"", path);

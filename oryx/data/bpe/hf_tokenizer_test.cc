@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <nlohmann/json.hpp>
+
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
@@ -155,6 +157,8 @@ TEST(HuggingFaceTokenizer, BadFiles) {
   refused("[1]", "not a JSON object");
   refused(good.dump().substr(0, 5000), "was the file cut short?");
   refused(R"({"hidden_size": 64})", "not a tokenizer.json: it has no object \"model\"");
+  // Copies and prints of what is nested would recurse until the stack is used up.
+  refused(R"({"model": {}, "x": )" + std::string(1000000, '[') + std::string(1000000, ']') + "}", "JSON nested deeper than 64 levels");
 
   using Change = std::function<void(json&)>;
   const std::vector<std::pair<std::string, Change>> table = {
@@ -181,6 +185,8 @@ TEST(HuggingFaceTokenizer, BadFiles) {
        [](json& j) { j["pre_tokenizer"]["pretokenizers"].push_back(j["pre_tokenizer"]["pretokenizers"][0]); }},
       {"the expression '(' cannot be read at 1",
        [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "("; }},
+      {"the expression '\\C' cannot be read",  // half of a character
+       [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "\\C"; }},
       {"a Split's pattern is {}, expected",
        [](json& j) { j["pre_tokenizer"]["pretokenizers"][0]["pattern"] = json::object(); }},
       {"a Split's behavior is 'Contiguous', expected",

@@ -117,6 +117,7 @@ void Merges::encode(std::string_view piece, std::vector<int32_t>& ids) const {
     int32_t left, right, id;
     bool operator>(const Candidate& o) const { return rank != o.rank ? rank > o.rank : at > o.at; }
   };
+  if (piece.size() > INT32_MAX) fail("a word of {} bytes is too long for the tokeniser, at most {} are allowed; cut the text", piece.size(), INT32_MAX);
   std::vector<Symbol> symbols(piece.size());
   const auto count = static_cast<int32_t>(piece.size());
   for (int32_t i = 0; i < count; ++i) {

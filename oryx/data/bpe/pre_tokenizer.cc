@@ -30,7 +30,9 @@ std::string escaped(std::string_view text) { return "\\Q" + std::string(text) + 
 Regex::Regex(std::string_view pattern, const std::string& where) {
   int code = 0;
   PCRE2_SIZE offset = 0;
-  pcre2_code* compiled = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP, &code, &offset, nullptr);
+  // \C, one byte whatever it is part of, would cut characters: matching goes on from within one, which PCRE2 must never be asked to do.
+  pcre2_code* compiled =
+      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &code, &offset, nullptr);
   if (compiled == nullptr) fail("{}: pre_tokenizer: the expression '{}' cannot be read at {}: {}", where, shown(pattern), offset, pcre_message(code));
   pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE);  // slower but the same where there is no JIT
   code_ = std::shared_ptr<void>(compiled, [](void* p) { pcre2_code_free(static_cast<pcre2_code*>(p)); });

@@ -10,6 +10,7 @@
 #include "oryx/common/file.h"
 #include "oryx/common/options.h"
 #include "oryx/common/progress.h"
+#include "oryx/common/utf8.h"
 #include "oryx/io/sharded_safetensors.h"
 #include "oryx/model/checkpoint.h"
 #include "oryx/model/hf/family.h"
@@ -159,7 +160,7 @@ void check_tensors(const std::string& family, const ModelConfig& c, const std::v
   }
   for (const auto& name : files.names()) {
     if (known.count(name) == 0 && !ignored_tensor(name, c, files)) {
-      fail("{}: tensor '{}' is not part of such a model of family {}; is the config.json another checkpoint's?", files.file_of(name).path(), name,
+      fail("{}: tensor '{}' is not part of such a model of family {}; is the config.json another checkpoint's?", files.file_of(name).path(), shown(name),
            family);
     }
   }
@@ -218,8 +219,8 @@ struct ExportForm {
 
 ExportForm original_form(const ModelConfig& c, const fs::path& folder) {
   const fs::path path = folder / kOriginalConfig;
+  HfConfig hf(read_json_file(path), path.string());
   const std::string text = read_file(path);
-  HfConfig hf(parse_json(text, path.string()), path.string());
   const HfFamily family = hf_family(hf);
   if (const auto d = first_difference(c, config_by(family, hf))) {
     fail("{}: {} is {}, but {} makes it {}; remove {} to export the model by its own config", (folder / "config.json").string(), d->key, d->here,
@@ -253,8 +254,8 @@ Conversion import_checkpoint(const fs::path& hf_folder, const fs::path& out) {
   std::error_code ignored;
   if (!fs::is_directory(hf_folder, ignored)) fail("{}: is no folder, expected one with config.json and model.safetensors", hf_folder.string());
   const fs::path config_path = hf_folder / "config.json";
+  HfConfig hf(read_json_file(config_path), config_path.string());
   const std::string text = read_file(config_path);
-  HfConfig hf(parse_json(text, config_path.string()), config_path.string());
   const HfFamily family = hf_family(hf);
   const ModelConfig config = config_by(family, hf);
   const Shapes shapes = shapes_of(config);

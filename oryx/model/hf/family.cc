@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "oryx/common/options.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -41,7 +42,7 @@ HfFamily hf_family(HfConfig& config) {
     }
     return family;
   }
-  fail("{}: model_type is \"{}\", supported: {}{}", config.source(), type, fmt::join(known, ", "), did_you_mean(type, known));
+  fail("{}: model_type is \"{}\", supported: {}{}", config.source(), shown(type), fmt::join(known, ", "), did_you_mean(type, known));
 }
 
 std::string layer_name(int64_t layer, const std::string& name) { return fmt::format("layers.{}.{}", layer, name); }

@@ -1,6 +1,7 @@
 #include "oryx/model/hf/hf_config.h"
 
 #include "oryx/common/error.h"
+#include "oryx/common/utf8.h"
 
 namespace oryx {
 
@@ -86,7 +87,7 @@ void HfConfig::finish() const {
   for (const auto& [key, value] : json_.items()) {
     const bool nothing = value.is_null() || value == false || value == 0 || value.empty() || value == "";
     if (taken_.count(key) > 0 || nothing) continue;
-    fail("{}: the key '{}' is {}, which is not known to leave the model as it is; remove the key if it does", source_, key, describe_json(value));
+    fail("{}: the key '{}' is {}, which is not known to leave the model as it is; remove the key if it does", source_, shown(key), describe_json(value));
   }
 }
 

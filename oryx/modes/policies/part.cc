@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "oryx/common/error.h"
+#include "oryx/common/utf8.h"
 #include "oryx/modes/policy.h"
 
 namespace oryx {
@@ -26,7 +27,7 @@ class PartPolicy : public ModePolicy {
       if (context.facts) {
         for (const auto& [name, ranges] : context.facts->parts) names.push_back(name);
       }
-      fail("schedule: part '{}' of the prompt is not known here; known: {}", name_, names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", ")));
+      fail("schedule: part '{}' of the prompt is not known here; known: {}", shown(name_), names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", ")));
     }
     for (const auto& [from, to] : found->second) {
       const int64_t lo = std::max(from, begin), hi = std::min(to, end);
