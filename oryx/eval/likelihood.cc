@@ -40,7 +40,7 @@ double saved_flops(const ModelConfig& config, const std::vector<std::shared_ptr<
     const Routing& r = *routing[routing.size() == 1 ? 0 : static_cast<size_t>(i)];
     for (size_t m = 0; m < names.size(); ++m) {
       const auto mixer = make_mixer(names[m], config.layer_of(names));
-      if (mixer->predicts_values() && options.kept.wants_surprise()) {
+      if (mixer->predicts_values() && options.kept.measure() != TokenMeasure::kNone) {
         const MixerFlops readout = mixer->flops(1);
         flops -= (readout.every_token + readout.in_mode) * static_cast<double>(r.rows() * r.length());
       }

@@ -70,6 +70,7 @@ std::vector<SweepPoint> kv_points(const SweepOptions& o) {
     const std::string rest = fmt::format("budget={},first={},window={}", r - o.window, o.first, o.window);
     add("last rows (bounded)", label, fmt::format("bounded:{}+{}", o.first, r));
     add("most surprising rows", label, "surprise:" + rest);
+    add("rows that change the state most", label, "write:" + rest);
     add("random rows", label, "random:" + rest);
   }
   add("all rows", "", "keep");

@@ -36,7 +36,7 @@ std::string bracketed(const Fields& fields, const std::string& assignment);
 
 // "share": what a rule that picks the tokens in attention makes of a share of them, all rows kept: the prompt's last tokens, tokens at random, the question, the needle (an
 // oracle), the most surprising ones, and the last two with the question.
-// "kv": what is left of the answers when fewer rows are kept, the question in attention: a window, the most surprising rows, rows at random; all; none, wholly linear.
+// "kv": what is left of the answers when fewer rows are kept, the question in attention: a window, the most surprising rows, those that change the recurrent state most, rows at random; all; none, wholly linear.
 // "switches": switch points that nobody chose for the model's good: random chunks of all sizes, a switch at every token, the question in the other mode than the rest.
 // Throws Error for a set of another name.
 std::vector<SweepPoint> sweep_points(const std::string& set, const SweepOptions& options);

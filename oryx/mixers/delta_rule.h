@@ -7,13 +7,15 @@
 
 namespace oryx {
 
-// Mixer::surprise(): |v - a S_{t-1} k^|^2 / |v|^2 over all heads, [B, T]. `after` [B, T, Hs, V] is the state after each token read with the token's own key
+// Mixer::surprise(): |v - a S_{t-1} k^|^2 / |v|^2 over all heads, or |b (v - a S_{t-1} k^)|^2, what the token writes (kWrite); [B, T]. `after` [B, T, Hs, V] is the state after each token read with the token's own key
 // (scale 1), (1 - b) a S_{t-1} k^ + b v; v [B, T, Hv, V], b [B, T, Hs].
-inline at::Tensor delta_rule_surprise(const at::Tensor& after, const at::Tensor& v, const at::Tensor& beta) {
+inline at::Tensor delta_rule_surprise(const at::Tensor& after, const at::Tensor& v, const at::Tensor& beta, TokenMeasure measure) {
   const at::Tensor read = after.to(at::kFloat), values = v.to(at::kFloat).repeat_interleave(after.size(2) / v.size(2), 2);
   const at::Tensor left = 1 - beta;
   const at::Tensor divisor = at::where(left.abs() < 1e-3, at::full_like(left, 1e-3), left).unsqueeze(-1);
-  return ((values - read) / divisor).square().sum({2, 3}) / values.square().sum({2, 3}).clamp_min(1e-12);
+  const at::Tensor error = (values - read) / divisor;
+  if (measure == TokenMeasure::kWrite) return (beta.unsqueeze(-1) * error).square().sum({2, 3});
+  return error.square().sum({2, 3}) / values.square().sum({2, 3}).clamp_min(1e-12);
 }
 
 // Of the recurrent form: S k, the rank-one update and the decay (2 + 2 + 1) at every token; the readout S q in its mode.

@@ -69,11 +69,11 @@ class GatedDeltaNet : public Mixer {
   }
 
   bool predicts_values() const override { return true; }
-  std::optional<at::Tensor> surprise(const MixerInput& in) const override {
+  std::optional<at::Tensor> surprise(const MixerInput& in, TokenMeasure measure) const override {
     const auto [g, beta] = scalars(in.project);
     std::optional<at::Tensor> S;
     if (in.state != nullptr) S = in.state->tensor("gated_delta_net.S");
-    return delta_rule_surprise(ops::gated_delta_rule(in.k, in.k, in.v, g, beta, S, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta);
+    return delta_rule_surprise(ops::gated_delta_rule(in.k, in.k, in.v, g, beta, S, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta, measure);
   }
 
   MixerFlops flops(int64_t) const override { return delta_rule_flops(config_); }

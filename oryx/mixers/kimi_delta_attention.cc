@@ -75,11 +75,11 @@ class KimiDeltaAttention : public Mixer {
   }
 
   bool predicts_values() const override { return true; }
-  std::optional<at::Tensor> surprise(const MixerInput& in) const override {
+  std::optional<at::Tensor> surprise(const MixerInput& in, TokenMeasure measure) const override {
     const auto [f, beta] = narrow(in.project);
     std::optional<at::Tensor> S;
     if (in.state != nullptr) S = in.state->tensor("kimi_delta_attention.S");
-    return delta_rule_surprise(ops::kda(in.k, in.k, in.v, decay(f), beta, S, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta);
+    return delta_rule_surprise(ops::kda(in.k, in.k, in.v, decay(f), beta, S, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta, measure);
   }
 
   MixerFlops flops(int64_t) const override { return delta_rule_flops(config_); }

@@ -63,19 +63,21 @@ class Mamba2 : public Mixer {
   }
 
   // (1 - cos(v, a S_{t-1} k)) over all heads: the recurrence does not divide by the keys' length, so that only a prediction's direction counts. The state
-  // after the token, read with its own key, is a S_{t-1} k + dt |k|^2 v.
+  // after the token, read with its own key, is a S_{t-1} k + dt |k|^2 v. A token writes dt v k^T, whatever the state is.
   bool predicts_values() const override { return true; }
-  std::optional<at::Tensor> surprise(const MixerInput& in) const override {
+  std::optional<at::Tensor> surprise(const MixerInput& in, TokenMeasure measure) const override {
     const at::Tensor dt_raw = in.project.wide(dt_proj_);  // [B, T, Hs]
     const at::Tensor none = at::zeros_like(D_);
     const at::Tensor k = in.k.to(at::kFloat), v_in = in.v.to(at::kFloat);
     std::optional<at::Tensor> S;
     if (in.state != nullptr) S = in.state->tensor("mamba2.S");
+    const auto squares = [&](const at::Tensor& x) { return x.square().sum(-1).repeat_interleave(dt_raw.size(2) / x.size(2), 2); };  // [B, T, Hs]
+    const at::Tensor dt = at::logaddexp(dt_raw + dt_bias_, at::zeros({}, dt_bias_.options()));
+    if (measure == TokenMeasure::kWrite) return (dt.square() * squares(v_in) * squares(k)).sum(2);
     const at::Tensor after = ops::ssd(k, k, v_in, dt_raw, dt_bias_, A_log_, none, S, in.sequences.cu_seqlens).o;  // [B, T, Hs, V]
     const int64_t heads = after.size(2);
     const at::Tensor v = v_in.repeat_interleave(heads / v_in.size(2), 2);
-    const at::Tensor dt = at::logaddexp(dt_raw + dt_bias_, at::zeros({}, dt_bias_.options()));
-    const at::Tensor own = dt * k.square().sum(-1).repeat_interleave(heads / k.size(2), 2);  // [B, T, Hs]
+    const at::Tensor own = dt * squares(k);  // [B, T, Hs]
     const at::Tensor before = after - own.unsqueeze(-1) * v;
     const auto norm = [](const at::Tensor& x) { return x.square().sum({2, 3}).sqrt(); };
     // What the difference leaves of an empty state is rounding, and predicts nothing.

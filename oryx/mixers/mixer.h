@@ -90,9 +90,11 @@ class Mixer {
   virtual void bind(const ParameterMap&, const std::string& prefix) { (void)prefix; }
   // True when surprise() says something.
   virtual bool predicts_values() const { return false; }
-  // How badly the state before each token predicts that token's value from its key: 0 wholly, 1 as badly as no state at all. [B, T] float32; nothing for a
-  // mixer that predicts none. From input.state on, which stays as it is; null: from the sequences' beginning. input.q and spans play no part.
-  virtual std::optional<at::Tensor> surprise(const MixerInput& input) const { return (void)input, std::nullopt; }
+  // Of each token, [B, T] float32; nothing for a mixer that predicts no values.
+  //   kSurprise  how badly the state before it predicts its value from its key: 0 wholly, 1 as badly as no state at all
+  //   kWrite     how much it changes the state: the sum of squares of what it adds to it, beside the decay
+  // From input.state on, which stays as it is; null: from the sequences' beginning. input.q and spans play no part.
+  virtual std::optional<at::Tensor> surprise(const MixerInput& input, TokenMeasure measure) const { return (void)input, (void)measure, std::nullopt; }
   // -> o [B, T, output heads, V]; rows outside of spans are zero.
   virtual at::Tensor forward(const MixerInput& input) const = 0;
   virtual MixerFlops flops(int64_t context) const = 0;

@@ -125,7 +125,7 @@ std::vector<SlotSpec> MultiMixerLayer::slots(at::ScalarType compute, const State
     for (const auto& own : mixers_[i]->row_slots()) s.push_back(own);
   }
   const bool looked_at = std::any_of(s.begin(), s.end(), [](const SlotSpec& slot) { return slot.looked_at; });
-  if (looked_at && options.kept.wants_surprise()) {
+  if (looked_at && options.kept.measure() != TokenMeasure::kNone) {
     if (std::none_of(mixers_.begin(), mixers_.end(), [](const auto& m) { return m->predicts_values(); })) {
       fail("keys and values '{}': a layer's mixers are {}, none of which predicts values (as gated_delta_net, kimi_delta_attention and mamba2 do), so nothing says which rows it "
            "keeps; bound them (bounded:F+W) instead",
@@ -260,6 +260,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
   if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_, u.device()), pass);
   std::vector<at::Tensor> outputs;  // [B, T, output heads, V] each
   std::vector<at::Tensor> rows;     // of each: the tokens that it answers for, undefined for all
+  bool writable = false;            // the first output, by the others' rows
   std::map<std::string, at::Tensor> projected;
   for (size_t m = 0; m < mixers_.size(); ++m) {
     const TokenSet& tokens = combines_all() ? kEverything : routing.tokens(names_, m, u.device());
@@ -282,7 +283,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
       input.keep = [&](const std::string& slot, const at::Tensor& rows) { return keep(slot, rows, pass); };
     }
     if (pass.surprise) {
-      if (const auto score = mixers_[m]->surprise(input)) pass.surprise(*score);
+      if (const auto score = mixers_[m]->surprise(input, TokenMeasure::kSurprise)) pass.surprise(*score);
     }
     at::Tensor part = mixers_[m]->forward(input);
     if (idle) continue;
@@ -292,6 +293,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
     }
     // What looks back keeps its output for the backward pass; what does not stands first, to be written over.
     const bool first = !combines_all() && mixers_[m]->advances_everywhere();
+    writable |= first;
     outputs.insert(first ? outputs.begin() : outputs.end(), part);
     rows.insert(first ? rows.begin() : rows.end(), tokens.index);
   }
@@ -300,7 +302,12 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
     at::Tensor part = outputs[i];
     // mean: each output is head-normalised before the average; select: they are zero but for their own tokens.
     if (combines_all() && c.head_norm) part = ops::rms_norm(part, o_norm_, c.o_norm_eps());
-    o = !o.defined() ? part : combines_all() || !rows[i].defined() ? o + part : join_rows(o, part, rows[i]);
+    if (!o.defined()) {
+      // Where all look back (attention beside sliding_window) a copy is written over.
+      o = outputs.size() > 1 && !writable && !combines_all() && at::GradMode::is_enabled() ? part.clone() : part;
+    } else {
+      o = combines_all() || !rows[i].defined() ? o + part : join_rows(o, part, rows[i]);
+    }
   }
   if (combines_all()) o = o / static_cast<double>(outputs.size());
   return project(gated(o, reads).reshape({B, T, c.output_width()}), o_proj_);

@@ -89,7 +89,7 @@ void MultiMixerLayer::choose_rows(const Projections& u, const std::vector<KeyVal
     for (size_t m = 0; m < mixers_.size(); ++m) {
       const KeyValues& kv = kvs[config_.share_kv ? 0 : m];
       const MixerInput input{u.input(), u, {}, kv.k, kv.v, {}, pass.sequences, &state.layer(index_)};
-      if (const auto score = mixers_[m]->surprise(input)) all.push_back(*score);
+      if (const auto score = mixers_[m]->surprise(input, state.options().kept.measure())) all.push_back(*score);
     }
     scores = (all.size() == 1 ? all[0] : at::stack(all).mean(0)).to(at::kFloat);
     keep("surprise", scores, pass);

@@ -74,7 +74,7 @@ TEST_P(EveryKept, KeepingAllIsKeepingEverything) {
 TEST_P(EveryKept, AnySplitKeepsTheSameRows) {
   const ModelConfig& c = GetParam().config;
   const auto m = make(c);
-  for (const char* rule : {"surprise:budget=5", "surprise:share=20%", "surprise:threshold=1.0", "random:budget=7", "surprise:budget=4,threshold=0.9"}) {
+  for (const char* rule : {"surprise:budget=5", "surprise:share=20%", "surprise:threshold=1.0", "random:budget=7", "write:budget=4,threshold=0.01"}) {
     CounterRng rng(310);
     const int64_t T = 64;
     const at::Tensor ids = random_ids(rng, 1, T, c.vocab_size), other = random_ids(rng, 1, 33, c.vocab_size);
@@ -143,7 +143,7 @@ TEST_P(EveryKept, TrimIsExactOrSaysWhereItIs) {
   const ModelConfig& c = GetParam().config;
   const auto m = make(c);
   int reached = 0, refused = 0, far = 0;
-  for (const StateOptions& options : {kept_options("surprise:budget=5", 24, 6), kept_options("surprise:budget=5"), kept_options("surprise:threshold=0.9", 20, 5),
+  for (const StateOptions& options : {kept_options("surprise:budget=5", 24, 6), kept_options("write:budget=5"), kept_options("surprise:threshold=0.9", 20, 5),
                                       kept_options("surprise:share=30%", 0, 0, 4), kept_options("random:budget=8", 12, 4, 3)}) {
     CounterRng rng(330);
     const int64_t T = 64;
@@ -244,7 +244,7 @@ TEST(StateKept, AsText) {
                            "surprise:budget=3,window=0", "surprise:threshold=x"}) {
     EXPECT_THAT(kv_error(text), HasSubstr("expected keep, drop or bounded:F+W")) << text;
   }
-  EXPECT_THAT(kv_error("surprise:budget=x"), HasSubstr("rows kept by a policy (random, surprise)"));
+  EXPECT_THAT(kv_error("surprise:budget=x"), HasSubstr("rows kept by a policy (random, surprise, write)"));
   EXPECT_THAT(kv_error("surprise:"), HasSubstr("how many is not said"));
   EXPECT_THAT(kv_error("surprise:window=8"), HasSubstr("how many is not said"));
 }
@@ -300,7 +300,7 @@ TEST(StateKept, ScoresAreFinite) {
     run(*m, random_ids(rng, 1, 40, c.vocab_size), routing(c, modes, 0, 40), &state);
     FAIL();
   } catch (const Error& e) {
-    EXPECT_THAT(e.what(), HasSubstr("the surprise of token 2 in layer 0 is"));
+    EXPECT_THAT(e.what(), HasSubstr("the score of token 2 in layer 0 by 'surprise' is"));
   }
 }
 

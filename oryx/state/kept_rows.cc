@@ -56,25 +56,25 @@ void KeptRows::drop(Sequence& s, int64_t n, int64_t length) {
   std::erase_if(s.rows, [&](const KeptRow& row) { return over(row, length); });
 }
 
-void KeptRows::choose(int64_t i, const std::vector<int64_t>& lengths, const std::vector<int64_t>& counts, const std::vector<std::vector<float>>& surprise) {
+void KeptRows::choose(int64_t i, const std::vector<int64_t>& lengths, const std::vector<int64_t>& counts, const std::vector<std::vector<float>>& measured) {
   Layer& layer = layers_[static_cast<size_t>(i)];
   const RowPolicy* policy = find_row_policy(rule_.by);
-  TORCH_CHECK(policy != nullptr && surprise.size() == layer.sequences.size(), "state: surprise of ", surprise.size(), " sequences");
+  TORCH_CHECK(policy != nullptr && measured.size() == layer.sequences.size(), "state: measures of ", measured.size(), " sequences");
   const auto later = [](const KeptRow& a, const KeptRow& b) { return goes_before(b, a); };  // a heap whose front goes first
   for (size_t n = 0; n < layer.sequences.size(); ++n) {
     Sequence& s = layer.sequences[n];
     s.fresh.clear();
     const auto [begin, end] = leaving(lengths[n], counts[n]);
     if (counts[n] == 0 || begin >= end) continue;
-    TORCH_CHECK(!policy->wants_surprise || static_cast<int64_t>(surprise[n].size()) == end - begin, "state: surprise of ", surprise[n].size(), " tokens, expected ",
+    TORCH_CHECK(policy->wants == TokenMeasure::kNone || static_cast<int64_t>(measured[n].size()) == end - begin, "state: measures of ", measured[n].size(), " tokens, expected ",
                 end - begin);
     std::vector<KeptRow> alive, rows;
     for (const KeptRow& row : s.rows) (row.until == KeptRow::kAlive ? alive : rows).push_back(row);
     std::make_heap(alive.begin(), alive.end(), later);
     for (int64_t t = begin; t < end; ++t) {
-      const float value = policy->wants_surprise ? surprise[n][static_cast<size_t>(t - begin)] : 0;
+      const float value = policy->wants != TokenMeasure::kNone ? measured[n][static_cast<size_t>(t - begin)] : 0;
       const float score = policy->score({i, t, value, rule_.seed});
-      if (!std::isfinite(score)) fail("the surprise of token {} in layer {} is {}; the model's weights are damaged or overflow", t, i, score);
+      if (!std::isfinite(score)) fail("the score of token {} in layer {} by '{}' is {}; the model's weights are damaged or overflow", t, i, rule_.by, score);
       if (rule_.threshold && score < *rule_.threshold) continue;
       alive.push_back({static_cast<int32_t>(t), KeptRow::kAlive, score, -1});
       std::push_heap(alive.begin(), alive.end(), later);

@@ -45,9 +45,9 @@ class KeptRows {
   // Tokens [first, second) of a sequence of `length` that leave the window while `count` more are read.
   std::pair<int64_t, int64_t> leaving(int64_t length, int64_t count) const;
 
-  // Layer i lets the tokens of `leaving` go, for each sequence n of lengths[n] tokens: surprise[n] holds theirs, in order (or nothing, where the policy does not look at it).
+  // Layer i lets the tokens of `leaving` go, for each sequence n of lengths[n] tokens: measured[n] holds what the policy wants of them, in order (or nothing).
   // Throws Error for a score that is not finite.
-  void choose(int64_t i, const std::vector<int64_t>& lengths, const std::vector<int64_t>& counts, const std::vector<std::vector<float>>& surprise);
+  void choose(int64_t i, const std::vector<int64_t>& lengths, const std::vector<int64_t>& counts, const std::vector<std::vector<float>>& measured);
   // Tokens that the last choose() of layer i has taken in, ascending: their rows are unspecified until write() gives them, [tokens, shape...].
   const std::vector<int64_t>& fresh(int64_t i, int64_t n) const;
   void write(int64_t i, const std::string& slot, int64_t n, const at::Tensor& rows);

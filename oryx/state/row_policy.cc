@@ -33,9 +33,9 @@ std::vector<std::string> row_policy_names() {
   return names;
 }
 
-bool KeptRule::wants_surprise() const {
+TokenMeasure KeptRule::measure() const {
   const RowPolicy* policy = find_row_policy(by);
-  return policy != nullptr && policy->wants_surprise;
+  return policy != nullptr ? policy->wants : TokenMeasure::kNone;
 }
 
 int64_t KeptRule::limit(int64_t left) const {

@@ -13,16 +13,19 @@
 
 namespace oryx {
 
+// What a linear mixer says of a token (Mixer::surprise): how far its value lies from what the state predicted, relative to the value; or how much it writes into the state.
+enum class TokenMeasure { kNone, kSurprise, kWrite };
+
 // A token in one layer.
 struct RowToken {
   int64_t layer, position;
-  float surprise;  // how badly the layer's linear mixers predicted its value (Mixer::surprise); 0 where the policy does not want it
+  float measured;  // what the policy wants, the mean over the layer's linear mixers; 0 where it wants nothing
   uint64_t seed;
 };
 
 struct RowPolicy {
   std::string name, summary;
-  bool wants_surprise;
+  TokenMeasure wants;
   float (*score)(const RowToken& token);  // the larger, the sooner kept
 };
 
@@ -42,7 +45,7 @@ struct KeptRule {
   uint64_t seed = 0;     // of policies that draw at random
 
   bool on() const { return !by.empty(); }
-  bool wants_surprise() const;
+  TokenMeasure measure() const;  // what the policy wants
   // Rows that may be kept when `left` tokens have left the window.
   int64_t limit(int64_t left) const;
   // Throws Error for values that contradict each other.
@@ -54,5 +57,5 @@ struct KeptRule {
 }  // namespace oryx
 
 // `name` is an identifier.
-#define ORYX_ROW_POLICY(name, summary, wants_surprise, score) \
-  static const ::oryx::RowPolicyRegistration oryx_row_policy_##name(::oryx::RowPolicy{#name, summary, wants_surprise, score})
+#define ORYX_ROW_POLICY(name, summary, wants, score) \
+  static const ::oryx::RowPolicyRegistration oryx_row_policy_##name(::oryx::RowPolicy{#name, summary, wants, score})

@@ -17,6 +17,6 @@ float score_at_random(const RowToken& token) {
 
 }  // namespace
 
-ORYX_ROW_POLICY(random, "tokens drawn at random", false, score_at_random);
+ORYX_ROW_POLICY(random, "tokens drawn at random", TokenMeasure::kNone, score_at_random);
 
 }  // namespace oryx
