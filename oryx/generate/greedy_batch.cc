@@ -20,6 +20,7 @@ class GreedyBatch {
     int64_t longest = 0;
     for (const auto& p : prompts) longest = std::max(longest, static_cast<int64_t>(p.ids.size()));
     state_.reserve(longest + options.max_new_tokens);
+    for (size_t i = 0; i < prompts.size(); ++i) running_.push_back(i);
   }
 
   // -> the first new token of each prompt
@@ -42,11 +43,22 @@ class GreedyBatch {
     return likeliest(run(input)[0].index_select(0, at::tensor(last, at::kLong).to(model_.device())));
   }
 
-  // One token more of each.
+  // The prompts that the state still holds, in its order.
+  const std::vector<size_t>& running() const { return running_; }
+
+  // Goes on with these of running(), by their places in it.
+  void keep(const std::vector<int64_t>& places) {
+    state_ = state_.fork(places);
+    std::vector<size_t> kept;
+    for (const int64_t p : places) kept.push_back(running_[static_cast<size_t>(p)]);
+    running_ = std::move(kept);
+  }
+
+  // One token more of each that runs.
   std::vector<int32_t> step(const std::vector<int32_t>& ids) {
     const auto N = static_cast<int64_t>(ids.size());
     std::vector<ModePiece> pieces;
-    for (size_t i = 0; i < ids.size(); ++i) pieces.push_back(piece(i, static_cast<int64_t>(i), 0, state_.lengths()[i], 1));
+    for (size_t i = 0; i < ids.size(); ++i) pieces.push_back(piece(running_[i], static_cast<int64_t>(i), 0, state_.lengths()[i], 1));
     ModelInput input;
     input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({N, 1});
     input.routing = schedule_.route(pieces, N, 1);
@@ -83,6 +95,7 @@ class GreedyBatch {
   const std::vector<BatchPrompt>& prompts_;
   const GreedyBatchOptions& options_;
   State state_;
+  std::vector<size_t> running_;
 };
 
 }  // namespace
@@ -92,15 +105,24 @@ void generate_greedily(const LanguageModel& model, const ModelSchedule& schedule
   TORCH_CHECK(!prompts.empty() && options.max_new_tokens > 0, "greedy: ", prompts.size(), " prompts, ", options.max_new_tokens, " new tokens");
   const at::NoGradGuard no_grad;
   GreedyBatch batch(model, schedule, prompts, options);
-  // A prompt that is done runs along until the last one is: its tokens are not looked at.
   std::vector<char> open(prompts.size(), 1);
   std::vector<int32_t> next = batch.read();
   for (int64_t n = 1;; ++n) {
     check_interrupt();
-    for (size_t i = 0; i < next.size(); ++i) {
-      if (open[i]) open[i] = on_token(i, next[i]);
+    std::vector<int64_t> left;
+    for (size_t k = 0; k < next.size(); ++k) {
+      const size_t i = batch.running()[k];
+      if (open[i]) open[i] = on_token(i, next[k]);
+      if (open[i]) left.push_back(static_cast<int64_t>(k));
     }
-    if (n == options.max_new_tokens || std::none_of(open.begin(), open.end(), [](char o) { return o; })) return;
+    if (n == options.max_new_tokens || left.empty()) return;
+    // What is done runs along, unlooked at, until half of the batch is: leaving it out costs a copy.
+    if (2 * left.size() <= next.size()) {
+      std::vector<int32_t> ids;
+      for (const int64_t k : left) ids.push_back(next[static_cast<size_t>(k)]);
+      batch.keep(left);
+      next = std::move(ids);
+    }
     next = batch.step(next);
   }
 }
