@@ -1,4 +1,4 @@
-# make        set up what is missing and build the preset (cpu, unless PRESET= says another)
+# make        set up what is missing and build the preset (cpu, unless PRESET= says another); make program leaves the tests out
 # make demo   the main job: recall and text (TEXT=DIR for your own text)
 # make test   the whole test suite
 # make bench  the benchmarks
@@ -7,21 +7,26 @@ BUILD  := build/$(PRESET)
 JOBS   ?= $(shell nproc)
 TEXT   ?=
 
-.PHONY: build setup demo test bench format clean
-build: setup
-	@cmake --preset $(PRESET) $(if $(wildcard $(BUILD)/build.ninja),> $(BUILD)/configure.log)
+.PHONY: build program configure setup demo test bench format clean
+build: configure
 	@cmake --build $(BUILD) --parallel $(JOBS)
+
+program: configure
+	@cmake --build $(BUILD) --parallel $(JOBS) --target oryx_program
+
+configure: setup
+	@cmake --preset $(PRESET) $(if $(wildcard $(BUILD)/build.ninja),> $(BUILD)/configure.log)
 
 setup:
 	@tools/setup.sh
 
-demo: build
+demo: program
 	@$(BUILD)/oryx demo $(if $(TEXT),--text $(TEXT))
 
 test: build
 	@cd $(BUILD) && ctest --output-on-failure --parallel $(JOBS)
 
-bench: build
+bench: configure
 	@cmake --build $(BUILD) --parallel $(JOBS) --target oryx_bench
 	@$(BUILD)/oryx_bench
 

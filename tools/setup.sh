@@ -17,6 +17,19 @@ PACKAGES=(build-essential cmake ninja-build ccache pkg-config python3-venv
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
 
+stamp=.deps/torch-$TORCH_VERSION.ok
+fetch_torch() {
+  say "fetching libtorch $TORCH_VERSION into .deps/ (about 0.5 GB)"
+  mkdir -p .deps
+  [ -x .deps/venv/bin/python ] || python3 -m venv .deps/venv || die "python3 -m venv failed: install python3-venv"
+  # --no-deps: the wheel's CUDA companions (3 GB) are not needed to link and run on a CPU, but for these two small ones.
+  .deps/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+      "torch==$TORCH_VERSION" 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cupti==13.0.*' \
+    || die "pip could not fetch torch==$TORCH_VERSION: no network? Set TORCH_DIR to an existing .../site-packages/torch of that version"
+  ls .deps/venv/lib/python3*/site-packages/torch/lib/libtorch_cpu.so >/dev/null 2>&1 || die "the torch wheel holds no libtorch_cpu.so"
+  touch "$stamp"
+}
+
 missing=()
 if command -v dpkg-query >/dev/null 2>&1; then
   for p in "${PACKAGES[@]}"; do
@@ -33,27 +46,28 @@ if [ ${#missing[@]} -gt 0 ]; then
     printf '  sudo apt-get update && sudo apt-get install -y --no-install-recommends %s\n' "${missing[*]}" >&2
     exit 1
   fi
+  # Both are downloads for the most part: libtorch comes while the packages do, if Python can make its environment yet.
+  fetching=
+  trap '[ -z "$fetching" ] || kill -- "-$fetching" 2>/dev/null || true' EXIT
+  if [ -z "${TORCH_DIR:-}" ] && [ ! -f "$stamp" ] && python3 -c 'import ensurepip' 2>/dev/null; then
+    set -m  # a process group of its own, which the trap ends whole
+    fetch_torch &
+    fetching=$!
+    set +m
+  fi
   say "installing ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq || die "apt-get update failed: no network? Missing packages: ${missing[*]}"
   apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null \
     || die "apt-get could not install: ${missing[*]}"
+  if [ -n "$fetching" ]; then
+    wait "$fetching" || exit 1
+    fetching=
+  fi
 fi
 
 if [ -n "${TORCH_DIR:-}" ]; then
   [ -f "$TORCH_DIR/lib/libtorch_cpu.so" ] || die "TORCH_DIR=$TORCH_DIR holds no lib/libtorch_cpu.so; name the folder 'torch' inside site-packages"
-  exit 0
-fi
-
-stamp=.deps/torch-$TORCH_VERSION.ok
-if [ ! -f "$stamp" ]; then
-  say "fetching libtorch $TORCH_VERSION into .deps/ (about 0.5 GB)"
-  mkdir -p .deps
-  [ -x .deps/venv/bin/python ] || python3 -m venv .deps/venv || die "python3 -m venv failed: install python3-venv"
-  # --no-deps: the wheel's CUDA companions (3 GB) are not needed to link and run on a CPU, but for these two small ones.
-  .deps/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-      "torch==$TORCH_VERSION" 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cupti==13.0.*' \
-    || die "pip could not fetch torch==$TORCH_VERSION: no network? Set TORCH_DIR to an existing .../site-packages/torch of that version"
-  ls .deps/venv/lib/python3*/site-packages/torch/lib/libtorch_cpu.so >/dev/null 2>&1 || die "the torch wheel holds no libtorch_cpu.so"
-  touch "$stamp"
+elif [ ! -f "$stamp" ]; then
+  fetch_torch
 fi
