@@ -152,8 +152,11 @@ TEST_P(RandomModel, APackedBatchHasTheGradientsOfItsDocuments) {
     for (size_t n = 0; n < lengths.size(); ++n) sum = sum + part(bounds[n], bounds[n + 1], {});
     return sum;
   });
+  // Some vanish but for rounding: a bias of keys that are not rotated moves all scores of a query alike.
+  double largest = 0;
+  for (const auto& g : alone) largest = std::max(largest, g.abs().max().item<double>());
   for (size_t i = 0; i < packed.size(); ++i) {
-    const double scale = std::max(alone[i].abs().max().item<double>(), 1e-6);
+    const double scale = std::max(alone[i].abs().max().item<double>(), 1e-3 * largest);
     const double error = (packed[i] - alone[i]).abs().max().item<double>() / scale;
     EXPECT_TRUE(error < 10 * kLimit) << m->specs()[i].name << ": " << error;
   }
