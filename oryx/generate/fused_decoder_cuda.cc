@@ -13,6 +13,7 @@
 #include "oryx/generate/cuda/decode_product.h"
 #include "oryx/generate/cuda/decode_step.h"
 #include "oryx/generate/fused_decoder.h"
+#include "oryx/generate/fused_layout.h"
 #include "oryx/ops/cuda/launch.h"
 #include "oryx/ops/decode_attention/cuda/decode_attention.h"
 #include "oryx/ops/rope/rope_rows_cuda.h"
@@ -48,17 +49,13 @@ int64_t row_stride(const at::Tensor& t) { return t.defined() ? t.stride(0) : 0; 
 
 at::Tensor bf16(const at::Tensor& x) { return x.to(at::kBFloat16).contiguous(); }
 
-// A weight [rows, K] as cuda/decode_product.h wants it.
-at::Tensor fragments(const at::Tensor& w) {
-  return w.view({w.size(0) / 16, 2, 8, w.size(1) / 16, 2, 4, 2}).permute({0, 3, 2, 5, 4, 1, 6}).contiguous();
-}
-
 class Packed {
  public:
-  // In rows, or in fragments.
-  Packed(const LanguageModel& model, bool in_fragments) {
+  // For the persistent kernel (cuda/decode_step.h), or for the chain (cuda/decode_product.h).
+  Packed(const LanguageModel& model, bool persistent) {
     const ModelConfig& c = model.config();
-    const auto laid = [&](const at::Tensor& w) { return in_fragments ? fragments(w) : w; };
+    const auto by_rows = [&](const at::Tensor& w) { return persistent ? fused::row_pieces(w) : fused::product_fragments(w); };
+    const auto by_columns = [&](const at::Tensor& w) { return persistent ? fused::column_pieces(w, c.layer.num_heads) : fused::product_fragments(w); };
     for (int64_t i = 0; i < c.num_layers; ++i) {
       const MultiMixerLayer& layer = model.layer(i);
       const std::string prefix = fmt::format("layers.{}.", i);
@@ -68,12 +65,12 @@ class Packed {
       std::vector<at::Tensor> in = {p("mixer.k_proj.weight"), p("mixer.v_proj.weight"), p("mixer.g_proj.weight"), p("mixer.gated_delta_net.q_proj.weight")};
       if (packed.attends) in.push_back(p("mixer.attention.q_proj.weight"));
       for (at::Tensor& x : in) x = bf16(x);
-      packed.in = laid(at::cat(in));
+      packed.in = by_rows(at::cat(in));
       packed.in_rows = static_cast<int64_t>(in.size()) * in[0].size(0);
       packed.narrow = floats(at::cat({p("mixer.gated_delta_net.b_proj.weight"), p("mixer.gated_delta_net.a_proj.weight")}));
-      packed.out = laid(bf16(p("mixer.o_proj.weight")));
-      packed.gate_up = laid(at::stack({bf16(p("mlp.gate_proj.weight")), bf16(p("mlp.up_proj.weight"))}, 1).flatten(0, 1));
-      packed.down = laid(bf16(p("mlp.down_proj.weight")));
+      packed.out = by_columns(bf16(p("mixer.o_proj.weight")));
+      packed.gate_up = by_rows(at::stack({bf16(p("mlp.gate_proj.weight")), bf16(p("mlp.up_proj.weight"))}, 1).flatten(0, 1));
+      packed.down = by_columns(bf16(p("mlp.down_proj.weight")));
       packed.norm1 = floats(norm_factor(layer.config(), p("norm1.weight")));
       packed.norm2 = floats(norm_factor(layer.config(), p("norm2.weight")));
       packed.k_conv = floats(p("mixer.k_conv.weight")), packed.v_conv = floats(p("mixer.v_conv.weight"));
@@ -82,7 +79,7 @@ class Packed {
       layers.push_back(std::move(packed));
     }
     embed = bf16(model.parameter("embed.weight"));
-    head = laid(c.tie_word_embeddings ? embed : bf16(model.parameter("lm_head.weight")));
+    head = by_rows(c.tie_word_embeddings ? embed : bf16(model.parameter("lm_head.weight")));
     final_norm = floats(norm_factor(c.layer, model.parameter("final_norm.weight")));
   }
 
@@ -93,7 +90,7 @@ class Packed {
 class CudaDecoder : public FusedDecoder {
  public:
   CudaDecoder(const LanguageModel& model, State& state, int64_t tokens)
-      : model_(model), state_(state), N_(state.sequences()), capacity_(tokens), persistent_(one_kernel(model, state)), packed_(model, !persistent_) {
+      : model_(model), state_(state), N_(state.sequences()), capacity_(tokens), persistent_(one_kernel(model, state)), packed_(model, persistent_) {
     const ModelConfig& c = model.config();
     const LayerConfig& layer = model.layer(0).config();
     D_ = layer.hidden_size, H_ = layer.num_heads, F_ = layer.intermediate_size, vocab_ = c.vocab_size, below_ = vocab_;
@@ -126,7 +123,7 @@ class CudaDecoder : public FusedDecoder {
     for (const int64_t length : state_.lengths()) TORCH_CHECK(length < capacity_, "fused decoder: ", length + 1, " tokens, made for ", capacity_);
     const std::vector<uint8_t> modes = places(routing);
     state_.prepare(std::vector<int64_t>(static_cast<size_t>(N_), 1));
-    if (graph_ == nullptr || moved()) {
+    if (graphs_[0] == nullptr || moved()) {
       TORCH_CHECK(fits(), "fused decoder: the rows of the state do not lie side by side");
       attach();
     }
@@ -136,7 +133,7 @@ class CudaDecoder : public FusedDecoder {
       host_modes_ = modes;
       modes_.copy_(at::tensor(modes, at::kByte).view(modes_.sizes()), /*non_blocking=*/true);
     }
-    graph_->replay();
+    graphs_[any_attends(modes) ? 1 : 0]->replay();
     fed_back_ = feeds_back_;
     state_.advance(std::vector<int64_t>(static_cast<size_t>(N_), 1));
     expected_ = state_.lengths();
@@ -154,7 +151,7 @@ class CudaDecoder : public FusedDecoder {
 
   void feed_back(bool on, int64_t below) override {
     const int64_t limit = below > 0 ? std::min(below, vocab_) : vocab_;
-    if (limit != below_) graph_.reset();
+    if (limit != below_) graphs_[0].reset();
     below_ = limit;
     feeds_back_ = on;
     feed_back_.fill_(on ? 1 : 0);
@@ -237,26 +234,32 @@ class CudaDecoder : public FusedDecoder {
     const bool has_ids = state_.layer(model_.config().num_layers).has("ids");
     ids_ = has_ids ? rows(model_.config().num_layers, "ids") : at::Tensor();
     place_sequences();
-    if (persistent_) fill_table();
-    graph_.reset();
+    persistent_ ? fill_table() : allocate_attention();
     // A capture has a stream of its own.
     const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, model_.device().index());
     cudaDeviceSynchronize();
-    {
-      const c10::cuda::CUDAStreamGuard on(side);
+    const c10::cuda::CUDAStreamGuard on(side);
+    for (std::unique_ptr<at::cuda::CUDAGraph>& graph : graphs_) graph.reset();
+    // A chain without the kernels of attention, for steps in which nobody attends, and one with them. The persistent kernel needs no other.
+    for (const bool attention : {false, true}) {
       auto graph = std::make_unique<at::cuda::CUDAGraph>();
       graph->capture_begin();
-      persistent_ ? launch_step() : launch_batch();
+      persistent_ ? launch_step() : launch_batch(attention);
       graph->capture_end();
-      graph_ = std::move(graph);
+      graphs_[attention ? 1 : 0] = std::move(graph);
     }
+  }
+
+  static bool any_attends(const std::vector<uint8_t>& modes) {
+    return std::any_of(modes.begin(), modes.end(), [](uint8_t m) { return m != 0; });
   }
 
   // ---- one sequence
   void allocate_step() {
     const auto bytes = at::device(model_.device()).dtype(at::kByte);
-    workspace_ = at::zeros({oryx_decode_workspace(static_cast<int32_t>(D_), static_cast<int32_t>(F_))}, bytes);
+    workspace_ = at::zeros({oryx_decode_workspace(static_cast<int32_t>(D_), static_cast<int32_t>(model_.config().num_layers))}, bytes);
     table_ = at::zeros({static_cast<int64_t>(sizeof(OryxDecodeLayer)) * model_.config().num_layers}, bytes);
+    maps_ = at::zeros({2 * kOryxDecodeMapBytes * model_.config().num_layers}, bytes);
     logits_ = at::empty({1, vocab_}, bytes.dtype(at::kFloat));
   }
 
@@ -270,7 +273,18 @@ class CudaDecoder : public FusedDecoder {
                        s.v_tail.data_ptr(), pointer<float>(s.S), pointer<void>(s.keys), pointer<void>(s.values), pointer<float>(s.g), pointer<float>(s.beta),
                        pointer<int8_t>(s.modes)});
     }
-    at::Tensor host = at::empty({table_.numel()}, at::kByte);
+    for (const OryxDecodeLayer& layer : table) {
+      for (const void* p : {layer.k_tail, layer.v_tail, static_cast<void*>(layer.S), layer.keys, layer.values}) {
+        TORCH_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "fused decoder: a slot of the state does not begin at a multiple of 16 bytes");
+      }
+    }
+    for (const LayerSlots& slots : slots_) {
+      for (const at::Tensor& rows : {slots.keys, slots.values}) TORCH_CHECK(!rows.defined() || rows.is_contiguous(), "fused decoder: rows of an odd layout");
+    }
+    at::Tensor host = at::zeros({maps_.numel()}, at::kByte);
+    check("oryx_decode_maps", oryx_decode_maps(table.data(), static_cast<int32_t>(table.size()), static_cast<int32_t>(D_), capacity_, host.mutable_data_ptr()));
+    maps_.copy_(host);
+    host = at::empty({table_.numel()}, at::kByte);
     std::memcpy(host.mutable_data_ptr(), table.data(), static_cast<size_t>(table_.numel()));
     table_.copy_(host);
   }
@@ -278,7 +292,7 @@ class CudaDecoder : public FusedDecoder {
   void launch_step() {
     const LayerConfig& c = model_.layer(0).config();
     OryxDecodeStep a{};
-    a.layers = static_cast<const OryxDecodeLayer*>(table_.data_ptr());
+    a.layers = static_cast<const OryxDecodeLayer*>(table_.data_ptr()), a.maps = maps_.data_ptr();
     a.num_layers = static_cast<int32_t>(packed_.layers.size()), a.vocab_size = static_cast<int32_t>(vocab_), a.below = static_cast<int32_t>(below_);
     a.capacity = capacity_;
     a.embed = packed_.embed.data_ptr(), a.head = packed_.head.data_ptr(), a.final_norm = pointer<float>(packed_.final_norm), a.rope = pointer<float>(rope_);
@@ -289,7 +303,7 @@ class CudaDecoder : public FusedDecoder {
   }
 
   // ---- several sequences
-  static constexpr int kSplits = 2;  // along K, of the products with few rows
+  static constexpr int kSplits = 4;  // along K, of the products with few rows
 
   void allocate_batch() {
     const auto half = at::device(model_.device()).dtype(at::kBFloat16), f32 = half.dtype(at::kFloat);
@@ -328,14 +342,18 @@ class CudaDecoder : public FusedDecoder {
     check("oryx_batch_norm", oryx_batch_norm(&a, stream_of(u_)));
   }
 
-  void launch_batch() {
+  void launch_batch(bool attention) {
     for (size_t i = 0; i < packed_.layers.size(); ++i) {
       const PackedLayer& w = packed_.layers[i];
       norm(i == 0 ? -1 : 1, 0, i > 0, w.norm1, w.narrow);
       // The query of attention is wanted only where a sequence is in attention.
-      product(w.in, u_, projected_, w.in_rows, D_, kOryxProductRows, w.attends ? pointer<uint8_t>(modes_) + i * static_cast<size_t>(N_) : nullptr, 4 * H_ * 128);
-      mix(i);
-      if (w.attends && slots_[i].keys.defined()) attend(i);
+      const bool asks = attention && w.attends;
+      product(w.in, u_, projected_, asks ? w.in_rows : 4 * H_ * 128, D_, kOryxProductRows, asks ? pointer<uint8_t>(modes_) + i * static_cast<size_t>(N_) : nullptr, 4 * H_ * 128);
+      mix(i, asks ? w.in_rows : 4 * H_ * 128);
+      if (asks && attends(i)) {
+        const OryxDecodeAttention a = attention_of(i);
+        check("oryx_decode_attention", oryx_decode_attention(&a, workspace_.data_ptr(), stream_of(u_)));
+      }
       product(w.out, y_, delta_, D_, H_ * 128, kOryxProductParts);
       norm(0, 1, true, w.norm2, {});
       product(w.gate_up, u_, mid_, 2 * F_, D_, kOryxProductSwiglu);
@@ -348,7 +366,7 @@ class CudaDecoder : public FusedDecoder {
                                                  stream_of(u_)));
   }
 
-  void mix(size_t i) {
+  void mix(size_t i, int64_t row) {
     const PackedLayer& w = packed_.layers[i];
     const LayerSlots& s = slots_[i];
     const OryxBatchMix a{projected_.data_ptr(),
@@ -376,14 +394,14 @@ class CudaDecoder : public FusedDecoder {
                          y_.data_ptr(),
                          N_,
                          H_,
-                         w.in_rows,
+                         row,
                          capacity_,
                          static_cast<int32_t>(tiles_),
                          static_cast<float>(model_.layer(static_cast<int64_t>(i)).config().o_norm_eps())};
     check("oryx_batch_mix", oryx_batch_mix(&a, stream_of(u_)));
   }
 
-  void attend(size_t i) {
+  OryxDecodeAttention attention_of(size_t i) const {
     const PackedLayer& w = packed_.layers[i];
     const LayerSlots& s = slots_[i];
     const int64_t row = w.in_rows, width = H_ * 128;
@@ -398,10 +416,21 @@ class CudaDecoder : public FusedDecoder {
     a.gate = projected + 2 * width, a.gate_row = row, a.head_norm = pointer<float>(w.o_norm);
     a.head_norm_eps = static_cast<float>(model_.layer(static_cast<int64_t>(i)).config().o_norm_eps());
     a.o_tiles = static_cast<int32_t>(tiles_);
-    TORCH_CHECK(oryx_decode_attention_supports(&a) != 0, "fused decoder: rows of an odd layout");
-    const int64_t bytes = oryx_decode_attention_workspace(&a);
-    if (!workspace_.defined() || workspace_.numel() < bytes) workspace_ = at::empty({bytes}, u_.options().dtype(at::kByte));
-    check("oryx_decode_attention", oryx_decode_attention(&a, workspace_.data_ptr(), stream_of(u_)));
+    return a;
+  }
+
+  bool attends(size_t i) const { return packed_.layers[i].attends && slots_[i].keys.defined(); }
+
+  // Before a capture, which must not allocate.
+  void allocate_attention() {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < slots_.size(); ++i) {
+      if (!attends(i)) continue;
+      const OryxDecodeAttention a = attention_of(i);
+      TORCH_CHECK(oryx_decode_attention_supports(&a) != 0, "fused decoder: rows of an odd layout");
+      bytes = std::max(bytes, oryx_decode_attention_workspace(&a));
+    }
+    if (bytes > 0 && (!workspace_.defined() || workspace_.numel() < bytes)) workspace_ = at::empty({bytes}, u_.options().dtype(at::kByte));
   }
 
   const LanguageModel& model_;
@@ -410,13 +439,13 @@ class CudaDecoder : public FusedDecoder {
   bool persistent_, feeds_back_ = false, fed_back_ = false;
   Packed packed_;
   float scale_ = 0;
-  at::Tensor tokens_, positions_, lengths_, likeliest_, feed_back_, modes_, rope_, logits_, workspace_, table_, ids_;
+  at::Tensor tokens_, positions_, lengths_, likeliest_, feed_back_, modes_, rope_, logits_, workspace_, table_, maps_, ids_;
   at::Tensor x_[2], u_, delta_, y_, narrow_, projected_, mid_;
   int64_t tiles_ = 0;
   std::vector<uint8_t> host_modes_;
   std::vector<LayerSlots> slots_;
   std::vector<int64_t> expected_;  // lengths that the device counts with
-  std::unique_ptr<at::cuda::CUDAGraph> graph_;
+  std::unique_ptr<at::cuda::CUDAGraph> graphs_[2];  // of steps in which nobody attends, and of all others
 };
 
 std::unique_ptr<FusedDecoder> make_cuda_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why) {

@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const __grid_constant__ 
       unpack8(__ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.embed) + static_cast<int64_t>(a.tokens[n]) * D + c)), x);
     }
     if (a.delta != nullptr) {
+#pragma unroll 4
       for (int part = 0; part < a.delta_parts; ++part) {
         const float4* d = reinterpret_cast<const float4*>(a.delta + (part * a.N + n) * D + c);
         const float4 p = __ldcg(d), q = __ldcg(d + 1);
@@ -178,7 +179,25 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const bf16* logi
   const auto better = [&](float y, int id) {
     if (y > best || (y == best && id < index)) best = y, index = id;
   };
-  for (int i = t; i < below; i += kFinishThreads) better(__bfloat162float(logits[n * vocab + i]), i);
+  const bf16* row = logits + n * vocab;
+  constexpr int kTogether = 4;  // loads of eight under way
+  const int eights = vocab % 8 == 0 ? below / 8 : 0;
+  for (int base = t; base < eights; base += kTogether * kFinishThreads) {
+    uint4 w[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (base + i * kFinishThreads < eights) w[i] = __ldcg(reinterpret_cast<const uint4*>(row) + base + i * kFinishThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (base + i * kFinishThreads >= eights) break;
+      float x[8];
+      unpack8(w[i], x);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) better(x[j], 8 * (base + i * kFinishThreads) + j);
+    }
+  }
+  for (int i = 8 * eights + t; i < below; i += kFinishThreads) better(__bfloat162float(row[i]), i);
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) better(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, index, d));
   if (lane == 0) values[t / 32] = best, indices[t / 32] = index;

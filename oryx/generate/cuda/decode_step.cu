@@ -1,17 +1,18 @@
 // The persistent decoding kernel of decode_step.h.
 //
-// Warp 8 is the producer: it walks through the whole step and copies 16 KB pieces into the ring. Warps 0 to 7 walk through the same pieces and compute. A matrix-vector
-// product keeps the vector in registers (thread t holds columns 8 t to 8 t + 7, and every 2,048 columns on) and reads each row of weights once; a row's sum goes through
-// the warp, then through shared memory. Between phases all multiprocessors meet:
+// Warp 8 is the producer: it walks through the whole step and copies 16 KB pieces into the ring. Warps 0 to 7 walk through the same pieces and multiply them on the tensor cores, with the
+// vector as two columns (its bfloat16 and the rest), so that a full ring is emptied several times faster than memory fills it. The residual stream lies in the registers of
+// every multiprocessor, each warp with 256 columns. A layer:
 //
-//   1  u = norm(x):            k, v, gate, query, beta, decay
-//   2  convolutions, S, readout; in attention mode this share of the cached tokens instead of the readout, and 2b: the shares together
-//   3  head norm, gate, x += W_out o
-//   4  h = norm(x):            silu(W_gate h) * (W_up h)
-//   5  x += W_down (...)
+//   1  u = norm(x):  k, v, gate, query, beta, decay of the group's head; exchanged within the group
+//   2  convolutions, S, readout; in attention mode the head's cached tokens instead of the readout; exchanged within the group
+//   3  head norm, gate, the head's columns of W_out: parts of all of x                                                        - all multiprocessors meet
+//   4  h = norm(x):  silu(W_gate h) * (W_up h), a sixteenth of them; exchanged within the group
+//   5  their columns of W_down: parts of all of x                                                                             - all multiprocessors meet
 //
-// Sums are in a fixed order: the same inputs give the same bits.
+// Sums are in a fixed order or of integers: the same inputs give the same bits.
 #include <cfloat>
+#include <cstring>
 
 #include "oryx/generate/cuda/decode_step_mix.cuh"
 #include "oryx/generate/cuda/decode_step_ring.cuh"
@@ -19,183 +20,212 @@
 namespace oryx::decode_cuda {
 namespace {
 
-template <int kD, int kF, typename Out>
-__device__ void produce(const OryxDecodeStep& a, Shared& s, Out out) {
-  constexpr int H = kD / kWidth;
-  const int position = __ldcg(a.position);
-  const auto rows = [&](const void* w, Share share, int piece_rows, int columns) {
-    const char* from = static_cast<const char*>(w) + static_cast<int64_t>(share.begin) * piece_rows * columns * 2;
-    for (int i = share.begin; i < share.end; ++i, from += piece_rows * columns * 2) out.load(from, piece_rows * columns * 2);
-  };
-  for (int l = 0; l < a.num_layers; ++l) {
-    const OryxDecodeLayer& layer = a.layers[l];
-    const bool attention = s.modes[l] != 0;
-    const Share in(4 * kD / kRows, 0);
-    for (int i = in.begin; i < in.end; ++i) {
-      const int row = i * kRows + (attention && i * kRows >= 3 * kD ? kD : 0);
-      out.load(static_cast<const bf16*>(layer.w_in) + static_cast<int64_t>(row) * kD, kRows * kD * 2);
-    }
-    const int narrow = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2 * H);
-    if (narrow >= 0) out.load(layer.w_beta_decay + static_cast<int64_t>(narrow) * kD, kD * 4);
-    if (blockIdx.x < H * kSlices) out.load(layer.S + static_cast<int64_t>(blockIdx.x) * kSliceRows * kWidth, kSliceRows * kWidth * 4);
-    if (attention) {
-      const Share share((position + kTokens - 1) / kTokens, 3);
-      for (int i = share.begin; i < share.end; ++i) {
-        const int64_t at = static_cast<int64_t>(i) * kTokens * kD;
-        const int bytes = min(kTokens, position - i * kTokens) * kD * 2;
-        out.load(static_cast<const bf16*>(layer.keys) + at, bytes);
-        out.load(static_cast<const bf16*>(layer.values) + at, bytes);
-      }
-    }
-    rows(layer.w_out, Share(kD / kRows, 1), kRows, kD);
-    rows(layer.w_gate_up, Share(2 * kF / kRows, 2), kRows, kD);
-    rows(layer.w_down, Share(kD, 4), 1, kF);
+// Columns of a matrix of column pieces in tiles of 16 that a group has.
+template <int kColumns, int kHeads>
+struct TileShare {
+  int begin, count;
+  __device__ explicit TileShare(int group) {
+    constexpr int kTiles = kColumns / 16;
+    begin = kTiles * group / kHeads, count = kTiles * (group + 1) / kHeads - begin;
   }
-  rows(a.head, Share(a.vocab_size / kRows, 5), kRows, kD);
+};
+
+// The vocabulary's pieces that a multiprocessor has.
+struct PieceShare {
+  int begin, end;
+  __device__ explicit PieceShare(int pieces) {
+    begin = static_cast<int>(static_cast<int64_t>(pieces) * blockIdx.x / gridDim.x), end = static_cast<int>(static_cast<int64_t>(pieces) * (blockIdx.x + 1) / gridDim.x);
+  }
+};
+
+// What the consumers read of a layer besides its pieces: each multiprocessor fetches what is its own, and a share of what all read.
+template <int kD>
+__device__ __forceinline__ void fetch_small(const OryxDecodeLayer& layer, int head, int rank) {
+  constexpr int H = kD / kWidth, kShare = kD * 4 / (H * kGroup);
+  const int channel = head * kWidth + rank * kSliceRows, lane = threadIdx.x & 31;
+  const auto at = [](const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; };
+  switch (lane) {
+    case 0: fetch_ahead(at(layer.norm1, blockIdx.x * kShare), kShare); break;
+    case 1: fetch_ahead(at(layer.norm2, blockIdx.x * kShare), kShare); break;
+    case 2: fetch_ahead(at(layer.k_conv, channel * 16), kSliceRows * 16); break;
+    case 3: fetch_ahead(at(layer.v_conv, channel * 16), kSliceRows * 16); break;
+    case 4: fetch_ahead(at(layer.k_tail, channel * 6), kSliceRows * 6); break;
+    case 5: fetch_ahead(at(layer.v_tail, channel * 6), kSliceRows * 6); break;
+    case 6: fetch_ahead(at(layer.w_beta_decay, (static_cast<int64_t>(head) * kD + rank * (kD / kGroup)) * 4), kD / kGroup * 4); break;
+    case 7: fetch_ahead(at(layer.w_beta_decay, (static_cast<int64_t>(H + head) * kD + rank * (kD / kGroup)) * 4), kD / kGroup * 4); break;
+    case 8: fetch_ahead(layer.o_norm, kWidth * 4); break;
+    case 9: fetch_ahead(layer.A_log, H * 4); break;
+    case 10: fetch_ahead(layer.dt_bias, H * 4); break;
+    default: break;
+  }
 }
 
 template <int kD, int kF>
-__device__ void consume(const OryxDecodeStep& a, Shared& s, const Workspace& ws) {
+__device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) {
+  constexpr int H = kD / kWidth;
+  constexpr int64_t kPiece = kRows * kD * 2, kTileBytes = kD * 32;  // a tile of 16 columns
+  Producer out(s);
+  const int position = __ldcg(a.position), lane = threadIdx.x & 31;
+  // The table of layers goes to shared memory two layers ahead, a word a lane.
+  constexpr int kTableWords = sizeof(OryxDecodeLayer) / 8;
+  static_assert(kTableWords <= 32 && sizeof(OryxDecodeLayer) % 8 == 0);
+  const auto table_word = [&](int l) {
+    uint64_t word = 0;
+    if (lane < kTableWords && l < a.num_layers) asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(word) : "l"(reinterpret_cast<const uint64_t*>(a.layers + l) + lane));
+    return word;
+  };
+  const auto keep_word = [&](int l, uint64_t word) {
+    if (lane < kTableWords) reinterpret_cast<uint64_t*>(s.layers + l % kLayersAhead)[lane] = word;
+    __syncwarp();
+  };
+  fetch_small<kD>(s.layers[0], head, rank);
+  uint64_t pending = table_word(2);
+  if (a.num_layers > 1) fetch_small<kD>(s.layers[1], head, rank);
+  if (lane == 0) fetch_ahead(reinterpret_cast<const char*>(a.final_norm) + blockIdx.x * (kD * 4 / (H * kGroup)), kD * 4 / (H * kGroup));
+  const auto columns = [&](const void* w, int begin, int count) {
+    const int64_t bytes = count * (kTileBytes / kGroup);
+    const char* from = static_cast<const char*>(w) + begin * kTileBytes + rank * bytes;
+    const int64_t pairs = count / 2 * (kTileBytes / kGroup * 2);
+    out.load_all(from, pairs);
+    if (count % 2 != 0) out.load(from + pairs, static_cast<int>(kTileBytes / kGroup));
+  };
+  for (int l = 0; l < a.num_layers; ++l) {
+    if (l > 0) {
+      keep_word(l + 1, pending);
+      pending = table_word(l + 2);
+      if (l + 1 < a.num_layers) fetch_small<kD>(s.layers[(l + 1) % kLayersAhead], head, rank);
+    }
+    const OryxDecodeLayer& layer = s.layers[l % kLayersAhead];
+    const bool attention = s.modes[l] != 0;
+    for (int section = 0; section < 4; ++section) {
+      const int from = section == 3 && attention ? 4 : section;
+      out.load_all(static_cast<const char*>(layer.w_in) + (from * (kD / kRows) + (head * kGroup + rank) * (kSliceRows / kRows)) * kPiece, kSliceRows / kRows * kPiece);
+    }
+    out.load(layer.S + static_cast<int64_t>(head * kWidth + rank * kSliceRows) * kWidth, kSliceRows * kWidth * 4);
+    if (attention) {
+      const TokenShare share(position, rank);
+      for (int i = share.begin; i < share.end; ++i) {
+        out.box(static_cast<const char*>(a.maps) + (2 * l) * kOryxDecodeMapBytes, head * kWidth, i * kTokens);
+        out.box(static_cast<const char*>(a.maps) + (2 * l + 1) * kOryxDecodeMapBytes, head * kWidth, i * kTokens);
+      }
+    }
+    const TileShare<kD, H> mixed(head);
+    columns(layer.w_out, mixed.begin, mixed.count);
+    const TileShare<kF, H> mids(head);
+    out.load_all(static_cast<const char*>(layer.w_gate_up) + (mids.begin * kGroup + rank * mids.count) * kPiece, mids.count * kPiece);
+    columns(layer.w_down, mids.begin, mids.count);
+  }
+  const PieceShare share(a.vocab_size / kRows);
+  out.load_all(static_cast<const char*>(a.head) + share.begin * kPiece, (share.end - share.begin) * kPiece);
+}
+
+template <int kD, int kF>
+__device__ void consume(const OryxDecodeStep& a, Shared& s, int head, int rank) {
   constexpr int H = kD / kWidth;
   const int t = threadIdx.x, lane = t & 31, warp = t >> 5;
+  const Workspace ws = carve<kD>(a.workspace, a.num_layers);
   Consumer in(s);
   const int position = __ldcg(a.position), token = __ldcg(a.token);
-  const uint32_t start = __ldcg(ws.epoch);
-  Grid grid{ws.arrived, start};
-  float x[8];
+  Grid grid{ws.arrived, __ldcg(ws.epoch)};
+  float x[16], u[16], weight[16], narrow[16];
+  uint32_t b[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t two = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(a.embed) + static_cast<int64_t>(token) * kD + first_column() + 64 * (i / 2) + 8 * (i & 1)));
+    x[2 * i] = low(two), x[2 * i + 1] = high(two);
+  }
+  if (blockIdx.x == 0 && t == 0 && a.id_rows != nullptr && position < a.capacity) a.id_rows[position] = token;
+  const TileShare<kD, H> mixed(head);
+  const TileShare<kF, H> mids(head);
+  const int64_t own_rows = static_cast<int64_t>(rank) * (kD / kGroup) + column_row();
+  const uint32_t first_number = __ldcg(ws.steps) * static_cast<uint32_t>(a.num_layers) + 1;
   for (int l = 0; l < a.num_layers; ++l) {
-    const OryxDecodeLayer& layer = a.layers[l];
+    const OryxDecodeLayer& layer = s.layers[l % kLayersAhead];
     const bool attention = s.modes[l] != 0;
-    // 1
+    const bool keeps = layer.keys != nullptr && position < a.capacity;
+    const uint32_t number = first_number + static_cast<uint32_t>(l);
+    // 1: what depends on no activation first
+    read_weights(weight, layer.norm1);
+    if (warp == rank) read_narrow(layer, narrow, head, H, kD);
+    const Ahead ahead = read_ahead(layer, head * kWidth + rank * kSliceRows + ((t >> 2) & 15));
+    const float2 o_norm = __ldg(reinterpret_cast<const float2*>(layer.o_norm + rank * kSliceRows + 2 * warp));
+    const float A_log = __ldg(layer.A_log + head), dt_bias = __ldg(layer.dt_bias + head);
     if (l > 0) {
-      read_columns<kD>(ws.x, x);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] = 0.0f;
-      if (t < kD / 8) {
-        const uint4 e = __ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.embed) + static_cast<int64_t>(token) * kD) + t);
-        x[0] = low(e.x), x[1] = high(e.x), x[2] = low(e.y), x[3] = high(e.y), x[4] = low(e.z), x[5] = high(e.z), x[6] = low(e.w), x[7] = high(e.w);
-        if (blockIdx.x == 0) {
-          reinterpret_cast<float4*>(ws.x)[2 * t] = make_float4(x[0], x[1], x[2], x[3]);
-          reinterpret_cast<float4*>(ws.x)[2 * t + 1] = make_float4(x[4], x[5], x[6], x[7]);
-        }
-      }
-      if (blockIdx.x == 0 && t == 0 && a.id_rows != nullptr && position < a.capacity) a.id_rows[position] = token;
+      grid.wait();
+      add_sums<kD>(x, ws, 2 * l - 1);
     }
-    normalise<kD>(x, layer.norm1, a.norm_eps, s);
-    {
-      const Share share(4 * kD / kRows, 0);
-      const int count = share.end - share.begin;
-      product<kD, kRows>(in, count, x, s.red);
-      const int narrow = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - 2 * H);
-      if (narrow >= 0) {
-        const uint32_t at = in.wait();
-        float sum = 0.0f;
-        if (t < kD / 8) {
-          const float4 p = lds_float4(at + 32 * t), q = lds_float4(at + 32 * t + 16);
-          sum = p.x * x[0] + p.y * x[1] + p.z * x[2] + p.w * x[3] + q.x * x[4] + q.y * x[5] + q.z * x[6] + q.w * x[7];
-        }
-        in.release();
-        sum = warp_sum(sum);
-        if (lane == 0) s.red[count * kRows * kRedStride + warp] = sum;
-      }
-      named_barrier(1, kConsumers);
-      if (t < count * kRows) ws.proj[share.begin * kRows + t] = row_total(s.red, t);
-      if (narrow >= 0 && t == kConsumers - 1) ws.proj[4 * kD + narrow] = row_total(s.red, count * kRows);
-    }
+    weighted(x, weight, u, b, s);
+    row_product(in, 4 * kSliceRows / kRows, b, s.red);
+    if (warp == rank) publish_narrow(u, narrow, ws.words, number, rank);
+    named_barrier(1, kConsumers);
+    float scale = norm_scale<kD>(s, a.norm_eps);
+    publish_projected<kD>(layer, s, ws.words, number, ahead, row_total(s.red, t >> 2) * scale, head, rank, position, keeps);
     // 2
-    float gate[8];
-    mix<kD>(gate, a, layer, ws, in, grid, position, attention);
+    mix<kD>(a, layer, s, ws.words, number, in, head, rank, position, keeps, attention, scale, o_norm, A_log, dt_bias);
+    if (blockIdx.x == 0 && t == 0 && layer.mode_rows != nullptr && position < a.capacity) layer.mode_rows[position] = attention ? 1 : 0;
     // 3
-    {
-      read_columns<kD>(ws.o, x);
-      float sum = 0.0f;
-      const float4 n0 = __ldg(reinterpret_cast<const float4*>(layer.o_norm) + 2 * (t & 15)), n1 = __ldg(reinterpret_cast<const float4*>(layer.o_norm) + 2 * (t & 15) + 1);
-      const float n[8] = {n0.x, n0.y, n0.z, n0.w, n1.x, n1.y, n1.z, n1.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum = fmaf(x[i], x[i], sum);
-#pragma unroll
-      for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-      const float scale = rsqrtf(sum / kWidth + a.head_norm_eps);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] *= scale * n[i] * silu(gate[i]);
-      const Share share(kD / kRows, 1);
-      const int count = share.end - share.begin;
-      product<kD, kRows>(in, count, x, s.red);
-      named_barrier(1, kConsumers);
-      if (t < count * kRows) {
-        float* to = ws.x + share.begin * kRows + t;
-        *to = __ldcg(to) + row_total(s.red, t);
-      }
-    }
-    grid.meet();
+    collect<kMixedWords>(ws.words->mixed, kMixedWords, number, s.mixed);
+    float part = column_product(in, mixed.count, s.mixed);
+    const float2 squares = reinterpret_cast<const float2*>(s.mixed + kWidth)[lane];
+    add_part(ws.sums[0] + static_cast<int64_t>(2 * l) * kD + own_rows, part * rsqrtf(warp_sum(squares.x + squares.y) / kWidth + a.head_norm_eps));
+    grid.arrive();
     // 4
+    read_weights(weight, layer.norm2);
+    grid.wait();
+    add_sums<kD>(x, ws, 2 * l);
+    weighted(x, weight, u, b, s);
+    row_product(in, mids.count, b, s.red);
+    named_barrier(1, kConsumers);
+    scale = norm_scale<kD>(s, a.norm_eps);
     {
-      read_columns<kD>(ws.x, x);
-      normalise<kD>(x, layer.norm2, a.norm_eps, s);
-      const Share share(2 * kF / kRows, 2);
-      const int count = share.end - share.begin;
-      product<kD, kRows>(in, count, x, s.red);
-      named_barrier(1, kConsumers);
-      for (int r = t; r < count * kRows / 2; r += kConsumers) ws.mid[share.begin * kRows / 2 + r] = silu(row_total(s.red, 2 * r)) * row_total(s.red, 2 * r + 1);
+      const int own = 2 * mids.count, m = min(t >> 2, own - 1);
+      const float gate = row_total(s.red, 2 * m) * scale, up = row_total(s.red, 2 * m + 1) * scale;
+      if (t >> 2 < own && (t & 3) == 0) publish(ws.words->mids + rank * own + m, split(silu(gate) * up), number);
     }
-    grid.meet();
     // 5
-    {
-      float wide[kVectors<kF> * 8];
-#pragma unroll
-      for (int v = 0; v < kVectors<kF>; ++v) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) wide[8 * v + i] = 0.0f;
-        const int vector = t + v * kConsumers;
-        if (vector < kF / 8) {
-          const float4 p = read4(ws.mid + 8 * vector), q = read4(ws.mid + 8 * vector + 4);
-          wide[8 * v] = p.x, wide[8 * v + 1] = p.y, wide[8 * v + 2] = p.z, wide[8 * v + 3] = p.w;
-          wide[8 * v + 4] = q.x, wide[8 * v + 5] = q.y, wide[8 * v + 6] = q.z, wide[8 * v + 7] = q.w;
-        }
-      }
-      const Share share(kD, 4);
-      const int count = share.end - share.begin;
-      product<kF, 1>(in, count, wide, s.red);
-      named_barrier(1, kConsumers);
-      if (t < count) {
-        float* to = ws.x + share.begin + t;
-        *to = __ldcg(to) + row_total(s.red, t);
-      }
-    }
-    grid.meet();
+    collect<kMaxMids>(ws.words->mids, mids.count * 16, number, s.mids);
+    part = column_product(in, mids.count, s.mids);
+    add_part(ws.sums[0] + static_cast<int64_t>(2 * l + 1) * kD + own_rows, part);
+    grid.arrive();
   }
   // The head, and the likeliest token.
-  read_columns<kD>(ws.x, x);
-  normalise<kD>(x, a.final_norm, a.norm_eps, s);
-  const Share share(a.vocab_size / kRows, 5);
-  const int count = share.end - share.begin;
-  product<kD, kRows>(in, count, x, s.red);
-  named_barrier(1, kConsumers);
-  float best = -FLT_MAX;
+  read_weights(weight, a.final_norm);
+  grid.wait();
+  add_sums<kD>(x, ws, 2 * a.num_layers - 1);
+  weighted(x, weight, u, b, s);
+  const PieceShare share(a.vocab_size / kRows);
+  float best = -FLT_MAX, scale = 0.0f;
   int index = 0x7fffffff;
-  for (int r = t; r < count * kRows; r += kConsumers) {
-    const float y = row_total(s.red, r);
-    const int id = share.begin * kRows + r;
-    a.logits[id] = y;
-    if (id < a.below && (y > best || (y == best && id < index))) best = y, index = id;
-  }
   const auto better = [&](float y, int id) {
     if (y > best || (y == best && id < index)) best = y, index = id;
   };
+  constexpr int kTurn = kMaxPieces / 2;
+  for (int begin = share.begin, turn = 0; begin < share.end; begin += kTurn, turn ^= 1) {  // two halves of the space for sums in turn
+    float* red = s.red + turn * kTurn * kRows * kRedStride;
+    const int count = min(kTurn, share.end - begin);
+    row_product(in, count, b, red);
+    named_barrier(1, kConsumers);
+    scale = norm_scale<kD>(s, a.norm_eps);
+    const int row = min(t >> 2, count * kRows - 1), id = begin * kRows + row;
+    const float y = row_total(red, row) * scale;
+    if (t >> 2 < count * kRows && (t & 3) == 0) {
+      a.logits[id] = y;
+      if (id < a.below) better(y, id);
+    }
+  }
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) better(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, index, d));
   if (lane == 0) s.best_value[warp] = best, s.best_index[warp] = index;
   named_barrier(1, kConsumers);
   if (t == 0) {
     for (int w = 1; w < kWarps; ++w) better(s.best_value[w], s.best_index[w]);
-    reinterpret_cast<float2*>(ws.top)[blockIdx.x] = make_float2(best, __int_as_float(index));
+    ws.top[blockIdx.x] = make_float2(best, __int_as_float(index));
   }
   grid.meet();
   if (blockIdx.x != 0 || warp != 0) return;
   best = -FLT_MAX, index = 0x7fffffff;
   for (int c = lane; c < static_cast<int>(gridDim.x); c += 32) {
-    const float2 top = __ldcg(reinterpret_cast<const float2*>(ws.top) + c);
+    const float2 top = __ldcg(ws.top + c);
     better(top.x, __float_as_int(top.y));
   }
 #pragma unroll
@@ -205,49 +235,87 @@ __device__ void consume(const OryxDecodeStep& a, Shared& s, const Workspace& ws)
     if (__ldcg(a.feed_back) != 0) *a.token = index;
     *a.position = position + 1;
     *ws.epoch = grid.target;
+    *ws.steps += 1;
   }
 }
 
 template <int kD, int kF>
 __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_constant__ OryxDecodeStep a) {
+  static_assert(kD == kWarps * 256 && kF % 16 == 0 && (kF / 16 + kD / kWidth - 1) / (kD / kWidth) <= kMaxPieces && kMaxPieces * 16 <= kMaxMids);
   extern __shared__ uint8_t raw[];
   Shared& s = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(raw) + 127) & ~static_cast<uintptr_t>(127));
   for (int l = threadIdx.x; l < a.num_layers; l += kThreads) s.modes[l] = static_cast<int8_t>(__ldcg(a.modes + l));
+  for (int i = threadIdx.x; i < min(2, a.num_layers) * static_cast<int>(sizeof(OryxDecodeLayer) / 8); i += kThreads) {
+    reinterpret_cast<uint64_t*>(s.layers)[i] = __ldg(reinterpret_cast<const unsigned long long*>(a.layers) + i);
+  }
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) barrier_init(smem_address(s.full + i), 1), barrier_init(smem_address(s.empty + i), kWarps);
     barrier_init_fence();
   }
   __syncthreads();
+  const int head = static_cast<int>(blockIdx.x) / kGroup, rank = static_cast<int>(blockIdx.x) % kGroup;
   if (threadIdx.x >= kConsumers) {
-    if (threadIdx.x == kConsumers) produce<kD, kF>(a, s, Producer(s));
+    produce<kD, kF>(a, s, head, rank);
     return;
   }
-  consume<kD, kF>(a, s, carve<kD, kF>(a.workspace));
+  consume<kD, kF>(a, s, head, rank);
 }
+
+constexpr int kSharedBytes = static_cast<int>(sizeof(Shared)) + 128;
 
 template <int kD, int kF>
 int launch(const OryxDecodeStep* step, cudaStream_t stream) {
-  int device = 0, count = 0;
-  if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
-  if (count < kD / kWidth * kSlices || count > kMaxGrid || step->num_layers > kMaxLayers || step->vocab_size % kRows != 0) return cudaErrorInvalidValue;
-  if ((step->vocab_size / kRows + count - 1) / count * kRows > kMaxRows) return cudaErrorInvalidValue;
-  const int bytes = static_cast<int>(sizeof(Shared)) + 128;
+  if (step->num_layers < 1 || step->num_layers > kMaxLayers || step->vocab_size % kRows != 0) return cudaErrorInvalidValue;
   const auto kernel = decode_step_kernel<kD, kF>;
-  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); e != cudaSuccess) return e;
+  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes); e != cudaSuccess) return e;
   void* arguments[] = {const_cast<OryxDecodeStep*>(step)};
-  return cudaLaunchCooperativeKernel(kernel, dim3(count), dim3(kThreads), arguments, bytes, stream);
+  return cudaLaunchCooperativeKernel(kernel, dim3(kD / kWidth * kGroup), dim3(kThreads), arguments, kSharedBytes, stream);
+}
+
+int encode_map(void* to, const void* rows, int64_t width, int64_t capacity) {
+  static PFN_cuTensorMapEncodeTiled_v12000 encode_tiled = nullptr;
+  if (encode_tiled == nullptr) {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    if (const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result); e != cudaSuccess) return e;
+    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(capacity)}, stride[1] = {static_cast<cuuint64_t>(width) * 2};
+  const cuuint32_t box[2] = {kWidth, kTokens}, step[2] = {1, 1};
+  alignas(64) CUtensorMap map;
+  static_assert(sizeof(map) == kOryxDecodeMapBytes);
+  const CUresult r = encode_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(rows), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                  CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (r != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  memcpy(to, &map, sizeof(map));
+  return cudaSuccess;
+}
+
+// Whether all multiprocessors that take part are there.
+template <int kD>
+bool fits() {
+  int device = 0, count = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess && count >= kD / kWidth * kGroup;
 }
 
 }  // namespace
 }  // namespace oryx::decode_cuda
 
-extern "C" int64_t oryx_decode_workspace(int32_t hidden_size, int32_t intermediate_size) {
-  return 4 * oryx::decode_cuda::workspace_floats(hidden_size, intermediate_size);
-}
+extern "C" int64_t oryx_decode_workspace(int32_t hidden_size, int32_t num_layers) { return oryx::decode_cuda::workspace_bytes(hidden_size, num_layers); }
 
 extern "C" int oryx_decode_supports(int32_t hidden_size, int32_t num_heads, int32_t intermediate_size) {
-  return hidden_size == 2048 && num_heads == 16 && intermediate_size == 5440;
+  return hidden_size == 2048 && num_heads == 16 && intermediate_size == 5440 && oryx::decode_cuda::fits<2048>();
+}
+
+extern "C" int oryx_decode_maps(const OryxDecodeLayer* layers, int32_t num_layers, int32_t hidden_size, int64_t capacity, void* to) {
+  for (int l = 0; l < num_layers; ++l) {
+    char* at = static_cast<char*>(to) + 2 * l * kOryxDecodeMapBytes;
+    if (layers[l].keys == nullptr) continue;
+    if (const int e = oryx::decode_cuda::encode_map(at, layers[l].keys, hidden_size, capacity); e != 0) return e;
+    if (const int e = oryx::decode_cuda::encode_map(at + kOryxDecodeMapBytes, layers[l].values, hidden_size, capacity); e != 0) return e;
+  }
+  return 0;
 }
 
 extern "C" int oryx_decode_step(const OryxDecodeStep* step, int32_t hidden_size, int32_t intermediate_size, void* stream) {

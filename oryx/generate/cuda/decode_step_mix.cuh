@@ -1,4 +1,4 @@
-// Phase 2 of the persistent decoding kernel (decode_step.cu): convolutions and the recurrent state of a slice of a head; this multiprocessor's share of the cached tokens.
+// Phase 2 of the persistent decoding kernel (decode_step.cu): what a group makes of the keys, values, gate and query of its head; the recurrent state; the cached tokens.
 #pragma once
 
 #include "oryx/generate/cuda/decode_step_ring.cuh"
@@ -6,86 +6,151 @@
 namespace oryx::decode_cuda {
 namespace {
 
-struct HeadWork {  // of one (head, slice): four keys a lane, two value rows a warp
-  float k[4], q[4];  // after convolution and rounding; query as projected
-  float v[2];
-  Tail4 new_tail;
+// What a thread reads ahead of the meeting in front of a layer. Threads come in fours: the one of row t / 4 of the multiprocessor's 64 rows, sixteen each of keys, values, gate, query.
+struct Ahead {
+  float4 filter;
+  float tail[3];
+  bf16* tail_at;
 };
 
+__device__ __forceinline__ Ahead read_ahead(const OryxDecodeLayer& layer, int channel) {
+  const int section = threadIdx.x >> 6;
+  Ahead a{};
+  if (section < 2) {
+    a.filter = __ldg(reinterpret_cast<const float4*>(section == 0 ? layer.k_conv : layer.v_conv) + channel);
+    a.tail_at = static_cast<bf16*>(section == 0 ? layer.k_tail : layer.v_tail) + 3 * channel;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) a.tail[i] = __bfloat162float(a.tail_at[i]);
+  }
+  return a;
+}
+
+// The sum y of the thread's row: through the convolution, into the state's rows, to the multiprocessors of the group.
 template <int kD>
-__device__ __forceinline__ void attend_share(const OryxDecodeStep& a, const OryxDecodeLayer& layer, const Workspace& ws, Consumer& in, int position) {
-  constexpr int H = kD / kWidth;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, l = lane & 15, head = 2 * warp + (lane >> 4);
-  const bool works = 2 * warp < H;  // H is even
-  const Share share((position + kTokens - 1) / kTokens, 3);
+__device__ __forceinline__ void publish_projected(const OryxDecodeLayer& layer, Shared& s, Words* words, uint32_t number, const Ahead& a, float y, int head, int rank, int position,
+                                                  bool keeps) {
+  const int section = threadIdx.x >> 6, row = (threadIdx.x >> 2) & 15, part = threadIdx.x & 3;
+  const int of_head = rank * kSliceRows + row, channel = head * kWidth + of_head;
+  if (section < 2) {
+    const float raw = round_bf16(y);
+    const float z = convolved(a.filter, a.tail[0], a.tail[1], a.tail[2], raw);
+    if (part == 0) {
+      if (section == 0) {
+        publish(words->projected + of_head, z, number);
+      } else {
+        s.value[row] = z;
+      }
+    } else if (part == 1) {
+      a.tail_at[0] = __float2bfloat16_rn(a.tail[1]), a.tail_at[1] = __float2bfloat16_rn(a.tail[2]), a.tail_at[2] = __float2bfloat16_rn(raw);
+    } else if (part == 2 && keeps) {
+      static_cast<bf16*>(section == 0 ? layer.keys : layer.values)[static_cast<int64_t>(position) * kD + channel] = __float2bfloat16_rn(z);
+    }
+  } else if (section == 2) {
+    if (part == 0) s.gate[row] = silu(y);
+  } else if (part == 0) {
+    publish(words->projected + kWidth + of_head, y, number);
+  }
+}
+
+// Write strength and decay before their functions are products with float32 rows. A multiprocessor has 256 of the columns, which lie in the registers of the warp of its rank: lanes with
+// an even g take the row of the write strength, the others that of the decay.
+__device__ __forceinline__ void read_narrow(const OryxDecodeLayer& layer, float (&w)[16], int head, int heads, int columns) {
+  read_weights(w, layer.w_beta_decay + static_cast<int64_t>(threadIdx.x & 4 ? heads + head : head) * columns);
+}
+__device__ __forceinline__ void publish_narrow(const float (&u)[16], const float (&w)[16], Words* words, uint32_t number, int rank) {
+  const int lane = threadIdx.x & 31;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) sum = fmaf(u[i], w[i], sum);
+#pragma unroll
+  for (const int d : {1, 2, 8, 16}) sum += __shfl_xor_sync(~0u, sum, d);
+  if (lane % 4 == 0 && lane < 8) publish(words->projected + 2 * kWidth + lane / 4 * kGroup + rank, sum, number);
+}
+
+// This multiprocessor's share of the cached tokens of the head, in pieces.
+struct TokenShare {
+  int begin, end;
+  __device__ TokenShare(int position, int rank) {
+    const int pieces = (position + kTokens - 1) / kTokens;
+    begin = pieces * rank / kGroup, end = pieces * (rank + 1) / kGroup;
+  }
+};
+
+// Half a warp takes four tokens of a piece. What it found goes to the multiprocessors of the group, sixteen values of the head each.
+__device__ __forceinline__ void attend(const OryxDecodeStep& a, Shared& s, Words* words, uint32_t number, Consumer& in, int position, int rank) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, l = lane & 15, half = 2 * warp + (lane >> 4);
+  constexpr int kOwn = 4;
+  const TokenShare share(position, rank);
   // The query turned to where it stands seen from the first key, then back by one position a key: R(p)q . R(j)k = R(p - j)q . k.
-  float lo[4], hi[4], c1[4], s1[4], acc[8];
+  float lo[4], hi[4], c1[4], s1[4], cj[4], sj[4], q_lo[4], q_hi[4], acc[8];
   float m = -1e30f, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) acc[i] = 0.0f;
-  float q_lo[4], q_hi[4];
-  if (works && share.begin < share.end) {
-    const float4 ql = read4(ws.proj + 3 * kD + head * kWidth + 4 * l), qh = read4(ws.proj + 3 * kD + head * kWidth + 64 + 4 * l);
+  const auto angles = [&](int64_t distance, float(&c)[4], float(&sn)[4]) {
+    const float* row = a.rope + distance * 128;
+    const float4 x = __ldg(reinterpret_cast<const float4*>(row) + l), y = __ldg(reinterpret_cast<const float4*>(row + 64) + l);
+    c[0] = x.x, c[1] = x.y, c[2] = x.z, c[3] = x.w, sn[0] = y.x, sn[1] = y.y, sn[2] = y.z, sn[3] = y.w;
+  };
+  if (share.begin < share.end) {
     const float scale = a.attention_scale * kLog2e;
-    q_lo[0] = ql.x * scale, q_lo[1] = ql.y * scale, q_lo[2] = ql.z * scale, q_lo[3] = ql.w * scale;
-    q_hi[0] = qh.x * scale, q_hi[1] = qh.y * scale, q_hi[2] = qh.z * scale, q_hi[3] = qh.w * scale;
-    const float4 c = __ldg(reinterpret_cast<const float4*>(a.rope + 128) + l), s = __ldg(reinterpret_cast<const float4*>(a.rope + 192) + l);
-    c1[0] = c.x, c1[1] = c.y, c1[2] = c.z, c1[3] = c.w, s1[0] = s.x, s1[1] = s.y, s1[2] = s.z, s1[3] = s.w;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q_lo[i] = __uint_as_float(s.projected[kWidth + 4 * l + i]) * scale, q_hi[i] = __uint_as_float(s.projected[kWidth + 64 + 4 * l + i]) * scale;
+    angles(1, c1, s1);
+    if (share.end - share.begin > 1) angles(kTokens - kOwn, cj, sj);
   }
   for (int piece = share.begin; piece < share.end; ++piece) {
-    const int first = piece * kTokens, tokens = min(kTokens, position - first);
-    float score[kTokens];
-    if (works && (piece - share.begin) % 16 == 0) {  // the exact angle again, so that rounding does not build up
-      const float* row = a.rope + static_cast<int64_t>(position - first) * 128;
-      const float4 c = __ldg(reinterpret_cast<const float4*>(row) + l), s = __ldg(reinterpret_cast<const float4*>(row + 64) + l);
-      const float cc[4] = {c.x, c.y, c.z, c.w}, ss[4] = {s.x, s.y, s.z, s.w};
+    const int first = piece * kTokens + kOwn * half, tokens = max(0, min(kOwn, position - first));
+    if ((piece - share.begin) % 16 == 0) {  // the exact angle again, so that rounding does not build up; behind the last token it does not matter
+      float cc[4], ss[4];
+      angles(max(position - first, 0), cc, ss);
 #pragma unroll
       for (int i = 0; i < 4; ++i) lo[i] = q_lo[i] * cc[i] - q_hi[i] * ss[i], hi[i] = q_hi[i] * cc[i] + q_lo[i] * ss[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = lo[i], y = hi[i];
+        lo[i] = fmaf(y, sj[i], x * cj[i]), hi[i] = fmaf(-x, sj[i], y * cj[i]);
+      }
     }
-    uint32_t at = in.wait();
-    if (works) {
+    float score[kOwn];
+    uint32_t at = in.wait() + half * (kOwn * kWidth * 2);
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        const uint32_t row = at + t * (kD * 2) + head * (kWidth * 2) + l * 8;
-        const uint2 ka = lds64(row), kb = lds64(row + 128);
-        float p = low(ka.x) * lo[0];
-        p = fmaf(high(ka.x), lo[1], p), p = fmaf(low(ka.y), lo[2], p), p = fmaf(high(ka.y), lo[3], p);
-        p = fmaf(low(kb.x), hi[0], p), p = fmaf(high(kb.x), hi[1], p), p = fmaf(low(kb.y), hi[2], p), p = fmaf(high(kb.y), hi[3], p);
-        score[t] = p;
+    for (int t = 0; t < kOwn; ++t) {
+      const uint32_t row = at + t * (kWidth * 2) + l * 8;
+      const uint2 ka = lds64(row), kb = lds64(row + 128);
+      float p = low(ka.x) * lo[0];
+      p = fmaf(high(ka.x), lo[1], p), p = fmaf(low(ka.y), lo[2], p), p = fmaf(high(ka.y), lo[3], p);
+      p = fmaf(low(kb.x), hi[0], p), p = fmaf(high(kb.x), hi[1], p), p = fmaf(low(kb.y), hi[2], p), p = fmaf(high(kb.y), hi[3], p);
+      score[t] = p;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {  // R(-1)
-          const float x = lo[i], y = hi[i];
-          lo[i] = fmaf(y, s1[i], x * c1[i]), hi[i] = fmaf(-x, s1[i], y * c1[i]);
-        }
+      for (int i = 0; i < 4; ++i) {  // R(-1)
+        const float x = lo[i], y = hi[i];
+        lo[i] = fmaf(y, s1[i], x * c1[i]), hi[i] = fmaf(-x, s1[i], y * c1[i]);
       }
     }
     in.release();
-    float p = 0.0f;
     const bool up = lane & 8, right = lane & 4;
     const int mine = (up ? 2 : 0) + (right ? 1 : 0);
-    if (works) {
-      const float s0 = __shfl_xor_sync(~0u, up ? score[0] : score[2], 8), s1x = __shfl_xor_sync(~0u, up ? score[1] : score[3], 8);
-      const float k0 = (up ? score[2] : score[0]) + s0, k1 = (up ? score[3] : score[1]) + s1x;
-      float k = (right ? k1 : k0) + __shfl_xor_sync(~0u, right ? k0 : k1, 4);
-      k += __shfl_xor_sync(~0u, k, 2);
-      k += __shfl_xor_sync(~0u, k, 1);
-      if (mine >= tokens) k = -1e30f;  // what lies in the ring there belongs to no token
-      float top = fmaxf(k, __shfl_xor_sync(~0u, k, 8));
-      top = fmaxf(m, fmaxf(top, __shfl_xor_sync(~0u, top, 4)));
-      const float shrink = exp2f(m - top);
-      p = mine < tokens ? exp2f(k - top) : 0.0f;
-      sum = sum * shrink + p;
-      m = top;
+    const float o0 = __shfl_xor_sync(~0u, up ? score[0] : score[2], 8), o1 = __shfl_xor_sync(~0u, up ? score[1] : score[3], 8);
+    const float k0 = (up ? score[2] : score[0]) + o0, k1 = (up ? score[3] : score[1]) + o1;
+    float k = (right ? k1 : k0) + __shfl_xor_sync(~0u, right ? k0 : k1, 4);
+    k += __shfl_xor_sync(~0u, k, 2);
+    k += __shfl_xor_sync(~0u, k, 1);
+    if (mine >= tokens) k = -1e30f;  // what lies in the ring there belongs to no token
+    float top = fmaxf(k, __shfl_xor_sync(~0u, k, 8));
+    top = fmaxf(m, fmaxf(top, __shfl_xor_sync(~0u, top, 4)));
+    const float shrink = exp2f(m - top);
+    const float p = mine < tokens ? exp2f(k - top) : 0.0f;
+    sum = sum * shrink + p;
+    m = top;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) acc[i] *= shrink;
-    }
-    at = in.wait();
-    if (works) {
+    for (int i = 0; i < 8; ++i) acc[i] *= shrink;
+    at = in.wait() + half * (kOwn * kWidth * 2);
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        const float pt = __shfl_sync(~0u, p, (lane & 16) | ((t >> 1) << 3) | ((t & 1) << 2));
-        if (t >= tokens) break;
-        const uint4 v = lds128(at + t * (kD * 2) + head * (kWidth * 2) + l * 16);
+    for (int t = 0; t < kOwn; ++t) {
+      const float pt = __shfl_sync(~0u, p, (lane & 16) | ((t >> 1) << 3) | ((t & 1) << 2));
+      if (t < tokens) {
+        const uint4 v = lds128(at + t * (kWidth * 2) + l * 16);
         acc[0] = fmaf(low(v.x), pt, acc[0]), acc[1] = fmaf(high(v.x), pt, acc[1]);
         acc[2] = fmaf(low(v.y), pt, acc[2]), acc[3] = fmaf(high(v.y), pt, acc[3]);
         acc[4] = fmaf(low(v.z), pt, acc[4]), acc[5] = fmaf(high(v.z), pt, acc[5]);
@@ -94,154 +159,92 @@ __device__ __forceinline__ void attend_share(const OryxDecodeStep& a, const Oryx
     }
     in.release();
   }
-  if (!works) return;
   sum += __shfl_xor_sync(~0u, sum, 8);
   sum += __shfl_xor_sync(~0u, sum, 4);
-  const int part = blockIdx.x * H + head;
-  if (l == 0) ws.part_ml[part] = make_float2(m, sum);
-  float4* out = reinterpret_cast<float4*>(ws.part_o + static_cast<int64_t>(part) * kWidth + 8 * l);
-  out[0] = make_float4(acc[0], acc[1], acc[2], acc[3]);
-  out[1] = make_float4(acc[4], acc[5], acc[6], acc[7]);
+  float* own = s.red + half * kWidth;
+  if (l == 0) s.half_ml[0][half] = m, s.half_ml[1][half] = sum;
+  reinterpret_cast<float4*>(own)[2 * l] = make_float4(acc[0], acc[1], acc[2], acc[3]);
+  reinterpret_cast<float4*>(own)[2 * l + 1] = make_float4(acc[4], acc[5], acc[6], acc[7]);
+  named_barrier(1, kConsumers);
+  if (threadIdx.x >= kWidth) return;
+  const int d = threadIdx.x;
+  float top = -1e30f, total = 0.0f, o = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 2 * kWarps; ++i) top = fmaxf(top, s.half_ml[0][i]);
+#pragma unroll
+  for (int i = 0; i < 2 * kWarps; ++i) {
+    const float e = exp2f(s.half_ml[0][i] - top);
+    total = fmaf(e, s.half_ml[1][i], total), o = fmaf(e, s.red[i * kWidth + d], o);
+  }
+  Word* to = words->parts[d / kSliceRows] + rank * (kSliceRows + 2);
+  publish(to + 2 + d % kSliceRows, o, number);
+  if (d % kSliceRows == 0) publish(to, top, number), publish(to + 1, total, number);
 }
 
-// The shares of all multiprocessors and the new token itself, for two values of one head a warp.
+// The state of the multiprocessor's sixteen value rows, two a warp; the output of the layer's mode for them, through weight and gate, to the group. The head norm's factor is
+// wanted only behind the product with W_out: squares go along.
 template <int kD>
-__device__ __forceinline__ void join_shares(const OryxDecodeStep& a, const Workspace& ws, const HeadWork& w, int head, int slice) {
+__device__ __forceinline__ void mix(const OryxDecodeStep& a, const OryxDecodeLayer& layer, Shared& s, Words* words, uint32_t number, Consumer& in, int head, int rank, int position,
+                                    bool keeps, bool attention, float scale, float2 o_norm, float A_log, float dt_bias) {
   constexpr int H = kD / kWidth;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, G = gridDim.x;
-  const int d = slice * kSliceRows + 2 * warp;
-  float own = 0.0f;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = 2 * warp;
+  collect<kProjectedWords>(words->projected, kProjectedWords, number, s.projected);
+  const float* projected = reinterpret_cast<const float*>(s.projected);
+  const float4 kv = *reinterpret_cast<const float4*>(projected + 4 * lane), qv = *reinterpret_cast<const float4*>(projected + kWidth + 4 * lane);
+  const float k[4] = {kv.x, kv.y, kv.z, kv.w}, q[4] = {qv.x, qv.y, qv.z, qv.w};
+  float pre[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) own = fmaf(w.q[i], w.k[i], own);
-  own = warp_sum(own) * a.attention_scale * kLog2e;  // both at the same angle
-  constexpr int kTurns = kMaxGrid / 32;
-  float2 ml[kTurns], value[kTurns];
-  float m = own;
-#pragma unroll
-  for (int i = 0; i < kTurns; ++i) {
-    const int c = lane + 32 * i;
-    ml[i] = make_float2(-1e30f, 0.0f), value[i] = make_float2(0.0f, 0.0f);
-    if (c < G) {
-      ml[i] = __ldcg(ws.part_ml + c * H + head);
-      value[i] = __ldcg(reinterpret_cast<const float2*>(ws.part_o + (static_cast<int64_t>(c) * H + head) * kWidth + d));
-    }
-    m = fmaxf(m, ml[i].x);
+  for (int i = 0; i < 2; ++i) {
+    const float* parts = projected + 2 * kWidth + i * kGroup;
+    const float4 p = *reinterpret_cast<const float4*>(parts), r = *reinterpret_cast<const float4*>(parts + 4);
+    pre[i] = scale * (((p.x + p.y) + (p.z + p.w)) + ((r.x + r.y) + (r.z + r.w)));
   }
-  m = warp_max(m);
-  float total = 0.0f, x = 0.0f, y = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kTurns; ++i) {
-    const float e = exp2f(ml[i].x - m);
-    total = fmaf(e, ml[i].y, total), x = fmaf(e, value[i].x, x), y = fmaf(e, value[i].y, y);
-  }
-  const float e = exp2f(own - m);
-  total = warp_sum(total) + e;
-  x = (warp_sum(x) + e * w.v[0]) / total;
-  y = (warp_sum(y) + e * w.v[1]) / total;
-  if (lane == 0) *reinterpret_cast<float2*>(ws.o + head * kWidth + d) = make_float2(x, y);
-}
-
-// Convolutions, the recurrent state of one (head, slice) and, in linear mode, its readout.
-template <int kD>
-__device__ __forceinline__ HeadWork advance_state(const OryxDecodeLayer& layer, const Workspace& ws, Consumer& in, int head, int slice, int position, bool keeps, bool linear,
-                                                  const Tail4& k_tail, const float4 (&k_filter)[4], const float (&v_tail)[2][3], const float4 (&v_filter)[2]) {
-  constexpr int H = kD / kWidth;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int channel = head * kWidth + 4 * lane, row = slice * kSliceRows + 2 * warp;
-  HeadWork w;
-  const float4 k_in = read4(ws.proj + channel), q_in = read4(ws.proj + 3 * kD + channel);
-  const float2 v_in = __ldcg(reinterpret_cast<const float2*>(ws.proj + kD + head * kWidth + row));
-  const float b_in = __ldcg(ws.proj + 4 * kD + head), a_in = __ldcg(ws.proj + 4 * kD + H + head);
-  const float raw[4] = {round_bf16(k_in.x), round_bf16(k_in.y), round_bf16(k_in.z), round_bf16(k_in.w)};
-  w.q[0] = q_in.x, w.q[1] = q_in.y, w.q[2] = q_in.z, w.q[3] = q_in.w;
-  float kk = 0.0f, qq = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    w.k[i] = convolved(k_filter[i], k_tail.at(i, 0), k_tail.at(i, 1), k_tail.at(i, 2), raw[i]);
-    kk = fmaf(w.k[i], w.k[i], kk), qq = fmaf(w.q[i], w.q[i], qq);
-  }
-  w.new_tail = k_tail.shifted(raw);
-  const float v_raw[2] = {round_bf16(v_in.x), round_bf16(v_in.y)};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) w.v[i] = convolved(v_filter[i], v_tail[i][0], v_tail[i][1], v_tail[i][2], v_raw[i]);
-  kk = rsqrtf(warp_sum(kk) + 1e-6f), qq = rsqrtf(warp_sum(qq) + 1e-6f) * 0.08838834764831845f;
-  const float g = log_decay(__ldg(layer.A_log + head), a_in + __ldg(layer.dt_bias + head)), beta = sigmoid(b_in), decay = __expf(g);
-
-  const uint32_t at = in.wait();
-  float4 state[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) state[r] = lds_float4(at + (2 * warp + r) * (kWidth * 4) + lane * 16);
-  float predicted[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    predicted[r] = fmaf(state[r].x, w.k[0], fmaf(state[r].y, w.k[1], fmaf(state[r].z, w.k[2], state[r].w * w.k[3])));
-    predicted[r] = warp_sum(predicted[r]) * kk;
-  }
+  const float beta = sigmoid(pre[0]), g = log_decay(A_log, pre[1] + dt_bias), decay = __expf(g);
+  const uint32_t at = in.wait() + row * (kWidth * 4) + lane * 16;
+  float4 state[2] = {lds_float4(at), lds_float4(at + kWidth * 4)};
   in.release();
-  float out[2];
+  const auto dot = [](float4 x, const float(&y)[4]) { return fmaf(x.x, y[0], fmaf(x.y, y[1], fmaf(x.z, y[2], x.w * y[3]))); };
+  const float each[8] = {dot(kv, k), dot(qv, q), dot(kv, q), dot(state[0], k), dot(state[1], k), dot(state[0], q), dot(state[1], q), 0.0f};
+  const float sums = warp_sum8(each);
+  const auto sum = [&](int i) { return __shfl_sync(~0u, sums, 4 * i); };
+  const float kn = rsqrtf(sum(0) + 1e-6f), qn = rsqrtf(sum(1) + 1e-6f) * 0.08838834764831845f, kq = sum(2);
+  float v[2] = {s.value[row], s.value[row + 1]}, o[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float delta = beta * (w.v[r] - decay * predicted[r]) * kk;
-    float4 s = state[r];
-    s.x = fmaf(delta, w.k[0], decay * s.x), s.y = fmaf(delta, w.k[1], decay * s.y);
-    s.z = fmaf(delta, w.k[2], decay * s.z), s.w = fmaf(delta, w.k[3], decay * s.w);
-    *reinterpret_cast<float4*>(layer.S + (static_cast<int64_t>(head) * kWidth + row + r) * kWidth + 4 * lane) = s;
-    out[r] = fmaf(s.x, w.q[0], fmaf(s.y, w.q[1], fmaf(s.z, w.q[2], s.w * w.q[3])));
+    const float delta = beta * (v[r] - decay * sum(3 + r) * kn) * kn;
+    float4 x = state[r];
+    x.x = fmaf(delta, k[0], decay * x.x), x.y = fmaf(delta, k[1], decay * x.y);
+    x.z = fmaf(delta, k[2], decay * x.z), x.w = fmaf(delta, k[3], decay * x.w);
+    __stcs(reinterpret_cast<float4*>(layer.S + (static_cast<int64_t>(head) * kWidth + rank * kSliceRows + row + r) * kWidth + 4 * lane), x);
+    o[r] = (decay * sum(5 + r) + delta * kq) * qn;  // the state behind the update, without another pass over it
   }
-  if (linear) {
+  if (keeps && rank == 0 && threadIdx.x == 0) {
+    layer.g_rows[static_cast<int64_t>(position) * H + head] = g;
+    layer.beta_rows[static_cast<int64_t>(position) * H + head] = beta;
+  }
+  if (attention) {
+    attend(a, s, words, number, in, position, rank);
+    collect<kPartsWords>(words->parts[rank], kPartsWords, number, s.parts);
+    const float* parts = reinterpret_cast<const float*>(s.parts);
+    const float own = kq * a.attention_scale * kLog2e;  // both at the same angle
+    float top = own;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) out[r] = warp_sum(out[r]) * qq;
-    if (lane == 0) *reinterpret_cast<float2*>(ws.o + head * kWidth + row) = make_float2(out[0], out[1]);
-  }
-  if (lane == 0) {  // this warp alone reads and writes these two channels
-    bf16* tail = static_cast<bf16*>(layer.v_tail) + (head * kWidth + row) * 3;
-    uint32_t* words = reinterpret_cast<uint32_t*>(tail);
-    words[0] = pack(v_tail[0][1], v_tail[0][2]), words[1] = pack(v_raw[0], v_tail[1][1]), words[2] = pack(v_tail[1][2], v_raw[1]);
-    if (keeps) *reinterpret_cast<uint32_t*>(static_cast<bf16*>(layer.values) + static_cast<int64_t>(position) * kD + head * kWidth + row) = pack(w.v[0], w.v[1]);
-  }
-  if (keeps && slice == 0 && warp == 0) {
-    *reinterpret_cast<uint2*>(static_cast<bf16*>(layer.keys) + static_cast<int64_t>(position) * kD + channel) = make_uint2(pack(w.k[0], w.k[1]), pack(w.k[2], w.k[3]));
-    if (lane == 0) {
-      layer.g_rows[static_cast<int64_t>(position) * H + head] = g;
-      layer.beta_rows[static_cast<int64_t>(position) * H + head] = beta;
+    for (int i = 0; i < kGroup; ++i) top = fmaxf(top, parts[i * (kSliceRows + 2)]);
+    const float e_own = exp2f(own - top);
+    float total = e_own, x = e_own * v[0], y = e_own * v[1];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const float* part = parts + i * (kSliceRows + 2);
+      const float e = exp2f(part[0] - top);
+      total = fmaf(e, part[1], total), x = fmaf(e, part[2 + row], x), y = fmaf(e, part[3 + row], y);
     }
+    o[0] = x / total, o[1] = y / total;
   }
-  return w;
-}
-
-// The gate of the thread's eight columns is read on the way, as soon as it is there.
-template <int kD>
-__device__ __forceinline__ void mix(float (&gate)[8], const OryxDecodeStep& a, const OryxDecodeLayer& layer, const Workspace& ws, Consumer& in, Grid& grid, int position, bool attention) {
-  constexpr int H = kD / kWidth;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int head = blockIdx.x / kSlices, slice = blockIdx.x % kSlices;
-  const bool mine = head < H;
-  const bool keeps = layer.keys != nullptr && position < a.capacity;
-  Tail4 k_tail;
-  float4 k_filter[4], v_filter[2];
-  float v_tail[2][3];
-  if (mine) {  // what no other multiprocessor of this phase writes is read before they meet
-    const int channel = head * kWidth + 4 * lane, row = head * kWidth + slice * kSliceRows + 2 * warp;
-    k_tail.load(layer.k_tail, channel);
-    const uint32_t* two = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(layer.v_tail) + 3 * row);
-    const uint32_t w0 = __ldcg(two), w1 = __ldcg(two + 1), w2 = __ldcg(two + 2);
-    v_tail[0][0] = low(w0), v_tail[0][1] = high(w0), v_tail[0][2] = low(w1), v_tail[1][0] = high(w1), v_tail[1][1] = low(w2), v_tail[1][2] = high(w2);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) k_filter[i] = __ldg(reinterpret_cast<const float4*>(layer.k_conv) + channel + i);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) v_filter[i] = __ldg(reinterpret_cast<const float4*>(layer.v_conv) + row + i);
+  if (lane < 2) {
+    publish(words->mixed + rank * kSliceRows + row + lane, split(lane == 0 ? o[0] * o_norm.x * s.gate[row] : o[1] * o_norm.y * s.gate[row + 1]), number);
+  } else if (lane == 2) {
+    publish(words->mixed + kWidth + rank * kWarps + warp, fmaf(o[0], o[0], o[1] * o[1]), number);
   }
-  grid.meet();
-  HeadWork w;
-  if (mine) w = advance_state<kD>(layer, ws, in, head, slice, position, keeps, !attention, k_tail, k_filter, v_tail, v_filter);
-  read_columns<kD>(ws.proj + 2 * kD, gate);
-  if (attention) attend_share<kD>(a, layer, ws, in, position);
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0 && layer.mode_rows != nullptr && position < a.capacity) layer.mode_rows[position] = attention ? 1 : 0;
-  grid.meet();
-  if (mine && slice == 0 && warp == 0) w.new_tail.store(layer.k_tail, head * kWidth + 4 * lane);  // all eight slices have read the old one
-  if (!attention) return;
-  if (mine) join_shares<kD>(a, ws, w, head, slice);
-  grid.meet();
 }
 
 }  // namespace

@@ -1,0 +1,157 @@
+"""A step of several sequences: the program's chain of kernels."""
+import ctypes as C
+
+import torch
+
+from attention import Attention
+from common import BF, COPY, DEV, F32, args, expect, lib, median_ms, ok, p, report, rope_table, stream
+from model import Model
+
+
+SPLITS = 4  # as the program has them
+
+
+class Norm(C.Structure):
+    _fields_ = [(n, C.c_void_p) for n in "x delta embed tokens sum weight out w_narrow narrow_out".split()] + [(n, C.c_int64) for n in "N D narrow".split()] + [("delta_parts", C.c_int32), ("tiles", C.c_int32), ("eps", C.c_float)]
+
+
+class Mix(C.Structure):
+    _fields_ = ([(n, C.c_void_p) for n in "projected narrow k_conv v_conv A_log dt_bias o_norm k_tail v_tail S keys values g_rows beta_rows mode_rows".split()] +
+                [(n, C.c_int64) for n in "key_sequence value_sequence g_sequence beta_sequence mode_sequence".split()] + [(n, C.c_void_p) for n in "positions modes out".split()] +
+                [(n, C.c_int64) for n in "N H row capacity".split()] + [("tiles", C.c_int32), ("head_norm_eps", C.c_float)])
+
+
+class Product(C.Structure):
+    _fields_ = [(n, C.c_void_p) for n in "weight x out".split()] + [(n, C.c_int64) for n in "N rows K".split()] + [("form", C.c_int32), ("splits", C.c_int32), ("needed", C.c_void_p), ("optional", C.c_int64)]
+
+
+lib.oryx_product_tiles.restype = C.c_int64
+
+
+def pack_weight(w):  # as cuda/decode_product.h says
+    R, K = w.shape
+    return w.view(R // 16, 2, 8, K // 16, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6).contiguous()
+
+
+class Batch:
+    def __init__(self, m, N, capacity, rows=True):
+        self.m, self.N, self.capacity = m, N, capacity
+        D, H, Fw, L = m.D, m.H, m.F, m.L
+        e = lambda *s, dt=BF: torch.empty(*s, device=DEV, dtype=dt)
+        n = lambda *s, std=1.0, dt=BF: e(*s, dt=dt).normal_(0, std)
+        self.rows = rows
+        self.state = [dict(k_tail=n(N, D, 3), v_tail=n(N, D, 3), S=n(N, H, 128, 128, std=0.1, dt=F32), keys=n(N, capacity, H, 128) if rows else None, values=n(N, capacity, H, 128) if rows else None,
+                           g_rows=e(N, capacity, H, dt=F32).zero_(), beta_rows=e(N, capacity, H, dt=F32).zero_(), mode_rows=e(N, capacity, dt=torch.int8)) for _ in range(L)]
+        i32 = lambda *s: torch.zeros(*s, dtype=torch.int32, device=DEV)
+        self.tokens, self.positions, self.lengths, self.likeliest, self.feed, self.ids = i32(N), i32(N), i32(N), i32(N), i32(1), i32(N, capacity)
+        self.modes = torch.zeros(L, N, dtype=torch.uint8, device=DEV)
+        self.x = [e(N, D, dt=F32) for _ in range(2)]
+        self.tiles = lib.oryx_product_tiles(C.c_int64(N))
+        act = lambda k: torch.zeros(self.tiles * 8 * k, device=DEV, dtype=BF)
+        self.u, self.y, self.mid, self.narrow, self.proj, self.delta = act(D), act(D), act(Fw), e(N, 2 * H, dt=F32), e(N, 5 * D), e(SPLITS, N, D, dt=F32)
+        self.packed = [{k: pack_weight(d[k]) for k in ("w_in", "w_out", "w_gate_up", "w_down")} for d in m.layers]
+        self.head = pack_weight(m.embed)
+        self.logits = e(N, m.embed.shape[0])
+        a = self.attention_arguments(0)
+        self.work = torch.empty(lib.oryx_decode_attention_workspace(C.byref(a)), dtype=torch.uint8, device=DEV) if rows else None
+
+    def attention_arguments(self, l):
+        s, m, N = self.state[l], self.m, self.N
+        q, gate = self.proj[:, 4 * m.D:], self.proj[:, 2 * m.D:3 * m.D]
+        st = lambda t: (t.stride(0), t.stride(1), t.stride(2)) if t is not None else (0, 0, 0)
+        return Attention(p(q), p(s["keys"]), p(s["values"]), p(self.y), p(self.lengths), None, p(self.modes[l]), p(m.rope), N, m.H, m.H, 128, 128, self.capacity, 0, 0, *st(s["keys"]), *st(s["values"]), 0, 128,
+                         self.proj.stride(0), 128**-0.5, p(gate), p(m.layers[l]["o_norm"]), self.proj.stride(0), 1e-6, self.tiles)
+
+    # x[i] (or the embedding) + delta -> x[to]
+    def norm(self, i, to, delta, weight, narrow, out):
+        m = self.m
+        a = Norm(None if i is None else self.x[i].data_ptr(), None if delta is None else delta.data_ptr(), m.embed.data_ptr(), self.tokens.data_ptr(), self.x[to].data_ptr(), weight.data_ptr(), out.data_ptr(),
+                 None if narrow is None else narrow.data_ptr(), self.narrow.data_ptr(), self.N, m.D, 2 * m.H, SPLITS, self.tiles, 1e-6)
+        ok(lib.oryx_batch_norm(C.byref(a), stream()))
+
+    def product(self, w, x, out, rows, K, form=0, splits=1, needed=None):
+        a = Product(w.data_ptr(), x.data_ptr(), out.data_ptr(), self.N, rows, K, form, splits, p(needed), 4 * self.m.D)
+        ok(lib.oryx_product(C.byref(a), stream()))
+
+    # As the program does: without attention's query and kernels where nobody attends.
+    def run(self, attention=True):
+        m, N = self.m, self.N
+        D, Fw = m.D, m.F
+        row = (5 if attention else 4) * D
+        for l, (d, s, w) in enumerate(zip(m.layers, self.state, self.packed)):
+            self.norm(None if l == 0 else 1, 0, None if l == 0 else self.delta, d["norm1"], d["w_beta_decay"], self.u)
+            self.product(w["w_in"], self.u, self.proj, row, D, needed=self.modes[l] if attention else None)
+            r = [s[k].data_ptr() if self.rows else None for k in ("keys", "values", "g_rows", "beta_rows", "mode_rows")] if self.rows else [None] * 5
+            st = [s[k].stride(0) if self.rows else 0 for k in ("keys", "values", "g_rows", "beta_rows", "mode_rows")] if self.rows else [0] * 5
+            a = Mix(self.proj.data_ptr(), self.narrow.data_ptr(), *[d[k].data_ptr() for k in ("k_conv", "v_conv", "A_log", "dt_bias", "o_norm")], s["k_tail"].data_ptr(), s["v_tail"].data_ptr(), s["S"].data_ptr(), *r, *st,
+                    self.positions.data_ptr(), self.modes[l].data_ptr(), self.y.data_ptr(), N, m.H, row, self.capacity, self.tiles, 1e-6)
+            ok(lib.oryx_batch_mix(C.byref(a), stream()))
+            if self.rows and attention:
+                ok(lib.oryx_decode_attention(C.byref(self.attention_arguments(l)), p(self.work), stream()))
+            self.product(w["w_out"], self.y, self.delta, D, D, 1, SPLITS)
+            self.norm(0, 1, self.delta, d["norm2"], None, self.u)
+            self.product(w["w_gate_up"], self.u, self.mid, 2 * Fw, D, 2)
+            self.product(w["w_down"], self.mid, self.delta, D, Fw, 1, SPLITS)
+        self.norm(1, 0, self.delta, m.final_norm, None, self.u)
+        self.product(self.head, self.u, self.logits, m.embed.shape[0], D)
+        i64 = C.c_int64
+        ok(lib.oryx_batch_finish(p(self.logits), i64(m.embed.shape[0]), i64(m.embed.shape[0]), p(self.likeliest), p(self.tokens), p(self.feed), p(self.positions), p(self.lengths), p(self.ids), i64(self.capacity),
+                                 i64(self.capacity), i64(N), stream()))
+
+
+def check():
+    m, N = Model(3, 600), 5
+    b = Batch(m, N, 600)
+    positions, modes = [0, 17, 300, 599, 40], torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 1], [0, 1, 1, 1, 0]], dtype=torch.uint8)
+    b.positions.copy_(torch.tensor(positions, dtype=torch.int32))
+    b.lengths.copy_(b.positions + 1)
+    b.tokens.copy_(torch.arange(N, dtype=torch.int32) * 7 + 3)
+    b.modes.copy_(modes)
+    names = ("k_tail", "v_tail", "S", "keys", "values", "g_rows", "beta_rows")
+    before = [{k: s[k].clone() for k in names} for s in b.state]
+    tokens = b.tokens.tolist()
+    b.run()
+    torch.cuda.synchronize()
+    for n in range(N):
+        state = [{k: s[k][n].clone() for k in names} for s in before]
+        ref = m.reference(state, tokens[n], positions[n], modes[:, n].tolist())
+        report(f"batch, sequence {n} logits", b.logits[n], ref, 1.5e-2)
+        for k in names:
+            report(f"  {k}", torch.stack([s[k][n] for s in b.state]), torch.stack([s[k] for s in state]), 2e-2)
+    good = b.positions.tolist() == [x + 1 for x in positions] and b.likeliest.tolist() == b.logits.float().argmax(-1).tolist()
+    good = good and all([int(s["mode_rows"][n, positions[n]]) for s in b.state] == modes[:, n].tolist() for n in range(N))
+    expect(good, "likeliest, positions, modes")
+
+
+def times():
+    m = Model(args.layers, 64)
+    for N, capacity in ((64, 64), (64, 4096), (8, 4096), (1, 64)):
+        b = Batch(m, N, capacity if capacity < 4096 or N * capacity * args.layers * 8192 < 60e9 else 1024)
+        m.rope = rope_table(b.capacity, 128)
+        b.run()
+        torch.cuda.synchronize()
+        graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+        for attention, g in enumerate(graphs):
+            with torch.cuda.graph(g):
+                b.run(attention=bool(attention))
+        for mode, g in ((0, graphs[0]), (1, graphs[1])):
+            b.modes.fill_(mode)
+
+            def one():
+                b.positions.fill_(b.capacity - 2)
+                b.lengths.fill_(b.capacity - 1)
+                g.replay()
+            ms = median_ms(one, reps=10, flush=False)
+            state = m.L * N * 2 * m.H * 128 * 128 * 4
+            nbytes = m.bytes(0, 0) - m.L * 2 * m.H * 128 * 128 * 4 + state + (m.L * 4 * N * b.capacity * m.D if mode else 0)
+            bound = nbytes / COPY / 1e9
+            print(f"  batch {N} {'attention' if mode else 'linear'} at {b.capacity - 2}: {ms:.4f} ms, bound {bound:.4f} ms: {100 * bound / ms:.1f}%", flush=True)
+        if N == 64 and capacity == 64:
+            from torch.profiler import profile, ProfilerActivity
+            b.modes.fill_(0)
+            with profile(activities=[ProfilerActivity.CUDA]) as prof:
+                for _ in range(3):
+                    graphs[0].replay()
+                torch.cuda.synchronize()
+            print(prof.key_averages().table(sort_by="cuda_time_total", row_limit=16, max_name_column_width=60), flush=True)
+        del g, graphs, b
