@@ -62,8 +62,9 @@ TEST_F(CudaUpdate, IsTheStepThatTheHostDecides) {
   }
   for (size_t i = 0; i < p.size(); ++i) {
     const at::Tensor found = u.p[i].cpu().to(at::kDouble);
-    EXPECT_LE(((found - p[i]).norm() / p[i].norm()).item<double>(), 1e-6) << i;
-    if (u.weight[i].defined()) EXPECT_TRUE(at::equal(u.weight[i], u.p[i].to(at::kBFloat16))) << i;
+    EXPECT_LE(((found - p[i]).norm() / p[i].norm()).item<double>(), 5e-6) << i;  // one value alone may have shrunk to what it keeps few digits of
+    if (!u.weight[i].defined()) continue;
+    EXPECT_TRUE(at::equal(u.weight[i], u.p[i].to(at::kBFloat16))) << i;
   }
 }
 

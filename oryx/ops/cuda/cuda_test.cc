@@ -31,9 +31,9 @@ class Cuda : public testing::Test {
 
 at::Tensor random(at::IntArrayRef shape) { return at::randn(shape, at::kDouble); }
 
-double relative_error(const at::Tensor& found, const at::Tensor& expected) {
+double relative_error(const at::Tensor& found, const at::Tensor& expected, double least = 1e-30) {
   const at::Tensor a = found.detach().to(at::kCPU, at::kDouble), b = expected.detach();
-  return ((a - b).norm() / b.norm().clamp_min(1e-30)).item<double>();  // NaN fails every comparison below
+  return ((a - b).norm() / b.norm().clamp_min(least)).item<double>();  // NaN fails every comparison below
 }
 
 // Values and gradients of f on the GPU against float64 on the CPU, from copies of `inputs`: the first `half` in bfloat16, the others in float32.
@@ -56,9 +56,11 @@ void expect_same(const Function& f, const Tensors& inputs, double value_limit = 
   }
   torch::autograd::backward(expected, up);
   torch::autograd::backward(found, up_device);
+  double largest = 0;  // a gradient that vanishes (of a query that sees one key) is measured against the others
+  for (const at::Tensor& x : host) largest = std::max(largest, x.grad().defined() ? x.grad().norm().item<double>() : 0.0);
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (!host[i].grad().defined()) continue;
-    EXPECT_LE(relative_error(device[i].grad(), host[i].grad()), gradient_limit) << "gradient of input " << i;
+    EXPECT_LE(relative_error(device[i].grad(), host[i].grad(), 1e-4 * largest), gradient_limit) << "gradient of input " << i;
   }
 }
 

@@ -4,7 +4,8 @@
 //   spans, packing, lengths, windows (bfloat16, K = V = 64 or 128, on Hopper)      kernels of our own (cuda/)
 //   the same of other widths or chips (bfloat16, K = V <= 256)                     libtorch's flash attention over every query; rows outside
 //                                                                                  spans are cleared afterwards
-//   the rest (float32, float64, K != V)                                            blocks of batched matrix products (span_attention_any)
+//   the rest (float32, float64, K != V)                                            blocks of batched matrix products (span_attention_any), float32 by way of float64,
+//                                                                                  whose products take Hopper no longer, so that large scores keep their digits
 //
 // The first three read no device data on the host: spans and bounds out of range are the caller's fault there (the kernels of our own clip them).
 #include <ATen/ATen.h>
@@ -171,6 +172,14 @@ void check(const Arguments& a) {
   check_attention_shapes(a.q, a.k, a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths);
 }
 
+// f(q, k, v) in float64 where they are float32.
+template <class F>
+at::Tensor in_double(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, F f) {
+  if (q.scalar_type() != at::kFloat) return f(q, k, v);
+  log::warn_once("span_attention: float32 on CUDA by blocks of batched matrix products, slowly");
+  return f(q.to(at::kDouble), k.to(at::kDouble), v.to(at::kDouble)).to(at::kFloat);
+}
+
 at::Tensor span_attention_cuda(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
                                const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k, const OptionalTensor& key_lengths,
                                int64_t window, std::optional<double> scale) {
@@ -180,7 +189,9 @@ at::Tensor span_attention_cuda(const at::Tensor& q, const at::Tensor& k, const a
   if (is_plain(a)) return plain(a);
   if (hopper_serves(a)) return hopper_forward(hopper_arguments(a), false).o;
   if (is_flash(a)) return std::get<0>(flash_forward(a, Packed(a)));
-  return span_attention_any(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
+  return in_double(q, k, v, [&](const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
+    return span_attention_any(a, b, c, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
+  });
 }
 
 at::Tensor span_attention_cuda_autograd(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
@@ -196,7 +207,9 @@ at::Tensor span_attention_cuda_autograd(const at::Tensor& q, const at::Tensor& k
   if (is_plain(a)) return CudnnAttention::apply(q, k, v, scale);
   if (hopper_serves(a)) return SpanAttentionHopper::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   if (is_flash(a) && !key_lengths) return FlashAttention::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, window, scale);
-  return span_attention_any_autograd(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
+  return in_double(q, k, v, [&](const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
+    return span_attention_any_autograd(a, b, c, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
+  });
 }
 
 }  // namespace

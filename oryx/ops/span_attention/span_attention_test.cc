@@ -94,7 +94,7 @@ TEST(SpanAttention, FixtureValuesAndGradients) {
     if (!f.attrs.at("rope_theta").is_null()) {
       const double theta = f.attrs.at("rope_theta").get<double>();
       Optional offset;
-      at::Tensor positions = sequence_positions(B, k.size(1), optional("cu_seqlens"));
+      at::Tensor positions = sequence_positions(B, k.size(1), f.has("cu_seqlens") ? Optional(f.at("cu_seqlens").cpu()) : Optional()).to(f.device);
       if (f.has("pos_offset")) positions = positions + f.at("pos_offset").to(at::kInt).view({B, 1});
       furthest = positions.max().item<int>();
       qr = rope(q, positions.narrow(1, past, q.size(1)), theta);
