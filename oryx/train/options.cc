@@ -83,8 +83,8 @@ std::string TrainOptions::training_schedule() const {
 
 std::vector<std::string> TrainOptions::validation_schedules() const {
   if (!validate_schedules.empty()) return validate_schedules;
-  if (!selects_modes(model)) return {"linear"};
   std::vector<std::string> all = model.mixers();
+  if (!selects_modes(model)) return all.size() == 1 ? all : std::vector<std::string>{"linear"};
   all.push_back(training_schedule());
   return all;
 }
