@@ -23,7 +23,7 @@ fetch_torch() {
   mkdir -p .deps
   [ -x .deps/venv/bin/python ] || python3 -m venv .deps/venv || die "python3 -m venv failed: install python3-venv"
   # --no-deps: the wheel's CUDA companions (3 GB) are not needed to link and run on a CPU, but for these two small ones.
-  .deps/venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+  .deps/venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile \
       "torch==$TORCH_VERSION" 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-cupti==13.0.*' \
     || die "pip could not fetch torch==$TORCH_VERSION: no network? Set TORCH_DIR to an existing .../site-packages/torch of that version"
   ls .deps/venv/lib/python3*/site-packages/torch/lib/libtorch_cpu.so >/dev/null 2>&1 || die "the torch wheel holds no libtorch_cpu.so"
@@ -57,9 +57,11 @@ if [ ${#missing[@]} -gt 0 ]; then
   fi
   say "installing ${missing[*]}"
   export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq || die "apt-get update failed: no network? Missing packages: ${missing[*]}"
-  apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null \
-    || die "apt-get could not install: ${missing[*]}"
+  apt_log=$(mktemp)
+  apt() { apt-get "$@" >"$apt_log" 2>&1 || { grep '^E:' "$apt_log" | head -n 2 >&2; die "apt-get $1 failed: no network? Missing packages: ${missing[*]}"; }; }
+  apt update -qq
+  apt install -y -qq --no-install-recommends "${missing[@]}"
+  rm -f "$apt_log"
   if [ -n "$fetching" ]; then
     wait "$fetching" || exit 1
     fetching=
