@@ -73,6 +73,7 @@ class GatedDeltaNet : public Mixer {
     const auto [g, beta] = scalars(in.project);
     std::optional<at::Tensor> S;
     if (in.state != nullptr) S = in.state->tensor("gated_delta_net.S");
+    if (S && in.k.size(1) == 1 && !in.sequences.cu_seqlens) return delta_rule_surprise(delta_rule_after(in.k, in.v, g, beta, *S), in.v, beta, measure);
     return delta_rule_surprise(ops::gated_delta_rule(in.k, in.k, in.v, g, beta, S, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta, measure);
   }
 

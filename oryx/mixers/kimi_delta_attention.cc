@@ -79,6 +79,7 @@ class KimiDeltaAttention : public Mixer {
     const auto [f, beta] = narrow(in.project);
     std::optional<at::Tensor> S;
     if (in.state != nullptr) S = in.state->tensor("kimi_delta_attention.S");
+    if (S && in.k.size(1) == 1 && !in.sequences.cu_seqlens) return delta_rule_surprise(delta_rule_after(in.k, in.v, decay(f), beta, *S), in.v, beta, measure);
     return delta_rule_surprise(ops::kda(in.k, in.k, in.v, decay(f), beta, S, in.sequences.cu_seqlens, {}, 1.0).o, in.v, beta, measure);
   }
 

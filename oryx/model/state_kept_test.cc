@@ -181,9 +181,10 @@ TEST_P(EveryKept, TrimIsExactOrSaysWhereItIs) {
       for (int64_t i = 0; i < c.num_layers; ++i) EXPECT_EQ(positions_of(fork, i, 0), positions_of(fresh, i, 0)) << "behind a trim to " << length;
     }
   }
-  EXPECT_GT(reached, 5);
-  EXPECT_GT(far, 1);
+  EXPECT_GT(reached, 2);
   EXPECT_GT(refused, 2);
+  // Without shared rows nothing replays the recurrence, and only checkpoints are reached.
+  EXPECT_GT(far, c.layer.share_kv ? 4 : -1);
 }
 
 TEST_P(EveryKept, ForksSnapshotsAndFilesGoOnAlike) {

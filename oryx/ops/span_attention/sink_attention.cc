@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -55,27 +56,41 @@ Part over_far(const SinkAttention& a, int64_t n, int64_t sequences, int64_t begi
   return *part;
 }
 
-Part over_far(const SinkAttention& a) {
-  if (!a.cu_seqlens) return over_far(a, 0, a.q.size(0), 0, a.q.size(1));
+// Queries [begin, end) of each row, which may hold several sequences.
+Part over_far(const SinkAttention& a, int64_t begin, int64_t end) {
+  if (!a.cu_seqlens) return over_far(a, 0, a.q.size(0), begin, end - begin);
   const at::Tensor bounds = a.cu_seqlens->to(at::kLong).cpu();
   std::vector<at::Tensor> o, lse;
   for (int64_t n = 0; n + 1 < bounds.numel(); ++n) {
-    const int64_t begin = bounds[n].item<int64_t>(), count = bounds[n + 1].item<int64_t>() - begin;
-    if (count == 0) continue;
-    const Part part = over_far(a, n, 1, begin, count);
+    const int64_t lo = std::max(begin, bounds[n].item<int64_t>()), hi = std::min(end, bounds[n + 1].item<int64_t>());
+    if (lo >= hi) continue;
+    const Part part = over_far(a, n, 1, lo, hi - lo);
     o.push_back(part.o);
     lse.push_back(part.lse);
   }
   return {at::cat(o, 1), at::cat(lse, 1)};
 }
 
-// [B, Tq] bool: tokens in spans.
-at::Tensor in_spans(const at::Tensor& spans, const at::Tensor& q) {
-  const at::Tensor s = spans.cpu();
-  at::Tensor mask = at::zeros({q.size(0), q.size(1)}, at::kBool);
+// Tokens that are wanted: those of some span, and the range that holds them all in every row.
+struct Wanted {
+  int64_t begin, end;
+  at::Tensor mask;  // [B, Tq] bool; undefined: all
+};
+
+Wanted wanted_queries(const SinkAttention& a) {
+  Wanted w{0, a.q.size(1), {}};
+  if (!a.spans) return w;
+  const at::Tensor s = a.spans->cpu();
+  w.mask = at::zeros({a.q.size(0), a.q.size(1)}, at::kBool);
   const auto span = s.accessor<int32_t, 2>();
-  for (int64_t i = 0; i < s.size(0); ++i) mask[span[i][0]].narrow(0, span[i][1], span[i][2] - span[i][1]).fill_(true);
-  return mask.to(q.device());
+  std::swap(w.begin, w.end);
+  for (int64_t i = 0; i < s.size(0); ++i) {
+    w.mask[span[i][0]].narrow(0, span[i][1], span[i][2] - span[i][1]).fill_(true);
+    w.begin = std::min<int64_t>(w.begin, span[i][1]);
+    w.end = std::max<int64_t>(w.end, span[i][2]);
+  }
+  w.mask = w.mask.to(a.q.device());
+  return w;
 }
 
 }  // namespace
@@ -87,11 +102,18 @@ at::Tensor sink_attention(const SinkAttention& a) {
     return span_attention(a.q, a.k, a.v, a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths, inside ? a.reach : a.window, a.scale);
   }
   const auto [o, lse] = span_attention_with_denominators(a.q, a.k, a.v, a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths, a.window, a.scale);
-  const Part far = over_far(a);
-  const at::Tensor all = at::logaddexp(lse, far.lse);
-  at::Tensor both = o.to(far.o.scalar_type()) * (lse - all).exp().unsqueeze(-1) + far.o * (far.lse - all).exp().unsqueeze(-1);
-  if (a.spans) both = both.masked_fill(in_spans(*a.spans, a.q).logical_not().unsqueeze(-1).unsqueeze(-1), 0);
-  return both.to(a.q.scalar_type());
+  const Wanted wanted = wanted_queries(a);
+  const int64_t count = wanted.end - wanted.begin;
+  if (count <= 0) return o;  // zeros
+  const Part far = over_far(a, wanted.begin, wanted.end);
+  const at::Tensor near = lse.narrow(1, wanted.begin, count), all = at::logaddexp(near, far.lse);
+  at::Tensor both = o.narrow(1, wanted.begin, count).to(far.o.scalar_type()) * (near - all).exp().unsqueeze(-1) + far.o * (far.lse - all).exp().unsqueeze(-1);
+  if (!wanted.mask.defined()) return both.to(a.q.scalar_type());
+  both = both.masked_fill(wanted.mask.narrow(1, wanted.begin, count).logical_not().unsqueeze(-1).unsqueeze(-1), 0);
+  if (count == a.q.size(1)) return both.to(a.q.scalar_type());
+  at::Tensor out = at::zeros_like(o);
+  out.narrow(1, wanted.begin, count).copy_(both);
+  return out;
 }
 
 }  // namespace oryx::ops
