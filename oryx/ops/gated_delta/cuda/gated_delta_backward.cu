@@ -71,17 +71,15 @@ extern "C" int oryx_gated_delta_backward(const OryxGatedDelta* p, const OryxGate
   }
   const CUtensorMap walk[3] = {maps[0], maps[1], maps[3]};
   if ((status = launch_offsets(s, offsets, stream)) != cudaSuccess) return status;
-  if (s.segments > 1) {
-    if ((status = launch_backward_recurrence(*p, *d, s, false, 128, 1, 1 << 30, walk, saved, own, scratch, d_v, done, stream)) != cudaSuccess)
-      return status;
-    if (s.segments > 2) {
-      const float* maps_transposed = reinterpret_cast<const float*>(saved + r.maps_transposed);
-      if ((status = launch_combine(s, true, own, maps_transposed, stream)) != cudaSuccess) return status;
-    }
-  }
   const int row_blocks = s.D == 64 ? 1 : kD / r.d_rows;
   if ((status = launch_order(s, static_cast<int>(r.records), r.merged, r.d_blocks / (s.Hs * row_blocks), order, done, stream)) != cudaSuccess)
     return status;
+  if (s.segments > 1) {
+    if ((status = launch_backward_recurrence(*p, *d, s, false, 128, 1, 1 << 30, walk, saved, own, scratch, d_v, done, stream)) != cudaSuccess)
+      return status;
+    const float* maps_transposed = reinterpret_cast<const float*>(saved + r.maps_transposed);
+    if ((status = launch_combine(s, true, nullptr, own, maps_transposed, stream)) != cudaSuccess) return status;
+  }
   status = launch_backward_recurrence(*p, *d, s, true, r.d_rows, r.merged, r.d_blocks, walk, saved, own, scratch, d_v, done, stream);
   if (status != cudaSuccess) return status;
   status = launch_backward_chunk(*p, *d, s, static_cast<int>(r.records), maps, saved, saved + r.states, scratch, order, done, row_blocks, d_q, d_k,

@@ -169,11 +169,14 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
   const uint32_t my_rows = tile_rows(warp, lane);
   uint32_t tb[16];  // T
   const auto load_T = [&](int64_t record) {
-    const char* const from = a.record + record * kRecordBytes + kRecordT + t0 * 128 + lane % 4 * 4;
+    const char* const from = a.record + record * kRecordBytes + 4 * lane;
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) tb[4 * kk + i] = *reinterpret_cast<const uint32_t*>(from + i % 2 * 1024 + (((2 * kk + i / 2) ^ (lane / 4)) << 4));
+      for (int i = 0; i < 4; ++i) {
+        const int row = 2 * (warp % 4) + i % 2, at = 2 * kk + i / 2;  // the tile
+        tb[4 * kk + i] = at <= row ? *reinterpret_cast<const uint32_t*>(from + record_tile(row, at)) : 0;
+      }
   };
   const uint32_t low_s0 = descriptor_low(base + L::kS0), low_s1 = descriptor_low(base + L::kS1);
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "gated_delta_walk.cuh"
+#include "oryx/ops/cuda/dependent_launch.cuh"
 
 namespace oryx::gated_delta_cuda {
 namespace {
@@ -22,7 +23,7 @@ struct Layout {
   static constexpr int kO = 4 * kPanel;  // the rows' part of dO
   static constexpr int kRecord = kO + kRows / 64 * kPanel;
   static constexpr int kLoaded = kRecord + kRecordBytes;
-  static constexpr int kP = kLoaded;  // P, then scale exp(G) / |q|
+  static constexpr int kP = kRecord + kSharedRecord;  // P, then scale exp(G) / |q|
   static constexpr int kStage = kP + kPanel + 1024;
   static constexpr int kOut = kStages * kStage;                           // 64 tokens of 16 columns of dV for each warp
   static constexpr int kState = kOut + (kOutput ? kWarps * kC * 32 : 0);  // 4 KiB for each warp
@@ -90,9 +91,11 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
       barrier_init(ready + 8 * i, 4);
     }
     barrier_init_fence();
-    if constexpr (kOutput) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   }
+  for (int i = 0; i < kStages; ++i) clear_T(base + i * L::kStage + L::kRecord, threadIdx.x, L::kThreads);
   __syncthreads();
+  ops::cuda::wait_for_previous();
+  ops::cuda::launch_dependents();
 
   if (warp >= L::kCopyWarp) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
           tensor_load(at + L::kQ + kPanel, &q_map, bar, 0, hq, token, 1, hint);
           tensor_load(at + L::kK, &k_map, bar, 0, hk, token, 0, hint);
           tensor_load(at + L::kK + kPanel, &k_map, bar, 0, hk, token, 1, hint);
-          bulk_load(at + L::kRecord, a.record + record(i) * kRecordBytes, kRecordBytes, bar, hint);
+          load_record(at + L::kRecord, a.record + record(i) * kRecordBytes, bar, hint);
           for (int p = 0; p < kRows / 64; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, bar, 0, ho, token, w.rb * (kRows / 64) + p, hint);
           if (kOutput && i >= kStages) count_done(i - kStages);
         }
@@ -156,7 +159,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
           fence_async_proxy();
           named_barrier(2, 128);
         }
-        queries<L::kQ, L::kK, L::kRecord + kRecordRows, L::kP>(at, s.scale, s.l2_eps, warp - L::kWarps, lane);
+        queries<L::kQ, L::kK, L::kRecord + kSharedRows, L::kP>(at, s.scale, s.l2_eps, warp - L::kWarps, lane);
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) barrier_arrive(ready + 8 * stage);
@@ -207,7 +210,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
       for (int g = 0;;) {
         stage = i % kStages;
         at = base + stage * L::kStage;
-        rows = at + L::kRecord + kRecordRows + 4 * column;
+        rows = at + L::kRecord + kSharedRows + 4 * column;
         barrier_wait(ready + 8 * stage, (i / kStages) & 1);
         barrier_wait(full + 8 * stage, (i / kStages) & 1);
         // X = dS1 K^T, Y = dO^T P
@@ -248,7 +251,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
           }
         }
         if (!kGrouped || g == 0) {
-          const float decay = power2(load_shared(at + L::kRecord + kRecordRows + 4 * 191));
+          const float decay = power2(load_shared(at + L::kRecord + kSharedRows + 4 * 191));
 #pragma unroll
           for (int j = 0; j < 64; ++j) S[j] *= decay;
         }
@@ -284,7 +287,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
       keep(ub);
       wgmma_fence();
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) wgmma_64x64_kn(x, ub + 4 * kk, descriptor_kn(at + L::kRecord + kRecordT, kk), kk > 0);
+      for (int kk = 0; kk < 4; ++kk) wgmma_64x64_kn(x, ub + 4 * kk, descriptor_T(at + L::kRecord, kk), kk > 0);
       wgmma_commit();
       wgmma_wait<0>();
       keep(x);
@@ -340,8 +343,8 @@ cudaError_t launch(const Shape& s, int blocks, const CUtensorMap* maps, const Ar
   auto* kernel = backward_recurrence_kernel<kRows, kOutput, kGrouped>;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<std::min(a.walks, blocks), L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], s, a);
-  return cudaGetLastError();
+  return static_cast<cudaError_t>(
+      ops::cuda::launch_after(kernel, dim3(std::min(a.walks, blocks)), L::kThreads, L::kBytes, stream, maps[0], maps[1], maps[2], s, a));
 }
 
 template <bool kGrouped>

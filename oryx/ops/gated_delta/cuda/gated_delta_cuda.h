@@ -7,9 +7,9 @@
 //
 // `prepare` computes T and the row factors of every chunk, all chunks at once; `recurrence` walks the chunks of one (sequence, head, 64 or
 // 128 rows of S) with S in registers and P made beside it. Rows of S are independent. Where there are too few of them to fill the chip, a
-// sequence is cut into segments: S1 is affine in S0 (S1 = S0 M + N), so a pass without outputs finds every segment's M (started from I, with
-// V = 0) and N (started from 0) at once, `combine` chains them, and the pass with outputs starts every segment from its own state. None of
-// it looks at the data: time does not depend on the decay. The same inputs give the same bits.
+// sequence is cut into segments: S1 is affine in S0 (S1 = S0 M + N), so `segments` finds M and N of all of them at once, each in one walk from a
+// segment's last chunk to its first, `combine` chains them, and every segment's walk starts from its own state. None of it looks at the data:
+// time does not depend on the decay. The same inputs give the same bits.
 //
 // Backward, with dO and the gradient dS1 of the state after the chunk; W = T^T dU is dV:
 //
@@ -64,11 +64,11 @@ struct OryxGatedDelta {
 // wanted [B, T] from spans [n, 3] int32 (row, begin, end): 1 within them, else 0.
 int oryx_gated_delta_wanted(const int32_t* spans, int32_t n, int32_t B, int32_t T, uint8_t* wanted, cudaStream_t stream);
 
-// Bytes of scratch memory that the forward pass needs (aligned to 128 bytes; contents need no initial value): 9216 for each chunk and state
+// Bytes of scratch memory that the forward pass needs (aligned to 128 bytes; contents need no initial value): 5632 for each chunk and state
 // head, and with segments 2 * 64 KiB for each segment, sequence and state head. cu_seqlens is not read here.
 size_t oryx_gated_delta_workspace(const struct OryxGatedDelta* p);
 
-// Bytes of `saved` (aligned to 128): 41984 (D = 64: 17408) for each chunk and state head, and with segments 64 KiB for each segment, sequence
+// Bytes of `saved` (aligned to 128): 38400 (D = 64: 13824) for each chunk and state head, and with segments 64 KiB for each segment, sequence
 // and state head.
 size_t oryx_gated_delta_saved(const struct OryxGatedDelta* p);
 

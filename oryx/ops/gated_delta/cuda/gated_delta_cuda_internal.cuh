@@ -11,10 +11,14 @@ using namespace oryx::hopper;
 constexpr int kC = 64;   // tokens of a chunk
 constexpr int kD = 128;  // K and V of the kernels
 constexpr float kLog2e = 1.4426950408889634f;
-// One record: T (64 x 64 bfloat16, 128-byte swizzle), then four times 64 floats: exp(G) rk, exp(G_C - G) rk, G log2(e), rk; rk = 1 / |k|.
-constexpr int kRecordT = 0;
-constexpr int kRecordRows = 8192;
-constexpr int kRecordBytes = 9216;
+// One record: T (64 x 64 bfloat16) as its 36 tiles of 8 x 8 on and under the diagonal, row after row of tiles, 128 bytes each; then four times 64
+// floats: exp(G) rk, exp(G_C - G) rk, G log2(e), rk; rk = 1 / |k|.
+constexpr int kTile = 128;
+__host__ __device__ constexpr int record_tile(int i, int j) { return (i * (i + 1) / 2 + j) * kTile; }
+constexpr int kRecordRows = record_tile(8, 0);
+constexpr int kRecordBytes = kRecordRows + 1024;
+// In shared memory all 64 tiles have their place.
+constexpr int kSharedT = 0, kSharedRows = 64 * kTile, kSharedRecord = kSharedRows + 1024;
 
 struct Shape {
   int B, T, N, Hq, Hk, Hv, Hs, Ho;
@@ -93,11 +97,15 @@ cudaError_t launch_offsets(const Shape& s, int32_t* chunk_offsets, cudaStream_t 
 // floor: the least |beta| that T is made with.
 cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, float floor, char* record, cudaStream_t stream);
 
-// mode 0: with outputs; 1: segments' N and M, without outputs. `maps`: tensor maps of q, k, v. states: S0 of the chunks, or null.
-cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int mode, int rows, const CUtensorMap* maps, const char* record, float* own,
-                              float* map, float* map_transposed, char* states, cudaStream_t stream);
-// own[i] += own[i - 1] map[i], i = 1 .. segments - 2; reverse: own[i] += own[i + 1] map[i], i = segments - 2 .. 1.
-cudaError_t launch_combine(const Shape& s, bool reverse, float* own, const float* map, cudaStream_t stream);
+// `maps`: tensor maps of q, k, v. own: the state behind each segment. states: S0 of the chunks, or null.
+cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int rows, const CUtensorMap* maps, const char* record, const float* own,
+                              char* states, cudaStream_t stream);
+// N and M of every segment but the last, [N, Hs, segments, V, K] and [.., K, K], and M^T where wanted; `maps` as above.
+cudaError_t launch_segments(const Shape& s, const CUtensorMap* maps, const char* record, float* own, float* map, float* map_transposed,
+                            cudaStream_t stream);
+// own[i] += own[i - 1] map[i], i = 1 .. segments - 2, and with an initial state from i = 0; reverse: own[i] += own[i + 1] map[i], i = segments - 2
+// .. 1.
+cudaError_t launch_combine(const Shape& s, bool reverse, const float* initial, float* own, const float* map, cudaStream_t stream);
 
 // order: the records' chunks in the order in which the backward walk comes to them, `together` sequences (or their pieces) at a time; zero: done
 // [records, Hs] and the counter behind it.

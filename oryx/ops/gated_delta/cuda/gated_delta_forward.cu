@@ -122,8 +122,8 @@ extern "C" int oryx_gated_delta_forward(const OryxGatedDelta* p, void* workspace
   const float floor = saved == nullptr ? 0.f : 1e-12f;
   if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), floor, record, stream)) != cudaSuccess) return status;
   if (r.shape.segments > 1) {
-    if ((status = launch_recurrence(*p, r.shape, 1, 128, maps, record, own, map, maps_transposed, nullptr, stream)) != cudaSuccess) return status;
-    if (r.shape.segments > 2 && (status = launch_combine(r.shape, false, own, map, stream)) != cudaSuccess) return status;
+    if ((status = launch_segments(r.shape, maps, record, own, map, maps_transposed, stream)) != cudaSuccess) return status;
+    if ((status = launch_combine(r.shape, false, p->initial_state, own, map, stream)) != cudaSuccess) return status;
   }
-  return launch_recurrence(*p, r.shape, 0, r.rows, maps, record, own, map, nullptr, states, stream);
+  return launch_recurrence(*p, r.shape, r.rows, maps, record, own, states, stream);
 }

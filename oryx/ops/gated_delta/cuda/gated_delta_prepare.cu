@@ -2,15 +2,18 @@
 #include <cstdio>
 
 #include "gated_delta_cuda_internal.cuh"
+#include "oryx/ops/cuda/dependent_launch.cuh"
 
 namespace oryx::gated_delta_cuda {
 namespace {
 
-constexpr int kStrideA = 68;  // floats a row of A: the left operand's reads meet no bank twice
+constexpr int kStrideA = 72;  // floats a row of A: the left operand's reads, and A's writes, meet no bank twice
 
 struct Shared {
-  alignas(128) __nv_bfloat16 k[kC * kD];
-  alignas(16) float a[kC * kStrideA];
+  union {
+    alignas(128) __nv_bfloat16 k[kC * kD];
+    float a[kC * kStrideA];  // once K is not read any more; its off-diagonal blocks hold what tf32 has
+  };
   float G[kC], beta[kC], rk[kC];  // G in powers of two
 };
 
@@ -83,16 +86,21 @@ __global__ void wanted_kernel(const int32_t* spans, int B, int T, uint8_t* wante
   for (int t = begin + threadIdx.x; t < end; t += blockDim.x) wanted[static_cast<int64_t>(row) * T + t] = 1;
 }
 
-// d (16 x 8 n) += a (16 x 16 at `a`) b (16 x 8 n at `b`), tf32.
+// What the products read is rounded once, where it is written.
+__device__ __forceinline__ float rounded(float x) { return __uint_as_float(tf32(x)); }
+
+// d (16 x 8 n) += a (16 x 16 at `a`) b (16 x 8 n at `b`), of tf32. A thread has two neighbouring summed indices, 2 c and 2 c + 1, where the
+// instruction's own order has c and c + 4: the sum is the same.
 template <int kN>
 __device__ __forceinline__ void block_product(float (&d)[kN][4], const float* a, const float* b, int lane) {
-  const int r = lane / 4, c = lane % 4;
+  const int r = lane / 4, c = 2 * (lane % 4);
 #pragma unroll
   for (int k = 0; k < 16; k += 8) {
-    uint32_t fa[4] = {tf32(a[r * kStrideA + k + c]), tf32(a[(r + 8) * kStrideA + k + c]), tf32(a[r * kStrideA + k + c + 4]),
-                      tf32(a[(r + 8) * kStrideA + k + c + 4])};
+    const uint2 x = *reinterpret_cast<const uint2*>(a + r * kStrideA + k + c), y = *reinterpret_cast<const uint2*>(a + (r + 8) * kStrideA + k + c);
+    const uint32_t fa[4] = {x.x, y.x, x.y, y.y};
 #pragma unroll
-    for (int n = 0; n < kN; ++n) mma_tf32(d[n], fa, tf32(b[(k + c) * kStrideA + n * 8 + r]), tf32(b[(k + c + 4) * kStrideA + n * 8 + r]));
+    for (int n = 0; n < kN; ++n)
+      mma_tf32(d[n], fa, __float_as_uint(b[(k + c) * kStrideA + n * 8 + r]), __float_as_uint(b[(k + c + 1) * kStrideA + n * 8 + r]));
   }
 }
 template <int kN>
@@ -102,65 +110,96 @@ __device__ __forceinline__ void store_block(float* p, const float (&d)[kN][4], f
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       *reinterpret_cast<float2*>(p + (lane / 4 + 8 * h) * kStrideA + n * 8 + 2 * (lane % 4)) =
-          make_float2(sign * d[n][2 * h], sign * d[n][2 * h + 1]);
+          make_float2(rounded(sign * d[n][2 * h]), rounded(sign * d[n][2 * h + 1]));
 }
 
-// raw[nb] (16 x 16 blocks) = k rows [16 block, +16) times k rows [16 nb, +16), nb <= block; also 1 / norm of the former.
-__device__ __forceinline__ void gram(float (&raw)[4][2][4], uint32_t k, int block, float eps, float* norms, int lane) {
-  float s0 = 0, s1 = 0;
+// Rows [16 kBlock, +16) of A as far as the diagonal: their products with k rows before and among them; 1 / norm of k, from the diagonal.
+// By one warp; each of the four has its own code, since registers have no index. k: as copied in; it is not read any more once A is written.
+template <int kBlock>
+__device__ __forceinline__ void rows_of_A(Shared& sh, float eps, int lane) {
+  float raw[kBlock + 1][2][4];
 #pragma unroll
-  for (int nb = 0; nb < 4; ++nb)
+  for (int nb = 0; nb <= kBlock; ++nb)
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) raw[nb][n][i] = 0;
-  const int ra = 16 * block + lane % 16;           // row this lane addresses of the left operand
-  const int rb = lane % 8 + (lane >= 16 ? 8 : 0);  // and of the right one
-  const int ub = (lane / 8) % 2;
+  const uint32_t k = smem_address(sh.k);
+  const uint32_t row_a = k + (16 * kBlock + lane % 16) * 256;           // that this lane addresses of the left operand
+  const uint32_t row_b = k + (lane % 8 + (lane >= 16 ? 8 : 0)) * 256;  // and of the right one
 #pragma unroll
-  for (int s = 0; s < 8; ++s) {
+  for (int step = 0; step < 8; ++step) {
     uint32_t a[4], b[4];
-    load_matrix(a, k + ra * 256 + (((2 * s + lane / 16) ^ (ra & 7)) << 4));
+    load_matrix(a, row_a + (((2 * step + lane / 16) ^ (lane & 7)) << 4));
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      s0 += low(a[i]) * low(a[i]) + high(a[i]) * high(a[i]);
-      s1 += low(a[i + 1]) * low(a[i + 1]) + high(a[i + 1]) * high(a[i + 1]);
+    for (int nb = 0; nb < kBlock; ++nb) {
+      load_matrix(b, row_b + nb * 4096 + (((2 * step + lane / 8 % 2) ^ (lane & 7)) << 4));
+      mma_bf16(raw[nb][0], a, b[0], b[1]);
+      mma_bf16(raw[nb][1], a, b[2], b[3]);
     }
+    // The block on the diagonal: its right operand is the left one in another order.
+    mma_bf16(raw[kBlock][0], a, a[0], a[2]);
+    mma_bf16(raw[kBlock][1], a, a[1], a[3]);
+  }
+  const int r = lane / 4;
+  if (lane % 4 == r / 2) {
+    sh.rk[16 * kBlock + r] = rsqrtf((r % 2 == 0 ? raw[kBlock][0][0] : raw[kBlock][0][1]) + eps);
+    sh.rk[16 * kBlock + r + 8] = rsqrtf((r % 2 == 0 ? raw[kBlock][1][2] : raw[kBlock][1][3]) + eps);
+  }
+  named_barrier(1, 128);
+
+  float G[2], f[2];
 #pragma unroll
-    for (int nb = 0; nb < 3; ++nb)
-      if (nb < block) {
-        const int row = 16 * nb + rb;
-        load_matrix(b, k + row * 256 + (((2 * s + ub) ^ (row & 7)) << 4));
-        mma_bf16(raw[nb][0], a, b[0], b[1]);
-        mma_bf16(raw[nb][1], a, b[2], b[3]);
+  for (int h = 0; h < 2; ++h) {
+    const int t = 16 * kBlock + r + 8 * h;
+    G[h] = sh.G[t], f[h] = sh.beta[t] * sh.rk[t];
+  }
+#pragma unroll
+  for (int nb = 0; nb <= kBlock; ++nb)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int j = 16 * nb + 8 * n + 2 * (lane % 4);
+      const float2 g2 = *reinterpret_cast<const float2*>(&sh.G[j]), r2 = *reinterpret_cast<const float2*>(&sh.rk[j]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int t = 16 * kBlock + r + 8 * h;
+        float a0 = f[h] * r2.x * power2(G[h] - g2.x) * raw[nb][n][2 * h], a1 = f[h] * r2.y * power2(G[h] - g2.y) * raw[nb][n][2 * h + 1];
+        if (nb < kBlock) a0 = rounded(a0), a1 = rounded(a1);
+        else a0 = j < t ? a0 : 0.f, a1 = j + 1 < t ? a1 : 0.f;
+        *reinterpret_cast<float2*>(&sh.a[t * kStrideA + j]) = make_float2(a0, a1);
       }
-      // The block on the diagonal: its right operand is the left one in another order.
-#pragma unroll
-    for (int nb = 0; nb < 4; ++nb)
-      if (nb == block) {
-        mma_bf16(raw[nb][0], a, a[0], a[2]);
-        mma_bf16(raw[nb][1], a, a[1], a[3]);
-      }
-  }
-#pragma unroll
-  for (int d = 1; d < 4; d *= 2) {
-    s0 += __shfl_xor_sync(~0u, s0, d);
-    s1 += __shfl_xor_sync(~0u, s1, d);
-  }
-  if (lane % 4 == 0) {
-    norms[16 * block + lane / 4] = rsqrtf(s0 + eps);
-    norms[16 * block + lane / 4 + 8] = rsqrtf(s1 + eps);
-  }
+    }
 }
 
-__global__ void __launch_bounds__(128, 6) prepare_kernel(Shape s, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g,
+// The chunk of a block, by its number among the records and its place. Blocks are [Hs, chunks, sequences], packed [Hs, chunks, 1 or more], with
+// segments [Hs, sequences and their segments, steps], so that the last chunks of the segments, which the next kernel begins with, come last and
+// are in the L2 cache.
+__device__ __forceinline__ Place place_of_block(const Shape& s, int& chunk) {
+  if (s.cu_seqlens != nullptr) {
+    chunk = blockIdx.z * gridDim.y + blockIdx.y;
+    return place(s, chunk);
+  }
+  int n = blockIdx.z, c = blockIdx.y;
+  if (s.segments > 1) {
+    n = blockIdx.y / s.segments;
+    const uint32_t segment = blockIdx.y - n * s.segments, chunks = s.chunks, segments = s.segments;
+    c = chunks * segment / segments + blockIdx.z;
+    if (c >= static_cast<int>(chunks * (segment + 1) / segments)) return {0, 0};
+  }
+  chunk = n * s.chunks + c;
+  return {n * s.T + c * kC, min(kC, s.T - c * kC)};
+}
+
+__global__ void __launch_bounds__(128, 8) prepare_kernel(Shape s, int group, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g,
                                                          const float* __restrict__ beta, float floor, char* __restrict__ record) {
   extern __shared__ __align__(128) char raw_shared[];
   Shared& sh = *reinterpret_cast<Shared*>(raw_shared);
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int hs = blockIdx.x % s.Hs, chunk = blockIdx.x / s.Hs, hk = hs / (s.Hs / s.Hk);
-
-  const auto [token, count] = place(s, chunk);
+  // The last warp has the most to do: it changes places with the first from block to block, as they lie on different schedulers.
+  const int thread = threadIdx.x, lane = thread % 32, warp = blockIdx.x % 2 == 0 ? thread / 32 : 3 - thread / 32;
+  ops::cuda::launch_dependents();
+  const int hs = blockIdx.x, hk = hs / group;
+  int chunk = 0;
+  const auto [token, count] = place_of_block(s, chunk);
   if (count == 0) return;
 
   const uint32_t ks = smem_address(sh.k);
@@ -195,27 +234,10 @@ __global__ void __launch_bounds__(128, 6) prepare_kernel(Shape s, const __nv_bfl
   copy_wait();
   __syncthreads();
 
-  float kk[4][2][4];
-  gram(kk, ks, warp, s.l2_eps, sh.rk, lane);
-  __syncthreads();
-
-#pragma unroll
-  for (int nb = 0; nb < 4; ++nb)
-    if (nb <= warp) {
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int j = 16 * nb + 8 * n + 2 * (lane % 4);
-        const float2 g2 = *reinterpret_cast<const float2*>(&sh.G[j]), r2 = *reinterpret_cast<const float2*>(&sh.rk[j]);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int t = 16 * warp + lane / 4 + 8 * h;
-          const float G = sh.G[t], f = sh.beta[t] * sh.rk[t];
-          const float a0 = j < t ? f * r2.x * power2(G - g2.x) * kk[nb][n][2 * h] : 0.f;
-          const float a1 = j + 1 < t ? f * r2.y * power2(G - g2.y) * kk[nb][n][2 * h + 1] : 0.f;
-          *reinterpret_cast<float2*>(&sh.a[t * kStrideA + j]) = make_float2(a0, a1);
-        }
-      }
-    }
+  if (warp == 0) rows_of_A<0>(sh, s.l2_eps, lane);
+  else if (warp == 1) rows_of_A<1>(sh, s.l2_eps, lane);
+  else if (warp == 2) rows_of_A<2>(sh, s.l2_eps, lane);
+  else rows_of_A<3>(sh, s.l2_eps, lane);
   char* const out = record + (static_cast<size_t>(chunk) * s.Hs + hs) * kRecordBytes;
   if (thread < kC) {
     float* rows = reinterpret_cast<float*>(out + kRecordRows);
@@ -227,28 +249,48 @@ __global__ void __launch_bounds__(128, 6) prepare_kernel(Shape s, const __nv_bfl
   }
   __syncwarp();
 
-  // Inverse of the warp's own 16 x 16 block of I + A, a column a lane, by forward substitution.
+  // Inverse of the warp's own 16 x 16 block of I + A: of its 8 x 8 ones, a column a lane, by forward substitution; then X10 = -X1 A10 X0, eight
+  // rows of the instruction's sixteen.
   {
-    const float* a = sh.a + 16 * warp * kStrideA + 16 * warp;
-    const int col = lane % 16;
-    float x[16];
+    float* const a = sh.a + 16 * warp * kStrideA + 16 * warp;
+    const int col = lane % 8, which = lane / 8 % 2;
+    float* const own = a + which * 8 * (kStrideA + 1);
+    float x[8];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      float sum[4] = {i == col ? 1.f : 0.f, 0.f, 0.f, 0.f};
+    for (int i = 0; i < 8; ++i) {
+      float sum[2] = {i == col ? 1.f : 0.f, 0.f};
 #pragma unroll
       for (int l = 0; l < i; l += 4) {
-        const float4 r = *reinterpret_cast<const float4*>(a + i * kStrideA + l);
+        const float4 r = *reinterpret_cast<const float4*>(own + i * kStrideA + l);
         sum[0] -= r.x * x[l];
         if (l + 1 < i) sum[1] -= r.y * x[l + 1];
-        if (l + 2 < i) sum[2] -= r.z * x[l + 2];
-        if (l + 3 < i) sum[3] -= r.w * x[l + 3];
+        if (l + 2 < i) sum[0] -= r.z * x[l + 2];
+        if (l + 3 < i) sum[1] -= r.w * x[l + 3];
       }
-      x[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      x[i] = sum[0] + sum[1];
     }
     __syncwarp();
     if (lane < 16)
 #pragma unroll
-      for (int i = 0; i < 16; ++i) sh.a[(16 * warp + i) * kStrideA + 16 * warp + col] = x[i];
+      for (int i = 0; i < 8; ++i) own[i * kStrideA + col] = rounded(x[i]);
+    __syncwarp();
+    const int r = lane / 4, c = 2 * (lane % 4);
+    const float* const lower = a + 8 * kStrideA;
+    const float2 a10 = *reinterpret_cast<const float2*>(lower + r * kStrideA + c);
+    const float2 x1 = *reinterpret_cast<const float2*>(lower + r * kStrideA + 8 + c);
+    float y[4] = {}, z[4] = {};
+    {
+      const uint32_t fa[4] = {tf32(a10.x), 0, tf32(a10.y), 0};
+      mma_tf32(y, fa, __float_as_uint(a[c * kStrideA + r]), __float_as_uint(a[(c + 1) * kStrideA + r]));
+    }
+    // As a right operand a thread needs rows c and c + 1 of column r.
+    const auto turned = [&](int row) {
+      const float even = __shfl_sync(~0u, y[0], 4 * row + r / 2), odd = __shfl_sync(~0u, y[1], 4 * row + r / 2);
+      return tf32(r % 2 == 0 ? even : odd);
+    };
+    const uint32_t b0 = turned(c), b1 = turned(c + 1), fa[4] = {__float_as_uint(x1.x), 0, __float_as_uint(x1.y), 0};
+    mma_tf32(z, fa, b0, b1);
+    *reinterpret_cast<float2*>(a + (8 + r) * kStrideA + c) = make_float2(rounded(-z[0]), rounded(-z[1]));
   }
   __syncthreads();
 
@@ -282,18 +324,18 @@ __global__ void __launch_bounds__(128, 6) prepare_kernel(Shape s, const __nv_bfl
   }
   __syncthreads();
 
+  // A half-warp has a column of tiles.
+  const int unit = thread / 16;
+  const float4 w0 = *reinterpret_cast<const float4*>(sh.beta + unit * 8), w1 = *reinterpret_cast<const float4*>(sh.beta + unit * 8 + 4);
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
-    const int row = m * 16 + thread / 8, unit = thread % 8;
-    uint4 units = make_uint4(0, 0, 0, 0);
-    if (unit / 2 <= m) {
-      const float* from = (m % 2 == 1 && unit / 2 == m - 1 ? block(m - 1, m) : block(m, unit / 2)) + thread / 8 * kStrideA + unit % 2 * 8;
-      const float4 a = *reinterpret_cast<const float4*>(from);
-      const float4 b = *reinterpret_cast<const float4*>(from + 4);
-      const float* w = sh.beta + unit * 8;
-      units = make_uint4(pack(a.x * w[0], a.y * w[1]), pack(a.z * w[2], a.w * w[3]), pack(b.x * w[4], b.y * w[5]), pack(b.z * w[6], b.w * w[7]));
-    }
-    *reinterpret_cast<uint4*>(out + kRecordT + row * 128 + ((unit ^ (row & 7)) << 4)) = units;
+    const int i_tile = 2 * m + thread / 8 % 2;
+    if (unit > i_tile) continue;
+    const float* from = (m % 2 == 1 && unit / 2 == m - 1 ? block(m - 1, m) : block(m, unit / 2)) + thread % 16 * kStrideA + unit % 2 * 8;
+    const float4 a = *reinterpret_cast<const float4*>(from);
+    const float4 b = *reinterpret_cast<const float4*>(from + 4);
+    *reinterpret_cast<uint4*>(out + record_tile(i_tile, unit) + thread % 8 * 16) =
+        make_uint4(pack(a.x * w0.x, a.y * w0.y), pack(a.z * w0.z, a.w * w0.w), pack(b.x * w1.x, b.y * w1.y), pack(b.z * w1.z, b.w * w1.w));
   }
 }
 
@@ -313,7 +355,11 @@ cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records,
   if (records == 0) return cudaSuccess;
   const cudaError_t status = cudaFuncSetAttribute(prepare_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (status != cudaSuccess) return status;
-  prepare_kernel<<<s.Hs * records, 128, sizeof(Shared), stream>>>(s, static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, floor, record);
+  const int columns = records < 32768 ? records : 32768;
+  const dim3 grid = s.cu_seqlens != nullptr ? dim3(s.Hs, columns, (records + columns - 1) / columns)
+                    : s.segments == 1       ? dim3(s.Hs, s.chunks, s.N)
+                                            : dim3(s.Hs, s.N * s.segments, (s.chunks + s.segments - 1) / s.segments);
+  prepare_kernel<<<grid, 128, sizeof(Shared), stream>>>(s, s.Hs / s.Hk, static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, floor, record);
   return cudaGetLastError();
 }
 

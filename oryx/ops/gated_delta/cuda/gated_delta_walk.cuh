@@ -24,6 +24,28 @@ __device__ __forceinline__ void bulk_store(void* dst, uint32_t src, int bytes, u
                : "memory");
 }
 
+// ---- T in shared memory (see kSharedT): what lies above the diagonal is made zero once for every stage, the rest is copied in
+__device__ __forceinline__ void clear_T(uint32_t record, int thread, int threads) {
+  for (int i = thread; i < kSharedRows / 16; i += threads)
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(record + 16 * i), "r"(0) : "memory");
+  fence_async_proxy();
+}
+__device__ __forceinline__ void load_record(uint32_t to, const char* record, uint32_t bar, uint64_t hint) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) bulk_load(to + kSharedT + 8 * kTile * i, record + record_tile(i, 0), (i + 1) * kTile, bar, hint);
+  bulk_load(to + kSharedRows, record + kRecordRows, 1024, bar, hint);
+}
+// As right operand from k-step kk on, not swizzled: T^T (its columns are summed), and T (its rows are).
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, int leading, int stride) {
+  return (static_cast<uint64_t>(stride >> 4) << 32) | (static_cast<uint64_t>(leading >> 4) << 16) | ((address & 0x3ffff) >> 4);
+}
+__device__ __forceinline__ uint64_t descriptor_T_transposed(uint32_t record, int kk) {
+  return tile_descriptor(record + kSharedT + 2 * kTile * kk, kTile, 8 * kTile);
+}
+__device__ __forceinline__ uint64_t descriptor_T(uint32_t record, int kk) {
+  return tile_descriptor(record + kSharedT + 16 * kTile * kk, 8 * kTile, kTile);
+}
+
 // d (64 x 64) = a (64 x 16) b + (accumulate ? d : 0), a from shared memory m x k (kTransposedA: k x m), b n x k (kTransposedB: k x n).
 template <int kTransposedA, int kTransposedB>
 __device__ __forceinline__ void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
