@@ -9,12 +9,14 @@
 #include <limits>
 #include <map>
 #include <numbers>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
 #include "oryx/model/inspect.h"
+#include "oryx/eval/likelihood.h"
 #include "oryx/generate/facts.h"
 #include "oryx/model/routed_cost.h"
 #include "oryx/model/surprise.h"
@@ -75,7 +77,7 @@ class CostMeter {
     ModePiece piece = window_piece(0, length, window, options_);
     piece.context.facts = facts;
     const Routings routings = schedule_.route({piece}, 1, length);
-    const double flops = options_.count_flops ? routed_flops(config_, routings) + first_pass_flops(config_, schedule_, length) : 0;
+    const double flops = options_.count_flops ? routed_flops(config_, routings) - saved_flops(config_, routings, options_.state) + first_pass_flops(config_, schedule_, length) : 0;
     return {oryx::attention_share(config_, routings), flops};
   }
   const Cost& cached(int64_t length, int64_t window, const std::shared_ptr<const TokenFacts>& facts) {
@@ -135,6 +137,8 @@ double score(const LanguageModel& model, const ModelSchedule& schedule, const Ev
   input.input_ids = batch.input_ids;
   input.routing = schedule.route(pieces, 1, batch.input_ids.size(1));
   if (pieces.size() > 1) input.cu_seqlens = batch.cu_seqlens;
+  std::optional<State> state;
+  if (o.state.bound.on() || o.state.drop_rows) input.state = &state.emplace(model.make_state(static_cast<int64_t>(pieces.size()), o.state));
   const double sum = model.loss(model.hidden(input), batch.targets).nll.sum(at::kDouble).item<double>();
   if (!std::isfinite(sum)) {
     fail("schedule '{}': the loss is {} in the window that begins at token {} of document {}; the model's weights are damaged or overflow",
@@ -176,7 +180,7 @@ PerplexityResult evaluate_perplexity(const LanguageModel& model, const ModelSche
   TORCH_CHECK(r.targets > 0, "perplexity: the reader gave no target");
   r.attention_share = cost.attention_share();
   r.flops_per_token = cost.flops_per_token();
-  r.state_bytes = state_bytes(model.config(), r.longest, model.compute_dtype()).total();
+  r.state_bytes = state_bytes(model.config(), r.longest, model.compute_dtype(), options.state).total();
   r.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return r;
 }

@@ -20,6 +20,7 @@ struct PerplexityOptions {
   const Tokenizer* tokenizer = nullptr;
   // FLOPs are counted too (some time for long windows under random schedules).
   bool count_flops = true;
+  StateOptions state = {};  // what is kept of keys and values; all: windows run without a state, which gives the same
   // Called after each batch with the targets scored so far and their mean loss in nats.
   std::function<void(int64_t targets, double nats)> progress = {};
 };

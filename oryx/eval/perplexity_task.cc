@@ -95,7 +95,13 @@ class PerplexityTask : public EvalTask {
     f.add("batch_tokens", batch_tokens_, "tokens scored at once at most; 0: one window", at_least(0));
     f.add("max_tokens", max_tokens_, "stop after the document that reaches so many; 0: score all", at_least(0));
     f.add("chunk", chunk_, "chunk of the default list's random schedules", at_least(1));
+    f.add("kv", kv_, "keys and values that a state holds: keep, bounded:F+W or a policy, as surprise:budget=256 (docs/state.md)");
     f.add("seed", seed_, "of random schedules", at_least(0));
+  }
+
+  void validate() const override {
+    StateOptions state;
+    set_kv(state, kv_);
   }
 
   EvalTable run(const EvalSubject& subject, const std::vector<std::string>& schedules) override {
@@ -130,6 +136,7 @@ class PerplexityTask : public EvalTask {
     ProgressBar bar(schedule.text(), total, "tokens");
     PerplexityOptions options;
     options.seed = static_cast<uint64_t>(seed_);
+    set_kv(options.state, kv_);
     options.tokenizer = text.tokenizer;
     options.progress = [&](int64_t targets, double nats) { bar.update(targets, fmt::format("nats {:.4f}", nats)); };
     const auto r = evaluate_perplexity(subject.model, schedule, reader, options);
@@ -141,6 +148,7 @@ class PerplexityTask : public EvalTask {
             {"bits_per_byte", bits ? Json(*bits) : Json(nullptr)},
             {"flops_per_token", r.flops_per_token},
             {"state_bytes", r.state_bytes},
+            {"kv", kv_text(options.state)},
             {"targets", r.targets},
             {"text_bytes", r.text_bytes},
             {"windows", r.windows},
@@ -160,7 +168,7 @@ class PerplexityTask : public EvalTask {
             {"seconds", "seconds", cell_fixed(1)}};
   }
 
-  std::string data_;
+  std::string data_, kv_ = "keep";
   int64_t seq_len_ = 1024, batch_tokens_ = 0, max_tokens_ = 0, chunk_ = 64, seed_ = 0;
 };
 

@@ -108,6 +108,26 @@ TEST(Perplexity, DoesNotDependOnThePacking) {
   }
 }
 
+// Windows over a state that keeps what they look at lose nothing; one that keeps less does, and costs less.
+TEST(Perplexity, KeysAndValuesMayBeBounded) {
+  const test::TemporaryFolder folder;
+  const auto m = random_model(text_config(53));
+  const auto file = tokens(folder, 53, {50, 33, 70});
+  const ModelSchedule schedule(m->config(), "attention");
+  EvalReader reader(file, {.seq_len = 40, .tokens_per_batch = 90});
+  const auto kept = evaluate_perplexity(*m, schedule, reader);
+  const auto with = [&](const char* kv) {
+    PerplexityOptions o;
+    set_kv(o.state, kv);
+    return evaluate_perplexity(*m, schedule, reader, o);
+  };
+  for (const char* kv : {"bounded:4+60", "surprise:share=100%,first=2,window=5"}) EXPECT_NEAR(with(kv).nll_sum / kept.nll_sum, 1, 1e-5) << kv;
+  const auto few = with("write:budget=6,first=2,window=5");
+  EXPECT_GT(std::abs(few.nll_sum / kept.nll_sum - 1), 1e-4);
+  EXPECT_LT(few.state_bytes, kept.state_bytes);
+  EXPECT_EQ(few.targets, kept.targets);
+}
+
 TEST(Perplexity, RandomSchedulesFollowTheSeed) {
   const test::TemporaryFolder folder;
   const auto m = random_model(text_config(53));
