@@ -74,7 +74,7 @@ struct DecodeBenchOptions {
   std::vector<int64_t> contexts = {512, 2048, 8192};
   int64_t tokens = 16;  // decoded at each context, the first of them not timed
   int64_t batch = 1;    // sequences side by side
-  bool fused = false;   // by one captured launch a token (oryx/generate/fused_decoder.h)
+  bool fused = true;    // on a GPU by one captured launch a token (oryx/generate/fused_decoder.h)
 };
 // Token by token behind each of the contexts, whose rows are random. Rows: context, ms_per_token (the median; on a GPU the mean of tokens that follow one another without the
 // host), relative to the first, bound_ms (weights, recurrent states read and written and, for tokens in attention, their rows, over the rate of a large copy on the device) and

@@ -43,8 +43,10 @@ class DecodeBatch {
       : model_(model), schedule_(schedule), prompt_(prompt), state_(model.make_state(sequences)) {
     state_.reserve(tokens);
     std::string why;
-    if (fused) fused_ = make_fused_decoder(model, state_, tokens, &why);
-    if (fused && fused_ == nullptr) log::warn("decoding operator by operator, slowly: {}", why);
+    if (fused && model.device().is_cuda()) {
+      fused_ = make_fused_decoder(model, state_, tokens, &why);
+      if (fused_ == nullptr) log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: {} (docs/generation.md)", why);
+    }
     if (fused_ != nullptr) fused_->feed_back(true);
     ids_ = at::zeros({sequences, 1}, at::kLong);
     CounterRng rng(2);

@@ -117,7 +117,7 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory")->type_name("N")->capture_default_str();
   app.add_option("--kv", o->kv, "keys and values: keep, drop, bounded:F+W (those of the first F and the last W tokens), or rows chosen by a policy, as surprise:budget=256 (docs/state.md)")
       ->type_name("POLICY")->capture_default_str();
-  app.add_flag("--fused", o->generate.fused, "decode by one captured launch a token (a GPU, bfloat16; docs/generation.md)");
+  app.add_flag("--fused,!--no-fused", o->generate.fused, "on a GPU, decode by one captured launch a token (default; docs/generation.md)");
   app.add_flag("--json", o->json, "print one JSON object at the end instead of the text");
   app.add_flag("--stats", o->stats, "print speed, share of attention and state bytes to standard error");
   app.callback([o, prompt] {

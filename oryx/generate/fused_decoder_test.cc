@@ -32,7 +32,7 @@ TEST(FusedDecoder, StepEqualsExtend) {
   LanguageModel model(decoder_config(256, 2, 256));
   model.initialize(1);
   const ModelSchedule schedule(model.config(), "linear,attention@7:9");
-  Session a(model, schedule, {.prompt_length = 4, .tokens = 12, .fused = true}), b(model, schedule, {.prompt_length = 4, .tokens = 12});
+  Session a(model, schedule, {.prompt_length = 4, .tokens = 12, .fused = true}), b(model, schedule, {.prompt_length = 4, .tokens = 12, .fused = false});
   const std::vector<int32_t> ids = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8};
   (void)a.extend(std::span(ids).first(4)), (void)b.extend(std::span(ids).first(4));
   for (size_t t = 4; t < ids.size(); ++t) {
@@ -114,7 +114,7 @@ TEST_F(FusedDecoderCuda, GoesOnBehindTrimAndFork) {
   model.to(at::kCUDA);
   const ModelSchedule schedule(model.config(), "linear,attention@20:");
   const std::vector<int32_t> ids(30, 17);
-  Session a(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = true}), b(model, schedule, {.prompt_length = 16, .tokens = 40});
+  Session a(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = true}), b(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = false});
   (void)a.extend(std::span(ids).first(16));
   at::Tensor last;
   for (int t = 0; t < 8; ++t) (void)a.step(17 + t);

@@ -77,8 +77,9 @@ class Decoder {
     take(model_.logits(session_.extend(ids)).squeeze(0));
   }
 
+  // The clock stops when the logits have come back from the device.
   void take(const at::Tensor& logits) {
-    logits_ = logits;
+    logits_ = logits.cpu();
     if (options_.vocab_size > 0) logits_ = logits_.narrow(0, 0, options_.vocab_size);
   }
 

@@ -21,7 +21,7 @@ struct GenerateOptions {
   int64_t vocab_size = 0;        // only tokens below are drawn: a model's vocabulary may be padded beyond its tokeniser's; 0: all
   SamplingOptions sampling = {};
   StateOptions state = {};       // what is kept of keys and values, among others
-  bool fused = false;            // decode by one captured launch a token on a GPU (SessionOptions)
+  bool fused = true;             // on a GPU decode by one captured launch a token (SessionOptions)
 };
 
 enum class StopReason { kEos, kLength, kCallback, kInterrupted };

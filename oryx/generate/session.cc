@@ -122,10 +122,10 @@ at::Tensor Session::run(std::span<const int32_t> ids) {
 at::Tensor Session::step(int32_t id) {
   TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
   at::NoGradGuard no_grad;
-  if (!asked_ && options_.fused) {
+  if (!asked_ && options_.fused && model_.device().is_cuda()) {
     std::string why;
     fused_ = make_fused_decoder(model_, state_, options_.tokens, &why);
-    if (fused_ == nullptr) log::warn_once("decoding operator by operator, slowly: {}", why);
+    if (fused_ == nullptr) log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: {} (docs/generation.md)", why);
   }
   asked_ = true;
   if (fused_ == nullptr || !fused_->fits()) return model_.logits(extend({&id, 1})).squeeze(0);

@@ -29,7 +29,7 @@ struct SessionOptions {
   uint64_t seed = 0;          // of a random schedule
   StateOptions state = {};    // checkpoints, ring, rows, budget
   std::shared_ptr<const TokenFacts> facts = {};  // what the schedule needs (ModelSchedule::needs)
-  bool fused = false;         // step() through the fused decoder where there is one (fused_decoder.h)
+  bool fused = true;          // step() on a GPU through the fused decoder (fused_decoder.h); where there is none for this model or device, one notice says why
 };
 
 class Session {
