@@ -1,4 +1,4 @@
-// A libFuzzer program for one reader of foreign bytes (tests/support/readers.h), which ORYX_FUZZ_READER names: every input is read, or refused by one
+// The libFuzzer program of the readers of foreign bytes (tests/support/readers.h): ORYX_FUZZ_READER names one. Every input is read, or refused by one
 // line of oryx::Error. Anything else, a sanitizer's finding included, ends the program.
 #include <algorithm>
 #include <cstdint>
@@ -13,11 +13,14 @@
 namespace {
 
 const oryx::test::ForeignReader& reader() {
+  const char* wanted = std::getenv("ORYX_FUZZ_READER");
+  std::string known;
   for (const auto& r : oryx::test::foreign_readers()) {
-    if (r.name == ORYX_FUZZ_READER) return r;
+    if (wanted != nullptr && r.name == wanted) return r;
+    known += " " + r.name;
   }
-  std::fprintf(stderr, "no reader '%s'\n", ORYX_FUZZ_READER);
-  std::abort();
+  std::fprintf(stderr, "ORYX_FUZZ_READER is '%s', expected one of:%s\n", wanted != nullptr ? wanted : "", known.c_str());
+  std::exit(1);
 }
 
 }  // namespace
