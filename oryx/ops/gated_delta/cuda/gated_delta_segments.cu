@@ -147,6 +147,9 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
   keep(N);
   keep(zb);
 
+  // `combine` multiplies in tf32: M is rounded here, once.
+#pragma unroll
+  for (int j = 0; j < 64; ++j) R[j] = __uint_as_float(tf32(R[j]));
   const size_t to = ((static_cast<size_t>(n) * s.Hs + hs) * s.segments + segment) * kD * kD;
 #pragma unroll
   for (int j = 0; j < 64; ++j) {
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
 }
 
 // Every segment's last state: own[i] += own[i - 1] map[i], from own[-1] = `initial` where there is one; or in reverse, own[i] += own[i + 1]
-// map[i]. A block has 32 rows of one head, a warp 16 x 32 of them; products in tf32. The maps are copied in ahead, a row at a time: rows lie so
+// map[i]. A block has 32 rows of one head, a warp 16 x 32 of them; products in tf32 (the maps are rounded to it). The maps are copied in ahead, a row at a time: rows lie so
 // that no two of what a warp reads at once meet in a bank.
 constexpr int kCombineRows = 32, kCombineThreads = 256;
 constexpr int kMapStride = kD + 8, kBeforeStride = kD + 4;  // floats
@@ -172,8 +175,8 @@ constexpr int kCombineBytes = kMaps * kMapBytes + kCombineRows * kBeforeStride *
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(int segments, bool reverse, int D, const float* __restrict__ initial,
                                                                   float* __restrict__ own, const float* __restrict__ map) {
   extern __shared__ __align__(128) char raw_shared[];
-  float* const maps = reinterpret_cast<float*>(raw_shared);
-  float* const before = maps + kMaps * kD * kMapStride;
+  uint32_t* const maps = reinterpret_cast<uint32_t*>(raw_shared);
+  uint32_t* const before = maps + kMaps * kD * kMapStride;
   const uint32_t bar = smem_address(before + kCombineRows * kBeforeStride), at_map = smem_address(maps);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4;
   const int row = warp / 4 * 16 + r, column = warp % 4 * 32;  // this thread's rows: this one and 8 further on; this warp's columns
@@ -221,21 +224,21 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(int segments, 
     for (int n = 0; n < 4; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        *reinterpret_cast<float2*>(&before[(row + 8 * h) * kBeforeStride + column + 8 * n + 2 * c]) = make_float2(sum[n][2 * h], sum[n][2 * h + 1]);
+        *reinterpret_cast<uint2*>(&before[(row + 8 * h) * kBeforeStride + column + 8 * n + 2 * c]) = make_uint2(tf32(sum[n][2 * h]), tf32(sum[n][2 * h + 1]));
         sum[n][2 * h] = next[n][h].x, sum[n][2 * h + 1] = next[n][h].y;
       }
     read(i + 1);
     __syncthreads();
     const int slot = (i - from) % kMaps;
     barrier_wait(bar + 8 * slot, (i - from) / kMaps & 1);
-    const float* const m = maps + slot * kD * kMapStride;
+    const uint32_t* const m = maps + slot * kD * kMapStride;
 #pragma unroll 4
     for (int k = 0; k < kD; k += 8) {
-      const float* const b = before + row * kBeforeStride + k + c;
-      const uint32_t fragment[4] = {tf32(b[0]), tf32(b[8 * kBeforeStride]), tf32(b[4]), tf32(b[8 * kBeforeStride + 4])};
+      const uint32_t* const b = before + row * kBeforeStride + k + c;
+      const uint32_t fragment[4] = {b[0], b[8 * kBeforeStride], b[4], b[8 * kBeforeStride + 4]};
 #pragma unroll
       for (int n = 0; n < 4; ++n)
-        mma_tf32(sum[n], fragment, tf32(m[(k + c) * kMapStride + column + 8 * n + r]), tf32(m[(k + c + 4) * kMapStride + column + 8 * n + r]));
+        mma_tf32(sum[n], fragment, m[(k + c) * kMapStride + column + 8 * n + r], m[(k + c + 4) * kMapStride + column + 8 * n + r]);
     }
     __syncthreads();
     fetch(i + kMaps);

@@ -8,6 +8,7 @@ namespace {
 template <typename T>
 __global__ void sum_kernel(const float* __restrict__ part, T* __restrict__ out, int64_t size, int dim, int count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  wait_for_previous();
   if (i >= size) return;
   const float* from = part + i / dim * count * dim + i % dim;
   float sum = from[0];
@@ -18,8 +19,8 @@ template <typename T>
 cudaError_t launch_sum(const float* part, T* out, int64_t rows, int dim, int count, cudaStream_t stream) {
   const int64_t size = rows * dim;
   if (size == 0) return cudaSuccess;
-  sum_kernel<<<static_cast<unsigned>((size + 255) / 256), 256, 0, stream>>>(part, out, size, dim, count);
-  return cudaGetLastError();
+  return static_cast<cudaError_t>(launch_after(sum_kernel<T>, dim3(static_cast<unsigned>((size + 255) / 256)), 256, 0,
+                                               stream, part, out, size, dim, count));
 }
 
 // out [3][Hs] = sums of part [3, Hs, readers * records] over the chunks there are.
@@ -27,6 +28,7 @@ __global__ void __launch_bounds__(256)
     head_sum_kernel(const float* __restrict__ part, const int32_t* chunk_offsets, int N, int records, int Hs,
                     int readers, float* d_bias, float* d_A_log, float* d_D) {
   __shared__ double shared[256];
+  wait_for_previous();
   const int h = blockIdx.x, kind = blockIdx.y,
             count = chunk_offsets == nullptr ? records : min(chunk_offsets[N], records);
   double sum = 0;
@@ -150,7 +152,8 @@ extern "C" int oryx_ssd_backward(const OryxSsd* p, const OryxSsdGradients* g, vo
         return status;
     }
   }
-  head_sum_kernel<<<dim3(s.Hs, 3), 256, 0, stream>>>(floats(r.head), offsets, s.N, tokens > 0 ? r.records : 0, s.Hs,
-                                                     s.Ho / s.Hs, g->d_dt_bias, g->d_A_log, g->d_D);
-  return cudaGetLastError();
+  return static_cast<cudaError_t>(launch_after(head_sum_kernel, dim3(s.Hs, 3), 256, 0, stream,
+                                               static_cast<const float*>(floats(r.head)),
+                                               static_cast<const int32_t*>(offsets), s.N, tokens > 0 ? r.records : 0,
+                                               s.Hs, s.Ho / s.Hs, g->d_dt_bias, g->d_A_log, g->d_D));
 }

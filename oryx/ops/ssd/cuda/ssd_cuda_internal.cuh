@@ -1,12 +1,14 @@
 // What the SSD kernels share: shapes, sequences, the scalars of a chunk, and one step of the state.
 #pragma once
 
+#include "oryx/ops/cuda/dependent_launch.cuh"
 #include "oryx/ops/cuda/hopper.cuh"
 #include "oryx/ops/ssd/cuda/ssd_cuda.h"
 
 namespace oryx::ssd_cuda {
 
 using namespace oryx::hopper;
+using ops::cuda::launch_after, ops::cuda::launch_dependents, ops::cuda::wait_for_previous;
 
 constexpr int kC = 64;            // tokens of a chunk
 constexpr int kPanel = kC * 128;  // bytes of 64 rows of 64 bfloat16, swizzled
@@ -101,24 +103,6 @@ __device__ __forceinline__ uint64_t wanted_rows(const uint8_t* wanted, int token
   const unsigned lo = __ballot_sync(~0u, lane < count && wanted[token + lane] != 0);
   const unsigned hi = __ballot_sync(~0u, 32 + lane < count && wanted[token + 32 + lane] != 0);
   return static_cast<uint64_t>(hi) << 32 | lo;
-}
-
-// use(i, load(i)) for i < items, each load four uses ahead: one that waited for memory would pace everything.
-template <typename Load, typename Use>
-__device__ __forceinline__ void loaded_ahead(int items, Load load, Use use) {
-  decltype(load(0)) ring[4];
-#pragma unroll
-  for (int u = 0; u < 4; ++u)
-    if (u < items) ring[u] = load(u);
-  for (int i = 0; i < items; i += 4) {
-#pragma unroll
-    for (int u = 0; u < 4; ++u)
-      if (i + u < items) {
-        const auto x = ring[u];
-        if (i + u + 4 < items) ring[u] = load(i + u + 4);
-        use(i + u, x);
-      }
-  }
 }
 
 // dt_raw of the two tokens that lane has of a chunk.
@@ -285,7 +269,11 @@ __device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t sta
                  : "r"(staging + r * 128 + ((unit ^ (r & 7)) << 4))
                  : "memory");
     if ((keep >> t & 1) == 0) x = make_uint4(0, 0, 0, 0);
-    if (t < count) *reinterpret_cast<uint4*>(o + t * stride + 8 * unit) = x;
+    // Left to itself the compiler makes four stores of it.
+    if (t < count)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(o + t * stride + 8 * unit), "r"(x.x), "r"(x.y),
+                   "r"(x.z), "r"(x.w)
+                   : "memory");
   }
 }
 

@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(512, 1)
                  state_free = ready + 16, aside = state_free + 16, masks = aside + 8;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, group = threadIdx.x / 128;
 
+  wait_for_previous();  // who may write the bounds of sequences
   const int blocks = s.V / 64, rb = blockIdx.x % blocks, ho = blockIdx.x / blocks % s.Ho,
             n = blockIdx.x / blocks / s.Ho, segment = blockIdx.y;
   const int hs = ho / (s.Ho / s.Hs);
@@ -255,9 +256,8 @@ cudaError_t launch(const Shape& s, const Arguments& a, const CUtensorMap* maps, 
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<kK>::kBytes);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(s.N * s.Ho * (s.V / 64), s.segments), 512, Layout<kK>::kBytes, stream>>>(maps[2], maps[0], maps[1], s,
-                                                                                         a);
-  return cudaGetLastError();
+  return static_cast<cudaError_t>(launch_after(kernel, dim3(s.N * s.Ho * (s.V / 64), s.segments), 512,
+                                               Layout<kK>::kBytes, stream, maps[2], maps[0], maps[1], s, a));
 }
 
 __global__ void wanted_kernel(const int32_t* spans, int B, int T, uint8_t* wanted) {

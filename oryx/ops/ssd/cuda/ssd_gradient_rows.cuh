@@ -16,6 +16,7 @@ __device__ __forceinline__ void fragment(uint32_t (&r)[4], uint32_t panel, int k
 // acc += y, sum += y.f with y = factor x (64 columns) and f the same rows and columns of `panel`.
 __device__ __forceinline__ void add_and_dot(float* acc, const float (&x)[32], const float (&factor)[2], float (&sum)[2],
                                             uint32_t panel, int warp, int lane) {
+  float dot[2] = {0.f, 0.f};
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
     uint32_t r[4];
@@ -23,12 +24,13 @@ __device__ __forceinline__ void add_and_dot(float* acc, const float (&x)[32], co
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 8 * kk + 2 * i;
-      const float y0 = factor[i % 2] * x[at], y1 = factor[i % 2] * x[at + 1];
-      acc[at] += y0;
-      acc[at + 1] += y1;
-      sum[i % 2] += y0 * low(r[i]) + y1 * high(r[i]);
+      acc[at] = fmaf(factor[i % 2], x[at], acc[at]);
+      acc[at + 1] = fmaf(factor[i % 2], x[at + 1], acc[at + 1]);
+      dot[i % 2] = fmaf(x[at], low(r[i]), fmaf(x[at + 1], high(r[i]), dot[i % 2]));
     }
   }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) sum[h] = fmaf(factor[h], dot[h], sum[h]);
 }
 
 // Sums over the four lanes of a row.
@@ -65,6 +67,43 @@ __device__ __forceinline__ void write_rows(const float* acc, __nv_bfloat16* out,
   }
 }
 
+// d = the product of two tiles of 64 tokens, a b^T.
+template <int kK>
+__device__ __forceinline__ void start_product(float (&d)[32], uint32_t a, uint32_t b) {
+  const uint32_t low_a = descriptor_low(a), low_b = descriptor_low(b);
+  wgmma_fence();
+#pragma unroll
+  for (int kk = 0; kk < kK / 16; ++kk) wgmma_64x64_shared(d, panel_nk(low_a, kk), panel_nk(low_b, kk), kk > 0);
+  wgmma_commit();
+}
+
+// acc += w times the 64 rows of a tile: what is left of dQ and dK.
+template <int kK>
+__device__ __forceinline__ void add_product(float (&acc)[kK / 2], uint32_t (&w)[16], uint32_t tile) {
+  keep(w);
+  keep(acc);
+  wgmma_fence();
+#pragma unroll
+  for (int kk = 0; kk < 4; ++kk) {
+    if constexpr (kK == 128)
+      wgmma_64x128_kn(acc, w + 4 * kk, descriptor(tile + 2048 * kk, kPanel, 1024), 1);
+    else
+      wgmma_64x64_kn(acc, w + 4 * kk, descriptor(tile + 2048 * kk, kPanel, 1024), 1);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  keep(acc);
+  keep(w);
+}
+
+// A block's dQ or dK: of `head`, one of `heads`, or, where there is `part`, its share.
+template <int kK>
+__device__ __forceinline__ void write_keys(const float* acc, const Block& b, __nv_bfloat16* out, float* part, int heads,
+                                           int head, uint32_t staging, int warp, int lane) {
+  const size_t stride = static_cast<size_t>(heads) * kK, from = b.token * stride + static_cast<size_t>(head) * kK;
+  write_rows<kK>(acc, out + from, part == nullptr ? nullptr : part + from, stride, staging, b.count, warp, lane);
+}
+
 template <int kK>
 __device__ __forceinline__ void query_rows(const Shape& s, const GradientArguments& a, const Block& b, uint32_t base,
                                            const Barriers& bar, int warp, int lane) {
@@ -72,12 +111,7 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
   const int blocks = s.V / 64;
   float qk[32], w[32], dq[kK / 2];
   barrier_wait(bar.pair, 0);
-  wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < kK / 16; ++kk)
-    wgmma_64x64_shared(qk, descriptor(base + L::kQueries + kk / 4 * kPanel + kk % 4 * 32, 16, 1024),
-                       descriptor(base + L::kKeys + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
-  wgmma_commit();
+  start_product<kK>(qk, base + L::kQueries, base + L::kKeys);
 #pragma unroll
   for (int i = 0; i < 32; ++i) w[i] = 0.f;
 #pragma unroll
@@ -85,19 +119,19 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
   wgmma_wait<0>();
   keep(qk);
 
+  const uint32_t low_base = descriptor_low(base);
   float rows[2] = {0.f, 0.f}, skip = 0.f;
   for (int i = 0, vb = 0, head = 0; head < b.heads; ++i) {
     const int stage = i % kStages;
-    const uint32_t at = base + stage * L::kStage, scalars = at + L::kScalars,
-                   sums = base + L::kSums + head % 2 * kSumBytes;
+    const uint32_t at = base + stage * L::kStage, low_at = low_base + stage * (L::kStage / 16),
+                   scalars = at + L::kScalars, sums = base + L::kSums + head % 2 * kSumBytes;
     if (vb == 0 && head >= 2) barrier_wait(bar.sums_free + 8 * (head % 2), (head / 2 - 1) & 1);
     barrier_wait(bar.full + 8 * stage, (i / kStages) & 1);
     float dp[32];
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk)
-      wgmma_64x64_shared(dp, descriptor(at + L::kDo + 32 * kk, 16, 1024),
-                         descriptor(at + L::kValues + 32 * kk, 16, 1024), kk > 0);
+      wgmma_64x64_shared(dp, panel_nk(low_at + L::kDo / 16, kk), panel_nk(low_at + L::kValues / 16, kk), kk > 0);
     wgmma_commit();
     const uint32_t row = 4 * (16 * warp + lane / 4), column = 8 * (lane % 4);
     const float G[2] = {load_shared(scalars + kG + row), load_shared(scalars + kG + row + 32)};
@@ -107,27 +141,26 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
     keep(dp);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float2 g = load_shared2(scalars + kG + 32 * n + column), d = load_shared2(scalars + kDt + 32 * n + column);
+      const float2 g = load_shared2(scalars + kShifted + 32 * n + column);
       columns[2 * n] = columns[2 * n + 1] = 0.f;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int t = 16 * warp + lane / 4 + 8 * h, j = 8 * n + 2 * (lane % 4) + e, m = 4 * n + 2 * h + e;
-          const float weight = j <= t ? power2(G[h] - (e == 0 ? g.x : g.y)) * (e == 0 ? d.x : d.y) * dp[m] : 0.f;
+          const float weight = j <= t ? power2(G[h] - (e == 0 ? g.x : g.y)) * dp[m] : 0.f;
           w[m] += weight;
-          const float share = j < t ? weight * qk[m] : 0.f;
-          rows[h] += share;
-          columns[2 * n + e] += share;
-          if (j == t) skip += dp[m];
+          rows[h] = fmaf(weight, qk[m], rows[h]);
+          columns[2 * n + e] = fmaf(weight, qk[m], columns[2 * n + e]);
         }
+      if (n / 2 == warp && lane / 8 == lane % 4)  // the diagonal
+        skip += lane / 4 % 2 == 0 ? dp[4 * n + 2 * (n % 2)] : dp[4 * n + 2 * (n % 2) + 1];
     }
-    float x0[32], x1[32];
+    float x0[32];
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk)
-      wgmma_64x64_shared_kn(x0, descriptor(at + L::kDo + 32 * kk, 16, 1024),
-                            descriptor(at + L::kS + 2048 * kk, kPanel, 1024), kk > 0);
+      wgmma_64x64_shared_kn(x0, panel_nk(low_at + L::kDo / 16, kk), panel_kn(low_at + L::kS / 16, kk), kk > 0);
     wgmma_commit();
     // Column sums over the eight rows of lanes: each exchange halves what a lane has left, 2 lane and 2 lane + 1 in the
     // end.
@@ -146,26 +179,22 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
       const float2 before = vb == 0 ? make_float2(0.f, 0.f) : load_shared2(to);
       store_shared2(to, before.x + columns[0], before.y + columns[1]);
     }
+    wgmma_wait<0>();
+    keep(x0);
+    add_and_dot(dq, x0, gamma, rows, base + L::kQueries, warp, lane);
     if constexpr (kK == 128) {
-      wgmma_wait<0>();
       keep(x0);
       wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk)
-        wgmma_64x64_shared_kn(x1, descriptor(at + L::kDo + 32 * kk, 16, 1024),
-                              descriptor(at + L::kS + kPanel + 2048 * kk, kPanel, 1024), kk > 0);
+        wgmma_64x64_shared_kn(x0, panel_nk(low_at + L::kDo / 16, kk), panel_kn(low_at + (L::kS + kPanel) / 16, kk),
+                              kk > 0);
       wgmma_commit();
-      add_and_dot(dq, x0, gamma, rows, base + L::kQueries, warp, lane);
-      wgmma_wait<0>();
-      keep(x1);
-      if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
-      add_and_dot(dq + 32, x1, gamma, rows, base + L::kQueries + kPanel, warp, lane);
-    } else {
       wgmma_wait<0>();
       keep(x0);
-      if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
-      add_and_dot(dq, x0, gamma, rows, base + L::kQueries, warp, lane);
+      add_and_dot(dq + 32, x0, gamma, rows, base + L::kQueries + kPanel, warp, lane);
     }
+    if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
     if (++vb == blocks) {
       vb = 0, ++head;
       sum_rows(rows);
@@ -193,26 +222,10 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
                  wb[4 * kk + 2], wb[4 * kk + 3]);
   __syncwarp();
   if (lane == 0) barrier_arrive(bar.w);
-  keep(wb);
-  float(&acc)[kK / 2] = dq;
-  keep(acc);
-  wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < 4; ++kk) {
-    if constexpr (kK == 128)
-      wgmma_64x128_kn(acc, wb + 4 * kk, descriptor(base + L::kKeys + 2048 * kk, kPanel, 1024), 1);
-    else
-      wgmma_64x64_kn(acc, wb + 4 * kk, descriptor(base + L::kKeys + 2048 * kk, kPanel, 1024), 1);
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
-  keep(acc);
-  keep(wb);
-  const int heads = a.dq_part == nullptr ? s.Hq : s.Ho / b.heads,
-            head = a.dq_part == nullptr ? b.first / (s.Ho / s.Hq) : b.unit;
-  const size_t stride = static_cast<size_t>(heads) * kK, from = b.token * stride + static_cast<size_t>(head) * kK;
-  write_rows<kK>(dq, a.d_q + from, a.dq_part == nullptr ? nullptr : a.dq_part + from, stride,
-                 base + L::kOut + warp * 2048, b.count, warp, lane);
+  add_product<kK>(dq, wb, base + L::kKeys);
+  const bool whole = a.dq_part == nullptr;
+  write_keys<kK>(dq, b, a.d_q, a.dq_part, whole ? s.Hq : s.Ho / b.heads, whole ? b.first / (s.Ho / s.Hq) : b.unit,
+                 base + L::kOut + warp * 2048, warp, lane);
 }
 
 template <int kK>
@@ -223,38 +236,35 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
   const uint32_t staging = base + L::kOut + kPanel + warp * 2048;
   float kq[32], dk[kK / 2];
   barrier_wait(bar.pair, 0);
-  wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < kK / 16; ++kk)
-    wgmma_64x64_shared(kq, descriptor(base + L::kKeys + kk / 4 * kPanel + kk % 4 * 32, 16, 1024),
-                       descriptor(base + L::kQueries + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
-  wgmma_commit();
+  start_product<kK>(kq, base + L::kKeys, base + L::kQueries);
 #pragma unroll
   for (int i = 0; i < kK / 2; ++i) dk[i] = 0.f;
   wgmma_wait<0>();
   keep(kq);
 
+  const uint32_t low_base = descriptor_low(base);
   float tails[2] = {0.f, 0.f}, vdu[2] = {0.f, 0.f};
+  // dV, or its shares: [B T, Ho, V] either way, since they are shares unless Hv = Ho.
+  const size_t from_v = (static_cast<size_t>(b.token) * s.Ho + b.first) * s.V;
   for (int i = 0, vb = 0, head = 0; head < b.heads; ++i) {
-    const int stage = i % kStages, ho = b.first + head, hs = ho / readers;
-    const uint32_t at = base + stage * L::kStage, scalars = at + L::kScalars,
-                   sums = base + L::kSums + head % 2 * kSumBytes;
-    const float D = a.D[hs];
+    const int stage = i % kStages;
+    const uint32_t at = base + stage * L::kStage, low_at = low_base + stage * (L::kStage / 16),
+                   scalars = at + L::kScalars, sums = base + L::kSums + head % 2 * kSumBytes;
     if (vb == 0 && head >= 2) barrier_wait(bar.sums_free + 8 * (head % 2), (head / 2 - 1) & 1);
     barrier_wait(bar.full + 8 * stage, (i / kStages) & 1);
     float du[32], x0[32];
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < kK / 16; ++kk)
-      wgmma_64x64_shared(du, descriptor(base + L::kKeys + kk / 4 * kPanel + kk % 4 * 32, 16, 1024),
-                         descriptor(at + L::kDs + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
+      wgmma_64x64_shared(du, panel_nk(low_base + L::kKeys / 16, kk), panel_nk(low_at + L::kDs / 16, kk), kk > 0);
     wgmma_commit();
     const uint32_t row = 4 * (16 * warp + lane / 4), column = 8 * (lane % 4);
     const float G[2] = {load_shared(scalars + kG + row), load_shared(scalars + kG + row + 32)};
     const float dt[2] = {load_shared(scalars + kDt + row), load_shared(scalars + kDt + row + 32)},
                 end = load_shared(scalars + kG + 252);
     // The state's own terms count once, with its first reader.
-    const float once = ho % readers == 0 ? 1.f : 0.f, tail[2] = {once * power2(end - G[0]), once * power2(end - G[1])};
+    const float once = load_shared(scalars + kSkipRate + 4),
+                tail[2] = {once * power2(end - G[0]), once * power2(end - G[1])};
     const float step[2] = {tail[0] * dt[0], tail[1] * dt[1]};
     uint32_t pb[16];
 #pragma unroll
@@ -275,17 +285,16 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
     keep(pb);
     wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < 4; ++kk)
-      wgmma_64x64_kn(du, pb + 4 * kk, descriptor(at + L::kDo + 2048 * kk, kPanel, 1024), 1);
+    for (int kk = 0; kk < 4; ++kk) wgmma_64x64_kn(du, pb + 4 * kk, panel_kn(low_at + L::kDo / 16, kk), 1);
     wgmma_commit();
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk)
-      wgmma_64x64_shared_kn(x0, descriptor(at + L::kValues + 32 * kk, 16, 1024),
-                            descriptor(at + L::kDs + 2048 * kk, kPanel, 1024), kk > 0);
+      wgmma_64x64_shared_kn(x0, panel_nk(low_at + L::kValues / 16, kk), panel_kn(low_at + L::kDs / 16, kk), kk > 0);
     wgmma_commit();
     wgmma_wait<1>();
     keep(du);
     keep(pb);
+    const float D = load_shared(scalars + kSkipRate);
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
       uint32_t v[4], d[4];
@@ -294,18 +303,17 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         float &y0 = du[8 * kk + 2 * m], &y1 = du[8 * kk + 2 * m + 1];
-        vdu[m % 2] += y0 * low(v[m]) + y1 * high(v[m]);
+        vdu[m % 2] = fmaf(y0, low(v[m]), fmaf(y1, high(v[m]), vdu[m % 2]));
         y0 = dt[m % 2] * y0 + D * low(d[m]);
         y1 = dt[m % 2] * y1 + D * high(d[m]);
       }
     }
-    {
-      const int heads = a.dv_part == nullptr ? s.Hv : s.Ho, head_v = a.dv_part == nullptr ? hs / (s.Hs / s.Hv) : ho;
-      const size_t stride = static_cast<size_t>(heads) * s.V,
-                   from = b.token * stride + static_cast<size_t>(head_v) * s.V + 64 * vb;
-      write_rows<64>(du, a.d_v + from, a.dv_part == nullptr ? nullptr : a.dv_part + from, stride, staging, b.count,
-                     warp, lane);
-    }
+    // Made anew for every item: addresses that are kept from one to the next push others out of registers.
+    uint32_t stride = s.Ho * s.V;
+    size_t from = from_v + 64 * i;
+    asm volatile("" : "+r"(stride), "+l"(from));
+    write_rows<64>(du, a.d_v + from, a.dv_part == nullptr ? nullptr : a.dv_part + from, stride, staging, b.count, warp,
+                   lane);
     wgmma_wait<0>();
     keep(x0);
     add_and_dot(dk, x0, step, tails, base + L::kKeys, warp, lane);
@@ -313,8 +321,8 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
       wgmma_fence();
 #pragma unroll
       for (int kk = 0; kk < 4; ++kk)
-        wgmma_64x64_shared_kn(x0, descriptor(at + L::kValues + 32 * kk, 16, 1024),
-                              descriptor(at + L::kDs + kPanel + 2048 * kk, kPanel, 1024), kk > 0);
+        wgmma_64x64_shared_kn(x0, panel_nk(low_at + L::kValues / 16, kk), panel_kn(low_at + (L::kDs + kPanel) / 16, kk),
+                              kk > 0);
       wgmma_commit();
       wgmma_wait<0>();
       keep(x0);
@@ -348,26 +356,10 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
 #pragma unroll
     for (int m = 0; m < 4; ++m) wb[4 * kk + m] = r[m];
   }
-  float(&acc)[kK / 2] = dk;
-  keep(wb);
-  keep(acc);
-  wgmma_fence();
-#pragma unroll
-  for (int kk = 0; kk < 4; ++kk) {
-    if constexpr (kK == 128)
-      wgmma_64x128_kn(acc, wb + 4 * kk, descriptor(base + L::kQueries + 2048 * kk, kPanel, 1024), 1);
-    else
-      wgmma_64x64_kn(acc, wb + 4 * kk, descriptor(base + L::kQueries + 2048 * kk, kPanel, 1024), 1);
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
-  keep(acc);
-  keep(wb);
-  const int heads = a.dk_part == nullptr ? s.Hk : s.Ho / b.heads,
-            head = a.dk_part == nullptr ? b.first / readers / (s.Hs / s.Hk) : b.unit;
-  const size_t stride = static_cast<size_t>(heads) * kK, from = b.token * stride + static_cast<size_t>(head) * kK;
-  write_rows<kK>(dk, a.d_k + from, a.dk_part == nullptr ? nullptr : a.dk_part + from, stride, staging, b.count, warp,
-                 lane);
+  add_product<kK>(dk, wb, base + L::kQueries);
+  const bool whole = a.dk_part == nullptr;
+  write_keys<kK>(dk, b, a.d_k, a.dk_part, whole ? s.Hk : s.Ho / b.heads,
+                 whole ? b.first / readers / (s.Hs / s.Hk) : b.unit, staging, warp, lane);
 }
 
 }  // namespace

@@ -4,9 +4,10 @@
 // third one warp copies the inputs in, one computes the scalars, one the product of S0 and dS, and one puts the shares
 // of the decay's gradient together.
 //
-// The decay's gradient at token m sums every weight whose segment contains m: with M = P dP below the diagonal,
+// The decay's gradient at token m sums every weight whose segment contains m: with M = P dP up to the diagonal,
 //   sum_{t >= m} (row sum of M + d gamma)_t - sum_{j >= m} (column sum of M)_j + sum_{j < m} d tail_j + d end.
-// Row and column sums add the same numbers, so that what cancels does so to float32's digits of M.
+// The diagonal, which both have, cancels. Row and column sums add the same numbers, so that what cancels does so to
+// float32's digits of M.
 #include "oryx/ops/ssd/cuda/ssd_gradient_rows.cuh"
 
 namespace oryx::ssd_cuda {
@@ -90,7 +91,7 @@ __device__ __forceinline__ void state_products(const Shape& s, const Block& b, u
         sum[1] += high(x[c]) * high(y[c]);
       }
     }
-    const float gamma = load_shared(at + L::kScalars + kGamma + 252);
+    const float gamma = power2(load_shared(at + L::kScalars + kG + 252));
     __syncwarp();
     if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
     if (i % blocks == blocks - 1) {
@@ -184,7 +185,10 @@ __global__ void __launch_bounds__(384, 1)
   const int units = s.Ho / a.heads;
   b.unit = blockIdx.x % units, b.record = blockIdx.x / units, b.first = b.unit * a.heads, b.heads = a.heads;
   if (s.cu_seqlens == nullptr) {
-    const int chunks = (s.T + kC - 1) / kC, n = b.record / chunks, c = b.record % chunks;
+    // From both ends of the sequences: there the walks have been last, and what they wrote is in the L2 cache.
+    const int chunks = (s.T + kC - 1) / kC, n = b.record % s.N, i = b.record / s.N,
+              c = i % 2 == 0 ? i / 2 : chunks - 1 - i / 2;
+    b.record = n * chunks + c;
     b.token = n * s.T + c * kC;
     b.count = min(kC, s.T - c * kC);
   } else {
@@ -215,6 +219,8 @@ __global__ void __launch_bounds__(384, 1)
     barrier_init_fence();
   }
   __syncthreads();
+  wait_for_previous();
+  launch_dependents();
 
   if (group == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
@@ -222,31 +228,37 @@ __global__ void __launch_bounds__(384, 1)
       copy_in<kK>(s, a, b, base, bar, &q_map, &k_map, &v_map, &d_map, lane);
     } else if (warp == 1) {
       const int blocks = s.V / 64, readers = s.Ho / s.Hs;
-      loaded_ahead(
-          b.heads * blocks,
-          [&](int i) {
-            const int hs = (b.first + i / blocks) / readers;
-            const float2 raw = load_steps(a.dt_raw, s.Hs, hs, b.token, b.count, lane);
-            return make_float4(raw.x, raw.y, a.dt_bias[hs], a.A_log[hs]);
-          },
-          [&](int i, float4 x) {
-            const int stage = i % kStages;
-            if (i >= kStages) barrier_wait(bar.empty + 8 * stage, (i / kStages - 1) & 1);
-            chunk_scalars(base + stage * L::kStage + L::kScalars, make_float2(x.x, x.y), x.z, log2_rate(x.w), b.count,
-                          lane);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(bar.full + 8 * stage);
-          });
+      // What one item needs is loaded when the one before is made: nobody waits for it, and code that is short leaves
+      // the instruction cache to the two warpgroups that compute.
+      float2 raw;
+      float bias, A_log, D;
+      const auto load = [&](int i) {
+        const int hs = (b.first + i / blocks) / readers;
+        raw = load_steps(a.dt_raw, s.Hs, hs, b.token, b.count, lane);
+        bias = a.dt_bias[hs], A_log = a.A_log[hs], D = a.D[hs];
+      };
+      load(0);
+#pragma unroll 1
+      for (int i = 0; i < b.heads * blocks; ++i) {
+        const int stage = i % kStages;
+        const uint32_t to = base + stage * L::kStage + L::kScalars;
+        if (i >= kStages) barrier_wait(bar.empty + 8 * stage, (i / kStages - 1) & 1);
+        chunk_scalars<true>(to, raw, bias, log2_rate(A_log), b.count, lane);
+        if (lane == 0) store_shared2(to + kSkipRate, D, (b.first + i / blocks) % readers == 0 ? 1.f : 0.f);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(bar.full + 8 * stage);
+        if (i + 1 < b.heads * blocks) load(i + 1);
+      }
     } else if (warp == 2) {
       state_products<kK>(s, b, base, bar, lane);
     } else {
       step_gradients<kK>(s, a, b, base, bar, lane);
     }
   } else if (group == 0) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
     query_rows<kK>(s, a, b, base, bar, warp, lane);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     key_rows<kK>(s, a, b, base, bar, warp, lane);
   }
 }
@@ -258,8 +270,8 @@ cudaError_t launch(const Shape& s, const GradientArguments& a, const CUtensorMap
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<kK>::kBytes);
   if (status != cudaSuccess) return status;
   const int blocks = a.records * (s.Ho / a.heads);
-  kernel<<<blocks, 384, Layout<kK>::kBytes, stream>>>(maps[2], maps[0], maps[1], maps[3], s, a);
-  return cudaGetLastError();
+  return static_cast<cudaError_t>(
+      launch_after(kernel, dim3(blocks), 384, Layout<kK>::kBytes, stream, maps[2], maps[0], maps[1], maps[3], s, a));
 }
 
 }  // namespace

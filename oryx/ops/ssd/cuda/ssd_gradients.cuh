@@ -11,6 +11,9 @@ constexpr int kStages = 3;
 // of dD.
 constexpr int kRow = 0, kColumn = 64, kDTail = 320, kVdu = 384, kEnd = 448, kSkip = 452, kSumBytes = 2048;
 
+// Of a stage's scalars, in place of the first of exp(G_C - G) dt: D, and 1 for a state's first reader, else 0.
+constexpr int kSkipRate = kTail;
+
 template <int kK>
 struct Layout {
   static constexpr int kPanels = kK / 64;
@@ -40,6 +43,17 @@ struct Barriers {
         w(pair + 8),
         aside(w + 8) {}
 };
+
+// Descriptors of panels by addition (see `descriptor`): the low word, which takes sums of bytes / 16, and from k-step
+// kk on operands stored n x k (m x k) in panels of 64 k, and k x n.
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address) { return (1u << 16) | (address >> 4); }
+__device__ __forceinline__ uint64_t descriptor_of(uint32_t low) {
+  return static_cast<uint64_t>((1u << 30) | (1024 >> 4)) << 32 | low;
+}
+__device__ __forceinline__ uint64_t panel_nk(uint32_t low, int kk) {
+  return descriptor_of(low + (kk / 4 * kPanel + kk % 4 * 32) / 16);
+}
+__device__ __forceinline__ uint64_t panel_kn(uint32_t low, int kk) { return descriptor_of(low + kk * 128); }
 
 // The work of a block: heads [first, first + heads), each in V / 64 items.
 struct Block {

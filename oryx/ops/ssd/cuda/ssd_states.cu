@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(192, 2)
   const uint32_t full = base + L::kBarriers, empty = full + 8 * kStages, aside = empty + 8 * kStages;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
+  wait_for_previous();  // who may write the bounds of sequences
   const int blocks = s.V / 64, rb = blockIdx.x % blocks, hs = blockIdx.x / blocks % s.Hs,
             n = blockIdx.x / blocks / s.Hs;
   const int direction = w.direction + blockIdx.z, segment = blockIdx.y, readers = direction == 0 ? 1 : s.Ho / s.Hs;
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(192, 2)
     barrier_init_fence();
   }
   __syncthreads();
+  launch_dependents();
 
   if (warp == 4) {  // copies
     const auto keep_of = [&](int i) {
@@ -183,9 +185,9 @@ cudaError_t launch(const Shape& s, const Walk& w, const CUtensorMap* maps, cudaS
   const int bytes = Layout<kK, kStore>::kBytes;
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<dim3(s.N * s.Hs * (s.V / 64), kStore ? s.segments : (s.segments - 1) * s.pieces, w.directions), 192, bytes,
-           stream>>>(maps[0], maps[1], maps[2], maps[3], s, w);
-  return cudaGetLastError();
+  const dim3 grid(s.N * s.Hs * (s.V / 64), kStore ? s.segments : (s.segments - 1) * s.pieces, w.directions);
+  return static_cast<cudaError_t>(
+      launch_after(kernel, grid, 192, bytes, stream, maps[0], maps[1], maps[2], maps[3], s, w));
 }
 
 }  // namespace
