@@ -60,6 +60,7 @@ struct PrefillBenchOptions {
   std::string placement = "last";                     // where they are: last, the prompt's end; random, chunks of 256 tokens
   int64_t piece = 8192;                               // tokens of one pass
   std::string kv = "keep";                            // keys and values: keep, drop, bounded:F+W (StateOptions); drop takes shares of 0 only
+  int64_t page_tokens = 1024;                         // StateOptions: on a GPU, small pages of a bounded state cost more launches than they save bytes
   int64_t repeat = 3;
   std::string name = {};                              // of this model, in the charts
   std::vector<std::string> with = {};                 // results of other calls (--json), whose lines join the charts

@@ -46,6 +46,7 @@ Pass read_prompt(const LanguageModel& model, const std::string& text, const std:
   s.prompt_length = s.tokens = static_cast<int64_t>(ids.size());
   s.piece = std::min(o.piece, s.tokens);
   set_kv(s.state, o.kv);
+  s.state.page_tokens = o.page_tokens;
   Pass pass;
   const auto once = [&] {
     Session session(model, schedule, s);
@@ -159,7 +160,7 @@ BenchResult bench_prefill(const PrefillBenchOptions& o) {
   drawn.insert(drawn.begin(), rows.begin(), rows.end());
   result.charts = charts_of(drawn);
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"device", o.model.device},       {"placement", o.placement},
-                    {"lengths", o.lengths},     {"shares", o.shares},         {"piece", o.piece},               {"kv", o.kv},
+                    {"lengths", o.lengths},     {"shares", o.shares},         {"piece", o.piece},               {"kv", o.kv},   {"page_tokens", o.page_tokens},
                     {"repeat", o.repeat}};
   return result;
 }

@@ -123,6 +123,7 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
       ->check(CLI::IsMember({"last", "random"}))->capture_default_str();
   add_count(prefill, "--piece", p->piece, "tokens of one pass");
   prefill.add_option("--kv", p->kv, "keys and values: keep, drop, bounded:F+W (those of the first F and the last W tokens), or rows chosen by a policy, as surprise:budget=256 (docs/state.md)")->capture_default_str()->type_name("WHAT");
+  add_count(prefill, "--page-tokens", p->page_tokens, "tokens of a page of keys and values");
   add_count(prefill, "--repeat", p->repeat, "passes at each length and share");
   prefill.add_option("--name", p->name, "of this model in the charts")->type_name("TEXT");
   prefill.add_option("--with", p->with, "what another call wrote with --json: its lines join the charts")->expected(1)->allow_extra_args(false)->take_all()->type_name("FILE");
