@@ -4,18 +4,18 @@
     python3 tools/attention_cuda.py ./attention.so [--quick] [--no-times]
 
 Needs torch with CUDA on an H100 or H200. The check compares with the formula in float64 (norm of the difference over norm, limits 1e-2 for values and
-2e-2 for gradients, outputs and scratch poisoned with NaN, every case run twice for equal bits) and exits 1 when a case fails. Times are medians of
-CUDA-event times over random data; before each repetition 256 MB are overwritten (the L2) and the GPU sleeps, so that launches are queued. They
+2e-2 for gradients, outputs and scratch poisoned with NaN, every case run twice for equal bits) and exits 1 when a case fails. Times (cuda_harness.py)
 cover planning, the kernels, and zeroing the rows outside spans.
 """
 import argparse
 import ctypes
-import statistics
 import sys
 
 import torch
 
-DEV, BF, P, I64 = "cuda", torch.bfloat16, ctypes.c_void_p, ctypes.c_int64
+from cuda_harness import BF, DEV, P, Verdicts, bench, error, launch, scratch
+
+I64 = ctypes.c_int64
 POINTERS = "q k v o_in d_o o lse dq dk dv spans cu_q cu_k key_lengths".split()
 SIZES = "B Tq Tk Hq Hk D n_spans N window processors".split()
 
@@ -62,21 +62,17 @@ class Case:
         a.lse = self.lse.data_ptr()
         self.a = a
         sizes = [getattr(lib, f"oryx_span_attention_{n}_bytes")(ctypes.byref(a)) for n in ("plan", "forward", "backward")]
-        self.memory = [torch.empty(max(16, n), dtype=torch.uint8, device=DEV) for n in sizes]
+        self.memory = [scratch(n, poison) for n in sizes]
         self.kept += ints
         if poison:
             for t in (self.o, self.lse, *self.grads):
                 t.fill_(float("nan"))
-            for t in self.memory:
-                t.fill_(255)
             if cuk is not None or lengths is not None:  # keys of no sequence: the caller's zeros
                 for t in self.grads[1:]:
                     t.zero_()
 
     def call(self, name, *memory):
-        rc = getattr(self.lib, "oryx_span_attention_" + name)(ctypes.byref(self.a), *memory, torch.cuda.current_stream().cuda_stream)
-        if rc:
-            raise RuntimeError(f"{name}: cudaError_t {rc}")
+        launch(getattr(self.lib, "oryx_span_attention_" + name), ctypes.byref(self.a), *memory)
 
     def plan(self):
         self.call("plan", self.memory[0].data_ptr())
@@ -123,18 +119,16 @@ def reference(q, k, v, spans=None, cu=None, cuk=None, lengths=None, window=0, d_
     return [o.detach(), *(t.grad if t.grad is not None else torch.zeros_like(t) for t in x)]
 
 
-def error(a, b):
-    a, b = a.double(), b.double()
-    # Gradients that cancel to nothing are held to a part of what was cancelled.
-    return ((a - b).norm() / b.norm().clamp_min(1e-3 * a.numel()**0.5)).item() if torch.isfinite(a).all() else float("nan")
-
-
 def random(*shape):
     return torch.randn(*shape, device=DEV).to(BF)
 
 
 def check(lib, backward):
-    failed = []
+    verdict, limits = Verdicts(), dict(o=1e-2, dq=2e-2, dk=2e-2, dv=2e-2)
+
+    def errors(found, want):
+        # Gradients that cancel to nothing are held to a part of what was cancelled.
+        return {n: error(f, w, 1e-3 * w.numel()**0.5) for n, f, w in zip(limits, found, want)}
 
     def one(name, B, T, Hq, Hk, D, Tk=None, **kw):
         Tk = Tk or T
@@ -148,12 +142,7 @@ def check(lib, backward):
             torch.cuda.synchronize()
             found.append([c.o, *(c.grads if backward else [])])
         want = reference(q, k, v, d_o=d_o if backward else None, **kw)
-        errors = [error(f, w) for f, w in zip(found[0], want)]
-        same = all(torch.equal(x, y) for x, y in zip(*found))
-        ok = same and all(e < limit for e, limit in zip(errors, (1e-2, 2e-2, 2e-2, 2e-2)))
-        if not ok:
-            failed.append(name)
-        print("ok  " if ok else "FAIL", name, " ".join(f"{e:.1e}" for e in errors), "" if same else "bits differ", flush=True)
+        verdict.errors(name, errors(found[0], want), limits, all(torch.equal(x, y) for x, y in zip(*found)))
     for D in (128, 64):
         for T in (128, 1, 63, 100, 257, 1000):
             one(f"D{D} T{T}", 2, T, 2, 2, D)
@@ -183,27 +172,8 @@ def check(lib, backward):
             c.backward()
         torch.cuda.synchronize()
         want = reference(q, k, v, lengths=[300, 413], d_o=d_o if backward else None)
-        errors = [error(f, torch.nan_to_num(w)) for f, w in zip([c.o, *c.grads], want)]
-        if not max(errors) < 2e-2:
-            failed.append("NaN")
-        print("ok  " if max(errors) < 2e-2 else "FAIL", f"D{D} NaN beyond the keys in use", errors, flush=True)
-    return failed
-
-
-def bench(fn, reps=15):
-    for _ in range(3):
-        fn()
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEV)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
-    torch.cuda.synchronize()
-    for a, b in events:
-        flush.zero_()
-        torch.cuda._sleep(2_000_000)
-        a.record()
-        fn()
-        b.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in events)
+        verdict.errors(f"D{D} NaN beyond the keys in use", errors([c.o, *c.grads] if backward else [c.o], [torch.nan_to_num(w) for w in want]), limits)
+    return verdict.close()
 
 
 def chunks(B, T, share, size=256):
@@ -263,8 +233,7 @@ if __name__ == "__main__":
     args = p.parse_args()
     library = load(args.library)
     bad = check(library, not args.forward)
-    print("FAILED: " + ", ".join(bad) if bad else "all cases pass", flush=True)
     if not args.no_times:
         all_shapes = [(4, 8192, 16, 16, 128), (1, 32768, 16, 16, 128), (8, 2048, 16, 16, 128), (4, 8192, 16, 4, 128), (4, 8192, 16, 16, 64)]
         times(library, not args.forward, all_shapes[:1] if args.quick else all_shapes)
-    sys.exit(1 if bad else 0)
+    sys.exit(bad)

@@ -34,7 +34,7 @@ typedef struct {
   int32_t o_tiles;         // of those activations
 } OryxDecodeAttention;
 
-// bfloat16, K = V of 64 or 128, all of a head rotated or nothing, 1, 2, 4 or 8 query heads a key head, heads dense: split along the keys.
+// bfloat16, K = V of 64 or 128, all of a head rotated or nothing, 1 to 8 query heads a key head, heads dense: split along the keys.
 int oryx_decode_attention_supports(const OryxDecodeAttention* a);
 int64_t oryx_decode_attention_workspace(const OryxDecodeAttention* a);
 int oryx_decode_attention(const OryxDecodeAttention* a, void* workspace, void* stream);

@@ -66,7 +66,7 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
   const int items = a.plan.counts->items, whole = a.plan.counts->whole;
   // Claims an item, writes it for the warpgroups.
   const auto claim = [&](int round) {
-    const int item = atomicAdd(&a.plan.counts->next_item, 1), ring = round % 2;
+    const int item = round == 0 ? blockIdx.x : atomicAdd(&a.plan.counts->next_item, 1), ring = round % 2;
     Work w{};
     if (item < items) w = make_work(a, item, whole);
     if (round >= 2) barrier_wait(work_empty + 8 * ring, (round / 2 - 1) & 1);

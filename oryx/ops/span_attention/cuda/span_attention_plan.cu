@@ -72,11 +72,13 @@ __device__ void mark_spans(const OryxSpanAttention& p, const Plan& plan) {
 __device__ int marks(uint4 x) { return __popc(x.x) + __popc(x.y) + __popc(x.z) + __popc(x.w); }
 
 // Computed queries before query row g.
-__device__ __noinline__ int computed_before(const int* before, const uint8_t* mask, int g) {
-  int n = before[g / 16];
-#pragma unroll 1
-  for (int i = g / 16 * 16; i < g; ++i) n += mask[i];
-  return n;
+__device__ __forceinline__ int computed_before(const int* before, const uint8_t* mask, int g) {
+  const uint4 x = reinterpret_cast<const uint4*>(mask)[g / 16];
+  const auto part = [&](uint32_t word, int from) {  // marks of the word's bytes before byte g % 16
+    const int bytes = min(max(g % 16 - from, 0), 4);
+    return __popc(bytes == 4 ? word : word & ((1u << 8 * bytes) - 1));
+  };
+  return before[g / 16] + part(x.x, 0) + part(x.y, 4) + part(x.z, 8) + part(x.w, 12);
 }
 
 __device__ Sequence sequence_of(const OryxSpanAttention& p, int s) {
@@ -94,6 +96,10 @@ __device__ Sequence sequence_of(const OryxSpanAttention& p, int s) {
 }
 
 constexpr int kSharedSequences = 256, kSharedTiles = 2048;
+constexpr int kBins = 64;  // of pieces by length
+
+// Of a block of keys of a tile: a warpgroup alone takes four fifths of the time of two.
+__device__ int block_cost(const Tile& t) { return t.count > kTile / 2 ? 5 : 4; }
 
 // Marks and their sums are kept in shared memory while they are read, where they fit.
 __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention p, Plan plan, bool in_shared) {
@@ -214,34 +220,66 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
     x.row_tile = p.cu_q != nullptr ? 0 : r.tile;
     x.row_tiles = p.cu_q != nullptr ? tiles : (r.count + kTile - 1) / kTile;
     plan.unsorted[t] = own = x;
-    plan.cost[t] = x.blocks;
+    plan.cost[t] = x.blocks * block_cost(x);
   }
   __syncthreads();
 #pragma unroll 1
   for (int t = tid; t < tiles; t += kThreads) {
     const Tile x = t == tid && tiles <= kThreads ? own : plan.unsorted[t];
+    const int cost = x.blocks * block_cost(x);
     int rank = x.row_tile;
 #pragma unroll 1
     for (int u = x.row_tile; u < x.row_tile + x.row_tiles; ++u) {
       const int c = plan.cost[u];
-      rank += c > x.blocks || (c == x.blocks && u < t);
+      rank += c > cost || (c == cost && u < t);
     }
     plan.tiles[rank] = x;
   }
   __syncthreads();
 
-  // The units beyond whole rounds of the multiprocessors are split along their keys, so that all finish together.
-  const int units = tiles * p.Hq, whole = units / p.processors * p.processors, i = tid;
-  const int unit = whole + i;
-  const int cost = unit < units ? plan.tiles[unit_of(plan, unit, p.Hq).tile].blocks : 0;
-  const int work = block_scan(make_int3(cost, 0, 0)).total.x, piece = max(kMinPiece, (work + 2 * p.processors - 1) / (2 * p.processors));
-  const int pieces = (cost + piece - 1) / piece;
-  const Scan scan = block_scan(make_int3(pieces, pieces > 1 ? pieces : 0, pieces > 1));
-  const int at = scan.before.x, part = scan.before.y, split = scan.before.z;
+  // The units beyond whole rounds of the multiprocessors are cut along their keys where equal shares of them end, and the longest pieces come first, so
+  // that all finish together. One share a multiprocessor; two where there is little work, which memory bounds: multiprocessors differ in bandwidth.
+  __shared__ int bins[kBins];
+  if (tid < kBins) bins[tid] = 0;
+  const int units = tiles * p.Hq, whole = units / p.processors * p.processors, unit = whole + tid;
+  int length = 0, weight = 1;
+  if (unit < units) {
+    const Tile& t = plan.tiles[unit_of(plan, unit, p.Hq).tile];
+    length = t.blocks, weight = block_cost(t);
+  }
+  const Scan cost = block_scan(make_int3(length * weight, 0, 0));
+  const int shares = whole < 2 * p.processors ? 2 * p.processors : p.processors, share = max(1, (cost.total.x + shares - 1) / shares);
+  const auto for_each_piece = [&](auto f) {
+    int begin = 0;
 #pragma unroll 1
-  for (int j = 0; j < pieces; ++j) plan.pieces[at + j] = {unit, j * piece, min(piece, cost - j * piece), part + j, split, pieces, part, 0};
+    for (int cut = (cost.before.x / share + 1) * share; cut < cost.before.x + length * weight; cut += share) {
+      const int end = (cut - cost.before.x + weight / 2) / weight;
+      if (end - begin < kMinPiece || length - end < kMinPiece) continue;
+      f(begin, end);
+      begin = end;
+    }
+    if (length > 0) f(begin, length);
+  };
+  const auto bin = [&](int begin, int end) { return max(0, kBins - 1 - (end - begin) * weight * (kBins * 3 / 4) / share); };
+  int pieces = 0;
+  for_each_piece([&](int begin, int end) { ++pieces, atomicAdd(bins + bin(begin, end), 1); });
+  const Scan scan = block_scan(make_int3(pieces, pieces > 1 ? pieces : 0, pieces > 1));
+  if (tid < 32) {
+    const int x = bins[2 * tid], y = bins[2 * tid + 1];
+    int sum = x + y;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, sum, d);
+      if (tid >= d) sum += other;
+    }
+    bins[2 * tid] = sum - x - y, bins[2 * tid + 1] = sum - y;
+  }
+  __syncthreads();
+  // Where a piece stands among those as long as it depends on time; where its result goes does not.
+  int part = scan.before.y;
+  for_each_piece([&](int begin, int end) { plan.pieces[atomicAdd(bins + bin(begin, end), 1)] = {unit, begin, end - begin, part++, scan.before.z, pieces, scan.before.y, 0}; });
   if (tid < 2 * p.processors) plan.arrived[tid] = 0;
-  if (tid == 0) *plan.counts = {tiles, whole, whole + scan.total.x, slot / kSmall, blocks, 0, 0};
+  if (tid == 0) *plan.counts = {tiles, whole, whole + scan.total.x, slot / kSmall, blocks, p.processors, 0};
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ struct alignas(16) Piece {
 
 struct Counts {
   int tiles, whole, items;                   // forward: units [0, whole) are items themselves, then come pieces
-  int small, blocks, next_item, next_block;  // next_*: what the persistent kernels take next
+  int small, blocks, next_item, next_block;  // next_*: what the persistent kernels take next; block i of the forward pass begins with item i
 };
 
 struct Plan {

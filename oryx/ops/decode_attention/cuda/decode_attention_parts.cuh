@@ -1,0 +1,173 @@
+// What the two forms of decode attention share (decode_attention.cu): how cached tokens are cut to pieces and shared out, and the ring through which they come.
+#pragma once
+
+#include "oryx/ops/cuda/dependent_launch.cuh"
+#include "oryx/ops/cuda/fragments.cuh"
+#include "oryx/ops/cuda/hopper.cuh"
+#include "oryx/ops/cuda/packet.cuh"
+#include "oryx/ops/decode_attention/cuda/decode_attention.h"
+
+namespace oryx::decode_attention_cuda {
+namespace {
+
+using namespace oryx::hopper;
+using namespace oryx::ops::cuda;
+using bf16 = __nv_bfloat16;
+
+// Warps that compute, with one query head a key head and with several; one more copies.
+constexpr int kSingleWarps = 8, kGroupedWarps = 8;
+constexpr int kRingBytes = 12 * 16384, kMostStages = 12;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLowest = -1e30f;
+
+struct __align__(128) Shared {
+  uint8_t ring[kRingBytes];
+  uint64_t full[kMostStages], empty[kMostStages];
+  int begin, end;     // of this share, in pieces of all sequences
+  int pieces_before;  // of the sequences before this share's first
+  int first;          // sequence
+  // Of decode_attention_grouped.cuh: turned queries, as each lane wants them, and rows of the table of angles.
+  alignas(16) uint4 queries[kGroupedWarps][128];
+  alignas(16) float steps[2][128];
+};
+
+// How a block's warps divide a piece: into slots, each of which takes one key head of `tokens` tokens side by side.
+struct Layout {
+  int heads, side, groups, piece;  // key heads of a block, slots of the same head, blocks for all heads, tokens of a piece
+  __host__ __device__ Layout(int64_t Hk, int slots, int tokens) {
+    heads = static_cast<int>(Hk < slots ? Hk : slots), side = slots / heads;
+    groups = static_cast<int>((Hk + slots - 1) / slots), piece = side * tokens;
+  }
+};
+
+struct Range {  // keys that a query sees
+  int begin, end;
+};
+__device__ __forceinline__ Range visible(const OryxDecodeAttention& a, int n) {
+  if (a.wanted != nullptr && a.wanted[n] == 0) return {0, 0};
+  const int end = min(max(__ldg(a.lengths + n), 0), static_cast<int>(a.capacity));
+  return {a.window > 0 && end > a.window ? end - static_cast<int>(a.window) : 0, end};
+}
+__device__ __forceinline__ int pieces_of(Range r, int piece) { return (r.end - r.begin + piece - 1) / piece; }
+
+__device__ __forceinline__ int64_t place(const OryxDecodeAttention& a, int n, int token, int64_t row, int64_t step) {
+  if (a.blocks == nullptr) return n * row + token * step;
+  const int page = static_cast<int>(a.page);
+  return __ldg(a.blocks + n * a.most_blocks + token / page) * row + (token % page) * step;
+}
+
+// First sequence of this share and the pieces before it, by one warp.
+__device__ void find_share(const OryxDecodeAttention& a, int piece, Shared& s) {
+  const int lane = threadIdx.x & 31, N = static_cast<int>(a.N);
+  int64_t total = 0;
+  for (int n = lane; n < N; n += 32) total += pieces_of(visible(a, n), piece);
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+  const int64_t begin = total * blockIdx.x / gridDim.x;
+  int64_t before = 0;
+  int first = N;
+  for (int base = 0; base < N; base += 32) {
+    const int n = base + lane;
+    int64_t mine = n < N ? pieces_of(visible(a, n), piece) : 0, sum = mine;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += other;
+    }
+    const uint32_t found = __ballot_sync(~0u, before + sum > begin);
+    if (found != 0) {
+      const int at = __ffs(found) - 1;
+      first = base + at;
+      before += __shfl_sync(~0u, sum - mine, at);
+      break;
+    }
+    before += __shfl_sync(~0u, sum, 31);
+  }
+  if (lane == 0) {
+    s.begin = static_cast<int>(begin), s.end = static_cast<int>(total * (blockIdx.x + 1) / gridDim.x);
+    s.first = first, s.pieces_before = static_cast<int>(before);
+  }
+}
+
+// f(sequence, range, first piece, last piece) for the parts of this share.
+template <typename F>
+__device__ __forceinline__ void for_each_part(const OryxDecodeAttention& a, const Shared& s, int piece, F f) {
+  int at = s.begin, before = s.pieces_before;
+  const int end = s.end;
+  for (int n = s.first; at < end; ++n) {
+    const Range r = visible(a, n);
+    const int count = pieces_of(r, piece);
+    if (count == 0) continue;
+    const int from = at - before, to = min(end - before, count);
+    f(n, r, from, to);
+    at += to - from;
+    before += count;
+  }
+}
+
+template <int kStageBytes>
+struct Ring {
+  static constexpr int kStages = kRingBytes / kStageBytes;
+  static_assert(kStages <= kMostStages);
+  uint32_t base, full, empty;
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ explicit Ring(Shared& s) : base(smem_address(s.ring)), full(smem_address(s.full)), empty(smem_address(s.empty)) {}
+  __device__ __forceinline__ uint32_t slot() const { return base + stage * kStageBytes; }
+  __device__ __forceinline__ void step() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ uint32_t wait() const {
+    barrier_wait(full + 8 * stage, phase);
+    return slot();
+  }
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(empty + 8 * stage);
+    step();
+  }
+};
+
+template <int K, int kStageBytes>
+__device__ void produce(const OryxDecodeAttention& a, Shared& s, const Layout& layout) {
+  const int lane = threadIdx.x & 31, head = blockIdx.y * layout.heads, heads = min(layout.heads, static_cast<int>(a.Hk) - head);
+  const int row_bytes = heads * K * 2, piece = layout.piece;
+  const bool dense = heads == a.Hk && a.key_token == a.Hk * K && a.value_token == a.Hk * K;
+  Ring<kStageBytes> ring(s);
+  for_each_part(a, s, piece, [&](int n, Range r, int from, int to) {
+    for (int i = from; i < to; ++i) {
+      const int first = r.begin + i * piece, tokens = min(piece, r.end - first);
+      // Where the tokens of a piece lie side by side it is one copy, else one a token.
+      const bool whole = dense && (a.blocks == nullptr || first % a.page + tokens <= a.page);
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        const bf16* from_rows = static_cast<const bf16*>(part == 0 ? a.keys : a.values) + head * K;
+        const int64_t row = part == 0 ? a.key_row : a.value_row, step = part == 0 ? a.key_token : a.value_token;
+        barrier_wait(ring.empty + 8 * ring.stage, ring.phase ^ 1);
+        const uint32_t full = ring.full + 8 * ring.stage;
+        if (lane == 0) barrier_expect(full, tokens * row_bytes);
+        __syncwarp();
+        if (whole) {
+          if (lane == 0) bulk_load(ring.slot(), from_rows + place(a, n, first, row, step), tokens * row_bytes, full);
+        } else {
+          for (int t = lane; t < tokens; t += 32) bulk_load(ring.slot() + t * row_bytes, from_rows + place(a, n, first + t, row, step), row_bytes, full);
+        }
+        ring.step();
+      }
+    }
+  });
+}
+
+__device__ __forceinline__ uint4 lds128(uint32_t a) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(a));
+  return v;
+}
+__device__ __forceinline__ uint2 lds64(uint32_t a) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(a));
+  return v;
+}
+
+}  // namespace
+}  // namespace oryx::decode_attention_cuda
