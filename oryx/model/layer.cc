@@ -253,11 +253,11 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
   static const TokenSet kEverything;
   std::vector<KeyValues> kvs;
   for (const auto& g : groups_) kvs.push_back(project_kv(g, reads, pass));
-  if (state != nullptr) choose_rows(reads, kvs, pass);
-  // Rows are gathered only for those who look at them in this call.
+  const bool kept = state != nullptr && choose_rows(reads, kvs, pass);
+  // Rows are gathered only for those who look at them in this call, and where some are to be kept.
   for (size_t m = 0; m < mixers_.size(); ++m) {
     const size_t i = config_.share_kv ? 0 : m;
-    const bool looks = kvs[i].cached && mixers_[m]->keeps_tokens() && (combines_all() || routing.tokens(names_, m, u.device()).count > 0);
+    const bool looks = kvs[i].cached && mixers_[m]->keeps_tokens() && (kept || combines_all() || routing.tokens(names_, m, u.device()).count > 0);
     if (looks && !kvs[i].cache.keys.defined()) kvs[i].cache = past_and_present(groups_[i], kvs[i].k, kvs[i].v, pass);
   }
   if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_, u.device()), pass);

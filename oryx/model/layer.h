@@ -76,7 +76,7 @@ class MultiMixerLayer {
   KeyValueCache past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const ForwardPass& pass) const;
   KeyValueCache bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts, const ForwardPass& pass) const;
   void add_kept(const KeyValueGroup& group, const std::vector<int64_t>& begins, const ForwardPass& pass, KeyValueCache& cache) const;
-  void choose_rows(const Projections& u, const std::vector<KeyValues>& kvs, ForwardPass& pass) const;
+  bool choose_rows(const Projections& u, const std::vector<KeyValues>& kvs, ForwardPass& pass) const;
   at::Tensor keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const;
   KeyValues project_kv(const KeyValueGroup& group, const Projections& u, ForwardPass& pass) const;
   at::Tensor project_query(const Query& query, const TokenSet& tokens, const Projections& u) const;

@@ -75,11 +75,12 @@ KeyValueCache MultiMixerLayer::bounded(const KeyValueGroup& group, const at::Ten
   return cache;
 }
 
-// Lets the state choose which rows this layer keeps of the tokens that leave the window during this call.
-void MultiMixerLayer::choose_rows(const Projections& u, const std::vector<KeyValues>& kvs, ForwardPass& pass) const {
+// Lets the state choose which rows this layer keeps of the tokens that leave the window during this call. True when it takes some in: they are wanted then (add_kept), whoever
+// looks at them.
+bool MultiMixerLayer::choose_rows(const Projections& u, const std::vector<KeyValues>& kvs, ForwardPass& pass) const {
   State& state = *pass.state;
   KeptRows& kept = state.kept();
-  if (!kept.on() || pass.refill || std::none_of(kvs.begin(), kvs.end(), [](const KeyValues& kv) { return kv.cached; })) return;
+  if (!kept.on() || pass.refill || std::none_of(kvs.begin(), kvs.end(), [](const KeyValues& kv) { return kv.cached; })) return false;
   const std::vector<int64_t>& lengths = state.lengths();
   const std::vector<int64_t> counts = new_tokens(pass, u.input().size(1));
   const size_t N = counts.size();
@@ -102,7 +103,7 @@ void MultiMixerLayer::choose_rows(const Projections& u, const std::vector<KeyVal
     any = true;
     if (begin < lengths[n]) begins[n] = begin, ends[n] = std::min(end, lengths[n]);
   }
-  if (!any) return;
+  if (!any) return false;
   std::vector<std::vector<float>> leaving(N);
   if (scores.defined()) {
     const at::Tensor own = scores.cpu().contiguous(), past = state.rows(index_, "surprise", begins, ends).cpu().contiguous();
@@ -118,6 +119,10 @@ void MultiMixerLayer::choose_rows(const Projections& u, const std::vector<KeyVal
     }
   }
   kept.choose(index_, lengths, counts, leaving);
+  for (size_t n = 0; n < N; ++n) {
+    if (!kept.fresh(index_, static_cast<int64_t>(n)).empty()) return true;
+  }
+  return false;
 }
 
 // The rows between the first and the last ones: those that were chosen during this call are written, from the cache's rows, which begin at `begins`.
