@@ -166,17 +166,33 @@ def cloze(r, texts):
 
 
 SHARES = {"pairs": 0.25, "needles": 0.5, "cloze": 0.25}  # of the bytes
+DENSE = {"dense": 0.45, "pairs": 0.05, "needles": 0.35, "cloze": 0.15}
+
+
+def dense(r, common):
+    """Words said again, or pairs of which every one is asked for, up to three times: as much to recall as a document can hold."""
+    if r.random() < 0.3:
+        words = r.sample(common, r.randrange(8, 65))
+        return " " + " ".join(words * r.randrange(2, 5))
+    n = int(2 ** r.uniform(2, 6))
+    words = r.sample(common, 2 * n)
+    table = list(zip(words[:n], words[n:]))
+    out = list(table)
+    for _ in range(r.randrange(1, 4)):
+        r.shuffle(table)
+        out += table
+    return " " + " ".join(k + " " + v for k, v in out)
 
 
 def write(job):
-    out, seed, number, budget, texts, common = job
+    out, seed, number, budget, texts, common, shares = job
     r = random.Random(seed * 1000 + number)
     path = os.path.join(out, "retrieval-%02d.jsonl" % number)
-    done = {"pairs": 0, "needles": 0, "cloze": 0}
-    make = {"pairs": lambda: pairs(r, common), "needles": lambda: needles(r, texts), "cloze": lambda: cloze(r, texts)}
+    done = {kind: 0 for kind in shares}
+    make = {"dense": lambda: dense(r, common), "pairs": lambda: pairs(r, common), "needles": lambda: needles(r, texts), "cloze": lambda: cloze(r, texts)}
     with open(path + ".part", "w", encoding="utf-8") as f:
         while sum(done.values()) < budget:
-            kind = min(done, key=lambda k: done[k] / SHARES[k])
+            kind = min(done, key=lambda k: done[k] / shares[k])
             text = make[kind]()
             if text is None:
                 continue
@@ -191,6 +207,7 @@ def main():
     a.add_argument("text", nargs="+")
     a.add_argument("--out", required=True)
     a.add_argument("--megabytes", type=float, default=40)
+    a.add_argument("--dense", action="store_true", help="nearly half of it lists of words in which every pair is asked for")
     a.add_argument("--seed", type=int, default=1)
     a.add_argument("--files", type=int, default=16, help="of the output: the text depends on it")
     a.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -202,7 +219,7 @@ def main():
         for w in re.findall(r"(?<= )[a-z]{3,}(?= )", t):
             counts[w] = counts.get(w, 0) + 1
     common = sorted(counts, key=lambda w: (-counts[w], w))[100:2600]
-    jobs = [(o.out, o.seed, i, o.megabytes * 1e6 / o.files, texts, common) for i in range(o.files)]
+    jobs = [(o.out, o.seed, i, o.megabytes * 1e6 / o.files, texts, common, DENSE if o.dense else SHARES) for i in range(o.files)]
     if o.jobs > 1:
         global WORK
         WORK = jobs  # children inherit it

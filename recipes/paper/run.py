@@ -101,7 +101,8 @@ class Experiment:
         if o.hay:
             hay = [f for f in hay if o.hay in os.path.basename(f)]
         if o.retrieval_megabytes > 0:
-            call([sys.executable, os.path.join(HERE, "retrieval_text.py"), *hay, "--out", text, "--megabytes", str(o.retrieval_megabytes), "--seed", "1"],
+            call([sys.executable, os.path.join(HERE, "retrieval_text.py"), *hay, "--out", text, "--megabytes", str(o.retrieval_megabytes), "--seed", "1"]
+                 + (["--dense"] if o.dense else []),
                  self.path("logs", "data.log"), self.deadline)
             say("retrieval documents are there")
         tokenizer = o.tokenizer or self.path("tokenizer.model")
@@ -125,12 +126,6 @@ class Experiment:
         own = dict(m["models"][name])
         own["model"] = {**m["shape"], **own.get("model", {})}
         c.update(own)
-        per_step = c["batch_size"] * c["seq_len"] * c.get("accumulate", 1)
-        c["steps"] = max(2, round(o.tokens / per_step))
-        c["warmup_steps"] = min(c["warmup_steps"], c["steps"] // 4)
-        c["validate_every"] = max(1, c["steps"] // 8)
-        c["save_every"] = max(c["steps"] // 2, 200)
-        c["seed"] = seed
         for override in o.override:
             key, value = override.split("=", 1)
             try:
@@ -142,6 +137,12 @@ class Experiment:
             for k in outer:
                 group = group.setdefault(k, {})
             group[key] = value
+        per_step = c["batch_size"] * c["seq_len"] * c.get("accumulate", 1)
+        c["steps"] = max(2, round(o.tokens / per_step))
+        c["warmup_steps"] = min(c["warmup_steps"], c["steps"] // 4)
+        c["validate_every"] = max(1, c["steps"] // 8)
+        c["save_every"] = max(c["steps"] // 2, 200)
+        c["seed"] = seed
         file = self.path("configs", "%s-seed%d.json" % (name, seed))
         json.dump(c, open(file, "w"), indent=1)
         return file, c["steps"]
@@ -313,6 +314,7 @@ def main():
     a.add_argument("--devices", default="cuda:0", help="cpu, or cuda:0,cuda:1")
     a.add_argument("--tokens", type=float, default=80e6, help="trained on, by each model")
     a.add_argument("--retrieval-megabytes", type=float, default=50, help="of documents by retrieval_text.py in the training text")
+    a.add_argument("--dense", action="store_true", help="retrieval documents that ask more often (retrieval_text.py --dense)")
     a.add_argument("--hay", default="", help="part of the names of the training files whose passages are hay")
     a.add_argument("--tokenizer", default="", help="default: one of 8192 pieces is trained on TEXT")
     a.add_argument("--override", action="append", default=[], help="key=value of every training config, model.KEY too")

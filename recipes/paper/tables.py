@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Fills the tables of a results page from what run.py measured, and draws its pictures.
 
-    tables.py RESULTS PAGE.md                RESULTS: WORK/results of run.py (or several, separated by commas), or a file that --gather wrote
-    tables.py RESULTS --gather FILE.json     all results in one file, to be kept
+    tables.py RESULTS PAGE.md                RESULTS: WORK/results of run.py, several as core=WORK/results,ablations=WORK2/results, or a file that --gather wrote
+    tables.py RESULTS --gather FILE.json.xz  all results in one file, to be kept
 
-In the page each pair of lines `<!-- table: NAME -->` and `<!-- end -->` holds one table, which is replaced; the text around stays. Pictures are written where the page
-shows them (![...](FOLDER/NAME.svg)). Figures are means over seeds, with half the distance from the least to the largest behind ±.
+In the page each pair of lines `<!-- table: NAME GROUP -->` and `<!-- end -->` holds one table (of the group `core` where none is named), which is replaced; the text around stays.
+Pictures are written where the page shows them (![...](FOLDER/GROUP-NAME.svg)). Figures are means over seeds, with half the distance from the least to the largest behind ±.
 """
-import glob, json, math, os, re, sys
+import glob, json, lzma, math, os, re, sys
 
 CORE = ["transformer", "gdn", "oryx-gdn", "mamba2", "oryx-mamba2"]
 TITLE = {"transformer": "Transformer", "gdn": "Gated DeltaNet", "mamba2": "Mamba-2", "oryx-gdn": "Oryx-GDN", "oryx-mamba2": "Oryx-Mamba-2",
@@ -31,9 +31,11 @@ def round_floats(x):
 
 def load(path):
     if os.path.isfile(path):
-        return json.load(open(path))
-    out = {"runs": {}, "bench": {}}
-    for folder in path.split(","):
+        return json.load(lzma.open(path) if path.endswith(".xz") else open(path))
+    groups = {}
+    for entry in path.split(","):
+        group, folder = entry.split("=", 1) if "=" in entry else ("core", entry)
+        out = groups.setdefault(group, {"runs": {}, "bench": {}})
         for d in sorted(glob.glob(os.path.join(folder, "*-seed*"))):
             if not os.path.exists(os.path.join(d, "trained")):
                 continue
@@ -56,7 +58,7 @@ def load(path):
         f = os.path.join(folder, "dataset.json")
         if os.path.exists(f):
             out["dataset"] = json.load(open(f))
-    return round_floats(out)
+    return round_floats(groups)
 
 
 class Results:
@@ -282,46 +284,53 @@ def t_schedules(r):
     return table(["schedule", "attention tokens", "Oryx-GDN", "against its pure modes", "Oryx-Mamba-2", "against its pure modes"], rows)
 
 
+ABLATIONS = ["oryx-gdn", "shared-query", "separate-kv", "query-conv", "no-conv", "no-conv-activation", "chunk-64", "chunk-1024", "ratio-1-1", "ratio-1-7", "inter-layer", "intra-layer"]
+WHAT = {"oryx-gdn": "Oryx-GDN: own query a mode, shared keys and values, chunk 256, 1:3", "shared-query": "one query for both modes (`share_query`)", "separate-kv": "own keys and values (`share_kv=false`)",
+        "query-conv": "the linear query convolved too (`query_conv`)", "no-conv": "no convolution", "no-conv-activation": "no activation behind it", "chunk-64": "chunk 64", "chunk-1024": "chunk 1024",
+        "ratio-1-1": "attention:linear 1:1", "ratio-1-7": "attention:linear 1:7"}
+
+
 def t_ablations(r):
     rows = []
-    names = ["oryx-gdn", "shared-query", "separate-kv", "query-conv", "no-conv", "no-conv-activation", "chunk-64", "chunk-1024", "ratio-1-1", "ratio-1-7", "inter-layer", "intra-layer"]
-    base = {}
-    for m in names:
+    schedules = ["linear", "random(attention=0.25;chunk=256)", "attention"]
+    for m in ABLATIONS:
         if not r.seeds(m):
             continue
         single = m in ("inter-layer", "intra-layer")
         cells = []
-        for task, s, key, where in (("perplexity", "linear", "perplexity", None), ("perplexity", "random(attention=0.25;chunk=256)", "perplexity", None), ("perplexity", "attention", "perplexity", None),
-                                    ("needle", "linear", "accuracy", short_needles), ("needle", "question", "accuracy", short_needles), ("needle", "attention", "accuracy", short_needles),
-                                    ("squad", "question", "contains", None)):
-            if single and s not in ("linear",):
-                v = [] if s != "question" or task != "squad" else r.values(m, task, s, key)
-            else:
-                v = r.values(m, task, s, key, *([where] if where else []))
-            v = v[:1]
-            cells.append("-" if not v else "%.2f" % v[0] if key == "perplexity" else "%.1f" % (100 * v[0]))
-        rows.append([TITLE.get(m, m)] + cells)
-    return table(["model (one seed)", "perplexity, linear", "25% attention", "attention", "needle to 2,048, linear", "question", "attention", "SQuAD, question"], rows)
+        for s in schedules[:1] if single else schedules:
+            v, base = r.values(m, "perplexity", s, "perplexity"), r.values("oryx-gdn", "perplexity", s, "perplexity")
+            cells.append("%.2f" % mean(v) + ("" if m == "oryx-gdn" or single else " (%+.1f%%)" % (100 * (mean(v) / mean(base) - 1))))
+        if single:
+            cells = ["-", cells[0] + " (its only mode)", "-"]
+        run = r.seeds(m)[0]
+        rows.append([WHAT.get(m, TITLE.get(m, m)), r.runs[run]["config"]["model"]["intermediate_size"], parameters(r.runs[run])] + cells)
+    return table(["one seed each", "F", "parameters", "test perplexity, linear", "25% attention", "attention"], rows)
 
 
 def t_cost(r):
+    lengths = sorted({x["tokens"] for name, b in r.data["bench"].items() if name.startswith("prefill-") for x in b["rows"]})
     rows = []
-    for name, b in sorted(r.data["bench"].items()):
-        kind, model = name.split("-", 1)
-        if kind == "prefill":
-            for x in b["rows"]:
-                rows.append([TITLE.get(model, model), x["tokens"], "%.0f%%" % (100 * x["attention_share"]), "%.2f" % x["ms"], human(x["state_bytes"])])
-    return table(["model", "prompt tokens", "in attention", "ms to read it", "state at its end"], rows)
+    for model in ["transformer", "gdn", "oryx-gdn", "oryx-gdn-drop", "mamba2", "oryx-mamba2"]:
+        b = r.data["bench"].get("prefill-" + model)
+        for s in sorted({round(x["attention_share"], 2) for x in b["rows"]}) if b else []:
+            at = {x["tokens"]: x for x in b["rows"] if round(x["attention_share"], 2) == s}
+            title = TITLE["oryx-gdn"] + ", `--kv drop`" if model.endswith("-drop") else TITLE[model]
+            rows.append([title, "%.0f%%" % (100 * s)] + ["%.1f" % at[n]["ms"] if n in at else "-" for n in lengths] + [human(at[n]["state_bytes"]) for n in (lengths[0], lengths[-1])])
+    return table(["model", "prompt tokens in attention"] + ["{:,} tokens, ms".format(n) for n in lengths] + ["state at {:,}".format(n) for n in (lengths[0], lengths[-1])], rows)
 
 
 def t_decode(r):
+    contexts = sorted({x["context"] for name, b in r.data["bench"].items() if name.startswith("decode-") for x in b["rows"]})
     rows = []
-    for name, b in sorted(r.data["bench"].items()):
-        if name.startswith("decode-"):
-            model, mode = name[7:].rsplit("-", 1)
-            for x in b["rows"]:
-                rows.append([named(model, mode), x["context"], "%.3f" % x["ms_per_token"], human(x["measured_bytes"]), human(x["recurrent_bytes"])])
-    return table(["model, mode", "tokens before", "ms a token", "state", "of it recurrent"], rows)
+    for model in CORE:
+        for mode in ("linear", "attention"):
+            b = r.data["bench"].get("decode-%s-%s" % (model, mode))
+            if b:
+                at = {x["context"]: x for x in b["rows"]}
+                last = at[contexts[-1]]
+                rows.append([named(model, mode)] + ["%.2f" % at[n]["ms_per_token"] for n in contexts] + ["%.3f" % last["bound_ms"], human(last["measured_bytes"]), human(last["recurrent_bytes"])])
+    return table(["model, mode"] + ["ms a token behind {:,}".format(n) for n in contexts] + ["bytes it reads / bandwidth, ms", "state at {:,}".format(contexts[-1]), "of it recurrent"], rows)
 
 
 def t_policies(r):
@@ -349,14 +358,14 @@ TABLES = {k[2:]: f for k, f in globals().items() if k.startswith("t_")}
 COLOURS = {"transformer": "#3565a8", "gdn": "#c2571a", "oryx-gdn": "#2b8a4b", "mamba2": "#8a5a9e", "oryx-mamba2": "#a8892b"}
 
 
-def svg(title, x_label, y_label, series, log_x=False, width=680, height=380):
+def svg(title, x_label, y_label, series, log_x=False, width=720, height=380, zero=True):
     """series: (name, colour, [(x, y, spread, label)])"""
     points = [p for _, _, ps in series for p in ps]
     f = (lambda x: math.log10(x)) if log_x else (lambda x: x)
     xs, ys = [f(p[0]) for p in points], [p[1] for p in points]
     x0, x1 = min(xs), max(xs)
     pad = (x1 - x0) * 0.06 or 1
-    x0, x1, y0, y1 = x0 - pad, x1 + pad, 0 if min(ys) >= 0 else min(ys), max(ys) * 1.08 or 1
+    x0, x1, y0, y1 = x0 - pad, x1 + pad, 0 if zero else min(ys) * 0.95, 1.08 * max(p[1] + p[2] for p in points) or 1
     X = lambda x: 60 + (f(x) - x0) / (x1 - x0) * (width - 90)
     Y = lambda y: height - 50 - (y - y0) / (y1 - y0) * (height - 100)
     out = ['<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">' % (width, height, width, height),
@@ -378,7 +387,7 @@ def svg(title, x_label, y_label, series, log_x=False, width=680, height=380):
             ticks.append(10 ** t if log_x else t)
             t += s
     for t in ticks:
-        out.append('<text x="%.1f" y="%d" text-anchor="middle">%s</text>' % (X(t), height - 32, "%.3g" % t))
+        out.append('<text x="%.1f" y="%d" text-anchor="middle">%s</text>' % (X(t), height - 32, "{:,.0f}".format(t) if t >= 100 else "%.3g" % t))
     for k, (name, colour, ps) in enumerate(series):
         if len(ps) > 1:
             out.append('<path d="M%s" fill="none" stroke="%s" stroke-width="1.5"/>' % ("L".join("%.1f %.1f" % (X(p[0]), Y(p[1])) for p in ps), colour))
@@ -421,11 +430,22 @@ def pictures(r):
                 v = r.values(m, "needle", s, "accuracy", lambda x, n=n: x["length"] == n)
                 if v:
                     ps.append((n, 100 * mean(v), 100 * spread(v), ""))
-            if ps and m in ("transformer", "gdn", "oryx-gdn"):
-                colour = {"question": "#2b8a4b", "linear": "#7cc08f", "attention": "#145a2d"}[s] if m == "oryx-gdn" else COLOURS[m]
-                lengths.append((named(m, s).replace("question in attention", "mixed"), colour, ps))
+            if ps and (not m.startswith("oryx") or s == "question"):
+                lengths.append((TITLE[m] + (", mixed" if m.startswith("oryx") else ""), COLOURS[m], ps))
     if lengths:
         out["needle-length"] = svg("Needle by length of the prompt (trained on 2,048)", "tokens", "% found", lengths, log_x=True, width=760)
+    series = []
+    for m in CORE:
+        ps = []
+        for s in ["linear"] + ["random(attention=%s;chunk=256)" % x for x in ("0.05", "0.1", "0.25", "0.5")] + ["attention"] if m.startswith("oryx") else modes(m):
+            v = r.values(m, "perplexity", s, "perplexity")
+            if v:
+                a = mean(r.values(m, "perplexity", s, "attention_share"))
+                ps.append((mean(r.values(m, "perplexity", s, "flops_per_token")) / 1e6, mean(v), spread(v), "%.0f%%" % (100 * a)))
+        if ps:
+            series.append((TITLE[m], COLOURS[m], ps))
+    if series:
+        out["perplexity-flops"] = svg("Test perplexity by share of tokens in attention", "forward MFLOPs a token (windows of 2,048)", "perplexity", series, zero=False)
     ms = []
     for name, b in sorted(r.data["bench"].items()):
         if name.startswith("prefill-"):
@@ -445,14 +465,14 @@ def fill(page, r):
     text = open(page).read()
 
     def block(m):
-        name = m.group(1)
-        if name not in TABLES:
-            sys.exit("%s: no table '%s'; known: %s" % (page, name, ", ".join(sorted(TABLES))))
-        return "<!-- table: %s -->\n%s\n<!-- end -->" % (name, TABLES[name](r))
+        name, group = m.group(1), m.group(2) or "core"
+        if name not in TABLES or group not in r:
+            sys.exit("%s: no table '%s' of '%s'; known: %s, of %s" % (page, name, group, ", ".join(sorted(TABLES)), ", ".join(r)))
+        return "<!-- table: %s -->\n%s\n<!-- end -->" % (name + (" " + m.group(2) if m.group(2) else ""), TABLES[name](r[group]))
 
-    text = re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", block, text, flags=re.S)
+    text = re.sub(r"<!-- table: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", block, text, flags=re.S)
     open(page, "w").write(text)
-    pics = pictures(r)
+    pics = {"%s-%s" % (group, name): svg for group, results in r.items() for name, svg in pictures(results).items()}
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+\.svg)\)", text):
         name = os.path.basename(path)[:-4]
         if name not in pics:
@@ -468,13 +488,12 @@ def main():
         sys.exit(__doc__)
     data = load(sys.argv[1])
     if sys.argv[2] == "--gather":
-        for run in data["runs"].values():
+        for run in (run for group in data.values() for run in group["runs"].values()):
             run["metrics"] = [m for k, m in enumerate(run["metrics"]) if m["kind"] != "train" or k % 8 == 0 or k + 12 > len(run["metrics"])]
-            run.pop("checkpoints", None)
-        json.dump(data, open(sys.argv[3], "w"), separators=(",", ":"))
-        open(sys.argv[3], "a").write("\n")
+        text = (json.dumps(data, separators=(",", ":")) + "\n").encode()
+        open(sys.argv[3], "wb").write(lzma.compress(text, preset=9) if sys.argv[3].endswith(".xz") else text)
         return
-    fill(sys.argv[2], Results(data))
+    fill(sys.argv[2], {group: Results(d) for group, d in data.items()})
 
 
 if __name__ == "__main__":
