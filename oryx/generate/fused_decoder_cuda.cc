@@ -54,8 +54,8 @@ class Packed {
   // For the persistent kernel (cuda/decode_step.h), or for the chain (cuda/decode_product.h).
   Packed(const LanguageModel& model, bool persistent) {
     const ModelConfig& c = model.config();
-    const auto by_rows = [&](const at::Tensor& w) { return persistent ? fused::row_pieces(w) : fused::product_fragments(w); };
-    const auto by_columns = [&](const at::Tensor& w) { return persistent ? fused::column_pieces(w, c.layer.num_heads) : fused::product_fragments(w); };
+    const int64_t heads = c.layer.num_heads;
+    const auto by_columns = [&](const at::Tensor& w) { return persistent ? fused::column_pieces(w, heads) : fused::product_fragments(w); };
     for (int64_t i = 0; i < c.num_layers; ++i) {
       const MultiMixerLayer& layer = model.layer(i);
       const std::string prefix = fmt::format("layers.{}.", i);
@@ -65,11 +65,12 @@ class Packed {
       std::vector<at::Tensor> in = {p("mixer.k_proj.weight"), p("mixer.v_proj.weight"), p("mixer.g_proj.weight"), p("mixer.gated_delta_net.q_proj.weight")};
       if (packed.attends) in.push_back(p("mixer.attention.q_proj.weight"));
       for (at::Tensor& x : in) x = bf16(x);
-      packed.in = by_rows(at::cat(in));
+      packed.in = persistent ? fused::row_pieces_by_head(at::cat(in), heads) : fused::product_fragments(at::cat(in));
       packed.in_rows = static_cast<int64_t>(in.size()) * in[0].size(0);
       packed.narrow = floats(at::cat({p("mixer.gated_delta_net.b_proj.weight"), p("mixer.gated_delta_net.a_proj.weight")}));
       packed.out = by_columns(bf16(p("mixer.o_proj.weight")));
-      packed.gate_up = by_rows(at::stack({bf16(p("mlp.gate_proj.weight")), bf16(p("mlp.up_proj.weight"))}, 1).flatten(0, 1));
+      const at::Tensor gate_up = at::stack({bf16(p("mlp.gate_proj.weight")), bf16(p("mlp.up_proj.weight"))}, 1).flatten(0, 1);
+      packed.gate_up = persistent ? fused::row_pieces_by_group(gate_up, heads) : fused::product_fragments(gate_up);
       packed.down = by_columns(bf16(p("mlp.down_proj.weight")));
       packed.norm1 = floats(norm_factor(layer.config(), p("norm1.weight")));
       packed.norm2 = floats(norm_factor(layer.config(), p("norm2.weight")));
@@ -79,7 +80,8 @@ class Packed {
       layers.push_back(std::move(packed));
     }
     embed = bf16(model.parameter("embed.weight"));
-    head = by_rows(c.tie_word_embeddings ? embed : bf16(model.parameter("lm_head.weight")));
+    head = c.tie_word_embeddings ? embed : bf16(model.parameter("lm_head.weight"));
+    head = persistent ? fused::row_pieces(head) : fused::product_fragments(head);
     final_norm = floats(norm_factor(c.layer, model.parameter("final_norm.weight")));
   }
 

@@ -7,13 +7,17 @@
 
 namespace oryx::fused {
 
-// A weight [R, C] for cuda/decode_product.h; R and C multiples of 16. -> [R / 16, C / 16, 8, 4, 2, 2, 2]
+// All take a weight [R, C] and return its values in another order, one dimension.
+//
+// For cuda/decode_product.h; R and C multiples of 16.
 at::Tensor product_fragments(const at::Tensor& w);
 
-// Row pieces of cuda/decode_step.h; R a multiple of 4, C of 64. -> [R / 4, C / 64, 2, 4, 4, 2, 2, 2]
+// Row pieces of cuda/decode_step.h, R a multiple of 4, C of 64: as the rows are (the head); shared out by heads (w_in, R a multiple of 128 heads); by groups (w_gate_up, R a multiple of 32).
 at::Tensor row_pieces(const at::Tensor& w);
+at::Tensor row_pieces_by_head(const at::Tensor& w, int64_t heads);
+at::Tensor row_pieces_by_group(const at::Tensor& w, int64_t groups);
 
-// Column pieces of it, shared out to `clusters`; R = 2,048, C a multiple of 16. -> [R C]
-at::Tensor column_pieces(const at::Tensor& w, int64_t clusters);
+// Column pieces of it, shared out to `groups`; R = 2,048, C a multiple of 16.
+at::Tensor column_pieces(const at::Tensor& w, int64_t groups);
 
 }  // namespace oryx::fused

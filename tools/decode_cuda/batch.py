@@ -5,7 +5,7 @@ import torch
 
 from attention import Attention
 from common import BF, COPY, DEV, F32, args, expect, lib, median_ms, ok, p, report, rope_table, stream
-from model import Model
+from model import Model, fragments
 
 
 SPLITS = 4  # as the program has them
@@ -29,8 +29,8 @@ lib.oryx_product_tiles.restype = C.c_int64
 
 
 def pack_weight(w):  # as cuda/decode_product.h says
-    R, K = w.shape
-    return w.view(R // 16, 2, 8, K // 16, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6).contiguous()
+    x, whole = fragments(w), w.shape[1] // 128
+    return torch.cat([x[:, :8 * whole].reshape(x.shape[0], whole, -1).transpose(0, 1).flatten(), x[:, 8 * whole:].flatten()])
 
 
 class Batch:

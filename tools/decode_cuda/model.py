@@ -19,20 +19,42 @@ class Step(C.Structure):
 lib.oryx_decode_workspace.restype = C.c_int64
 
 
+def fragments(w):  # [R / 16, C / 16, 256]
+    R, K = w.shape
+    return w.view(R // 16, 2, 8, K // 16, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6).reshape(R // 16, K // 16, 256)
+
+
 def row_pieces(w):  # as cuda/decode_step.h says
     R, K = w.shape
-    return w.view(R // 4, 4, K // 64, 2, 2, 2, 4, 2).permute(0, 2, 4, 1, 6, 5, 3, 7).contiguous().flatten()
+    return w.view(R // 4, 4, K // 64, 2, 2, 2, 4, 2).permute(0, 2, 4, 1, 6, 5, 3, 7).reshape(R // 4, -1)
 
 
-def column_pieces(w, clusters):
-    R, K = w.shape
-    tiles = w.view(8, 8, 2, 2, 8, K // 16, 2, 4, 2).permute(0, 1, 2, 5, 4, 7, 6, 3, 8).reshape(8, 8, 2, K // 16, 256)  # [multiprocessor][warp][16 rows][tile]
-    out = []
-    for c in range(clusters):
-        own = tiles[:, :, :, K // 16 * c // clusters:K // 16 * (c + 1) // clusters]
-        n = own.shape[3] // 2 * 2
-        pairs = own[:, :, :, :n].reshape(8, 8, 2, n // 2, 2, 256).permute(0, 3, 1, 2, 4, 5).reshape(8, -1)
-        out.append(torch.cat([pairs, own[:, :, :, n:].reshape(8, -1)], 1).flatten())
+def side_by_side(pieces, starts, counts):  # the first piece of each multiprocessor, the second of each, ...
+    return pieces[torch.tensor([s + i for i in range(max(counts)) for s, n in zip(starts, counts) if i < n], device=pieces.device)]
+
+
+def in_pieces(w, H):
+    each = row_pieces(w).view(-1, H * 8, 4, 4 * w.shape[1])
+    return each.transpose(1, 2).contiguous()
+
+
+def gate_up_pieces(w, H):
+    tiles = w.shape[0] // 32
+    begins = [tiles * i // H for i in range(H + 1)]
+    counts = [begins[i + 1] - begins[i] for i in range(H) for _ in range(8)]
+    return side_by_side(row_pieces(w), [8 * begins[i] + r * (begins[i + 1] - begins[i]) for i in range(H) for r in range(8)], counts)
+
+
+def column_pieces(w, H):
+    tiles = fragments(w).view(8, 8, 2, -1, 256)  # [multiprocessor][warp][16 rows][tile]
+    T = tiles.shape[3]
+    begins = [T * i // H for i in range(H + 1)]
+    pairs = T // H // 2
+    out = [tiles[:, :, :, begins[i] + 2 * k:begins[i] + 2 * k + 2].flatten() for k in range(pairs) for i in range(H)]
+    for i in range(H):
+        rest = tiles[:, :, :, begins[i] + 2 * pairs:begins[i + 1]]
+        n = rest.shape[3] // 2 * 2
+        out.append(torch.cat([rest[:, :, :, :n].reshape(8, 8, 2, n // 2, 2, 256).permute(0, 3, 1, 2, 4, 5).reshape(8, -1), rest[:, :, :, n:].reshape(8, -1)], 1).flatten())
     return torch.cat(out)
 
 
@@ -49,7 +71,7 @@ class Model:
                 g_rows=torch.zeros(capacity, H, device=DEV), beta_rows=torch.zeros(capacity, H, device=DEV), mode_rows=torch.zeros(capacity, dtype=torch.int8, device=DEV)))
         self.embed, self.final_norm = n(vocab, D, std=1), 1 + n(D, std=0.1, dt=F32)
         self.head = row_pieces(self.embed)
-        self.packed = [dict(w_in=row_pieces(d["w_in"]), w_gate_up=row_pieces(d["w_gate_up"]), w_out=column_pieces(d["w_out"], H), w_down=column_pieces(d["w_down"], H)) for d in self.layers]
+        self.packed = [dict(w_in=in_pieces(d["w_in"], H), w_gate_up=gate_up_pieces(d["w_gate_up"], H), w_out=column_pieces(d["w_out"], H), w_down=column_pieces(d["w_down"], H)) for d in self.layers]
         self.rope = rope_table(capacity, 128)
         i32 = lambda v: torch.tensor(v, dtype=torch.int32, device=DEV)
         self.token, self.position, self.modes, self.feed, self.likeliest = i32([5]), i32([0]), torch.zeros(L, dtype=torch.uint8, device=DEV), i32([0]), i32([0])

@@ -11,19 +11,20 @@ namespace {
 
 constexpr int kWarpRows = 32, kBlockRows = 2 * kWarpRows, kQuarters = 4, kRowStride = kBlockRows + 4;
 constexpr int kWarps = 2 * kQuarters, kConsumers = kWarps * 32, kThreads = kConsumers + 32;
-constexpr int kWeightStages = 5, kWeightBytes = kBlockRows * 128 * 2, kRunBytes = kWeightBytes / 4;  // a run: 16 rows of a piece
-constexpr int kStages = 2;  // of activations
+constexpr int kWeightBytes = kBlockRows * 128 * 2, kStages = 4;  // of activations, which answer no sooner than weights
+template <int kTiles>
+constexpr int kWeightStages = kTiles == 8 ? 3 : kTiles == 4 ? 4 : 5;
 
 template <int kTiles>
 struct __align__(128) Shared {
   union {
     struct {
-      uint8_t weights[kWeightStages][kWeightBytes];
+      uint8_t weights[kWeightStages<kTiles>][kWeightBytes];
       uint8_t x[kStages][kTiles * 2048];
     };
     float sums[kQuarters * 8 * kTiles * kRowStride];
   };
-  uint64_t weights_full[kWeightStages], weights_empty[kWeightStages], x_full[kStages], x_empty[kStages];
+  uint64_t weights_full[kWeightStages<kTiles>], weights_empty[kWeightStages<kTiles>], x_full[kStages], x_empty[kStages];
 };
 
 __device__ __forceinline__ void wait_parity(uint32_t bar, uint32_t parity) {
@@ -47,7 +48,7 @@ struct Place {
   }
 };
 
-// What a block works on: rows from `first` on, up to `rows`; steps of 32 columns [begin, end), four a piece.
+// What a block works on: rows from `first` on, up to `rows`; steps of 32 columns [begin, end), four a piece, from a multiple of four on.
 struct Work {
   int first, rows, begin, end;
   __device__ __forceinline__ int pieces() const { return (end - begin + 3) / 4; }
@@ -58,21 +59,17 @@ template <int kTiles>
 __device__ __forceinline__ void produce(const OryxProduct& a, Shared<kTiles>& s, const Work& w) {
   uint64_t once;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  const int64_t row_bytes = a.K / 16 * 512;  // of 16 rows
   const int runs = min(kBlockRows, w.rows - w.first) / 16;
-  Place<kWeightStages> weights;
+  Place<kWeightStages<kTiles>> weights;
   Place<kStages> x;
   const auto load_weights = [&](int piece) {
     const uint32_t full = smem_address(s.weights_full + weights.stage), to = smem_address(s.weights[weights.stage]);
-    const int bytes = w.steps(piece) * 1024;
+    const int run = w.steps(piece) * 1024;
     wait_parity(smem_address(s.weights_empty + weights.stage), weights.phase ^ 1);
-    barrier_expect(full, runs * bytes);
-    const char* from = static_cast<const char*>(a.weight) + w.first / 16 * row_bytes + (w.begin + 4 * piece) * 1024;
-    for (int r = 0; r < runs; ++r) {
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to + r * kRunBytes), "l"(from + r * row_bytes),
-                   "r"(bytes), "r"(full), "l"(once)
-                   : "memory");
-    }
+    barrier_expect(full, runs * run);
+    const char* from = static_cast<const char*>(a.weight) + static_cast<int64_t>(w.begin + 4 * piece) * 64 * a.rows + w.first / 16 * run;
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(runs * run), "r"(full), "l"(once)
+                 : "memory");
     weights.step();
   };
   const auto load_x = [&](int piece) {
@@ -84,12 +81,12 @@ __device__ __forceinline__ void produce(const OryxProduct& a, Shared<kTiles>& s,
     x.step();
   };
   const int pieces = w.pieces();
-  for (int i = 0; i < min(kWeightStages, pieces); ++i) load_weights(i);
+  for (int i = 0; i < min(kWeightStages<kTiles>, pieces); ++i) load_weights(i);
   wait_for_previous();
   for (int i = 0; i < min(kStages, pieces); ++i) load_x(i);
   for (int i = 0; i < pieces; ++i) {
     if (i + kStages < pieces) load_x(i + kStages);
-    if (i + kWeightStages < pieces) load_weights(i + kWeightStages);
+    if (i + kWeightStages<kTiles> < pieces) load_weights(i + kWeightStages<kTiles>);
   }
 }
 
@@ -100,14 +97,15 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const __grid_const
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, half = warp % 2, quarter = warp / 2, steps = static_cast<int>(a.K / 32);
   Work w;
   w.first = static_cast<int>(blockIdx.x) * kBlockRows, w.rows = static_cast<int>(a.rows);
-  w.begin = steps * static_cast<int>(blockIdx.y) / static_cast<int>(gridDim.y), w.end = steps * (static_cast<int>(blockIdx.y) + 1) / static_cast<int>(gridDim.y);
+  const int pieces = (steps + 3) / 4, splits = static_cast<int>(gridDim.y), split = static_cast<int>(blockIdx.y);
+  w.begin = pieces * split / splits * 4, w.end = min(pieces * (split + 1) / splits * 4, steps);
   if (a.needed != nullptr && w.first + kBlockRows > a.optional) {
     bool any = false;
     for (int n = lane; n < a.N; n += 32) any |= a.needed[n] != 0;
     if (!__any_sync(~0u, any)) w.rows = static_cast<int>(a.optional);
   }
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kWeightStages; ++i) barrier_init(smem_address(s.weights_full + i), 1), barrier_init(smem_address(s.weights_empty + i), kWarps);
+    for (int i = 0; i < kWeightStages<kTiles>; ++i) barrier_init(smem_address(s.weights_full + i), 1), barrier_init(smem_address(s.weights_empty + i), kWarps);
     for (int i = 0; i < kStages; ++i) barrier_init(smem_address(s.x_full + i), 1), barrier_init(smem_address(s.x_empty + i), kWarps);
     barrier_init_fence();
   }
@@ -132,17 +130,18 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const __grid_const
   const uint32_t base = smem_address(&s);
   constexpr uint32_t kX = offsetof(Shared<kTiles>, x), kFull = offsetof(Shared<kTiles>, weights_full), kEmpty = offsetof(Shared<kTiles>, weights_empty),
                      kXFull = offsetof(Shared<kTiles>, x_full), kXEmpty = offsetof(Shared<kTiles>, x_empty);
-  const uint32_t from = base + 2 * half * kRunBytes + quarter * 1024 + lane * 16, columns = base + kX + quarter * kTiles * 512 + lane * 16;
+  const uint32_t from = base + quarter * 1024 + lane * 16, columns = base + kX + quarter * kTiles * 512 + lane * 16;
   int stage = 0, phase = 0, left = w.end - w.begin;
   for (int piece = 0; left > 0; ++piece, left -= 4) {
     const int x = piece % kStages;
     wait_parity(base + kFull + 8 * stage, phase);
     wait_parity(base + kXFull + 8 * x, piece / kStages & 1);
     if (works && quarter < left) {
+      const int run = min(left, 4) * 1024;  // bytes of 16 rows
       uint32_t frag[4][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint4 v = lds128(from + stage * kWeightBytes + (i / 2) * kRunBytes + i % 2 * 512);
+        const uint4 v = lds128(from + stage * kWeightBytes + (2 * half + i / 2) * run + i % 2 * 512);
         frag[i][0] = v.x, frag[i][1] = v.y, frag[i][2] = v.z, frag[i][3] = v.w;
       }
 #pragma unroll
@@ -157,8 +156,9 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const __grid_const
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(base + kEmpty + 8 * stage), barrier_arrive(base + kXEmpty + 8 * x);
-    if (++stage == kWeightStages) stage = 0, phase ^= 1;
+    if (++stage == kWeightStages<kTiles>) stage = 0, phase ^= 1;
   }
+  wait_for_previous();           // a share of no pieces has not waited for anything yet
   named_barrier(1, kConsumers);  // the rings have been read: sums lie there now
   if (works) {
     float* to = s.sums + quarter * (8 * kTiles * kRowStride) + half * kWarpRows;

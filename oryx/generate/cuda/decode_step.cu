@@ -30,13 +30,10 @@ struct TileShare {
   }
 };
 
-// The vocabulary's pieces that a multiprocessor has.
-struct PieceShare {
-  int begin, end;
-  __device__ explicit PieceShare(int pieces) {
-    begin = static_cast<int>(static_cast<int64_t>(pieces) * blockIdx.x / gridDim.x), end = static_cast<int>(static_cast<int64_t>(pieces) * (blockIdx.x + 1) / gridDim.x);
-  }
-};
+// How many of the vocabulary's pieces a multiprocessor has: one in every so many.
+__device__ __forceinline__ int head_pieces(const OryxDecodeStep& a) {
+  return (a.vocab_size / kRows - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+}
 
 // What the consumers read of a layer besides its pieces: each multiprocessor fetches what is its own, and a share of what all read.
 template <int kD>
@@ -82,13 +79,15 @@ __device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) 
   uint64_t pending = table_word(2);
   if (a.num_layers > 1) fetch_small<kD>(s.layers[1], head, rank);
   if (lane == 0) fetch_ahead(reinterpret_cast<const char*>(a.final_norm) + blockIdx.x * (kD * 4 / (H * kGroup)), kD * 4 / (H * kGroup));
-  const auto columns = [&](const void* w, int begin, int count) {
-    const int64_t bytes = count * (kTileBytes / kGroup);
-    const char* from = static_cast<const char*>(w) + begin * kTileBytes + rank * bytes;
-    const int64_t pairs = count / 2 * (kTileBytes / kGroup * 2);
-    out.load_all(from, pairs);
-    if (count % 2 != 0) out.load(from + pairs, static_cast<int>(kTileBytes / kGroup));
+  constexpr int kBlocks = H * kGroup;
+  const auto columns = [&](const void* w, int tiles, int begin, int count) {
+    const char* from = static_cast<const char*>(w);
+    const int pairs = tiles / H / 2;  // that everyone has
+    for (int i = 0; i < pairs; ++i) out.load(from + static_cast<int64_t>(i * kBlocks + static_cast<int>(blockIdx.x)) * kStageBytes, kStageBytes);
+    const int64_t more = (count - 2 * pairs) * (kTileBytes / kGroup);
+    out.load_all(from + 2 * pairs * H * kTileBytes + (begin - 2 * pairs * head) * kTileBytes + rank * more, more);
   };
+  const auto row_piece = [&](const void* w, int index) { out.load(static_cast<const char*>(w) + index * kPiece, static_cast<int>(kPiece)); };
   for (int l = 0; l < a.num_layers; ++l) {
     if (l > 0) {
       keep_word(l + 1, pending);
@@ -99,7 +98,7 @@ __device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) 
     const bool attention = s.modes[l] != 0;
     for (int section = 0; section < 4; ++section) {
       const int from = section == 3 && attention ? 4 : section;
-      out.load_all(static_cast<const char*>(layer.w_in) + (from * (kD / kRows) + (head * kGroup + rank) * (kSliceRows / kRows)) * kPiece, kSliceRows / kRows * kPiece);
+      for (int i = 0; i < kSliceRows / kRows; ++i) row_piece(layer.w_in, (from * (kSliceRows / kRows) + i) * kBlocks + static_cast<int>(blockIdx.x));
     }
     out.load(layer.S + static_cast<int64_t>(head * kWidth + rank * kSliceRows) * kWidth, kSliceRows * kWidth * 4);
     if (attention) {
@@ -110,13 +109,14 @@ __device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) 
       }
     }
     const TileShare<kD, H> mixed(head);
-    columns(layer.w_out, mixed.begin, mixed.count);
+    columns(layer.w_out, kD / 16, mixed.begin, mixed.count);
     const TileShare<kF, H> mids(head);
-    out.load_all(static_cast<const char*>(layer.w_gate_up) + (mids.begin * kGroup + rank * mids.count) * kPiece, mids.count * kPiece);
-    columns(layer.w_down, mids.begin, mids.count);
+    constexpr int kMids = kF / 16 / H;  // pieces that everyone has
+    for (int i = 0; i < kMids; ++i) row_piece(layer.w_gate_up, i * kBlocks + static_cast<int>(blockIdx.x));
+    if (mids.count > kMids) row_piece(layer.w_gate_up, kMids * kBlocks + (mids.begin - kMids * head) * kGroup + rank);
+    columns(layer.w_down, kF / 16, mids.begin, mids.count);
   }
-  const PieceShare share(a.vocab_size / kRows);
-  out.load_all(static_cast<const char*>(a.head) + share.begin * kPiece, (share.end - share.begin) * kPiece);
+  for (int i = 0; i < head_pieces(a); ++i) row_piece(a.head, i * kBlocks + static_cast<int>(blockIdx.x));
 }
 
 template <int kD, int kF>
@@ -193,20 +193,20 @@ __device__ void consume(const OryxDecodeStep& a, Shared& s, int head, int rank) 
   grid.wait();
   add_sums<kD>(x, ws, 2 * a.num_layers - 1);
   weighted(x, weight, u, b, s);
-  const PieceShare share(a.vocab_size / kRows);
+  const int pieces = head_pieces(a);
   float best = -FLT_MAX, scale = 0.0f;
   int index = 0x7fffffff;
   const auto better = [&](float y, int id) {
     if (y > best || (y == best && id < index)) best = y, index = id;
   };
   constexpr int kTurn = kMaxPieces / 2;
-  for (int begin = share.begin, turn = 0; begin < share.end; begin += kTurn, turn ^= 1) {  // two halves of the space for sums in turn
+  for (int begin = 0, turn = 0; begin < pieces; begin += kTurn, turn ^= 1) {  // two halves of the space for sums in turn
     float* red = s.red + turn * kTurn * kRows * kRedStride;
-    const int count = min(kTurn, share.end - begin);
+    const int count = min(kTurn, pieces - begin);
     row_product(in, count, b, red);
     named_barrier(1, kConsumers);
     scale = norm_scale<kD>(s, a.norm_eps);
-    const int row = min(t >> 2, count * kRows - 1), id = begin * kRows + row;
+    const int row = min(t >> 2, count * kRows - 1), id = ((begin + row / kRows) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)) * kRows + row % kRows;
     const float y = row_total(red, row) * scale;
     if (t >> 2 < count * kRows && (t & 3) == 0) {
       a.logits[id] = y;

@@ -4,11 +4,14 @@
 // values through one ring in shared memory. What it will need next depends on no activation, so that the stream runs on while the multiprocessors wait for each other. Token,
 // position and modes are read from device memory: a captured launch stays valid for every token, context length and mode.
 //
-// Weights lie as the tensor cores' fragments, in the order in which they are read.
+// Weights lie as the tensor cores' fragments, in the order in which they are read by all multiprocessors side by side: the first piece of each, the second of each, and so on. Memory gives
+// a fifth less to as many streams far apart.
 //   In row pieces [R, C]: 16 KB a piece of 4 rows x 2,048 columns, [R / 4][C / 64][lane 4 (4 a + r) + t][b][c][2]: row r at columns 32 c + 16 a + 8 b + 2 t and one more, of 64.
 //   In column pieces [D, C]: the columns' tiles of 16 are shared out to the groups, tiles [T i / H, T (i + 1) / H) to group i, and the rows to its eight multiprocessors and their eight
-//   warps, 32 each; [group][multiprocessor][pair of tiles][warp][rows 16 c..][tile of the pair][lane 4 g + t][b][a][2]: row 8 a + g at columns 8 b + 2 t and one more. A group's odd last
-//   tile stands alone.
+//   warps, 32 each. [pair of tiles][multiprocessor][warp][rows 16 c..][tile of the pair][lane 4 g + t][b][a][2]: row 8 a + g at columns 8 b + 2 t and one more. Behind the pairs that all
+//   groups have, each group's rest: [group][multiprocessor], a pair and an odd tile, which stands alone.
+// Row pieces of w_in: [keys, values, gate, query..][4][multiprocessor]; multiprocessor 8 head + rank has rows 16 rank.. of the head. Of w_gate_up: the group's 2 x 16 T / H rows or so
+// are shared out to its multiprocessors; [piece][multiprocessor], the last piece of those that have one more behind. Of the head: as the rows are.
 #pragma once
 
 #include <stdint.h>
