@@ -13,9 +13,10 @@ __device__ __forceinline__ void fragment(uint32_t (&r)[4], uint32_t panel, int k
   load_matrix(r, panel + row * 128 + (((2 * kk + lane / 16) ^ (row & 7)) << 4));
 }
 
-// acc += y, sum += y.f with y = factor x (64 columns) and f the same rows and columns of `panel`.
-__device__ __forceinline__ void add_and_dot(float* acc, const float (&x)[32], const float (&factor)[2], float (&sum)[2],
-                                            uint32_t panel, int warp, int lane) {
+// acc += factor x (64 columns), sum += weight x.f with f the same rows and columns of `panel`.
+__device__ __forceinline__ void add_and_dot(float* acc, const float (&x)[32], const float (&factor)[2],
+                                            const float (&weight)[2], float (&sum)[2], uint32_t panel, int warp,
+                                            int lane) {
   float dot[2] = {0.f, 0.f};
 #pragma unroll
   for (int kk = 0; kk < 4; ++kk) {
@@ -30,7 +31,7 @@ __device__ __forceinline__ void add_and_dot(float* acc, const float (&x)[32], co
     }
   }
 #pragma unroll
-  for (int h = 0; h < 2; ++h) sum[h] = fmaf(factor[h], dot[h], sum[h]);
+  for (int h = 0; h < 2; ++h) sum[h] = fmaf(weight[h], dot[h], sum[h]);
 }
 
 // Sums over the four lanes of a row.
@@ -141,17 +142,17 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
     keep(dp);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      const float2 g = load_shared2(scalars + kShifted + 32 * n + column);
+      const float2 g = load_shared2(scalars + kG + 32 * n + column), dt = load_shared2(scalars + kDt + 32 * n + column);
       columns[2 * n] = columns[2 * n + 1] = 0.f;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int t = 16 * warp + lane / 4 + 8 * h, j = 8 * n + 2 * (lane % 4) + e, m = 4 * n + 2 * h + e;
-          const float weight = j <= t ? power2(G[h] - (e == 0 ? g.x : g.y)) * dp[m] : 0.f;
-          w[m] += weight;
-          rows[h] = fmaf(weight, qk[m], rows[h]);
-          columns[2 * n + e] = fmaf(weight, qk[m], columns[2 * n + e]);
+          const float weight = j <= t ? power2(G[h] - (e == 0 ? g.x : g.y)) * dp[m] : 0.f, share = weight * qk[m];
+          w[m] = fmaf(weight, e == 0 ? dt.x : dt.y, w[m]);
+          rows[h] = fmaf(share, e == 0 ? dt.x : dt.y, rows[h]);
+          columns[2 * n + e] += share;
         }
       if (n / 2 == warp && lane / 8 == lane % 4)  // the diagonal
         skip += lane / 4 % 2 == 0 ? dp[4 * n + 2 * (n % 2)] : dp[4 * n + 2 * (n % 2) + 1];
@@ -181,7 +182,7 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
     }
     wgmma_wait<0>();
     keep(x0);
-    add_and_dot(dq, x0, gamma, rows, base + L::kQueries, warp, lane);
+    add_and_dot(dq, x0, gamma, gamma, rows, base + L::kQueries, warp, lane);
     if constexpr (kK == 128) {
       keep(x0);
       wgmma_fence();
@@ -192,7 +193,7 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
       wgmma_commit();
       wgmma_wait<0>();
       keep(x0);
-      add_and_dot(dq + 32, x0, gamma, rows, base + L::kQueries + kPanel, warp, lane);
+      add_and_dot(dq + 32, x0, gamma, gamma, rows, base + L::kQueries + kPanel, warp, lane);
     }
     if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
     if (++vb == blocks) {
@@ -243,7 +244,7 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
   keep(kq);
 
   const uint32_t low_base = descriptor_low(base);
-  float tails[2] = {0.f, 0.f}, vdu[2] = {0.f, 0.f};
+  float tails[2] = {0.f, 0.f};
   // dV, or its shares: [B T, Ho, V] either way, since they are shares unless Hv = Ho.
   const size_t from_v = (static_cast<size_t>(b.token) * s.Ho + b.first) * s.V;
   for (int i = 0, vb = 0, head = 0; head < b.heads; ++i) {
@@ -297,13 +298,11 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
     const float D = load_shared(scalars + kSkipRate);
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
-      uint32_t v[4], d[4];
-      fragment(v, at + L::kValues, kk, warp, lane);
+      uint32_t d[4];
       fragment(d, at + L::kDo, kk, warp, lane);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         float &y0 = du[8 * kk + 2 * m], &y1 = du[8 * kk + 2 * m + 1];
-        vdu[m % 2] = fmaf(y0, low(v[m]), fmaf(y1, high(v[m]), vdu[m % 2]));
         y0 = dt[m % 2] * y0 + D * low(d[m]);
         y1 = dt[m % 2] * y1 + D * high(d[m]);
       }
@@ -316,7 +315,7 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
                    lane);
     wgmma_wait<0>();
     keep(x0);
-    add_and_dot(dk, x0, step, tails, base + L::kKeys, warp, lane);
+    add_and_dot(dk, x0, step, tail, tails, base + L::kKeys, warp, lane);
     if constexpr (kK == 128) {
       wgmma_fence();
 #pragma unroll
@@ -326,22 +325,19 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
       wgmma_commit();
       wgmma_wait<0>();
       keep(x0);
-      add_and_dot(dk + 32, x0, step, tails, base + L::kKeys + kPanel, warp, lane);
+      add_and_dot(dk + 32, x0, step, tail, tails, base + L::kKeys + kPanel, warp, lane);
     }
     if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
     if (++vb == blocks) {
       vb = 0, ++head;
       sum_rows(tails);
-      sum_rows(vdu);
       if (lane % 4 == 0) {
         store_shared(sums + 4 * kDTail + row, tails[0]);
         store_shared(sums + 4 * kDTail + row + 32, tails[1]);
-        store_shared(sums + 4 * kVdu + row, vdu[0]);
-        store_shared(sums + 4 * kVdu + row + 32, vdu[1]);
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(bar.sums_full + 8 * ((head - 1) % 2));
-      tails[0] = tails[1] = vdu[0] = vdu[1] = 0.f;
+      tails[0] = tails[1] = 0.f;
     }
   }
 

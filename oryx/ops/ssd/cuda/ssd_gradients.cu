@@ -91,7 +91,7 @@ __device__ __forceinline__ void state_products(const Shape& s, const Block& b, u
         sum[1] += high(x[c]) * high(y[c]);
       }
     }
-    const float gamma = power2(load_shared(at + L::kScalars + kG + 252));
+    const float gamma = load_shared(at + L::kScalars + kGamma + 252);
     __syncwarp();
     if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
     if (i % blocks == blocks - 1) {
@@ -121,14 +121,16 @@ __device__ __forceinline__ void step_gradients(const Shape& s, const GradientArg
     const float bias = a.dt_bias[hs], rate = log2_rate(a.A_log[hs]), A = rate / kLog2e;
     const uint32_t sums = base + L::kSums + head % 2 * kSumBytes;
     barrier_wait(bar.sums_full + 8 * (head % 2), (head / 2) & 1);
-    float2 x = load_shared2(sums + 4 * kRow + 8 * lane);
+    // What was summed over t without dt_j is the gradient of dt_j; with it, that of decays.
+    const float dts[2] = {softplus(raw.x + bias), softplus(raw.y + bias)};
+    float2 x = load_shared2(sums + 4 * kRow + 8 * lane), tail = load_shared2(sums + 4 * kDTail + 8 * lane), vdu = tail;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const float2 c = load_shared2(sums + 4 * (kColumn + 64 * w) + 8 * lane);
-      x.x -= c.x;
-      x.y -= c.y;
+      x.x = fmaf(-dts[0], c.x, x.x), vdu.x += c.x;
+      x.y = fmaf(-dts[1], c.y, x.y), vdu.y += c.y;
     }
-    const float2 tail = load_shared2(sums + 4 * kDTail + 8 * lane), vdu = load_shared2(sums + 4 * kVdu + 8 * lane);
+    tail.x *= dts[0], tail.y *= dts[1];
     const float end = load_shared(sums + 4 * kEnd);
     float skip = lane < 4 ? load_shared(sums + 4 * (kSkip + lane)) : 0.f;
     __syncwarp();
@@ -147,7 +149,7 @@ __device__ __forceinline__ void step_gradients(const Shape& s, const GradientArg
     float dx[2], sum_x = 0.f, sum_a = 0.f;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const float z = (e == 0 ? raw.x : raw.y) + bias, dt = softplus(z);
+      const float z = (e == 0 ? raw.x : raw.y) + bias, dt = dts[e];
       float da = e == 0 ? x.x + x.y + later + before + end : x.y + later + before + tail.x + end;
       if (dt * rate < -150.f) da = 0.f;  // such a decay is 0, and so is its derivative
       dx[e] = ((e == 0 ? vdu.x : vdu.y) + A * da) / (1.f + __expf(-z));
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(384, 1)
         const int stage = i % kStages;
         const uint32_t to = base + stage * L::kStage + L::kScalars;
         if (i >= kStages) barrier_wait(bar.empty + 8 * stage, (i / kStages - 1) & 1);
-        chunk_scalars<true>(to, raw, bias, log2_rate(A_log), b.count, lane);
+        chunk_scalars(to, raw, bias, log2_rate(A_log), b.count, lane);
         if (lane == 0) store_shared2(to + kSkipRate, D, (b.first + i / blocks) % readers == 0 ? 1.f : 0.f);
         __syncwarp();
         if (lane == 0) barrier_arrive(bar.full + 8 * stage);

@@ -7,9 +7,9 @@ namespace oryx::ssd_cuda {
 namespace {
 
 constexpr int kStages = 3;
-// Sums of a head, in floats: row sums, column sums of four warps, d tail, v.du; then the sum of dS S0 and four shares
-// of dD.
-constexpr int kRow = 0, kColumn = 64, kDTail = 320, kVdu = 384, kEnd = 448, kSkip = 452, kSumBytes = 2048;
+// Sums of a head, in floats: row sums; column sums of four warps and d tail, both without dt; then the sum of dS S0 and
+// four shares of dD.
+constexpr int kRow = 0, kColumn = 64, kDTail = 320, kEnd = 448, kSkip = 452, kSumBytes = 2048;
 
 // Of a stage's scalars, in place of the first of exp(G_C - G) dt: D, and 1 for a state's first reader, else 0.
 constexpr int kSkipRate = kTail;
