@@ -305,7 +305,7 @@ class CudaDecoder : public FusedDecoder {
   }
 
   // ---- several sequences
-  static constexpr int kSplits = 4;  // along K, of the products with few rows
+  static constexpr int kSplits = 2;  // along K, of the products with few rows
 
   void allocate_batch() {
     const auto half = at::device(model_.device()).dtype(at::kBFloat16), f32 = half.dtype(at::kFloat);

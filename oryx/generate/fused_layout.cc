@@ -33,10 +33,7 @@ std::vector<int64_t> cuts(int64_t tiles, int64_t groups) {
 }  // namespace
 
 at::Tensor product_fragments(const at::Tensor& w) {
-  const at::Tensor tiles = tiles_of(w);
-  const int64_t whole = w.size(1) / 128;
-  const at::Tensor main = tiles.narrow(1, 0, 8 * whole).reshape({tiles.size(0), whole, 8 * 256}).transpose(0, 1);
-  return at::cat({main.flatten(), tiles.narrow(1, 8 * whole, tiles.size(1) - 8 * whole).flatten()});
+  return tiles_of(w).flatten();
 }
 
 at::Tensor row_pieces(const at::Tensor& w) { return pieces_of(w).flatten(); }

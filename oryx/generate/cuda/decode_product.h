@@ -1,6 +1,6 @@
 // Matrix products of at most 64 rows of activations, bound by reading the weights once (decode_product.cu): the C interface.
 //
-// Both operands lie as the tensor cores' fragments. Weights [rows, K] are [K / 128][rows / 16][up to 8 tiles of 16 columns][lane][8 bfloat16], so that all blocks read side by side: lane 4 g + t holds rows g, g + 8, g, g + 8 at columns 2 t, 2 t, 2 t + 8,
+// Both operands lie as the tensor cores' fragments. Weights [rows, K] are [rows / 16][K / 16][lane][8 bfloat16]: lane 4 g + t holds rows g, g + 8, g, g + 8 at columns 2 t, 2 t, 2 t + 8,
 // 2 t + 8 of a 16 x 16 block, two columns each. Activations [N, K] are [K / 32][tiles][lane][8 bfloat16] with tiles of eight sequences: lane 4 (n % 8) + t holds columns 2 t, 2 t + 8,
 // 2 t + 16, 2 t + 24 of sequence n, two columns each.
 #pragma once
