@@ -9,13 +9,14 @@ random data; before each repetition 256 MB are overwritten (the L2) and the GPU 
 """
 import argparse
 import ctypes
-import statistics
 import sys
 
 import torch
 import torch.nn.functional as F
 
-DEV, BF, P = "cuda", torch.bfloat16, ctypes.c_void_p
+from cuda_harness import BF, DEV, P, Verdicts, bench, copy_rate, error, scratch
+
+SLEEP = 16_000_000  # the peers' launches take the host longer
 POINTERS = "q k v g beta initial_state cu_seqlens wanted o final_state saved".split()
 GRADIENTS = "d_o d_final_state d_q d_k d_v d_g d_beta d_initial_state".split()
 SIZES = "B T N Hq Hk Hv D segments rows".split()
@@ -39,11 +40,6 @@ def load(path):
     return lib
 
 
-def bytes_of(n, poison):
-    x = torch.empty(max(16, n), dtype=torch.uint8, device=DEV)
-    return x.fill_(255) if poison else x
-
-
 def prepare(lib, q, k, v, g, beta, init=None, cu=None, wanted=None, up=None, final=True, segments=0, rows=0, poison=True):
     """Functions that run the forward and backward passes, and their outputs. up: gradients of o and of the final state (or None)."""
     B, T, Hq, D = q.shape
@@ -61,9 +57,9 @@ def prepare(lib, q, k, v, g, beta, init=None, cu=None, wanted=None, up=None, fin
     size = (B, T, N, Hq, Hk, Hv, D, segments, rows, 0.0, 1e-6)
     a = Arguments(*[None if x is None else x.data_ptr() for x in tensors], *size)
     if up:
-        tensors[-1] = bytes_of(lib.oryx_gated_delta_saved(ctypes.byref(a)), poison)
+        tensors[-1] = scratch(lib.oryx_gated_delta_saved(ctypes.byref(a)), poison)
         a.saved = tensors[-1].data_ptr()
-    tensors.append(bytes_of(lib.oryx_gated_delta_workspace(ctypes.byref(a)), poison))
+    tensors.append(scratch(lib.oryx_gated_delta_workspace(ctypes.byref(a)), poison))
 
     def forward():
         rc = lib.oryx_gated_delta_forward(ctypes.byref(a), tensors[-1].data_ptr(), torch.cuda.current_stream().cuda_stream)
@@ -71,11 +67,11 @@ def prepare(lib, q, k, v, g, beta, init=None, cu=None, wanted=None, up=None, fin
             raise RuntimeError(f"cudaError_t {rc}")
     if not up:
         return forward, None, o, S, d
-    scratch = bytes_of(lib.oryx_gated_delta_backward_workspace(ctypes.byref(a)), poison)
+    work = scratch(lib.oryx_gated_delta_backward_workspace(ctypes.byref(a)), poison)
     b = Gradients(*[None if x is None else x.data_ptr() for x in [*up, *d]])
 
     def backward():
-        rc = lib.oryx_gated_delta_backward(ctypes.byref(a), ctypes.byref(b), scratch.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        rc = lib.oryx_gated_delta_backward(ctypes.byref(a), ctypes.byref(b), work.data_ptr(), torch.cuda.current_stream().cuda_stream)
         if rc:
             raise RuntimeError(f"cudaError_t {rc}")
     return forward, backward, o, S, d
@@ -132,11 +128,6 @@ def reference(q, k, v, g, beta, init=None, cu=None, wanted=None, up=None):
     return o, S
 
 
-def error(a, b, least=1e-30):
-    a, b = a.double(), b.double()
-    return ((a - b).norm() / b.norm().clamp_min(least)).item() if torch.isfinite(a).all() else float("nan")
-
-
 def inputs(B, T, Hq, Hk, Hv, decay=1.0, D=128):
     def r(*s):
         return torch.randn(*s, device=DEV)
@@ -145,12 +136,7 @@ def inputs(B, T, Hq, Hk, Hv, decay=1.0, D=128):
 
 
 def check(lib):
-    failed = []
-
-    def verdict(name, ok, text=""):
-        if not ok:
-            failed.append(name)
-        print("ok  " if ok else "FAIL", name, text, flush=True)
+    verdict = Verdicts()
 
     def one(name, x, up=(True, True), **kw):
         """Forward alone, then forward and backward; up: whether o and the final state have a gradient."""
@@ -213,30 +199,11 @@ def check(lib):
     x[3][0, 50, 0] = float("nan")
     o, S = call(lib, *x)
     verdict("NaN in, NaN out", bool(torch.isnan(o[0, 50:, 0]).all() and torch.isnan(S[0, 0]).all()))
-    return failed
-
-
-def bench(fn, reps=20):
-    for _ in range(3):
-        fn()
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEV)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
-    torch.cuda.synchronize()
-    for a, b in events:
-        flush.zero_()
-        torch.cuda._sleep(16_000_000)
-        a.record()
-        fn()
-        b.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in events)
+    return verdict.close()
 
 
 def times(lib, peers, profile):
-    x = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device=DEV)
-    y = torch.empty_like(x)
-    copy = 2 * x.numel() / bench(lambda: y.copy_(x)) / 1e9
-    del x, y
+    copy = copy_rate(2 << 30)
     print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s (floor: q, k, v, o once; backward: q, k, v, do, dq, dk, dv once)")
     for B, T in ((4, 8192), (1, 32768), (8, 2048)):
         for decay in (1.0, 1e-3):
@@ -246,7 +213,7 @@ def times(lib, peers, profile):
             plain, _, o, _, _ = prepare(lib, *x, final=False, poison=False)
             saving, backward, _, _, d = prepare(lib, *x, up=up, final=False, poison=False)
             row = f"B{B} T{T} H16, decay x {decay:g}: floor {4 * one:.4f} / {7 * one:.4f} ms, "
-            row += f"ours {bench(plain):.4f}, saving {bench(saving):.4f} / {bench(backward):.4f}"
+            row += f"ours {bench(plain, 20, sleep=SLEEP):.4f}, saving {bench(saving, 20, sleep=SLEEP):.4f} / {bench(backward, 20, sleep=SLEEP):.4f}"
             if profile and decay == 1.0:
                 row += "".join(f"\n    {ms:.4f} {name}" for name, ms in kernels(lambda: (saving(), backward())))  # noqa: B023
             q, k = (F.normalize(t.float(), dim=-1).to(BF) for t in x[:2])
@@ -259,9 +226,9 @@ def times(lib, peers, profile):
                     os.environ["FLA_FLASH_QLA"] = "0"
                     from fla.ops.gated_delta_rule import chunk_gated_delta_rule as op
                 with torch.no_grad():
-                    ms = bench(lambda: op(*leaves))  # noqa: B023
+                    ms = bench(lambda: op(*leaves), 20, sleep=SLEEP)  # noqa: B023
                 out = op(*leaves)[0]
-                back = bench(lambda: torch.autograd.grad(out, leaves, up[0], retain_graph=True))  # noqa: B023
+                back = bench(lambda: torch.autograd.grad(out, leaves, up[0], retain_graph=True), 20, sleep=SLEEP)  # noqa: B023
                 dv = torch.autograd.grad(out, leaves, up[0])[2]
                 plain(), saving(), backward()
                 row += f", {peer} {ms:.4f} / {back:.4f} (differs by {error(o, out):.1e}, dv {error(d[2], dv):.1e})"
@@ -291,8 +258,6 @@ if __name__ == "__main__":
     p.add_argument("--times-only", action="store_true")
     args = p.parse_args()
     library = load(args.library)
-    bad = [] if args.times_only else check(library)
-    if not args.times_only:
-        print("FAILED: " + ", ".join(bad) if bad else "all cases pass", flush=True)
+    bad = 0 if args.times_only else check(library)
     times(library, [x for x in args.peers.split(",") if x], args.profile)
-    sys.exit(1 if bad else 0)
+    sys.exit(bad)

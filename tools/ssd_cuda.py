@@ -10,13 +10,14 @@ sleeps, so that launches are queued.
 """
 import argparse
 import ctypes
-import statistics
 import sys
 
 import torch
 import torch.nn.functional as F
 
-DEV, BF, P = "cuda", torch.bfloat16, ctypes.c_void_p
+from cuda_harness import BF, DEV, P, Verdicts, bench, copy_rate, launch, scratch
+
+SLEEP = 16_000_000  # the peer's launches take the host longer
 INPUTS = "q k v dt_raw dt_bias A_log D".split()
 SIZES = "B T N Hq Hk Hv K V segments".split()
 
@@ -44,17 +45,6 @@ def load(path):
 def empty(*shape, dtype=torch.float32, poison=True):
     x = torch.empty(*shape, dtype=dtype, device=DEV)
     return x.fill_(float("nan")) if poison else x
-
-
-def scratch(size, poison):
-    x = torch.empty(max(16, size), dtype=torch.uint8, device=DEV)
-    return x.fill_(255) if poison else x
-
-
-def launch(f, *a):
-    rc = f(*a, torch.cuda.current_stream().cuda_stream)
-    if rc:
-        raise RuntimeError(f"cudaError_t {rc}")
 
 
 def arguments(x, init, cu, wanted, o, S, segments):
@@ -156,12 +146,7 @@ def inputs(B, T, Hq, Hk, Hv, K=128, V=128, decay=1.0):
 
 class Check:
     def __init__(self, lib):
-        self.lib, self.failed, self.worst = lib, [], {}
-
-    def verdict(self, name, ok, text=""):
-        if not ok:
-            self.failed.append(name)
-        print("ok  " if ok else "FAIL", name, text, flush=True)
+        self.lib, self.verdict, self.worst = lib, Verdicts(), {}
 
     def one(self, name, x, init=None, cu=None, wanted=None, segments=0):
         lib, kw = self.lib, dict(init=init, cu=cu, wanted=wanted, segments=segments)
@@ -254,41 +239,22 @@ def check(lib, small):
     run()
     c.verdict("NaN in, NaN out", bool(torch.isnan(o[0, 50:, 0]).all() and torch.isnan(S[0, 0]).all()))
     print("largest errors:", " ".join(f"{n} {e:.2e}" for n, e in c.worst.items()))
-    return c.failed
-
-
-def bench(fn, reps=20):
-    for _ in range(3):
-        fn()
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEV)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
-    torch.cuda.synchronize()
-    for a, b in events:
-        flush.zero_()
-        torch.cuda._sleep(16_000_000)
-        a.record()
-        fn()
-        b.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in events)
+    return c.verdict.close()
 
 
 SHAPES = [(B, T, *s) for s in ((1, 32, 128, 64), (16, 16, 128, 128)) for B, T in ((4, 8192), (1, 32768), (8, 2048))] + [(4, 8192, 12, 12, 64, 64)]
 
 
 def times(lib, peers, shapes=SHAPES):
-    x = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device=DEV)
-    y = torch.empty_like(x)
-    copy = 2 * x.numel() / bench(lambda: y.copy_(x)) / 1e9
-    del x, y
+    copy = copy_rate(2 << 30)
     print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s (floor: q, k, v, o once)")
     for B, T, G, H, K, V in shapes:
         x = inputs(B, T, G, G, H, K, V)
         run, (o, _) = prepare(lib, x, final=False, poison=False)
-        row = f"B{B} T{T} H{H} P{V} N{K} groups {G}: floor {2 * B * T * 2 * (G * K + H * V) / copy / 1e9:.4f} ms, forward {bench(run):.4f}"
+        row = f"B{B} T{T} H{H} P{V} N{K} groups {G}: floor {2 * B * T * 2 * (G * K + H * V) / copy / 1e9:.4f} ms, forward {bench(run, 20, sleep=SLEEP):.4f}"
         if hasattr(lib, "oryx_ssd_backward"):
             back, _ = prepare_backward(lib, x, torch.randn_like(o), poison=False)
-            row += f", backward {bench(back):.4f}"
+            row += f", backward {bench(back, 20, sleep=SLEEP):.4f}"
         if "mamba_ssm" in peers:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as op
             y = [t.detach().requires_grad_(True) for t in (x[2], x[3], -x[5].exp(), x[1], x[0], x[6], x[4])]
@@ -297,9 +263,9 @@ def times(lib, peers, shapes=SHAPES):
                 return op(*y[:5], 256, D=y[5], dt_bias=y[6], dt_softplus=True)
             with torch.no_grad():
                 run()
-                row += f", mamba_ssm {bench(peer):.4f} (differs by {error(peer(), o):.1e})"
+                row += f", mamba_ssm {bench(peer, 20, sleep=SLEEP):.4f} (differs by {error(peer(), o):.1e})"
             out, d = peer(), torch.randn_like(o)
-            row += f" / {bench(lambda: torch.autograd.grad(out, y, d, retain_graph=True)):.4f}"  # noqa: B023
+            row += f" / {bench(lambda: torch.autograd.grad(out, y, d, retain_graph=True), 20, sleep=SLEEP):.4f}"  # noqa: B023
             del out
         print(row, flush=True)
 
@@ -314,9 +280,7 @@ if __name__ == "__main__":
     args = p.parse_args()
     torch.manual_seed(1)
     library = load(args.library)
-    bad = [] if args.times_only else check(library, args.small)
-    if not args.times_only:
-        print("FAILED: " + ", ".join(bad) if bad else "all cases pass", flush=True)
+    bad = 0 if args.times_only else check(library, args.small)
     if not args.no_times:
         times(library, [x for x in args.peers.split(",") if x])
-    sys.exit(1 if bad else 0)
+    sys.exit(bad)

@@ -16,7 +16,7 @@ using bf16 = __nv_bfloat16;
 
 // Warps that compute, with one query head a key head and with several; one more copies.
 constexpr int kSingleWarps = 8, kGroupedWarps = 8;
-constexpr int kRingBytes = 12 * 16384, kMostStages = 12;
+constexpr int kRingBytes = 8 * 16384, kMostStages = 8;  // more on their way make multiprocessors unequal
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLowest = -1e30f;
 

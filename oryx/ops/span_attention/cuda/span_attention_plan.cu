@@ -237,8 +237,9 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   }
   __syncthreads();
 
-  // The units beyond whole rounds of the multiprocessors are cut along their keys where equal shares of them end, and the longest pieces come first, so
-  // that all finish together. One share a multiprocessor; two where there is little work, which memory bounds: multiprocessors differ in bandwidth.
+  // The units beyond whole rounds of the multiprocessors are cut along their keys where equal shares of them, one a multiprocessor, end, and the longest
+  // pieces come first, so that all finish together. Where there is little else, memory counts: all units are cut at the same keys and stay in their
+  // order, so that the tiles of a head read the same keys at the same time.
   __shared__ int bins[kBins];
   if (tid < kBins) bins[tid] = 0;
   const int units = tiles * p.Hq, whole = units / p.processors * p.processors, unit = whole + tid;
@@ -247,10 +248,16 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
     const Tile& t = plan.tiles[unit_of(plan, unit, p.Hq).tile];
     length = t.blocks, weight = block_cost(t);
   }
-  const Scan cost = block_scan(make_int3(length * weight, 0, 0));
-  const int shares = whole < 2 * p.processors ? 2 * p.processors : p.processors, share = max(1, (cost.total.x + shares - 1) / shares);
+  const Scan cost = block_scan(make_int3(length * weight, length, 0));
+  const bool aligned = whole < 2 * p.processors;
+  const int share = max(1, (cost.total.x + p.processors - 1) / p.processors), piece = max(kMinPiece, (cost.total.y + 2 * p.processors - 1) / (2 * p.processors));
   const auto for_each_piece = [&](auto f) {
     int begin = 0;
+    if (aligned) {
+#pragma unroll 1
+      for (; begin < length; begin += piece) f(begin, min(begin + piece, length));
+      return;
+    }
 #pragma unroll 1
     for (int cut = (cost.before.x / share + 1) * share; cut < cost.before.x + length * weight; cut += share) {
       const int end = (cut - cost.before.x + weight / 2) / weight;
@@ -276,8 +283,10 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   }
   __syncthreads();
   // Where a piece stands among those as long as it depends on time; where its result goes does not.
-  int part = scan.before.y;
-  for_each_piece([&](int begin, int end) { plan.pieces[atomicAdd(bins + bin(begin, end), 1)] = {unit, begin, end - begin, part++, scan.before.z, pieces, scan.before.y, 0}; });
+  int part = scan.before.y, at = scan.before.x;
+  for_each_piece([&](int begin, int end) {
+    plan.pieces[aligned ? at++ : atomicAdd(bins + bin(begin, end), 1)] = {unit, begin, end - begin, part++, scan.before.z, pieces, scan.before.y, 0};
+  });
   if (tid < 2 * p.processors) plan.arrived[tid] = 0;
   if (tid == 0) *plan.counts = {tiles, whole, whole + scan.total.x, slot / kSmall, blocks, p.processors, 0};
 }
