@@ -156,6 +156,25 @@ def t_perplexity(r):
     return table(["model, schedule", "attention tokens", "test perplexity", "against its baseline"], rows)
 
 
+def t_curves(r):
+    """Held-out perplexity in the course of training: each mode against its baseline, at the same step of the same seed."""
+    curve = lambda run: {(v["step"], {"gated_delta_net": "linear", "mamba2": "linear"}.get(v["schedule"], v["schedule"])): v["perplexity"] for v in r.runs[run]["metrics"] if v["kind"] == "validation"}
+    tokens = lambda run: {v["step"]: v["tokens"] for v in r.runs[run]["metrics"] if v["kind"] == "train"}
+    rows = []
+    steps = []
+    for m in ("oryx-gdn", "oryx-mamba2"):
+        for mode in ("linear", "attention"):
+            base = "transformer" if mode == "attention" else BASELINE[m]
+            pairs = [(curve(a), curve(b)) for a, b in zip(r.seeds(m), r.seeds(base))]
+            if not pairs:
+                continue
+            steps = sorted({s for s, k in pairs[0][0] if k == mode})[:8]
+            rows.append([TITLE[m] + ", " + mode + ", against " + TITLE[base]] + [shown([100 * (a[(s, mode)] / b[(s, "linear")] - 1) for a, b in pairs], sign=True) + "%" for s in steps])
+    run = r.seeds("oryx-mamba2")[0]
+    c = r.runs[run]["config"]
+    return table(["held-out perplexity after"] + ["%.0fM tokens" % (s * c["batch_size"] * c["seq_len"] / 1e6) for s in steps], rows)
+
+
 def t_lm(r):
     rows = []
     for m in CORE:
