@@ -117,8 +117,8 @@ def hay(r, texts, length):
     return sentences(text[start:start + length])[1:] or FILLER[:]
 
 
-def needles(r, texts, short=0.0):
-    out = hay(r, texts, int(2 ** (r.uniform(6, 9) if r.random() < short else r.uniform(7.5, 12.6))))
+def needles(r, texts):
+    out = hay(r, texts, int(2 ** r.uniform(7.5, 12.6)))
     facts = []
     for _ in range(r.choice([1, 1, 2, 3, 4, 6])):
         statement, question, lead = r.choice(FACTS)
@@ -170,15 +170,15 @@ DENSE = {"dense": 0.45, "pairs": 0.05, "needles": 0.35, "cloze": 0.15}
 
 
 def dense(r, common):
-    """Words said again, or pairs of which every one is asked for, up to four times: as much to recall as a document can hold. Small ones are the most frequent."""
-    if r.random() < 0.25:
-        words = r.sample(common, int(2 ** r.uniform(2, 6)))
+    """Words said again, or pairs of which every one is asked for, up to three times: as much to recall as a document can hold."""
+    if r.random() < 0.3:
+        words = r.sample(common, r.randrange(8, 65))
         return " " + " ".join(words * r.randrange(2, 5))
-    n = int(2 ** r.uniform(1.5, 5.7))
+    n = int(2 ** r.uniform(2, 6))
     words = r.sample(common, 2 * n)
     table = list(zip(words[:n], words[n:]))
     out = list(table)
-    for _ in range(r.randrange(1, 5)):
+    for _ in range(r.randrange(1, 4)):
         r.shuffle(table)
         out += table
     return " " + " ".join(k + " " + v for k, v in out)
@@ -189,7 +189,7 @@ def write(job):
     r = random.Random(seed * 1000 + number)
     path = os.path.join(out, "retrieval-%02d.jsonl" % number)
     done = {kind: 0 for kind in shares}
-    make = {"dense": lambda: dense(r, common), "pairs": lambda: pairs(r, common), "needles": lambda: needles(r, texts, 0.8 if "dense" in shares else 0.0), "cloze": lambda: cloze(r, texts)}
+    make = {"dense": lambda: dense(r, common), "pairs": lambda: pairs(r, common), "needles": lambda: needles(r, texts), "cloze": lambda: cloze(r, texts)}
     with open(path + ".part", "w", encoding="utf-8") as f:
         while sum(done.values()) < budget:
             kind = min(done, key=lambda k: done[k] / shares[k])
@@ -208,7 +208,6 @@ def main():
     a.add_argument("--out", required=True)
     a.add_argument("--megabytes", type=float, default=40)
     a.add_argument("--dense", action="store_true", help="nearly half of it lists of words in which every pair is asked for")
-    a.add_argument("--words", default="", help="a file of words to draw lists from (words that are one token each); default: frequent ones of TEXT")
     a.add_argument("--seed", type=int, default=1)
     a.add_argument("--files", type=int, default=16, help="of the output: the text depends on it")
     a.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -220,8 +219,6 @@ def main():
         for w in re.findall(r"(?<= )[a-z]{3,}(?= )", t):
             counts[w] = counts.get(w, 0) + 1
     common = sorted(counts, key=lambda w: (-counts[w], w))[100:2600]
-    if o.words:
-        common = open(o.words).read().split()
     jobs = [(o.out, o.seed, i, o.megabytes * 1e6 / o.files, texts, common, DENSE if o.dense else SHARES) for i in range(o.files)]
     if o.jobs > 1:
         global WORK

@@ -102,7 +102,7 @@ class Experiment:
             hay = [f for f in hay if o.hay in os.path.basename(f)]
         if o.retrieval_megabytes > 0:
             call([sys.executable, os.path.join(HERE, "retrieval_text.py"), *hay, "--out", text, "--megabytes", str(o.retrieval_megabytes), "--seed", "1"]
-                 + (["--dense"] if o.dense else []) + (["--words", o.words] if o.words else []),
+                 + (["--dense"] if o.dense else []),
                  self.path("logs", "data.log"), self.deadline)
             say("retrieval documents are there")
         tokenizer = o.tokenizer or self.path("tokenizer.model")
@@ -315,7 +315,6 @@ def main():
     a.add_argument("--tokens", type=float, default=80e6, help="trained on, by each model")
     a.add_argument("--retrieval-megabytes", type=float, default=50, help="of documents by retrieval_text.py in the training text")
     a.add_argument("--dense", action="store_true", help="retrieval documents that ask more often (retrieval_text.py --dense)")
-    a.add_argument("--words", default="", help="a file of words for the lists among them (retrieval_text.py --words)")
     a.add_argument("--hay", default="", help="part of the names of the training files whose passages are hay")
     a.add_argument("--tokenizer", default="", help="default: one of 8192 pieces is trained on TEXT")
     a.add_argument("--override", action="append", default=[], help="key=value of every training config, model.KEY too")
