@@ -4,8 +4,7 @@
 // values through one ring in shared memory. What it will need next depends on no activation, so that the stream runs on while the multiprocessors wait for each other. Token,
 // position and modes are read from device memory: a captured launch stays valid for every token, context length and mode.
 //
-// Weights lie as the tensor cores' fragments, in the order in which they are read by all multiprocessors side by side: the first piece of each, the second of each, and so on. Memory gives
-// a fifth less to as many streams far apart.
+// Weights lie as the tensor cores' fragments, in the order in which they are read by all multiprocessors side by side: the first piece of each, the second of each, and so on.
 //   In row pieces [R, C]: 16 KB a piece of 4 rows x 2,048 columns, [R / 4][C / 64][lane 4 (4 a + r) + t][b][c][2]: row r at columns 32 c + 16 a + 8 b + 2 t and one more, of 64.
 //   In column pieces [D, C]: the columns' tiles of 16 are shared out to the groups, tiles [T i / H, T (i + 1) / H) to group i, and the rows to its eight multiprocessors and their eight
 //   warps, 32 each. [pair of tiles][multiprocessor][warp][rows 16 c..][tile of the pair][lane 4 g + t][b][a][2]: row 8 a + g at columns 8 b + 2 t and one more. Behind the pairs that all

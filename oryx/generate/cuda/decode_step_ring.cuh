@@ -174,7 +174,7 @@ struct Producer {
     ring.step();
   }
 };
-// Into L2: memory answers behind everything that all rings have asked for, 9 us later.
+// Into L2.
 __device__ __forceinline__ void fetch_ahead(const void* src, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory"); }
 
 struct Consumer {
