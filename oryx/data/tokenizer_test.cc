@@ -198,6 +198,8 @@ TEST_F(SentencePieceTest, BadFiles) {
       {"text.model", "hello, this is no model", "not a SentencePiece model"},
       {"half.model", good.substr(0, good.size() / 2), "half.model"},
       {"cut.model", good.substr(0, good.size() - 1), "not a SentencePiece model"},
+      // A piece of three bytes: SentencePiece alone would end the process.
+      {"nul.model", std::string("\x0A\x05\x0A\x03x\0y", 7) + good, "holds a NUL byte"},
       {"json.json", "{}", "not a tokenizer.json"},
       {"other.bin", "no tokeniser", "not a tokeniser file"},
   };

@@ -16,9 +16,65 @@ constexpr std::string_view kSpaceMark = "\xE2\x96\x81";  // U+2581, which stands
 // Long texts are encoded in pieces cut before a newline: the encoder's working memory is about 100 bytes a character.
 constexpr size_t kPiece = 1 << 16;
 
+// A field of a protocol buffer's message: https://protobuf.dev/programming-guides/encoding
+struct WireField {
+  uint64_t number;
+  std::string_view content;  // of a length-delimited one, else empty
+};
+
+bool take_varint(std::string_view& rest, uint64_t* value) {
+  *value = 0;
+  for (int shift = 0; shift < 64 && !rest.empty(); shift += 7) {
+    const auto byte = static_cast<unsigned char>(rest.front());
+    rest.remove_prefix(1);
+    *value |= uint64_t{byte & 0x7FU} << shift;
+    if (byte < 0x80) return true;
+  }
+  return false;
+}
+
+// The next field, or false at the end and where there is none.
+bool take_field(std::string_view& rest, WireField* field) {
+  uint64_t tag = 0, size = 0;
+  if (!take_varint(rest, &tag)) return false;
+  *field = {tag >> 3, {}};
+  switch (tag & 7) {
+    case 0:
+      return take_varint(rest, &size);
+    case 1:
+      size = 8;
+      break;
+    case 2:
+      if (!take_varint(rest, &size)) return false;
+      break;
+    case 5:
+      size = 4;
+      break;
+    default:  // the begin and the end of a group, whose fields are then taken for fields
+      return true;
+  }
+  if (size > rest.size()) return false;
+  if ((tag & 7) == 2) field->content = rest.substr(0, size);
+  rest.remove_prefix(size);
+  return true;
+}
+
+// A model's pieces are its field 1, their text is their field 1. SentencePiece's trie throws at a NUL byte in one, where nothing can catch it.
+void check_pieces(const std::string& path, std::string_view model) {
+  for (WireField piece; take_field(model, &piece);) {
+    if (piece.number != 1) continue;
+    for (WireField text; take_field(piece.content, &text);) {
+      if (text.number == 1 && text.content.find('\0') != std::string_view::npos) {
+        fail("{}: not a SentencePiece model, or damaged (the piece '{}' holds a NUL byte)", path, shown(text.content));
+      }
+    }
+  }
+}
+
 class SentencePieceTokenizer : public Tokenizer {
  public:
   SentencePieceTokenizer(const std::string& path, std::string bytes) : serialized_(std::move(bytes)) {
+    check_pieces(path, serialized_);
     const auto status = model_.LoadFromSerializedProto(serialized_);
     if (!status.ok()) fail("{}: not a SentencePiece model, or damaged ({})", path, first_line(status.ToString()));
     const int n = model_.GetPieceSize();
@@ -119,7 +175,7 @@ class SentencePieceTokenizer : public Tokenizer {
     if (!model_.Encode("a", &ids).ok()) fail("{}: this SentencePiece model cannot encode", path);
     dummy_prefix_ = !ids.empty() && !bytes_[ids[0]].empty() && bytes_[ids[0]][0] == ' ';
     const auto whole = model_.EncodeAsIds("a\n a"), head = model_.EncodeAsIds("a"), tail = model_.EncodeAsIds("\n a");
-    newline_alone_ = head.size() + tail.size() == whole.size() && model_.IdToPiece(tail.at(0)) == "\n";
+    newline_alone_ = !tail.empty() && head.size() + tail.size() == whole.size() && model_.IdToPiece(tail.at(0)) == "\n";
   }
 
   sentencepiece::SentencePieceProcessor model_;
