@@ -205,7 +205,7 @@ TEST_F(SentencePieceTest, BadFiles) {
   };
   for (const auto& [name, content, message] : table) {
     write_file(folder / name, content);
-    const std::string error = error_of([&] { load_tokenizer(folder / name); });
+    const std::string error = error_of([&, file = folder / name] { load_tokenizer(file); });
     EXPECT_THAT(error, HasSubstr(message)) << name;
     EXPECT_THAT(error, HasSubstr(name));
     EXPECT_THAT(error, ::testing::Not(HasSubstr("\n")));
