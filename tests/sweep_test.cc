@@ -41,7 +41,7 @@ TEST(SweepProgram, MakesTablesAndPictures) {
     command.insert(command.end(), more.begin(), more.end());
     return run(command);
   };
-  const auto needle = sweep("needle", {"--option", "lengths=130", "--option", "depths=0.5", "--option", "examples=1", "--setting", "shares=0.25", "--setting", "rows=32"});
+  const auto needle = sweep("needle", {"--option", "lengths=240", "--option", "depths=0.5", "--option", "examples=1", "--setting", "shares=0.25", "--setting", "rows=32"});
   ASSERT_EQ(needle.exit_code, 0) << needle.err;
   for (const char* text : {"surprising and question", "last rows (bounded)", "rows that change the state most", "report.html"}) EXPECT_THAT(needle.out, HasSubstr(text));
   for (const char* name : {"report.html", "share.svg", "kv.svg"}) EXPECT_GT(read_file(folder.path() / "needle" / name).size(), 1000u) << name;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -92,6 +93,7 @@ inline double error(const at::Tensor& x, const std::vector<double>& ref) {
 template <typename Step, typename Rule>
 void expect_near_float64(int64_t channels, Step step, Rule rule) {
   const at::NoGradGuard no_grad;
+  at::set_num_threads(1);  // a million small steps, in which threads would only wait for one another
   Oracle oracle(channels);
   at::Tensor stepped = at::zeros({1, kHeads, kDim, kDim}), pieces = stepped.clone(), o_step, o_piece;
   for (int64_t done = 0; done < kSteps;) {
