@@ -1,6 +1,7 @@
 #include "oryx/model/hf/family.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "oryx/common/options.h"
 #include "oryx/common/utf8.h"
@@ -107,7 +108,8 @@ Mamba2Shape read_mamba2_shape(HfConfig& c) {
 }
 
 void check_mamba2_shape(const HfConfig& c, const Mamba2Shape& shape, double expand, int64_t hidden_size) {
-  if (shape.heads * shape.head_dim == static_cast<int64_t>(expand * static_cast<double>(hidden_size))) return;
+  // As doubles, which hold what a foreign config may name.
+  if (static_cast<double>(shape.heads) * static_cast<double>(shape.head_dim) == std::trunc(expand * static_cast<double>(hidden_size))) return;
   fail("{}: {} Mamba-2 heads of width {} are not expand {} times hidden_size {}", c.source(), shape.heads, shape.head_dim, expand, hidden_size);
 }
 

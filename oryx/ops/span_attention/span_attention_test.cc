@@ -172,7 +172,7 @@ TEST(SpanAttention, PackedEqualsSeparate) {
   expect_like_naive(c, "packed");
   const at::Tensor o = run(c);
   for (const auto& [begin, end] : std::vector<std::pair<int64_t, int64_t>>{{0, 1}, {1, 64}, {64, 164}, {164, 264}}) {
-    const auto cut = [&](const at::Tensor& t) { return t.narrow(1, begin, end - begin); };
+    const auto cut = [begin = begin, end = end](const at::Tensor& t) { return t.narrow(1, begin, end - begin); };
     EXPECT_TRUE(at::equal(span_attention(cut(c.q), cut(c.k), cut(c.v)), cut(o))) << begin;
   }
   // Documents with keys of earlier pieces before their queries.
