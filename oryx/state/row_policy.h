@@ -29,6 +29,9 @@ struct RowPolicy {
   float (*score)(const RowToken& token);  // the larger, the sooner kept
 };
 
+// The score of a policy that wants a measure and takes it as it is.
+inline float score_as_measured(const RowToken& token) { return token.measured; }
+
 const RowPolicy* find_row_policy(std::string_view name);  // null when there is none of that name
 std::vector<std::string> row_policy_names();              // sorted
 

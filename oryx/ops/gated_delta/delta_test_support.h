@@ -99,7 +99,9 @@ inline const char* const kNames[] = {"o", "final_state", "d_q", "d_k", "d_v", "d
 inline void expect_near(const std::vector<at::Tensor>& x, const std::vector<at::Tensor>& ref, double limit, double grad_limit, bool typed = true) {
   ASSERT_EQ(x.size(), ref.size());
   for (size_t i = 0; i < x.size(); ++i) {
-    if (typed) EXPECT_EQ(x[i].scalar_type(), ref[i].scalar_type()) << kNames[i];
+    if (typed) {
+      EXPECT_EQ(x[i].scalar_type(), ref[i].scalar_type()) << kNames[i];
+    }
     if (ref[i].abs().sum().item<double>() == 0) {
       EXPECT_EQ(x[i].abs().sum().item<double>(), 0) << kNames[i];
     } else {

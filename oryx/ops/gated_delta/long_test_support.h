@@ -13,13 +13,11 @@
 #include <utility>
 #include <vector>
 
-#include "oryx/common/random.h"
+#include "oryx/ops/long_test_support.h"
 
 namespace oryx::ops::delta_long {
 
-constexpr int64_t kHeads = 4, kDim = 4, kPiece = 1000, kSteps = 1000000;
-// Largest error of S and of the last output against float64, relative to the largest value, at 1,000, 10,000, 100,000 and 1,000,000 steps.
-constexpr double kBound = 1e-5;
+using namespace long_test;
 
 struct Piece {
   at::Tensor q, k, v, g, beta;  // [1, T, heads, ...]; g [1, T, heads] or [1, T, heads, K]
@@ -27,22 +25,15 @@ struct Piece {
 
 // `channels` decays a head: 1 or K.
 inline Piece draw(int64_t index, int64_t channels) {
-  auto generator = CounterRng(7, static_cast<uint64_t>(index));
-  const auto uniform = [&] { return static_cast<float>(generator.below(1 << 24)) / (1 << 24); };
-  const auto fill = [&](std::vector<int64_t> shape, auto f) {
-    at::Tensor t = at::empty(shape, at::kFloat);
-    for (int64_t i = 0; i < t.numel(); ++i) t.mutable_data_ptr<float>()[i] = f(i);
-    return t;
-  };
-  const auto any = [&](int64_t) { return 2 * uniform() - 1; };
-  Piece p{fill({1, kPiece, kHeads, kDim}, any), fill({1, kPiece, kHeads, kDim}, any), fill({1, kPiece, kHeads, kDim}, any), {}, {}};
+  Draw of(index);
+  Piece p{of.vectors(), of.vectors(), of.vectors(), {}, {}};
   // Heads (and channels, in another order) from one that forgets nothing to one that forgets within a few tokens; the last changes from token to token.
-  p.g = fill({1, kPiece, kHeads, channels}, [&](int64_t i) {
+  p.g = of.fill({1, kPiece, kHeads, channels}, [&](int64_t i) {
     const int64_t kind = (i / channels + i % channels) % kHeads;
-    return kind == 0 ? 0.0F : kind == 1 ? -1e-5F : kind == 2 ? -0.5F : -std::exp(-12 * uniform());
+    return kind == 0 ? 0.0F : kind == 1 ? -1e-5F : kind == 2 ? -0.5F : -std::exp(-12 * of.uniform());
   });
   if (channels == 1) p.g = p.g.squeeze(-1);
-  p.beta = fill({1, kPiece, kHeads}, [&](int64_t) { return 0.02F + 0.96F * uniform(); });
+  p.beta = of.fill({1, kPiece, kHeads}, [&](int64_t) { return 0.02F + 0.96F * of.uniform(); });
   return p;
 }
 
@@ -81,13 +72,6 @@ class Oracle {
  private:
   int64_t channels_;
 };
-
-// max|x - ref| / max|ref|, the worst head; infinity for NaN.
-inline double error(const at::Tensor& x, const std::vector<double>& ref) {
-  const at::Tensor r = at::tensor(ref, at::kDouble).view({kHeads, -1}), d = (x.to(at::kDouble).reshape({kHeads, -1}) - r).abs();
-  const double worst = (d.amax(1) / r.abs().amax(1)).max().item<double>();
-  return std::isfinite(worst) ? worst : INFINITY;
-}
 
 // `step` and `rule` as gated_delta_step and gated_delta_rule.
 template <typename Step, typename Rule>

@@ -5,17 +5,17 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
-#include "oryx/common/random.h"
+#include "oryx/ops/long_test_support.h"
 #include "oryx/ops/ssd/ssd.h"
 
-namespace oryx::ops {
+namespace oryx::ops::ssd_long {
 namespace {
 
-constexpr int64_t kHeads = 4, kDim = 4, kPiece = 1000, kSteps = 1000000;
-// Largest error of S and of the last output against float64, relative to the largest value, at 1,000, 10,000, 100,000 and 1,000,000 steps.
-constexpr double kBound = 1e-5;
+using namespace long_test;
+
 // The first head decays by less at a step than float32 resolves near 1 (6e-8): its factor's rounding adds up with the steps.
 constexpr double kFirstHeadBoundAStep = 5e-9;
 
@@ -24,16 +24,9 @@ struct Piece {
 };
 
 Piece draw(int64_t index) {
-  auto generator = CounterRng(7, static_cast<uint64_t>(index));
-  const auto uniform = [&] { return static_cast<float>(generator.below(1 << 24)) / (1 << 24); };
-  const auto fill = [&](std::vector<int64_t> shape, auto f) {
-    at::Tensor t = at::empty(shape, at::kFloat);
-    for (int64_t i = 0; i < t.numel(); ++i) t.mutable_data_ptr<float>()[i] = f(i);
-    return t;
-  };
-  const auto any = [&](int64_t) { return 2 * uniform() - 1; };
-  Piece p{fill({1, kPiece, kHeads, kDim}, any), fill({1, kPiece, kHeads, kDim}, any), fill({1, kPiece, kHeads, kDim}, any), {}};
-  p.dt = fill({1, kPiece, kHeads}, [&](int64_t) { return 6 * uniform() - 3; });
+  Draw of(index);
+  Piece p{of.vectors(), of.vectors(), of.vectors(), {}};
+  p.dt = of.fill({1, kPiece, kHeads}, [&](int64_t) { return 6 * of.uniform() - 3; });
   return p;
 }
 
@@ -68,13 +61,6 @@ class Oracle {
   std::vector<double> state = std::vector<double>(kHeads * kDim * kDim), o = std::vector<double>(kHeads * kDim);
 };
 
-// max|x - ref| / max|ref|, the worst of the heads [first, last); infinity for NaN.
-double error(const at::Tensor& x, const std::vector<double>& ref, int64_t first, int64_t last) {
-  const at::Tensor r = at::tensor(ref, at::kDouble).view({kHeads, -1}), d = (x.to(at::kDouble).reshape({kHeads, -1}) - r).abs();
-  const double worst = (d.amax(1) / r.abs().amax(1)).narrow(0, first, last - first).max().item<double>();
-  return std::isfinite(worst) ? worst : INFINITY;
-}
-
 TEST(SsdLong, AMillionStepsStayNearFloat64) {
   const at::NoGradGuard no_grad;
   at::set_num_threads(1);  // a million small steps, in which threads would only wait for one another
@@ -108,4 +94,4 @@ TEST(SsdLong, AMillionStepsStayNearFloat64) {
 }
 
 }  // namespace
-}  // namespace oryx::ops
+}  // namespace oryx::ops::ssd_long

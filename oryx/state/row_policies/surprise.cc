@@ -3,12 +3,6 @@
 
 namespace oryx {
 
-namespace {
-
-float score_by_surprise(const RowToken& token) { return token.measured; }
-
-}  // namespace
-
-ORYX_ROW_POLICY(surprise, "tokens whose value the recurrent state predicts worst, relative to the value", TokenMeasure::kSurprise, score_by_surprise);
+ORYX_ROW_POLICY(surprise, "tokens whose value the recurrent state predicts worst, relative to the value", TokenMeasure::kSurprise, score_as_measured);
 
 }  // namespace oryx

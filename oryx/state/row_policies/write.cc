@@ -4,12 +4,6 @@
 
 namespace oryx {
 
-namespace {
-
-float score_by_write(const RowToken& token) { return token.measured; }
-
-}  // namespace
-
-ORYX_ROW_POLICY(write, "tokens that change the recurrent state most", TokenMeasure::kWrite, score_by_write);
+ORYX_ROW_POLICY(write, "tokens that change the recurrent state most", TokenMeasure::kWrite, score_as_measured);
 
 }  // namespace oryx
