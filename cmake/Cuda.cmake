@@ -24,6 +24,10 @@ add_library(oryx_cuda_kernels OBJECT ${ORYX_CUDA_KERNELS})
 set_target_properties(oryx_cuda_kernels PROPERTIES CUDA_STANDARD 20)
 target_include_directories(oryx_cuda_kernels PRIVATE "${CMAKE_SOURCE_DIR}")
 target_compile_options(oryx_cuda_kernels PRIVATE -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler=-fPIC)
+if(ORYX_COMPUTE_SANITIZER)
+  target_compile_definitions(oryx_cuda_kernels PRIVATE ORYX_COMPUTE_SANITIZER)
+  target_compile_options(oryx_cuda_kernels PRIVATE -lineinfo)
+endif()
 target_link_libraries(oryx PRIVATE $<TARGET_OBJECTS:oryx_cuda_kernels>)
 
 # c10/cuda includes the toolkit's headers; the flags of other files stay as they are in a build without CUDA.

@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_step_kernel(const __grid_c
     reinterpret_cast<uint64_t*>(s.layers)[i] = __ldg(reinterpret_cast<const unsigned long long*>(a.layers) + i);
   }
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) barrier_init(smem_address(s.full + i), 1), barrier_init(smem_address(s.empty + i), kWarps);
+    for (int i = 0; i < kStages; ++i) barrier_init(smem_address(s.full + i), 1), barrier_init(smem_address(s.empty + i), kWarps * kWarpArrivals);
     barrier_init_fence();
   }
   __syncthreads();

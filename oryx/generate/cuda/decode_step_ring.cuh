@@ -186,7 +186,7 @@ struct Consumer {
   }
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(ring.empty + 8 * ring.stage);
+    barrier_arrive_warp(ring.empty + 8 * ring.stage, threadIdx.x & 31);
     ring.step();
   }
 };

@@ -23,6 +23,23 @@ __device__ __forceinline__ void barrier_expect(uint32_t bar, int bytes) {
 __device__ __forceinline__ void barrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// compute-sanitizer's racecheck orders at an mbarrier what the arriving thread itself did, and not what the other lanes of its warp did before __syncwarp; its initcheck does not
+// see what bulk copies write to device memory. A build for these tools (ORYX_COMPUTE_SANITIZER) has every lane arrive and makes plain stores of the bulk ones; in every other
+// build one lane arrives for its warp. A barrier that waits for N warps is made with N * kWarpArrivals arrivals.
+#ifdef ORYX_COMPUTE_SANITIZER
+constexpr bool kForSanitizer = true;
+#else
+constexpr bool kForSanitizer = false;
+#endif
+constexpr int kWarpArrivals = kForSanitizer ? 32 : 1;
+// By all lanes of a warp, behind __syncwarp or an instruction that the warp executes as one (a wait for wgmma, a shuffle): lane 0 speaks for what the others did before it.
+__device__ __forceinline__ void barrier_arrive_warp(uint32_t bar, int lane) {
+  if (kForSanitizer || lane == 0) barrier_arrive(bar);
+}
+// The other lanes of a warp whose lane 0 has arrived by barrier_expect.
+__device__ __forceinline__ void barrier_arrive_others(uint32_t bar, int lane) {
+  if (kForSanitizer && lane != 0) barrier_arrive(bar);
+}
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(bar),
@@ -46,8 +63,34 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int byt
                "r"(bytes), "r"(bar)
                : "memory");
 }
+// By one thread, bytes / 4 words in turn, what bulk stores and sums do: for the sanitizer alone.
+template <bool kAdd>
+__device__ __noinline__ void plain_store(float* dst, uint32_t src, int bytes) {
+  for (int i = 0; i < bytes / 4; ++i) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(src + 4 * i) : "memory");
+    dst[i] = kAdd ? dst[i] + x : x;
+  }
+  asm volatile("fence.proxy.async;" ::: "memory");  // copies may read it
+}
 __device__ __forceinline__ void bulk_store(void* dst, uint32_t src, int bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+  if constexpr (kForSanitizer)
+    plain_store<false>(static_cast<float*>(dst), src, bytes);
+  else
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+// The same with a hint to the L2 cache (PTX: createpolicy).
+__device__ __forceinline__ void bulk_store(void* dst, uint32_t src, int bytes, uint64_t hint) {
+  if constexpr (kForSanitizer)
+    plain_store<false>(static_cast<float*>(dst), src, bytes);
+  else
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(dst), "r"(src), "r"(bytes), "l"(hint) : "memory");
+}
+__device__ __forceinline__ void bulk_add(float* dst, uint32_t src, int bytes) {
+  if constexpr (kForSanitizer)
+    plain_store<true>(dst, src, bytes);
+  else
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

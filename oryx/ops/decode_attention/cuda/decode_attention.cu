@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kConsumers<kGrouped> + 32, 1) shares_kernel(co
   constexpr int kStageBytes = kGrouped ? kGroupedStageBytes<K> : kSingleStageBytes;
   const Layout layout = layout_of<K>(a.Hk, kGrouped);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kMostStages; ++i) barrier_init(smem_address(s.full + i), 1), barrier_init(smem_address(s.empty + i), kConsumers<kGrouped> / 32);
+    for (int i = 0; i < kMostStages; ++i) barrier_init(smem_address(s.full + i), 1), barrier_init(smem_address(s.empty + i), kConsumers<kGrouped> / 32 * kWarpArrivals);
     barrier_init_fence();
   }
   launch_dependents();

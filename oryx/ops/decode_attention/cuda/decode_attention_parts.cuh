@@ -123,7 +123,7 @@ struct Ring {
   }
   __device__ __forceinline__ void release() {
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(empty + 8 * stage);
+    barrier_arrive_warp(empty + 8 * stage, threadIdx.x & 31);
     step();
   }
 };

@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
                  full_s1 = empty_s0 + 8, empty_s1 = full_s1 + 8;
   if (thread == 0) {
     for (int i = 0; i < 4; ++i) barrier_init(full_a + 8 * i, 1);
-    for (int i = 0; i < 2; ++i) barrier_init(empty + 8 * i, L::kWarps);
+    for (int i = 0; i < 2; ++i) barrier_init(empty + 8 * i, L::kWarps * kWarpArrivals);
     barrier_init(full_s0, 1);
-    barrier_init(empty_s0, L::kWarps);
+    barrier_init(empty_s0, L::kWarps * kWarpArrivals);
     barrier_init(full_s1, 1);
-    barrier_init(empty_s1, L::kWarps);
+    barrier_init(empty_s1, L::kWarps * kWarpArrivals);
     barrier_init_fence();
   }
   if (s.D < kD) {  // what is not in memory
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     }
     wgmma_wait<0>();
     keep(y);
-    if (lane == 0) {
+    if (kForSanitizer || lane == 0) {
       barrier_arrive(empty_s0);
       if (side == 1) barrier_arrive(empty_s1);
     }
@@ -355,7 +355,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
       row_dots(y, my_q, t0, at + L::kSumQ + 256 * half, lane);
       wgmma_wait<0>();
       keep(z);
-      if (lane == 0) barrier_arrive(empty_s1);
+      barrier_arrive_warp(empty_s1, lane);
       const float G_end = load_shared(at_G + 4 * 63);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     if (warp == 0) store_decay_gradient(at, at_G, base + L::kWhole, first, token, count, ho, s.Ho, a.d_g, lane);
     fence_async_proxy();
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty + 8 * set);
+    barrier_arrive_warp(empty + 8 * set, lane);
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");  // this kernel ends after the walk
 }

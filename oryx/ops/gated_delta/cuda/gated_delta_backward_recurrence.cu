@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, L::kWarps);
-      barrier_init(ready + 8 * i, 4);
+      barrier_init(empty + 8 * i, L::kWarps * kWarpArrivals);
+      barrier_init(ready + 8 * i, 4 * kWarpArrivals);
     }
     barrier_init_fence();
   }
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
         queries<L::kQ, L::kK, L::kRecord + kSharedRows, L::kP>(at, s.scale, s.l2_eps, warp - L::kWarps, lane);
         fence_async_proxy();
         __syncwarp();
-        if (lane == 0) barrier_arrive(ready + 8 * stage);
+        barrier_arrive_warp(ready + 8 * stage, lane);
       }
       before += steps;
     }
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
         keep(x);
         keep(y);
         keep(sb);
-        if (lane == 0) barrier_arrive(empty + 8 * stage);
+        barrier_arrive_warp(empty + 8 * stage, lane);
         __syncwarp();
       }
       wgmma_wait<1>();
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
         if (lane == 0) bulk_wait();
         __syncwarp();  // what the warp has written of this chunk is in memory once its stage is free
       }
-      if (lane == 0) barrier_arrive(empty + 8 * stage);
+      barrier_arrive_warp(empty + 8 * stage, lane);
     }
 
     float* to = nullptr;

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, L::kWarps);
-      barrier_init(ready + 8 * i, 4);
+      barrier_init(empty + 8 * i, L::kWarps * kWarpArrivals);
+      barrier_init(ready + 8 * i, 4 * kWarpArrivals);
     }
     barrier_init_fence();
   }
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
       queries<L::kQ, L::kK, L::kRecord + kSharedRows, L::kP>(base + stage * L::kStage, s.scale, s.l2_eps, warp - L::kWarps, lane);
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) barrier_arrive(ready + 8 * stage);
+      barrier_arrive_warp(ready + 8 * stage, lane);
     }
     return;
   }
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
     keep(ub);
 #pragma unroll
     for (int j = 0; j < 16; ++j) ob[j] = pack(o[2 * j], o[2 * j + 1]);
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    barrier_arrive_warp(empty + 8 * stage, lane);
   }
   if (c1 > c0)
     store_out(ob, staging, a.o, a.wanted, seq.begin + (c1 - 1) * kC, min(kC, seq.length - (c1 - 1) * kC), static_cast<size_t>(s.Ho) * s.D,

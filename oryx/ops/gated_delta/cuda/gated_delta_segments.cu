@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, L::kWarps);
+      barrier_init(empty + 8 * i, L::kWarps * kWarpArrivals);
     }
     barrier_init_fence();
   }
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     keep(rb);
     keep(N);
     keep(zb);
-    if (i > 0 && lane == 0) barrier_arrive(empty + 8 * ((i - 1) % kStages));  // its V was read until now
+    if (i > 0) barrier_arrive_warp(empty + 8 * ((i - 1) % kStages), lane);  // its V was read until now
 
     uint32_t xb[16];
 #pragma unroll

@@ -6,7 +6,7 @@
 namespace oryx::gated_delta_cuda {
 
 // ---- copies with a hint to the L2 cache: what is not read again soon makes room first (PTX: createpolicy)
-using hopper::bulk_load, hopper::bulk_store, hopper::tensor_load;
+using hopper::bulk_load, hopper::tensor_load;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
 __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c0, int c1, int c2, int c3, uint64_t hint) {
   asm volatile(
@@ -17,10 +17,6 @@ __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map
 __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int bytes, uint32_t bar, uint64_t hint) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst), "l"(src),
                "r"(bytes), "r"(bar), "l"(hint)
-               : "memory");
-}
-__device__ __forceinline__ void bulk_store(void* dst, uint32_t src, int bytes, uint64_t hint) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(dst), "r"(src), "r"(bytes), "l"(hint)
                : "memory");
 }
 

@@ -82,9 +82,6 @@ __device__ __forceinline__ int load_acquire(const int* p) {
   return x;
 }
 __device__ __forceinline__ void store_release(int* p, int x) { asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(x) : "memory"); }
-__device__ __forceinline__ void bulk_add(float* to, uint32_t from, int bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
 
 // One thread for every other step's dq: its way to the L2 cache and back, which the next block's turn waits for, takes longer than a step.
 template <int D>
@@ -164,16 +161,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     barrier_init(bars + 8 * kKvFull, 1);
-    barrier_init(bars + 8 * kKvEmpty, kWorkers / 32);
+    barrier_init(bars + 8 * kKvEmpty, kWorkers / 32 * kWarpArrivals);
     for (int i = 0; i < 2; ++i) {
       barrier_init(bars + 8 * (kQFull + i), 1);
       barrier_init(bars + 8 * (kDoFull + i), 1);
-      barrier_init(bars + 8 * (kQEmpty + i), kWorkers / 32);
-      barrier_init(bars + 8 * (kDoEmpty + i), kWorkers / 32);
-      barrier_init(bars + 8 * (kDqFull + i), kWorkers / 32);
+      barrier_init(bars + 8 * (kQEmpty + i), kWorkers / 32 * kWarpArrivals);
+      barrier_init(bars + 8 * (kDoEmpty + i), kWorkers / 32 * kWarpArrivals);
+      barrier_init(bars + 8 * (kDqFull + i), kWorkers / 32 * kWarpArrivals);
       barrier_init(bars + 8 * (kDqEmpty + i), 1);
       barrier_init(bars + 8 * (kWorkFull + i), 1);
-      barrier_init(bars + 8 * (kWorkEmpty + i), kWorkers / 32 + 2);
+      barrier_init(bars + 8 * (kWorkEmpty + i), kWorkers / 32 * kWarpArrivals + 2);
     }
     barrier_init_fence();
   }
@@ -200,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto field = [&](int i) { return __shfl_sync(~0u, load_shared_int(work + 4 * i), 0); };
     const int block = field(0), steps = (field(3) - field(2)) * a.group, keys = field(4), batch = field(5), k_begin = field(6), key_head = field(7);
     __syncwarp();
-    if (lane == 0) barrier_arrive(bars + 8 * (kWorkEmpty + ring));
+    barrier_arrive_warp(bars + 8 * (kWorkEmpty + ring), lane);
     if (block < 0) break;
     barrier_wait(bars + 8 * kKvFull, round & 1);
     const int in_use = keys - block * kKeys;
@@ -308,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         wgmma_wait<2>();
         keep(dv);
         keep(pb);
-        if (lane == 0) barrier_arrive(bars + 8 * (kDoEmpty + stage));
+        barrier_arrive_warp(bars + 8 * (kDoEmpty + stage), lane);
         // After the last step: of whatever the stage holds, for nothing. A branch here would make the compiler serialize the products.
         issue_scores(at + 1, left > 1);
         wgmma_commit();
@@ -323,11 +320,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                                     __float_as_uint(dq[4 * i + 3])));
         fence_async_proxy();
         __syncwarp();
-        if (lane == 0) barrier_arrive(bars + 8 * (kDqFull + buffer));
+        barrier_arrive_warp(bars + 8 * (kDqFull + buffer), lane);
         wgmma_wait<1>();
         keep(dk);
         keep(sb);
-        if (lane == 0) barrier_arrive(bars + 8 * (kQEmpty + stage));
+        barrier_arrive_warp(bars + 8 * (kQEmpty + stage), lane);
         wgmma_wait<0>();
         keep(s);
         ++at;
@@ -336,7 +333,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (in_use < kKeys) fence_async_proxy();  // rows were cleared
     __syncwarp();
-    if (lane == 0) barrier_arrive(bars + 8 * kKvEmpty);  // the next keys are on their way while these leave by way of dq's two buffers
+    barrier_arrive_warp(bars + 8 * kKvEmpty, lane);  // the next keys are on their way while these leave by way of dq's two buffers
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (at + i >= 2) barrier_wait(bars + 8 * (kDqEmpty + (at + i) % 2), ((at + i) / 2 - 1) & 1);

@@ -182,7 +182,7 @@ __device__ __forceinline__ Item take_item(const Arguments& a, uint32_t base, int
   x.split = field(7), x.keys = field(8), x.pieces = field(9), x.first_part = field(10);
   const int shift = field(2), mine = x.mine(group);
   __syncwarp();
-  if (thread % 32 == 0) barrier_arrive(work_full + 16 + 8 * (round % 2));
+  barrier_arrive_warp(work_full + 16 + 8 * (round % 2), thread % 32);
   x.low_key = x.high_key = x.last[0] = x.last[1] = 0;
   if (mine <= 0) return x;
   const int* rows = a.plan.rows + x.slot;
@@ -214,12 +214,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       barrier_init(k_full + 8 * i, 1);
       barrier_init(v_full + 8 * i, 1);
-      barrier_init(k_empty + 8 * i, kWorkers / 32);
-      barrier_init(v_empty + 8 * i, kWorkers / 32);
+      barrier_init(k_empty + 8 * i, kWorkers / 32 * kWarpArrivals);
+      barrier_init(v_empty + 8 * i, kWorkers / 32 * kWarpArrivals);
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(work_full + 8 * i, 1);
-      barrier_init(work_empty + 8 * i, kWorkers / 32);
+      barrier_init(work_empty + 8 * i, kWorkers / 32 * kWarpArrivals);
     }
     barrier_init_fence();
   }
@@ -249,9 +249,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int i = 0; i < blocks; ++i, ++at) {
         const int stage = at % kStages;
         barrier_wait(k_full + 8 * stage, (at / kStages) & 1);
-        if (lane == 0) barrier_arrive(k_empty + 8 * stage);
+        barrier_arrive_warp(k_empty + 8 * stage, lane);
         barrier_wait(v_full + 8 * stage, (at / kStages) & 1);
-        if (lane == 0) barrier_arrive(v_empty + 8 * stage);
+        barrier_arrive_warp(v_empty + 8 * stage, lane);
       }
       named_barrier(4 + group, 128);  // nobody loads queries where another warp still reads results
       item = take_item<D>(a, base, round + 1, group, row, thread);
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     scores<D>(s, own_q, base + L::kK + at % kStages * L::kMatrix);
     wgmma_wait<0>();
     keep(s);
-    if (lane == 0) barrier_arrive(k_empty + 8 * (at % kStages));
+    barrier_arrive_warp(k_empty + 8 * (at % kStages), lane);
     soften(0);
     round_probabilities();
     for (int n = 1; n < blocks; ++n) {
@@ -310,12 +310,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (both) barrier_arrive_named(3 - group, kWorkers);
       wgmma_wait<1>();
       keep(s);
-      if (lane == 0) barrier_arrive(k_empty + 8 * next);
+      barrier_arrive_warp(k_empty + 8 * next, lane);
       soften(n);
       wgmma_wait<0>();
       keep(o);
       keep(p);
-      if (lane == 0) barrier_arrive(v_empty + 8 * stage);
+      barrier_arrive_warp(v_empty + 8 * stage, lane);
 #pragma unroll
       for (int i = 0; i < D / 2; ++i) o[i] *= factor[i / 2 % 2];
       round_probabilities();
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       next = take_item<D>(a, base, round + 1, group, row, thread);
       wgmma_wait<0>();
       keep(o);
-      if (lane == 0) barrier_arrive(v_empty + 8 * stage);
+      barrier_arrive_warp(v_empty + 8 * stage, lane);
       ++at;
     }
 

@@ -61,7 +61,7 @@ __device__ __forceinline__ void output(uint32_t at, uint32_t state, uint32_t rea
   wgmma_wait<0>();
   keep(p);
   keep(o);
-  if (lane == 0) barrier_arrive(state_free);
+  barrier_arrive_warp(state_free, lane);
   uint32_t pb[16];
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ void output(uint32_t at, uint32_t state, uint32_t rea
   wgmma_wait<0>();
   keep(o);
   keep(pb);
-  if (lane == 0) barrier_arrive(stage_free);
+  barrier_arrive_warp(stage_free, lane);
 #pragma unroll
   for (int i = 0; i < 16; ++i) ob[i] = pack(o[2 * i] + D * low(v[i]), o[2 * i + 1] + D * high(v[i]));
 }
@@ -126,12 +126,12 @@ __global__ void __launch_bounds__(512, 1)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + 8 * i, 2);
-      barrier_init(empty + 8 * i, 8);
+      barrier_init(full + 8 * i, 2 * kWarpArrivals);
+      barrier_init(empty + 8 * i, 8 * kWarpArrivals);
     }
     for (int i = 0; i < 2; ++i) {
-      barrier_init(ready + 8 * i, 4);
-      barrier_init(state_free + 8 * i, 4);
+      barrier_init(ready + 8 * i, 4 * kWarpArrivals);
+      barrier_init(state_free + 8 * i, 4 * kWarpArrivals);
     }
     barrier_init(aside, 1);
     barrier_init_fence();
@@ -166,7 +166,9 @@ __global__ void __launch_bounds__(512, 1)
           clear_rows(at + L::kKeys, L::kPanels + 1, first_rows(count), lane);
           fence_async_proxy();
           __syncwarp();
-          if (lane == 0) barrier_arrive(full + 8 * stage);
+          barrier_arrive_warp(full + 8 * stage, lane);
+        } else {
+          barrier_arrive_others(full + 8 * stage, lane);
         }
       }
     } else if (warp == 1) {  // scalars
@@ -180,7 +182,7 @@ __global__ void __launch_bounds__(512, 1)
             if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) & 1);
             chunk_scalars<true>(base + stage * L::kStage + L::kScalars, raw, bias, rate, length - i * kC, lane);
             __syncwarp();
-            if (lane == 0) barrier_arrive(full + 8 * stage);
+            barrier_arrive_warp(full + 8 * stage, lane);
           });
     }
   } else if (group > 0) {
@@ -203,10 +205,8 @@ __global__ void __launch_bounds__(512, 1)
                    lane, ob);
       } else {
         barrier_wait(ready + 8 * turn, (i / 2) & 1);
-        if (lane == 0) {
-          barrier_arrive(state_free + 8 * turn);
-          barrier_arrive(empty + 8 * stage);
-        }
+        barrier_arrive_warp(state_free + 8 * turn, lane);
+        barrier_arrive_warp(empty + 8 * stage, lane);
       }
       store_out(ob, staging, o + static_cast<size_t>(token) * stride, stride, wanted, count, warp, lane);
     }
@@ -234,11 +234,11 @@ __global__ void __launch_bounds__(512, 1)
       S.stage(base + L::kState + turn * L::kStateBytes, warp, lane);
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) barrier_arrive(ready + 8 * turn);
+      barrier_arrive_warp(ready + 8 * turn, lane);
       S.advance(now, at + L::kKeys, power2(load_shared(at + L::kScalars + kG + 252)));
       if (i + 1 < chunks) load(i + 1, next);
       S.settle(now);
-      if (lane == 0) barrier_arrive(empty + 8 * stage);
+      barrier_arrive_warp(empty + 8 * stage, lane);
     };
     if (chunks > 0) load(0, even);
     for (int i = 0; i < chunks; i += 2) {

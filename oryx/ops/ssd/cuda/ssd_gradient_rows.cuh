@@ -195,7 +195,7 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
       keep(x0);
       add_and_dot(dq + 32, x0, gamma, gamma, rows, base + L::kQueries + kPanel, warp, lane);
     }
-    if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
+    barrier_arrive_warp(bar.empty + 8 * stage, lane);
     if (++vb == blocks) {
       vb = 0, ++head;
       sum_rows(rows);
@@ -207,7 +207,7 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
       for (int d = 16; d >= 1; d /= 2) skip += __shfl_xor_sync(~0u, skip, d);
       if (lane == 0) store_shared(sums + 4 * (kSkip + warp), skip);
       __syncwarp();
-      if (lane == 0) barrier_arrive(bar.sums_full + 8 * ((head - 1) % 2));
+      barrier_arrive_warp(bar.sums_full + 8 * ((head - 1) % 2), lane);
       rows[0] = rows[1] = skip = 0.f;
     }
   }
@@ -222,7 +222,7 @@ __device__ __forceinline__ void query_rows(const Shape& s, const GradientArgumen
     store_matrix(base + L::kW + r * 128 + (((2 * kk + lane / 16) ^ (r & 7)) << 4), wb[4 * kk], wb[4 * kk + 1],
                  wb[4 * kk + 2], wb[4 * kk + 3]);
   __syncwarp();
-  if (lane == 0) barrier_arrive(bar.w);
+  barrier_arrive_warp(bar.w, lane);
   add_product<kK>(dq, wb, base + L::kKeys);
   const bool whole = a.dq_part == nullptr;
   write_keys<kK>(dq, b, a.d_q, a.dq_part, whole ? s.Hq : s.Ho / b.heads, whole ? b.first / (s.Ho / s.Hq) : b.unit,
@@ -327,7 +327,7 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
       keep(x0);
       add_and_dot(dk + 32, x0, step, tail, tails, base + L::kKeys + kPanel, warp, lane);
     }
-    if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
+    barrier_arrive_warp(bar.empty + 8 * stage, lane);
     if (++vb == blocks) {
       vb = 0, ++head;
       sum_rows(tails);
@@ -336,7 +336,7 @@ __device__ __forceinline__ void key_rows(const Shape& s, const GradientArguments
         store_shared(sums + 4 * kDTail + row + 32, tails[1]);
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(bar.sums_full + 8 * ((head - 1) % 2));
+      barrier_arrive_warp(bar.sums_full + 8 * ((head - 1) % 2), lane);
       tails[0] = tails[1] = 0.f;
     }
   }

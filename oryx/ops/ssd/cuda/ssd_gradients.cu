@@ -38,7 +38,9 @@ __device__ __forceinline__ void copy_in(const Shape& s, const GradientArguments&
     clear_rows(base + L::kKeys, L::kPanels, all, lane);
     fence_async_proxy();
     __syncwarp();
-    if (lane == 0) barrier_arrive(bar.pair);
+    barrier_arrive_warp(bar.pair, lane);
+  } else {
+    barrier_arrive_others(bar.pair, lane);
   }
   for (int i = 0; i < b.heads * blocks; ++i) {
     const int stage = i % kStages, ho = b.first + i / blocks, hs = ho / readers, vb = i % blocks;
@@ -58,7 +60,9 @@ __device__ __forceinline__ void copy_in(const Shape& s, const GradientArguments&
       clear_rows(at + L::kValues, 1, all, lane);
       fence_async_proxy();
       __syncwarp();
-      if (lane == 0) barrier_arrive(bar.full + 8 * stage);
+      barrier_arrive_warp(bar.full + 8 * stage, lane);
+    } else {
+      barrier_arrive_others(bar.full + 8 * stage, lane);
     }
   }
 }
@@ -93,7 +97,7 @@ __device__ __forceinline__ void state_products(const Shape& s, const Block& b, u
     }
     const float gamma = load_shared(at + L::kScalars + kGamma + 252);
     __syncwarp();
-    if (lane == 0) barrier_arrive(bar.empty + 8 * stage);
+    barrier_arrive_warp(bar.empty + 8 * stage, lane);
     if (i % blocks == blocks - 1) {
       float x = sum[0] + sum[1];
 #pragma unroll
@@ -134,7 +138,7 @@ __device__ __forceinline__ void step_gradients(const Shape& s, const GradientArg
     const float end = load_shared(sums + 4 * kEnd);
     float skip = lane < 4 ? load_shared(sums + 4 * (kSkip + lane)) : 0.f;
     __syncwarp();
-    if (lane == 0) barrier_arrive(bar.sums_free + 8 * (head % 2));
+    barrier_arrive_warp(bar.sums_free + 8 * (head % 2), lane);
     float after = x.x + x.y, before = tail.x + tail.y;  // sums from this lane on, and up to it
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -208,15 +212,15 @@ __global__ void __launch_bounds__(384, 1)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(bar.full + 8 * i, 2);
-      barrier_init(bar.empty + 8 * i, 9);
+      barrier_init(bar.full + 8 * i, 2 * kWarpArrivals);
+      barrier_init(bar.empty + 8 * i, 9 * kWarpArrivals);
     }
     for (int i = 0; i < 2; ++i) {
-      barrier_init(bar.sums_full + 8 * i, 9);
-      barrier_init(bar.sums_free + 8 * i, 1);
+      barrier_init(bar.sums_full + 8 * i, 8 * kWarpArrivals + 1);
+      barrier_init(bar.sums_free + 8 * i, kWarpArrivals);
     }
-    barrier_init(bar.pair, 1);
-    barrier_init(bar.w, 4);
+    barrier_init(bar.pair, kWarpArrivals);
+    barrier_init(bar.w, 4 * kWarpArrivals);
     barrier_init(bar.aside, 1);
     barrier_init_fence();
   }
@@ -248,7 +252,7 @@ __global__ void __launch_bounds__(384, 1)
         chunk_scalars(to, raw, bias, log2_rate(A_log), b.count, lane);
         if (lane == 0) store_shared2(to + kSkipRate, D, (b.first + i / blocks) % readers == 0 ? 1.f : 0.f);
         __syncwarp();
-        if (lane == 0) barrier_arrive(bar.full + 8 * stage);
+        barrier_arrive_warp(bar.full + 8 * stage, lane);
         if (i + 1 < b.heads * blocks) load(i + 1);
       }
     } else if (warp == 2) {

@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(192, 2)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + 8 * i, 2);
-      barrier_init(empty + 8 * i, 4);
+      barrier_init(full + 8 * i, 2 * kWarpArrivals);
+      barrier_init(empty + 8 * i, 4 * kWarpArrivals);
     }
     barrier_init(aside, 1);
     barrier_init_fence();
@@ -84,7 +84,9 @@ __global__ void __launch_bounds__(192, 2)
         clear_rows(at, L::kPanels + 1, keep, lane);
         fence_async_proxy();
         __syncwarp();
-        if (lane == 0) barrier_arrive(full + 8 * stage);
+        barrier_arrive_warp(full + 8 * stage, lane);
+      } else {
+        barrier_arrive_others(full + 8 * stage, lane);
       }
     }
     return;
@@ -107,7 +109,7 @@ __global__ void __launch_bounds__(192, 2)
                                           seq.length - chunk_of(i) * kC, lane);
           if (i % readers == 0) total += end;
           __syncwarp();
-          if (lane == 0) barrier_arrive(full + 8 * stage);
+          barrier_arrive_warp(full + 8 * stage, lane);
         });
     if (!kStore && lane == 0) w.segments[direction].decay[first + segment] = total;
     return;
@@ -149,7 +151,7 @@ __global__ void __launch_bounds__(192, 2)
     S.advance(now, at + L::kColumns, i % readers == 0 ? load_shared(at + L::kScalars + kGamma + 252) : 1.f);
     if (i + 1 < items) load(i + 1, next);
     S.settle(now);
-    if (lane == 0) barrier_arrive(empty + 8 * stage);
+    barrier_arrive_warp(empty + 8 * stage, lane);
   };
   if (items > 0) load(0, even);
   for (int i = 0; i < items; i += 2) {
