@@ -36,8 +36,7 @@ struct Prepared {
 // f(sequence, head, scratch) for all sequences and state heads. Neighbouring tasks are different sequences of one head,
 // so that threads share the work evenly however unequal the packed documents are.
 template <typename F>
-void for_each_head(const Problem& p, const KernelArgs& a, bool backward, const at::Tensor& like, F f) {
-  const auto floats = static_cast<int64_t>(scratch_floats(a, backward));
+void for_each_head(const Problem& p, int64_t floats, const at::Tensor& like, F f) {
   at::parallel_for(0, p.Hs * p.N, 1, [&](int64_t begin, int64_t end) {
     const at::Tensor scratch = cache_aligned(floats, like);
     for (int64_t i = begin; i < end; ++i) {
@@ -55,7 +54,7 @@ at::Tensor sum_heads(const at::Tensor& x, int64_t n) {
 
 }  // namespace
 
-Outputs kernel_forward(const Problem& p, const Inputs& in, bool save) {
+Outputs run_forward(const HeadKernels& kernels, const Problem& p, const Inputs& in, bool save) {
   Prepared prepared(p, in);
   KernelArgs& a = prepared.a;
   const auto options = in.g.options();
@@ -69,13 +68,13 @@ Outputs kernel_forward(const Problem& p, const Inputs& in, bool save) {
     out.residual = at::empty({p.B, p.T, p.Hs, p.V}, options);
     a.chunk_states = out.chunk_states.mutable_data_ptr<float>(), a.residual = out.residual.mutable_data_ptr<float>();
   }
-  for_each_head(p, a, false, in.g,
-                [&](const KernelSequence& s, int64_t head, float* scratch) { forward_head(a, s, head, scratch); });
+  for_each_head(p, static_cast<int64_t>(kernels.scratch_floats(a, false)), in.g,
+                [&](const KernelSequence& s, int64_t head, float* scratch) { kernels.forward(a, s, head, scratch); });
   return out;
 }
 
-Gradients kernel_backward(const Problem& p, const Inputs& in, const Outputs& saved, const at::Tensor& d_o,
-                          const at::Tensor& d_final) {
+Gradients run_backward(const HeadKernels& kernels, const Problem& p, const Inputs& in, const Outputs& saved, const at::Tensor& d_o,
+                       const at::Tensor& d_final) {
   Prepared prepared(p, in);
   KernelArgs& a = prepared.a;
   // Backward only reads them.
@@ -96,11 +95,20 @@ Gradients kernel_backward(const Problem& p, const Inputs& in, const Outputs& sav
                             d.g.mutable_data_ptr<float>(),
                             d.beta.mutable_data_ptr<float>(),
                             d.state.mutable_data_ptr<float>()};
-  for_each_head(p, a, true, in.g, [&](const KernelSequence& s, int64_t head, float* scratch) {
-    backward_head(a, out, s, head, scratch);
-  });
+  for_each_head(p, static_cast<int64_t>(kernels.scratch_floats(a, true)), in.g,
+                [&](const KernelSequence& s, int64_t head, float* scratch) { kernels.backward(a, out, s, head, scratch); });
   d.q = sum_heads(d.q, p.Hq), d.k = sum_heads(d.k, p.Hk), d.v = sum_heads(d.v, p.Hv);
   return d;
+}
+
+namespace {
+constexpr HeadKernels kHeadKernels{scratch_floats, forward_head, backward_head};
+}  // namespace
+
+Outputs kernel_forward(const Problem& p, const Inputs& x, bool save) { return run_forward(kHeadKernels, p, x, save); }
+
+Gradients kernel_backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o, const at::Tensor& d_final) {
+  return run_backward(kHeadKernels, p, x, saved, d_o, d_final);
 }
 
 at::Tensor kernel_step(const Problem& p, const Inputs& x, at::Tensor& state) {

@@ -85,4 +85,10 @@ Gradients kernel_backward(const Problem& p, const Inputs& x, const Outputs& save
                           const at::Tensor& d_final);
 at::Tensor kernel_step(const Problem& p, const Inputs& x, at::Tensor& state);
 
+// Runs a delta rule's kernels over sequences and heads, which the threads share (g of [B, T, Hs] or [B, T, Hs, K], as those kernels want it).
+struct HeadKernels;
+Outputs run_forward(const HeadKernels& kernels, const Problem& p, const Inputs& x, bool save);
+Gradients run_backward(const HeadKernels& kernels, const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o,
+                       const at::Tensor& d_final);
+
 }  // namespace oryx::ops::gated_delta

@@ -8,58 +8,15 @@
 // Rows of the wanted tokens span [lo, hi) of a chunk; everything of q stays within them.
 #include "oryx/ops/gated_delta/gated_delta_kernels.h"
 
-#include <cmath>
-#include <cstring>
-
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "oryx/ops/gated_delta/gated_delta_kernels.cc"
 #include <hwy/foreach_target.h>
 // After foreach_target.h:
-#include <hwy/contrib/math/math-inl.h>
-#include <hwy/highway.h>
-
-#include "oryx/ops/simd/small_matmul-inl.h"
+#include "oryx/ops/gated_delta/delta_kernels-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace oryx::ops::gated_delta {
 namespace HWY_NAMESPACE {
-
-using namespace simd::HWY_NAMESPACE;
-
-constexpr size_t kC = 64;               // tokens of a chunk: kChunk of gated_delta_internal.h
-constexpr size_t kLdc = PadStride(kC);  // row distance of [C, C] matrices
-
-// Hands out pieces of the scratch memory; with a null base it only counts.
-struct Arena {
-  float* base;
-  size_t used = 0;
-  float* take(size_t floats) {
-    float* p = base == nullptr ? nullptr : base + used;
-    used += PadLength(floats);
-    return p;
-  }
-};
-
-struct Sizes {
-  size_t K, V, Kp, Vp, ldk, ldv;
-  explicit Sizes(const KernelArgs& a)
-      : K(a.K), V(a.V), Kp(PadLength(K)), Vp(PadLength(V)), ldk(PadStride(K)), ldv(PadStride(V)) {}
-};
-
-HWY_INLINE Vector ExpOf(Vector x) {
-  // Highway's Exp gives 0 for NaN.
-  return hn::IfThenElse(hn::IsNaN(x), x, hn::Exp(Floats(), x));
-}
-
-// Gradient of a row before normalisation, in place: r (d - x^ (x^ . d)).
-HWY_INLINE void UnitRowBackward(const float* HWY_RESTRICT unit, float r, size_t n, float* HWY_RESTRICT d) {
-  const Floats tag;
-  const Vector s = hn::Set(tag, Dot(unit, d, n)), vr = hn::Set(tag, r);
-  for (size_t i = 0; i < n; i += kLanes) {
-    const Vector x = hn::LoadU(tag, unit + i);
-    hn::StoreU(hn::Mul(vr, hn::NegMulAdd(x, s, hn::LoadU(tag, d + i))), tag, d + i);
-  }
-}
 
 // to = (G * x) at columns j < count, zero from there to `columns`. Both may hold anything at or beyond count.
 HWY_INLINE void MaskedProduct(const float* G, const float* x, size_t count, size_t columns, float sign, float* to) {
@@ -79,10 +36,6 @@ HWY_INLINE void AddMaskedProduct(const float* x, const float* y, size_t count, f
     const Vector p = hn::Mul(hn::LoadU(d, x + j), hn::LoadU(d, y + j));
     hn::StoreU(hn::Add(hn::LoadU(d, sum + j), hn::IfThenElseZero(hn::FirstN(d, count - j), p)), d, sum + j);
   }
-}
-
-HWY_INLINE void ZeroRows(float* x, size_t ld, size_t from, size_t to) {
-  for (size_t i = from; i < to; ++i) std::memset(x + i * ld, 0, ld * sizeof(float));
 }
 
 // What of a chunk depends on the keys and gates alone.
@@ -180,85 +133,6 @@ HWY_NOINLINE void LoadQueries(const KernelArgs& a, const Sizes& z, const Keys& s
   for (size_t i = lo; i < hi; ++i) MaskedProduct(s.G + i * kLdc, x.P + i * kLdc, i + 1, s.Lp, 1, x.P + i * kLdc);
 }
 
-// Rows [i, i + kRows) of the triangular system, the tile in registers throughout.
-//   forward:   x_i += sum_{j<i} N_ij y_j, y_i = b_i x_i        backward:  x_i += sum_{j>i} N_ji y_j, y_i = b_i x_i
-template <bool kBackward, size_t kRows, size_t kVectors>
-HWY_NOINLINE void SolveTile(size_t i, size_t L, const float* N, const float* b, float* x, float* y, size_t ldv) {
-  const Floats d;
-  Vector acc[kRows][kVectors];
-  InitTile<false>(x + i * ldv, ldv, 1, acc);
-  if (kBackward) {
-    AccumulateTile<Order::kT>(N + i, kLdc, y, ldv, i + kRows, L, acc);
-  } else {
-    AccumulateTile<Order::kPlain>(N + i * kLdc, kLdc, y, ldv, 0, i, acc);
-  }
-  Unroll<kRows>([&](auto step) ORYX_TILE_LAMBDA {
-    constexpr size_t r = kBackward ? kRows - 1 - step : step;
-    const Vector br = hn::Set(d, b[i + r]);
-    Vector yr[kVectors];
-    Unroll<kVectors>([&](auto v) ORYX_TILE_LAMBDA {
-      yr[v] = hn::Mul(br, acc[r][v]);
-      hn::StoreU(yr[v], d, y + (i + r) * ldv + v * kLanes);
-    });
-    Unroll<kRows - 1 - step>([&](auto later) ORYX_TILE_LAMBDA {
-      constexpr size_t o = kBackward ? later : r + 1 + later;
-      const Vector n = hn::Set(d, kBackward ? N[(i + r) * kLdc + i + o] : N[(i + o) * kLdc + i + r]);
-      Unroll<kVectors>([&](auto v) ORYX_TILE_LAMBDA { acc[o][v] = hn::MulAdd(n, yr[v], acc[o][v]); });
-    });
-  });
-  StoreTile(acc, x + i * ldv, ldv);
-}
-
-template <bool kBackward, size_t kRows>
-HWY_INLINE void SolveRows(size_t i, size_t L, size_t Vp, const float* N, const float* b, float* x, float* y,
-                          size_t ldv) {
-  size_t j = 0;
-  for (; j + kLanes < Vp; j += 2 * kLanes) SolveTile<kBackward, kRows, 2>(i, L, N, b, x + j, y + j, ldv);
-  if (j < Vp) SolveTile<kBackward, kRows, 1>(i, L, N, b, x + j, y + j, ldv);
-}
-
-// x holds the right-hand side, then the solution; y = diag(b) x.
-template <bool kBackward>
-HWY_NOINLINE void Solve(size_t L, size_t Vp, const float* N, const float* b, float* x, float* y, size_t ldv) {
-  size_t left = L;
-  while (left > 0) {
-    const size_t n = left >= kTileRows ? kTileRows : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    const size_t i = kBackward ? left - n : L - left;
-    if (n == kTileRows) {
-      SolveRows<kBackward, kTileRows>(i, L, Vp, N, b, x, y, ldv);
-    } else if (n == 4) {
-      SolveRows<kBackward, 4>(i, L, Vp, N, b, x, y, ldv);
-    } else if (n == 2) {
-      SolveRows<kBackward, 2>(i, L, Vp, N, b, x, y, ldv);
-    } else {
-      SolveRows<kBackward, 1>(i, L, Vp, N, b, x, y, ldv);
-    }
-    left -= n;
-  }
-}
-
-// St [Kp, ldv] = transpose of a dense [V, K] (zeros when null), by way of tmp [Vp, ldk].
-void LoadState(const Sizes& z, const float* from, float* tmp, float* St) {
-  ZeroRows(tmp, z.ldk, 0, z.Vp);
-  if (from != nullptr) {
-    for (size_t v = 0; v < z.V; ++v) LoadRow(1, from + v * z.K, z.K, tmp + v * z.ldk);
-  }
-  Transpose(z.Vp, z.Kp, tmp, z.ldk, St, z.ldv);
-}
-
-void StoreState(const Sizes& z, const float* St, float* tmp, float* to) {
-  Transpose(z.Kp, z.Vp, St, z.ldv, tmp, z.ldk);
-  for (size_t v = 0; v < z.V; ++v) StoreRow(1, tmp + v * z.ldk, z.K, to + v * z.K);
-}
-
-// The wanted rows of a chunk lie in [lo, hi); empty when none is.
-void WantedRows(const KernelArgs& a, int64_t begin, size_t L, size_t* lo, size_t* hi) {
-  *lo = 0, *hi = L;
-  if (a.wanted == nullptr) return;
-  while (*hi > 0 && a.wanted[begin + *hi - 1] == 0) --*hi;
-  while (*lo < *hi && a.wanted[begin + *lo] == 0) ++*lo;
-}
-
 // ---------------------------------------------------------------- forward
 
 struct ForwardScratch {
@@ -279,7 +153,6 @@ HWY_NOINLINE void Readout(const KernelArgs& a, const Sizes& z, ForwardScratch& w
   const size_t L = w.s.L;
   size_t lo, hi;
   WantedRows(a, begin, L, &lo, &hi);
-  const int64_t Ho = a.Hs * a.groups;
   for (int64_t r = 0; r < a.groups; ++r) {
     const int64_t out_head = head * a.groups + r;
     if (lo < hi) {
@@ -287,15 +160,7 @@ HWY_NOINLINE void Readout(const KernelArgs& a, const Sizes& z, ForwardScratch& w
       MatMulRange(lo, hi, z.Vp, 0, z.K, w.x.qc, z.ldk, w.St, z.ldv, 0, w.o, z.ldv);
       MatMulRange<Order::kPlain, Triangle::kLowerA>(lo, hi, z.Vp, 0, L, w.x.P, kLdc, w.u, z.ldv, 1, w.o, z.ldv);
     }
-    for (size_t i = 0; i < L; ++i) {
-      const int64_t t = begin + static_cast<int64_t>(i);
-      float* to = a.o + (t * Ho + out_head) * a.V;
-      if (a.wanted != nullptr && a.wanted[t] == 0) {
-        std::memset(to, 0, z.V * sizeof(float));
-      } else {
-        StoreRow(a.scale, w.o + i * z.ldv, z.V, to);
-      }
-    }
+    StoreOutputs(a, z, begin, L, out_head, w.o);
   }
 }
 
@@ -370,19 +235,6 @@ HWY_NOINLINE void LoadSaved(const KernelArgs& a, const Sizes& z, BackwardScratch
   Transpose(z.Kp, z.Vp, w.St, z.ldv, w.S, z.ldk);
   Transpose(z.Kp, z.Vp, w.dSt, z.ldv, w.dS, z.ldk);
   Transpose(w.s.Lp, z.Vp, w.u, z.ldv, w.ut, kLdc);
-}
-
-HWY_NOINLINE void LoadUpstream(const KernelArgs& a, const Sizes& z, const float* d_o, int64_t begin, size_t lo,
-                               size_t hi, int64_t out_head, Queries& x) {
-  const int64_t Ho = a.Hs * a.groups;
-  for (size_t i = lo; i < hi; ++i) {
-    const int64_t t = begin + static_cast<int64_t>(i);
-    if (a.wanted != nullptr && a.wanted[t] == 0) {
-      ZeroRows(x.d_o, z.ldv, i, i + 1);
-    } else {
-      LoadRow(a.scale, d_o + (t * Ho + out_head) * a.V, z.V, x.d_o + i * z.ldv);
-    }
-  }
 }
 
 // The part of dk, D and from_start, to_end that comes through the keys' side; E = E_k.
@@ -497,7 +349,7 @@ void BackwardHead(const KernelArgs& a, const KernelGradients& d, const KernelSeq
       Queries x(group_arena, z, true);
       if (lo == hi) continue;
       LoadQueries(a, z, s, begin, lo, hi, head * a.groups + r, x);
-      LoadUpstream(a, z, d.d_o, begin, lo, hi, head * a.groups + r, x);
+      LoadUpstream(a, z, d.d_o, begin, lo, hi, head * a.groups + r, x.d_o);
       MatMulRange<Order::kT, Triangle::kUpperA>(0, hi, z.Vp, lo, hi, x.P, kLdc, x.d_o, z.ldv, 1, w.y, z.ldv);
     }
     Solve<true>(L, z.Vp, s.N, s.b, w.y, w.w, z.ldv);

@@ -18,7 +18,7 @@ struct KernelArgs {
   int64_t T, K, V, Hq, Hk, Hv, Hs, groups;  // groups = Ho / Hs
   float scale, l2_eps;
   TokenHeads q, k, v;
-  const float *g, *beta;       // [B * T, Hs]
+  const float *g, *beta;       // [B * T, Hs]; g of Kimi Delta Attention [B * T, Hs, K]
   const float* initial_state;  // [N, Hs, V, K] or null: zeros
   const uint8_t* wanted;       // [B * T] or null: everywhere
   float *o, *final_state;      // [B * T, Ho, V], [N, Hs, V, K]
@@ -29,7 +29,7 @@ struct KernelArgs {
 struct KernelGradients {
   const float *d_o, *d_final;  // [B * T, Ho, V], [N, Hs, V, K]
   float *q, *k, *v;            // [B * T, Ho, K], [B * T, Hs, K], [B * T, Hs, V]: not yet summed over heads that share
-  float *g, *beta;             // [B * T, Hs]
+  float *g, *beta;             // as of KernelArgs
   float* state;                // [N, Hs, V, K]
 };
 
@@ -43,6 +43,13 @@ void forward_head(const KernelArgs& a, const KernelSequence& s, int64_t head, fl
 // Reads what forward_head saved (chunk_states, residual); o and final_state are not used.
 void backward_head(const KernelArgs& a, const KernelGradients& d, const KernelSequence& s, int64_t head,
                    float* scratch);
+
+// The three as one choice, for what runs them over sequences and heads (gated_delta_cpu.cc).
+struct HeadKernels {
+  size_t (*scratch_floats)(const KernelArgs&, bool backward);
+  void (*forward)(const KernelArgs&, const KernelSequence&, int64_t head, float* scratch);
+  void (*backward)(const KernelArgs&, const KernelGradients&, const KernelSequence&, int64_t head, float* scratch);
+};
 
 struct StepArgs {
   int64_t K, V, Hq, Hk, Hv, Hs, groups;

@@ -28,13 +28,26 @@ Inputs widen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, cons
   return {wide(q), wide(k), wide(v), wide(g), wide(beta), state.has_value() && state->defined() ? wide(*state) : at::Tensor()};
 }
 
+// The vector kernels are float32 on the CPU; the chunked form runs anywhere.
+bool by_kernels(const Inputs& x) {
+  if (x.g.is_cuda()) log::warn_once("kda: on CUDA by batched matrix products, slowly");
+  return x.g.is_cpu() && x.g.scalar_type() == at::kFloat;
+}
+
+Outputs forward(const Problem& p, const Inputs& x, bool save) {
+  return by_kernels(x) ? kimi::kernel_forward(p, x, save) : kimi::chunked_forward(p, x, save);
+}
+
+Gradients backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o, const at::Tensor& d_final) {
+  return by_kernels(x) ? kimi::kernel_backward(p, x, saved, d_o, d_final) : kimi::chunked_backward(p, x, saved, d_o, d_final);
+}
+
 std::tuple<at::Tensor, at::Tensor> rule(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                                         const at::Tensor& beta, const Optional& initial_state, const Optional& cu_seqlens,
                                         const Optional& spans, std::optional<double> scale, double l2_eps) {
   const at::NoGradGuard no_grad;
   const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
-  if (g.is_cuda()) log::warn_once("kda: on CUDA by batched matrix products, slowly");
-  const Outputs out = kimi::chunked_forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/false);
+  const Outputs out = forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/false);
   return {out.o.to(v.scalar_type()), out.final_state};
 }
 
@@ -45,11 +58,10 @@ class Rule : public torch::autograd::Function<Rule> {
                                                 const Optional& initial_state, const Optional& cu_seqlens, const Optional& spans,
                                                 std::optional<double> scale, double l2_eps) {
     const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
-    if (g.is_cuda()) log::warn_once("kda: on CUDA by batched matrix products, slowly");
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Outputs out = kimi::chunked_forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/true);
+    const Outputs out = ops::forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/true);
     const auto or_none = [](const Optional& x) { return x.value_or(at::Tensor()); };
-    ctx->save_for_backward({q, k, v, g, beta, or_none(initial_state), or_none(cu_seqlens), or_none(spans), out.chunk_states});
+    ctx->save_for_backward({q, k, v, g, beta, or_none(initial_state), or_none(cu_seqlens), or_none(spans), out.chunk_states, out.residual});
     ctx->saved_data["scale"] = p.scale;
     ctx->saved_data["l2_eps"] = l2_eps;
     return {out.o.to(v.scalar_type()), out.final_state};
@@ -61,8 +73,8 @@ class Rule : public torch::autograd::Function<Rule> {
     const Problem p = check(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["scale"].toDouble(),
                             ctx->saved_data["l2_eps"].toDouble());
     const auto wide = s[3].scalar_type(), narrow = s[0].scalar_type();
-    const Gradients d = kimi::chunked_backward(p, widen(s[0], s[1], s[2], s[3], s[4], s[5]), {{}, {}, s[8], {}}, up[0].to(wide).contiguous(),
-                                               up[1].to(wide).contiguous());
+    const Gradients d = ops::backward(p, widen(s[0], s[1], s[2], s[3], s[4], s[5]), {{}, {}, s[8], s[9]}, up[0].to(wide).contiguous(),
+                                      up[1].to(wide).contiguous());
     const at::Tensor none;
     return {d.q.to(narrow), d.k.to(narrow), d.v.to(narrow), d.g, d.beta, s[5].defined() ? d.state : none, none, none, none, none};
   }

@@ -1,5 +1,5 @@
-// Kimi Delta Attention: forward, forward + backward and the one-token step, beside the gated delta rule's kernels on the same q, k, v, and the step beside
-// its form from tensor operations.
+// Kimi Delta Attention: forward, forward + backward and the one-token step by kernels and by tensor operations, beside the gated delta rule's kernels on
+// the same q, k, v.
 //
 //   build/cpu/oryx_bench --benchmark_filter=Kda
 //
@@ -38,24 +38,30 @@ bool correct(const Data& d) {
   const at::Tensor g = x.g.select(-1, 0).contiguous();
   x.g = g.unsqueeze(-1).expand_as(x.g).contiguous();
   const auto expected = gated_delta_rule(x.q, x.k, x.v, g, x.beta, x.state);
-  const Outputs out = kimi::chunked_forward(d.p, x, false);
-  return close(out.o, expected.o) && close(out.final_state, expected.final_state);
+  for (const Outputs& out : {kimi::chunked_forward(d.p, x, false), kimi::kernel_forward(d.p, x, false)}) {
+    if (!close(out.o, expected.o) || !close(out.final_state, expected.final_state)) return false;
+  }
+  return true;
 }
 
+template <bool kKernel>
 void Forward(benchmark::State& state) {
   const at::NoGradGuard no_grad;
   const Data d = data(state);
   if (!correct(d)) return state.SkipWithError("equal channels differ from the gated delta rule");
-  for (auto _ : state) benchmark::DoNotOptimize(kimi::chunked_forward(d.p, d.x, false).o.data_ptr());
+  for (auto _ : state) benchmark::DoNotOptimize((kKernel ? kimi::kernel_forward(d.p, d.x, false) : kimi::chunked_forward(d.p, d.x, false)).o.data_ptr());
 }
 
+template <bool kKernel>
 void ForwardBackward(benchmark::State& state) {
   const at::NoGradGuard no_grad;
   const Data d = data(state);
   if (!correct(d)) return state.SkipWithError("equal channels differ from the gated delta rule");
   for (auto _ : state) {
-    const Outputs out = kimi::chunked_forward(d.p, d.x, true);
-    benchmark::DoNotOptimize(kimi::chunked_backward(d.p, d.x, out, d.up_o, d.up_state).q.data_ptr());
+    const Outputs out = kKernel ? kimi::kernel_forward(d.p, d.x, true) : kimi::chunked_forward(d.p, d.x, true);
+    const Gradients gradients =
+        kKernel ? kimi::kernel_backward(d.p, d.x, out, d.up_o, d.up_state) : kimi::chunked_backward(d.p, d.x, out, d.up_o, d.up_state);
+    benchmark::DoNotOptimize(gradients.q.data_ptr());
   }
 }
 
@@ -87,9 +93,11 @@ void shapes(benchmark::internal::Benchmark* b) {
   b->Args({2, 512, 12, 64, 64})->Args({1, 4096, 16, 128, 128})->Args({16, 128, 1, 16, 64});
 }
 
-BENCHMARK(Forward)->Name("Kda/Forward/tensors")->Apply(shapes);
+BENCHMARK(Forward<true>)->Name("Kda/Forward/kernel")->Apply(shapes);
+BENCHMARK(Forward<false>)->Name("Kda/Forward/tensors")->Apply(shapes);
 BENCHMARK(GatedDeltaForward)->Name("Kda/Forward/gated_delta_kernel")->Apply(shapes);
-BENCHMARK(ForwardBackward)->Name("Kda/ForwardBackward/tensors")->Apply(shapes);
+BENCHMARK(ForwardBackward<true>)->Name("Kda/ForwardBackward/kernel")->Apply(shapes);
+BENCHMARK(ForwardBackward<false>)->Name("Kda/ForwardBackward/tensors")->Apply(shapes);
 BENCHMARK(Step<true>)->Name("Kda/Step/kernel")->Apply(shapes);
 BENCHMARK(Step<false>)->Name("Kda/Step/tensors")->Apply(shapes);
 

@@ -1,4 +1,4 @@
-// Runs the float32 step kernel over sequences and heads.
+// Runs the float32 kernels over sequences and heads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
@@ -8,6 +8,16 @@
 #include "oryx/ops/kda/kda_kernels.h"
 
 namespace oryx::ops::kimi {
+
+namespace {
+constexpr gated_delta::HeadKernels kHeadKernels{scratch_floats, forward_head, backward_head};
+}  // namespace
+
+Outputs kernel_forward(const Problem& p, const Inputs& x, bool save) { return gated_delta::run_forward(kHeadKernels, p, x, save); }
+
+Gradients kernel_backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o, const at::Tensor& d_final) {
+  return gated_delta::run_backward(kHeadKernels, p, x, saved, d_o, d_final);
+}
 
 at::Tensor kernel_step(const Problem& p, const Inputs& x, at::Tensor& state) {
   const auto read = [](const at::Tensor& t) { return t.const_data_ptr<float>(); };

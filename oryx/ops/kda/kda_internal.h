@@ -29,7 +29,9 @@ Gradients chunked_backward(const Problem& p, const Inputs& x, const Outputs& sav
 // One token of each sequence (x.q [N, Hq, K] ...); updates the state in place whatever its strides. Returns o [N, Ho, V].
 at::Tensor plain_step(const Problem& p, const Inputs& x, at::Tensor& state);
 
-// The same by a vector kernel: float32 on the CPU, the state dense in its last two axes, the others contiguous.
+// The same three by vector kernels: float32 on the CPU. The step's state must be dense in its last two axes, the others contiguous.
+Outputs kernel_forward(const Problem& p, const Inputs& x, bool save);
+Gradients kernel_backward(const Problem& p, const Inputs& x, const Outputs& saved, const at::Tensor& d_o, const at::Tensor& d_final);
 at::Tensor kernel_step(const Problem& p, const Inputs& x, at::Tensor& state);
 
 }  // namespace oryx::ops::kimi

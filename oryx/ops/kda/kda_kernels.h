@@ -5,7 +5,19 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "oryx/ops/gated_delta/gated_delta_kernels.h"
+
 namespace oryx::ops::kimi {
+
+// As those of the gated delta rule, but for g and its gradient: [B * T, Hs, K].
+using gated_delta::KernelArgs;
+using gated_delta::KernelGradients;
+using gated_delta::KernelSequence;
+
+size_t scratch_floats(const KernelArgs& a, bool backward);
+void forward_head(const KernelArgs& a, const KernelSequence& s, int64_t head, float* scratch);
+// Reads what forward_head saved (chunk_states, residual); o and final_state are not used.
+void backward_head(const KernelArgs& a, const KernelGradients& d, const KernelSequence& s, int64_t head, float* scratch);
 
 struct StepArgs {
   int64_t K, V, Hq, Hk, Hv, Hs, groups;  // groups = Ho / Hs

@@ -53,6 +53,55 @@ TEST(Kda, EqualsNaiveInFloat) {
   }
 }
 
+// The kernels against the other chunked form, both in float32, strided inputs included; and heads of full size.
+TEST(Kda, KernelsEqualTensorForm) {
+  const OneThread one_thread;
+  auto all = shapes();
+  all.push_back({1, 200, 2, 1, 1, 128, 128});
+  for (const auto& s : all) {
+    SCOPED_TRACE(fmt::format("T {} heads {}/{}/{} K {} V {}", s.T, s.Hq, s.Hk, s.Hv, s.K, s.V));
+    const Case c(s, at::kFloat);
+    const at::NoGradGuard no_grad;
+    const auto p = kimi::check_arguments("test", c.q, c.k, c.v, c.g, c.beta, {}, c.cu, c.spans, {}, 1e-6);
+    const auto strided = [](const at::Tensor& x) { return at::cat({x, x}, 2).slice(2, x.size(2)); };
+    const kimi::Inputs plain{c.q, c.k, c.v, c.g, c.beta, c.state};
+    const kimi::Inputs views{strided(c.q), strided(c.k), strided(c.v), strided(c.g), strided(c.beta), c.state};
+    const kimi::Outputs x = kimi::kernel_forward(p, views, true), y = kimi::chunked_forward(p, plain, true);
+    EXPECT_LT(test::fixture_error(x.chunk_states.transpose(2, 3), y.chunk_states), 5e-6);
+    const kimi::Gradients dx = kimi::kernel_backward(p, views, x, c.up_o, c.up_state);
+    const kimi::Gradients dy = kimi::chunked_backward(p, plain, y, c.up_o, c.up_state);
+    expect_near({x.o, x.final_state, dx.q, dx.k, dx.v, dx.g, dx.beta, dx.state}, {y.o, y.final_state, dy.q, dy.k, dy.v, dy.g, dy.beta, dy.state}, 5e-6,
+                1e-5);
+    const kimi::Outputs again = kimi::kernel_forward(p, plain, false);
+    EXPECT_TRUE(at::equal(again.o, x.o) && at::equal(again.final_state, x.final_state)) << "not the same bits";
+  }
+}
+
+TEST(Kda, EveryInstructionSet) {
+  const OneThread one_thread;
+  for (const int64_t target : gated_delta::instruction_sets()) {
+    gated_delta::choose_instruction_set(target);
+    for (const auto& s : {Shape{1, 150, 1, 1, 2, 17, 16, {0, 70, 150}, {0, 3, 10, 0, 60, 80, 0, 149, 150}}, Shape{2, 65, 1, 1, 3, 5, 7},
+                          Shape{1, 130, 4, 2, 1, 24, 9}}) {
+      SCOPED_TRACE(fmt::format("target {} T {} K {} V {}", target, s.T, s.K, s.V));
+      const Case c(s, at::kFloat);
+      expect_near(run(c, kda), run(c.exact(), kda), 5e-6, 1e-5, /*typed=*/false);
+    }
+  }
+  gated_delta::choose_instruction_set(0);
+}
+
+TEST(Kda, ThreadsDoNotChangeABit) {
+  const Case c({2, 200, 3, 3, 3, 32, 48}, at::kFloat);
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);
+  const auto one = run(c, kda);
+  at::set_num_threads(3);
+  const auto three = run(c, kda);
+  at::set_num_threads(threads);
+  for (size_t i = 0; i < one.size(); ++i) EXPECT_TRUE(at::equal(one[i], three[i])) << kNames[i];
+}
+
 // One decay for all channels is the gated delta rule, whose gradient of g is the sum over the channels.
 TEST(Kda, EqualChannelsAreTheGatedDeltaRule) {
   const OneThread one_thread;
