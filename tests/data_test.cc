@@ -13,6 +13,7 @@ namespace oryx::test {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::StartsWith;
 
 class DataCommands : public ::testing::Test {
@@ -67,6 +68,20 @@ TEST_F(DataCommands, FromTextToADataSet) {
   }
   expect_error({"data", "build", path("text"), "--tokenizer", "byte", "--out", path("set")},
                "holds a data set already");
+}
+
+// A warning names the files that data sets hold out by their name: text alone, not sources that happen to be called so.
+TEST_F(DataCommands, HeldOutTextIsKnownByItsName) {
+  const std::string text = read_file(folder_ / "text/a.jsonl");
+  for (const char* name : {"text/valid-00.jsonl", "text/test.txt", "text/test_support.h", "text/validate.md"}) write_file(folder_ / name, text);
+  std::vector<std::string> args = {"data", "build", path("text"), "--tokenizer", "byte", "--out", path("set")};
+  for (const char* e : {".txt", ".jsonl", ".h", ".md"}) args.insert(args.end(), {"--extension", e});
+  const auto built = run(args);
+  ASSERT_EQ(built.exit_code, 0) << built.err;
+  EXPECT_THAT(built.err, HasSubstr("valid-00.jsonl: by its name held-out text"));
+  EXPECT_THAT(built.err, HasSubstr("test.txt: by its name held-out text"));
+  EXPECT_THAT(built.err, Not(HasSubstr("test_support.h")));
+  EXPECT_THAT(built.err, Not(HasSubstr("validate.md")));
 }
 
 // A Hugging Face tokenizer.json all the way: data set, training, generation from the run's own copy.

@@ -17,7 +17,7 @@ inline void add_text_options(CLI::App& app, std::string& folder, TextSourceOptio
   app.add_option("--exclude", options.exclude, "pass over files that match this pattern (may be repeated)")
       ->type_name("PATTERN")
       ->allow_extra_args(false);
-  app.add_option("--extension", options.extensions, "an ending to read (may be repeated; default: .txt and .jsonl)")
+  app.add_option("--extension", options.extensions, "an ending to read in place of .txt and .jsonl (may be repeated)")
       ->type_name("EXT")
       ->allow_extra_args(false);
 }

@@ -168,6 +168,12 @@ std::string info_text(const DatasetInfo& info, const DatasetOptions& options) {
   return json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
+// "valid-00.jsonl.zst", "test.txt": as data sets name what they hold out. Of sources and other files a name says nothing.
+bool held_out_by_name(const TextFile& f) {
+  const std::string name = fs::path(f.name).filename().string(), ending = text_ending(name);
+  return (ending == ".txt" || ending == ".jsonl") && (name.starts_with("valid") || name.starts_with("test"));
+}
+
 void check_options(const std::vector<TextFile>& files, const fs::path& out, const DatasetOptions& options) {
   if (!(options.valid >= 0 && options.valid < 1))
     fail("share of validation {}: expected 0 or more and below 1", options.valid);
@@ -181,8 +187,7 @@ void check_options(const std::vector<TextFile>& files, const fs::path& out, cons
   }
   if (!options.valid_files.empty()) return;
   for (const auto& f : files) {
-    const std::string name = fs::path(f.name).filename().string();
-    if (!name.starts_with("valid") && !name.starts_with("test")) continue;
+    if (!held_out_by_name(f)) continue;
     log::warn("{}: by its name held-out text, used for training too; keep it apart with --valid-files or --exclude",
               f.name);
   }

@@ -17,11 +17,6 @@ namespace {
 
 constexpr size_t kRead = 1 << 20;
 
-// The ending that decides how a file is read: ".jsonl" of "a.jsonl.zst".
-std::string ending(const fs::path& path) {
-  return (path.extension() == ".zst" ? path.stem() : path).extension().string();
-}
-
 bool contains(const std::vector<std::string>& list, const std::string& x) {
   return std::find(list.begin(), list.end(), x) != list.end();
 }
@@ -47,13 +42,15 @@ void walk(const fs::path& folder, const std::string& prefix, const TextSourceOpt
     // A link to a folder is not followed: it may lead back up.
     if (entry.is_directory(error) && !entry.is_symlink(error)) {
       walk(entry.path(), prefix + name + "/", options, files);
-    } else if (entry.is_regular_file(error) && contains(options.extensions, ending(name))) {
+    } else if (entry.is_regular_file(error) && contains(options.extensions, text_ending(name))) {
       files.push_back({entry.path(), prefix + name, entry.file_size()});
     }
   }
 }
 
 }  // namespace
+
+std::string text_ending(const fs::path& path) { return (path.extension() == ".zst" ? path.stem() : path).extension().string(); }
 
 bool matches_pattern(const std::string& name, const std::string& pattern) {
   const std::string last = name.substr(name.rfind('/') + 1);
@@ -65,7 +62,7 @@ std::vector<TextFile> list_text_files(const fs::path& path, const TextSourceOpti
   const auto status = fs::status(path, error);
   if (!fs::exists(status)) fail("{}: no such file or folder", path.string());
   if (!fs::is_directory(status)) {
-    if (!contains(options.extensions, ending(path))) {
+    if (!contains(options.extensions, text_ending(path))) {
       fail("{}: not a text file by its name; expected {}", path.string(), known_endings(options));
     }
     return {{path, path.filename().string(), fs::file_size(path)}};
@@ -86,7 +83,7 @@ class TextSource::Reader {
  public:
   Reader(const TextFile& file, size_t piece)
       : path_(file.path.string()),
-        json_(ending(file.path) == ".jsonl"),
+        json_(text_ending(file.path) == ".jsonl"),
         piece_(piece),
         stream_(open_stream(file.path)) {}
 

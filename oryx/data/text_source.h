@@ -38,6 +38,9 @@ struct TextFile {
 // single file has a foreign ending.
 std::vector<TextFile> list_text_files(const std::filesystem::path& path, const TextSourceOptions& options = {});
 
+// The ending that decides how a file is read: ".jsonl" of "a.jsonl.zst".
+std::string text_ending(const std::filesystem::path& path);
+
 // True when `name` or its last component matches the shell pattern.
 bool matches_pattern(const std::string& name, const std::string& pattern);
 

@@ -93,21 +93,22 @@ TEST(BlockFixture, ForwardLossAndGradients) {
       in.routing = {routing_of(f, f.at("modes"))};
       in.checkpoint_layers = checkpointed;
       in.tap = [&](std::string_view what, int64_t layer, const at::Tensor& x) {
-        EXPECT_LT(test::fixture_error(x, f.at(fmt::format("{}.{}", what, layer))), kOutputs) << what << layer;
+        EXPECT_LT(test::fixture_error(x, f.at(fmt::format("{}.{}", what, layer))), f.limit(fmt::format("{}.{}", what, layer), kOutputs)) << what << layer;
       };
       const at::Tensor h = model->hidden(in);
-      EXPECT_LT(test::fixture_error(model->logits(h), f.at("logits")), kOutputs);
+      EXPECT_LT(test::fixture_error(model->logits(h), f.at("logits")), f.limit("logits", kOutputs));
       const at::Tensor loss = model->loss(h, f.at("targets")).loss;
-      EXPECT_LT(test::fixture_error(loss, f.at("loss")), kOutputs);
+      EXPECT_LT(test::fixture_error(loss, f.at("loss")), f.limit("loss", kOutputs));
       torch::autograd::backward({loss}, {});
       for (size_t i = 0; i < model->specs().size(); ++i) {
         const auto& name = model->specs()[i].name;
-        const at::Tensor want = f.at("d_" + fixture_name(f, name));
+        const std::string golden = "d_" + fixture_name(f, name);
+        const at::Tensor want = f.at(golden);
         const at::Tensor grad = model->parameters()[i].grad();
         if (want.abs().max().item<float>() == 0) {
           EXPECT_TRUE(!grad.defined() || grad.abs().max().item<float>() == 0) << name;
         } else {
-          EXPECT_LT(test::fixture_error(grad, want), kGradients) << name;
+          EXPECT_LT(test::fixture_error(grad, want), f.limit(golden, kGradients)) << name;
         }
       }
     }

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 
@@ -21,6 +22,12 @@ const at::Tensor& Fixture::at(const std::string& n) const {
 
 at::Tensor Fixture::leaf(const std::string& n) const {
   return has(n) ? at(n).clone().set_requires_grad(true) : at::Tensor();
+}
+
+double Fixture::limit(const std::string& n, double least) const {
+  const auto& told = sidecar.at("tensors").at(n);
+  const double size = told.value("max_abs", 0.0);
+  return size > 0 ? std::max(least, 3 * told.value("fp32_naive_max_abs_error", 0.0) / size) : least;
 }
 
 fs::path fixture_folder() {

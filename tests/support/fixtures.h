@@ -29,6 +29,9 @@ struct Fixture {
   at::Tensor get(const std::string& n) const { return has(n) ? tensors.at(n) : at::Tensor(); }
   // A fresh float leaf that requires a gradient, or an undefined tensor.
   at::Tensor leaf(const std::string& n) const;
+  // How far (fixture_error) a float32 result may be from tensor n: `least`, or, where the folder's shapes and seeds are harder than that, three times
+  // what the plain float32 form errs there, which the sidecar tells.
+  double limit(const std::string& n, double least) const;
 };
 
 std::filesystem::path fixture_folder();  // "" when there is none
