@@ -4,10 +4,12 @@
     retrieval_text.py TEXT... --out FOLDER --megabytes 40 --seed 1 --jobs 16
 
 TEXT: .jsonl files (field "text"; .xz and .zst too), whose passages serve as hay and as passages. Writes FOLDER/retrieval-NN.jsonl, the same for the same text,
-seed and megabytes. Three kinds (a quarter, half and a quarter of the bytes):
+seed and megabytes. --mix says in which shares of the bytes (MIXES) the kinds stand:
   pairs    lists of keys and values in several notations, bare words among them, and some of the keys again with their values
   needles  a passage, or a few sentences over and over, in which 1 to 6 facts (a number, a word of hexadecimal digits, a name) are hidden, and questions about them
+  dense    words said again, and lists of pairs in which every one is asked for
   cloze    a passage and questions made of its sentences: one span taken out and replaced by a question word, some words dropped
+  questions  a passage and questions in the word order of questions, made of its sentences by rules: when, where, who, how many, what
 No wording, name or sentence is that of `oryx eval needle`; passages are training text. Needs nothing beyond Python's standard library (and zstd for .zst).
 """
 import argparse, json, lzma, multiprocessing, os, random, re, subprocess
@@ -165,8 +167,102 @@ def cloze(r, texts):
     return passage + "".join(form.format(q=q[0].upper() + q[1:], a=a) for q, a in asked)
 
 
-SHARES = {"pairs": 0.25, "needles": 0.5, "cloze": 0.25}  # of the bytes
-DENSE = {"dense": 0.45, "pairs": 0.05, "needles": 0.35, "cloze": 0.15}
+SYNONYMS = dict(w.split(":") for w in """big:large large:big begin:start started:began began:started use:employ used:employed called:named many:numerous often:frequently made:produced
+important:significant shows:displays help:aid important:key helps:aids near:close|to begin:start ended:finished quickly:rapidly people:persons result:outcome get:receive got:received
+important:major small:little found:discovered created:made kinds:types type:kind parts:components increase:growth known:called needs:requires keep:retain large:great show:reveal
+different:distinct usually:normally about:concerning""".split())
+NUMBER = r"(?:\d[\d,.]*\d|\d|two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|hundreds|thousands|millions)"
+PROPER = r"(?:the )?[A-Z][\w'-]+(?: (?:of |the |de )?[A-Z][\w'-]+){0,3}"
+CLAUSE = re.compile(r"^((?:In [^,]{3,30}, )?)((?:[A-Z][\w'-]*)(?: [\w'-]+){0,7}?) (is|was|are|were|has|have|had|can|could|will|would|may|must) ([^.!?]+)")
+SUBJECT = re.compile(r"^((?:(?:The|A|An|This|Some|Most|Many|All|Each|Both) (?:[a-z'-]+ ){1,3}?)|(?:[A-Z][\w'-]+ ){1,3}?)([a-z]{2,}ed|contains|uses|makes|shows|gives|takes|holds|includes|requires|provides|produces|causes|allows|helps|forms|becomes|means|needs|leads|keeps|became|began|took|gave|made|led|wrote|held|found|fought|won|lost|built|came|went|saw|knew|grew|left) ([a-z][^.!?]{8,})")
+
+
+def phrase(text, words=6):
+    """The first words of a text, up to where a clause ends."""
+    return " ".join(re.split(r"[,;:()]| (?:that|which|who|because|when|while|and|but|if|so|where|although) ", text)[0].split()[:words]).strip()
+
+
+def lower_first(s):
+    first = s.split(" ", 1)[0]
+    return s[0].lower() + s[1:] if first in ("The", "A", "An", "This", "Some", "Most", "Many", "All", "Each", "Both", "These", "Those", "It", "They", "In") else s
+
+
+def asked_of(r, s):
+    """Questions that a sentence answers, in a question's word order, with the answers: by rules, so some are clumsy."""
+    out = []
+    m = CLAUSE.match(s)
+    if m:
+        when, subject, aux, rest = m.group(1).strip(" ,"), lower_first(m.group(2)), m.group(3), m.group(4)
+        if when:
+            out.append(("when %s %s %s" % (aux, subject, phrase(rest, 9)), when[3:]))
+        for d in list(re.finditer(r"\b(?:in|on|since|until|by|from) ((?:[A-Z][a-z]+ )?(?:\d{1,2}, )?\d{4})\b", rest))[:1]:
+            out.append((r.choice(["when", "in what year"]) + " %s %s %s" % (aux, subject, rest[:d.start()]), d.group(1)))
+        for d in list(re.finditer(r"\b(" + NUMBER + r"(?: percent|%| million| billion)?)((?: [a-z]+){0,1} [a-z]+s)\b", rest))[:2]:
+            out.append(("how many%s %s %s %s" % (d.group(2), aux, subject, rest[:d.start()]), d.group(1)))
+        for d in list(re.finditer(r"\b(in|at|near|from|to) (" + PROPER + ")", rest))[:1]:
+            out.append((r.choice(["where", d.group(1) + " what place"]) + " %s %s %s" % (aux, subject, rest[:d.start()]), d.group(2)))
+        for d in list(re.finditer(r"\bby ((?:the |a |an )?[\w'-]+(?: [A-Z][\w'-]+)*)", rest))[:1]:
+            out.append((r.choice(["by whom ", "by what "]) + "%s %s %s" % (aux, subject, rest[:d.start()]), d.group(1)))
+        answer = phrase(rest)
+        if answer:
+            out.append(("what %s %s" % (aux, subject), answer))
+            who = "who" if re.fullmatch(PROPER, m.group(2)) and r.random() < 0.6 else "what"
+            out.append(("%s %s %s" % (who, aux, phrase(rest, 12)), subject))
+    m = SUBJECT.match(s)
+    if m:
+        subject, verb, rest = m.group(1).strip(), m.group(2), m.group(3)
+        who = "who" if re.fullmatch(PROPER, subject) and r.random() < 0.6 else "what"
+        out.append(("%s %s %s" % (who, verb, phrase(rest, 12)), lower_first(subject)))
+        d = re.match(r"((?:the |a |an |its |their )?[a-z'-]+(?: [a-z'-]+){0,3})", rest)
+        if d and verb.endswith("s"):
+            out.append(("what does %s %s" % (lower_first(subject), verb[:-1]), phrase(d.group(1), 5)))
+    spans = [m for m in SPAN.finditer(s) if m.start() > 0]
+    for m in r.sample(spans, min(1, len(spans))):
+        answer, before, after = m.group().strip(".,"), s[:m.start()].split(), s[m.start() + len(m.group()):].split()
+        if answer[:1].isdigit():
+            word = r.choice(["when", "in what year"]) if len(answer) == 4 and answer.isdigit() else r.choice(["how many", "how many", "what number", "how much"])
+            near = after[:2] + before + after[2:] if word.startswith("how") else before + after
+        else:
+            word, near = r.choice(["who", "what", "which", "where", "what name"]), before + after
+        out.append((word + " " + " ".join(w.strip(",;:()") for w in near[:20]), answer))
+    return [(q, a) for q, a in out if 3 < len(q.split()) < 32 and 0 < len(a) < 60 and a.lower() not in ("it", "they", "this", "he", "she", "there", "we", "you", "i", "that", "these", "those", "not")]
+
+
+def questions(r, texts):
+    """A passage, mostly a short one, and up to ten questions on it in the word order of questions, some words dropped or replaced."""
+    text = r.choice(texts)
+    length = int(2 ** r.uniform(8.2, 11.3))
+    start = r.randrange(max(1, len(text) - length))
+    passage = text[start:start + length]
+    cut = re.search(r"[.?!]\s", passage)
+    passage = passage[cut.end():] if cut and cut.end() < length // 2 else passage[passage.find(" ") + 1:]
+    passage = " ".join(passage.split()) if r.random() < 0.5 else passage.strip()
+    asked = [qa for s in sentences(passage)[:-1] if 30 < len(s) < 350 and not re.search(r"[?#“]|http|\[", s) for qa in asked_of(r, s)]
+    if len(asked) < 2:
+        return None
+    r.shuffle(asked)
+    drop, replace, small = r.choice([0, 0.05, 0.12]), r.choice([0, 0.3, 0.8]), r.random() < 0.35
+    form = r.choice(["\n\nQuestion: {q}?\nAnswer: {a}"] * 4 + ["\n\nQ: {q}?\nA: {a}", "\n{q}? {a}."])
+    out = ""
+    if r.random() < 0.25:  # a heading, as many passages have one
+        names = [m.group() for m in SPAN.finditer(passage) if m.group()[0].isalpha()]
+        out = (r.choice(names) if names else " ".join(passage.split()[:3])) + "\n"
+    out += passage
+    for q, a in asked[:r.randrange(2, 11)]:
+        words = q.split()
+        words = [SYNONYMS[w].replace("|", " ") if w in SYNONYMS and r.random() < replace else w for k, w in enumerate(words) if k < 2 or r.random() >= drop]
+        q = " ".join(words).rstrip(".!?:;, ")
+        if r.random() < 0.5:
+            a = re.sub(r"^(the|a|an) ", "", a)
+        out += form.format(q=q.lower() if small else q[0].upper() + q[1:], a=a.strip(" .,;"))
+    return out + "\n"
+
+
+MIXES = {  # shares of the bytes
+    "plain": {"pairs": 0.25, "needles": 0.5, "cloze": 0.25},
+    "dense": {"dense": 0.45, "pairs": 0.05, "needles": 0.35, "cloze": 0.15},
+    "questions": {"dense": 0.3, "pairs": 0.05, "needles": 0.25, "cloze": 0.05, "questions": 0.35},
+}
 
 
 def dense(r, common):
@@ -189,7 +285,8 @@ def write(job):
     r = random.Random(seed * 1000 + number)
     path = os.path.join(out, "retrieval-%02d.jsonl" % number)
     done = {kind: 0 for kind in shares}
-    make = {"dense": lambda: dense(r, common), "pairs": lambda: pairs(r, common), "needles": lambda: needles(r, texts), "cloze": lambda: cloze(r, texts)}
+    make = {"dense": lambda: dense(r, common), "pairs": lambda: pairs(r, common), "needles": lambda: needles(r, texts), "cloze": lambda: cloze(r, texts),
+            "questions": lambda: questions(r, texts)}
     with open(path + ".part", "w", encoding="utf-8") as f:
         while sum(done.values()) < budget:
             kind = min(done, key=lambda k: done[k] / shares[k])
@@ -207,7 +304,7 @@ def main():
     a.add_argument("text", nargs="+")
     a.add_argument("--out", required=True)
     a.add_argument("--megabytes", type=float, default=40)
-    a.add_argument("--dense", action="store_true", help="nearly half of it lists of words in which every pair is asked for")
+    a.add_argument("--mix", choices=sorted(MIXES), default="plain")
     a.add_argument("--seed", type=int, default=1)
     a.add_argument("--files", type=int, default=16, help="of the output: the text depends on it")
     a.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -219,7 +316,7 @@ def main():
         for w in re.findall(r"(?<= )[a-z]{3,}(?= )", t):
             counts[w] = counts.get(w, 0) + 1
     common = sorted(counts, key=lambda w: (-counts[w], w))[100:2600]
-    jobs = [(o.out, o.seed, i, o.megabytes * 1e6 / o.files, texts, common, DENSE if o.dense else SHARES) for i in range(o.files)]
+    jobs = [(o.out, o.seed, i, o.megabytes * 1e6 / o.files, texts, common, MIXES[o.mix]) for i in range(o.files)]
     if o.jobs > 1:
         global WORK
         WORK = jobs  # children inherit it

@@ -102,7 +102,7 @@ class Experiment:
             hay = [f for f in hay if o.hay in os.path.basename(f)]
         if o.retrieval_megabytes > 0:
             call([sys.executable, os.path.join(HERE, "retrieval_text.py"), *hay, "--out", text, "--megabytes", str(o.retrieval_megabytes), "--seed", "1"]
-                 + (["--dense"] if o.dense else []),
+                 + ["--mix", o.mix],
                  self.path("logs", "data.log"), self.deadline)
             say("retrieval documents are there")
         tokenizer = o.tokenizer or self.path("tokenizer.model")
@@ -176,11 +176,11 @@ class Experiment:
         id = "%s-seed%d" % (name, seed)
         result = self.path("results", id)
         plan = open(self.o.plan).read().replace("$TASKS", os.path.abspath(self.o.tasks)).replace("$TEXT", os.path.abspath(self.o.text))
-        if self.o.only:
-            plan = json.dumps([p for p in json.loads(plan) if p["name"] in self.o.only.split(",")])
-        file = self.path("configs", "plan.json")
-        with LOCK:
-            open(file, "w").write(plan)
+        # A plan's entry may name the models that it is for.
+        plan = json.dumps([{k: v for k, v in p.items() if k != "models"} for p in json.loads(plan)
+                           if name in p.get("models", [name]) and (not self.o.only or p["name"] in self.o.only.split(","))])
+        file = self.path("configs", "plan-%s.json" % id)
+        open(file, "w").write(plan)
         if all(os.path.exists(os.path.join(result, p["name"] + ".json")) for p in json.loads(plan)):
             return
         begin = time.time()
@@ -314,7 +314,7 @@ def main():
     a.add_argument("--devices", default="cuda:0", help="cpu, or cuda:0,cuda:1")
     a.add_argument("--tokens", type=float, default=80e6, help="trained on, by each model")
     a.add_argument("--retrieval-megabytes", type=float, default=50, help="of documents by retrieval_text.py in the training text")
-    a.add_argument("--dense", action="store_true", help="retrieval documents that ask more often (retrieval_text.py --dense)")
+    a.add_argument("--mix", default="plain", help="kinds of retrieval documents, see retrieval_text.py: plain, dense (asks more often), questions (dense, and natural questions)")
     a.add_argument("--hay", default="", help="part of the names of the training files whose passages are hay")
     a.add_argument("--tokenizer", default="", help="default: one of 8192 pieces is trained on TEXT")
     a.add_argument("--override", action="append", default=[], help="key=value of every training config, model.KEY too")

@@ -1,130 +1,20 @@
 #!/usr/bin/env python3
 """Fills the tables of a results page from what run.py measured, and draws its pictures.
 
-    tables.py RESULTS PAGE.md                RESULTS: WORK/results of run.py, several as core=WORK/results,ablations=WORK2/results, or a file that --gather wrote
+    tables.py RESULTS PAGE.md...             RESULTS: WORK/results of run.py, several as core=WORK/results,ablations=WORK2/results, or a file that --gather wrote
     tables.py RESULTS --gather FILE.json.xz  all results in one file, to be kept
 
 In the page each pair of lines `<!-- table: NAME GROUP -->` and `<!-- end -->` holds one table (of the group `core` where none is named), which is replaced; the text around stays.
+Tables whose name begins with `sweep_` are of a file that `oryx sweep` wrote beside the page, FOLDER/GROUP.json.
 Pictures are written where the page shows them (![...](FOLDER/GROUP-NAME.svg)). Figures are means over seeds, with half the distance from the least to the largest behind ±.
 """
-import glob, json, lzma, math, os, re, sys
+import json, lzma, math, os, re, sys
 
-CORE = ["transformer", "gdn", "oryx-gdn", "mamba2", "oryx-mamba2"]
-TITLE = {"transformer": "Transformer", "gdn": "Gated DeltaNet", "mamba2": "Mamba-2", "oryx-gdn": "Oryx-GDN", "oryx-mamba2": "Oryx-Mamba-2",
-         "inter-layer": "inter-layer hybrid (3 Gated DeltaNet : 1 attention)", "intra-layer": "intra-layer hybrid (mean of both)"}
-BASELINE = {"oryx-gdn": "gdn", "oryx-mamba2": "mamba2"}
-LM = [("lambada", "acc"), ("hellaswag", "acc_norm"), ("piqa", "acc_norm"), ("arc_easy", "acc"), ("arc_challenge", "acc_norm"), ("openbookqa", "acc_norm"), ("winogrande", "acc"), ("boolq", "acc")]
-MIXED_LM = "random(attention=0.1;chunk=64)"
+sys.dont_write_bytecode = True
+import pictures
+import token_tables
+from results import (BASELINE, CORE, LM, MIXED_LM, RETRIEVAL_MODES, TITLE, Results, human, load, mean, minus, modes, named, parameters, share, shown, table)
 
-
-# ---- results
-
-def round_floats(x):
-    if isinstance(x, float):
-        return float("%.6g" % x)
-    if isinstance(x, dict):
-        return {k: round_floats(v) for k, v in x.items() if k not in ("seconds",)}
-    if isinstance(x, list):
-        return [round_floats(v) for v in x]
-    return x
-
-
-def load(path):
-    if os.path.isfile(path):
-        return json.load(lzma.open(path) if path.endswith(".xz") else open(path))
-    groups = {}
-    for entry in path.split(","):
-        group, folder = entry.split("=", 1) if "=" in entry else ("core", entry)
-        out = groups.setdefault(group, {"runs": {}, "bench": {}})
-        for d in sorted(glob.glob(os.path.join(folder, "*-seed*"))):
-            if not os.path.exists(os.path.join(d, "trained")):
-                continue
-            run = out["runs"].setdefault(os.path.basename(d), {"tasks": {}})
-            run["seconds"] = float(open(os.path.join(d, "trained")).read())
-            run["metrics"] = [json.loads(line) for line in open(os.path.join(d, "metrics.jsonl"))]
-            for f in glob.glob(os.path.join(d, "*.json")):
-                name = os.path.basename(f)[:-5]
-                try:
-                    j = json.load(open(f))
-                except ValueError:
-                    continue
-                if name in ("config", "inspect"):
-                    run[name] = j
-                else:
-                    run["tasks"][name] = {"options": j["options"], "rows": j["rows"]}
-        for f in sorted(glob.glob(os.path.join(folder, "bench", "*.json"))):
-            j = json.load(open(f))
-            out["bench"][os.path.basename(f)[:-5]] = {k: j[k] for k in ("machine", "options", "rows")}
-        f = os.path.join(folder, "dataset.json")
-        if os.path.exists(f):
-            out["dataset"] = json.load(open(f))
-    return round_floats(groups)
-
-
-class Results:
-    def __init__(self, data):
-        self.data = data
-        self.runs = data["runs"]
-
-    def seeds(self, model):
-        return sorted(r for r in self.runs if re.fullmatch(re.escape(model) + r"-seed\d+", r))
-
-    def rows(self, run, task, schedule=None):
-        rows = self.runs[run]["tasks"].get(task, {}).get("rows", [])
-        if schedule is None:
-            return rows
-        only = len({r["schedule"] for r in rows}) == 1
-        return [r for r in rows if r["schedule"] == schedule or only]
-
-    def values(self, model, task, schedule, key, where=lambda r: True):
-        """A value a seed: the mean over the rows that are asked for."""
-        out = []
-        for run in self.seeds(model):
-            rows = [r[key] for r in self.rows(run, task, schedule) if where(r)]
-            if rows:
-                out.append(sum(rows) / len(rows))
-        return out
-
-
-def mean(v):
-    return sum(v) / len(v)
-
-
-def spread(v):
-    return (max(v) - min(v)) / 2
-
-
-def shown(v, scale=1.0, digits=1, sign=False):
-    if not v:
-        return "-"
-    v = [x * scale for x in v]
-    text = "%+.*f" % (digits, mean(v)) if sign else "%.*f" % (digits, mean(v))
-    return text + (" ± %.*f" % (digits, spread(v)) if len(v) > 1 else " (one seed)")
-
-
-def minus(a, b):
-    n = min(len(a), len(b))
-    return [a[i] - b[i] for i in range(n)]
-
-
-def table(head, rows):
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)] + ["| " + " | ".join(str(c) for c in r) + " |" for r in rows])
-
-
-def modes(model):
-    return ["linear", "attention"] if model.startswith("oryx") else [{"transformer": "attention"}.get(model, "linear")]
-
-
-def named(model, mode):
-    name = TITLE.get(model, model)
-    return name + ", " + {"linear": "linear", "attention": "attention", "question": "question in attention", "queries": "queries in attention", MIXED_LM: "10% attention"}[mode] if model.startswith("oryx") else name
-
-
-def share(v):
-    return "%.1f%%" % (100 * mean(v)) if v else "-"
-
-
-# ---- tables
 
 def t_models(r):
     rows = []
@@ -136,11 +26,6 @@ def t_models(r):
             tps = sorted(x["tokens_per_second"] for x in train)[len(train) // 2]
             rows.append([TITLE[m], c["model"]["intermediate_size"], parameters(d), "%.1fM" % (train[-1]["tokens"] / 1e6), "%.2fM" % (tps / 1e6), len(r.seeds(m))])
     return table(["model", "F", "parameters", "tokens trained", "tokens/s in training", "seeds"], rows)
-
-
-def parameters(d):
-    n = d.get("inspect", {}).get("parameters", {}).get("total")
-    return "{:,}".format(n) if isinstance(n, int) else "-"
 
 
 def t_perplexity(r):
@@ -195,9 +80,6 @@ def t_lm(r):
                 against = shown([average[i] - mean([v[i] for v in b]) for i in range(min(n, min(len(v) for v in b)))], 100, sign=True)
             rows.append([named(m, s), share(r.values(m, "hellaswag", s, "attention_share")), *cells, shown(average, 100), against])
     return table(["model, mode", "attention"] + [t for t, _ in LM] + ["mean", "against its baseline, points"], rows)
-
-
-RETRIEVAL_MODES = {"oryx-gdn": ["linear", "question", "attention"], "oryx-mamba2": ["linear", "question", "attention"]}
 
 
 def short_needles(row):
@@ -310,6 +192,7 @@ WHAT = {"oryx-gdn": "Oryx-GDN: own query a mode, shared keys and values, chunk 2
 
 
 def t_ablations(r):
+    """The change beside the first row is taken seed by seed: both have the same order of data."""
     rows = []
     schedules = ["linear", "random(attention=0.25;chunk=256)", "attention"]
     for m in ABLATIONS:
@@ -319,12 +202,12 @@ def t_ablations(r):
         cells = []
         for s in schedules[:1] if single else schedules:
             v, base = r.values(m, "perplexity", s, "perplexity"), r.values("oryx-gdn", "perplexity", s, "perplexity")
-            cells.append("%.2f" % mean(v) + ("" if m == "oryx-gdn" or single else " (%+.1f%%)" % (100 * (mean(v) / mean(base) - 1))))
+            cells.append(shown(v) if m == "oryx-gdn" or single else "%.1f (%s%%)" % (mean(v), shown([100 * (a / b - 1) for a, b in zip(v, base)], sign=True)))
         if single:
             cells = ["-", cells[0] + " (its only mode)", "-"]
         run = r.seeds(m)[0]
         rows.append([WHAT.get(m, TITLE.get(m, m)), r.runs[run]["config"]["model"]["intermediate_size"], parameters(r.runs[run])] + cells)
-    return table(["one seed each", "F", "parameters", "test perplexity, linear", "25% attention", "attention"], rows)
+    return table(["%d seeds each" % len(r.seeds("oryx-gdn")), "F", "parameters", "test perplexity, linear", "25% attention", "attention"], rows)
 
 
 def t_cost(r):
@@ -352,154 +235,37 @@ def t_decode(r):
     return table(["model, mode"] + ["ms a token behind {:,}".format(n) for n in contexts] + ["bytes it reads / bandwidth, ms", "state at {:,}".format(contexts[-1]), "of it recurrent"], rows)
 
 
-def t_policies(r):
-    rows = []
-    for m in ("oryx-gdn", "oryx-mamba2"):
-        for s in list(dict.fromkeys(x["schedule"] for run in r.seeds(m) for x in r.rows(run, "policies"))):
-            v = r.values(m, "policies", s, "accuracy")
-            rows.append([TITLE[m], "`" + s + "`", share(r.values(m, "policies", s, "attention_share"))]
-                        + [shown(r.values(m, "policies", s, "accuracy", lambda x, k=k: x["kind"] == k), 100) for k in ("noise", "essay_number", "essay_word")] + [shown(v, 100)])
-    return table(["model", "schedule", "attention tokens", "noise", "essay_number", "essay_word", "mean"], rows)
-
-
-def human(n):
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return "%.1f %s" % (n, unit)
-        n /= 1024
-
-
-TABLES = {k[2:]: f for k, f in globals().items() if k.startswith("t_")}
-
-
-# ---- pictures
-
-COLOURS = {"transformer": "#3565a8", "gdn": "#c2571a", "oryx-gdn": "#2b8a4b", "mamba2": "#8a5a9e", "oryx-mamba2": "#a8892b"}
-
-
-def svg(title, x_label, y_label, series, log_x=False, width=720, height=380, zero=True):
-    """series: (name, colour, [(x, y, spread, label)])"""
-    points = [p for _, _, ps in series for p in ps]
-    f = (lambda x: math.log10(x)) if log_x else (lambda x: x)
-    xs, ys = [f(p[0]) for p in points], [p[1] for p in points]
-    x0, x1 = min(xs), max(xs)
-    pad = (x1 - x0) * 0.06 or 1
-    x0, x1, y0, y1 = x0 - pad, x1 + pad, 0 if zero else min(ys) * 0.95, 1.08 * max(p[1] + p[2] for p in points) or 1
-    X = lambda x: 60 + (f(x) - x0) / (x1 - x0) * (width - 90)
-    Y = lambda y: height - 50 - (y - y0) / (y1 - y0) * (height - 100)
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">' % (width, height, width, height),
-           "<style>svg{background:#fff}text{fill:#222}@media(prefers-color-scheme:dark){svg{background:#111}text{fill:#ddd}}</style>",
-           '<text x="60" y="20" font-size="14">%s</text>' % title, '<text x="%d" y="%d" text-anchor="middle">%s</text>' % (width / 2, height - 10, x_label),
-           '<text x="14" y="%d" transform="rotate(-90 14 %d)" text-anchor="middle">%s</text>' % (height / 2, height / 2, y_label)]
-    step = 10 ** math.floor(math.log10((y1 - y0) / 4))
-    step *= 5 if (y1 - y0) / step > 20 else 2 if (y1 - y0) / step > 8 else 1
-    y = math.ceil(y0 / step) * step
-    while y <= y1:
-        out.append('<path d="M60 %.1fH%d" stroke="#999" stroke-opacity=".35"/><text x="54" y="%.1f" text-anchor="end">%g</text>' % (Y(y), width - 30, Y(y) + 4, y))
-        y += step
-    ticks = sorted({p[0] for p in points}) if log_x and len({p[0] for p in points}) < 7 else None
-    if ticks is None:
-        s = 10 ** math.floor(math.log10((x1 - x0) / 4)) if not log_x else 1
-        s *= 5 if (x1 - x0) / s > 20 else 2 if (x1 - x0) / s > 8 else 1
-        ticks, t = [], math.ceil(x0 / s) * s
-        while t <= x1:
-            ticks.append(10 ** t if log_x else t)
-            t += s
-    for t in ticks:
-        out.append('<text x="%.1f" y="%d" text-anchor="middle">%s</text>' % (X(t), height - 32, "{:,.0f}".format(t) if t >= 100 else "%.3g" % t))
-    for k, (name, colour, ps) in enumerate(series):
-        if len(ps) > 1:
-            out.append('<path d="M%s" fill="none" stroke="%s" stroke-width="1.5"/>' % ("L".join("%.1f %.1f" % (X(p[0]), Y(p[1])) for p in ps), colour))
-        for x, y, e, label in ps:
-            out.append('<path d="M%.1f %.1fV%.1f" stroke="%s"/><circle cx="%.1f" cy="%.1f" r="4" fill="%s"><title>%s</title></circle>' % (X(x), Y(y - e), Y(y + e), colour, X(x), Y(y), colour, label))
-            if label and len(ps) > 1:
-                out.append('<text x="%.1f" y="%.1f" font-size="10">%s</text>' % (X(x) + 6, Y(y) - 6, label))
-        out.append('<circle cx="%d" cy="34" r="4" fill="%s"/><text x="%d" y="38">%s</text>' % (66 + 122 * k, colour, 74 + 122 * k, name))
-    return "\n".join(out + ["</svg>\n"])
-
-
-def points(r, task, y_key, x_key, where=lambda row: True):
-    series = []
-    for m in CORE:
-        ps = []
-        for s in RETRIEVAL_MODES.get(m, modes(m)):
-            y, x = r.values(m, task, s, y_key, where), r.values(m, task, s, x_key, where)
-            if y:
-                ps.append((mean(x), 100 * mean(y), 100 * spread(y), s))
-        if ps:
-            series.append((TITLE[m], COLOURS[m], ps))
-    return series
-
-
-def pictures(r):
-    flops = lambda series: [(n, c, [(x / 1e6, y, e, l) for x, y, e, l in ps]) for n, c, ps in series]
-    mib = lambda series: [(n, c, [(x / 2 ** 20, y, e, l) for x, y, e, l in ps]) for n, c, ps in series]
-    at2048 = lambda row: row["length"] == 2048
-    out = {}
-    for task, key, where, title in (("needle", "accuracy", at2048, "Needle, prompts of 2,048 tokens"), ("squad", "contains", lambda row: True, "SQuAD")):
-        a, b = points(r, task, key, "flops_per_token", where), points(r, task, key, "state_bytes", where)
-        if a:
-            out["%s-flops" % task] = svg(title + ": accuracy against FLOPs", "forward MFLOPs a token", "% found", flops(a))
-            out["%s-state" % task] = svg(title + ": accuracy against state", "MiB of state of one sequence at its end (recurrent and KV)", "% found", mib(b))
-    lengths = []
-    for m in CORE:
-        for s in RETRIEVAL_MODES.get(m, modes(m)):
-            ps = []
-            for n in sorted({x["length"] for run in r.runs for x in r.rows(run, "needle")}):
-                v = r.values(m, "needle", s, "accuracy", lambda x, n=n: x["length"] == n)
-                if v:
-                    ps.append((n, 100 * mean(v), 100 * spread(v), ""))
-            if ps and (not m.startswith("oryx") or s == "question"):
-                lengths.append((TITLE[m] + (", mixed" if m.startswith("oryx") else ""), COLOURS[m], ps))
-    if lengths:
-        out["needle-length"] = svg("Needle by length of the prompt (trained on 2,048)", "tokens", "% found", lengths, log_x=True, width=760)
-    series = []
-    for m in CORE:
-        ps = []
-        for s in ["linear"] + ["random(attention=%s;chunk=256)" % x for x in ("0.05", "0.1", "0.25", "0.5")] + ["attention"] if m.startswith("oryx") else modes(m):
-            v = r.values(m, "perplexity", s, "perplexity")
-            if v:
-                a = mean(r.values(m, "perplexity", s, "attention_share"))
-                ps.append((mean(r.values(m, "perplexity", s, "flops_per_token")) / 1e6, mean(v), spread(v), "%.0f%%" % (100 * a)))
-        if ps:
-            series.append((TITLE[m], COLOURS[m], ps))
-    if series:
-        out["perplexity-flops"] = svg("Test perplexity by share of tokens in attention", "forward MFLOPs a token (windows of 2,048)", "perplexity", series, zero=False)
-    ms = []
-    for name, b in sorted(r.data["bench"].items()):
-        if name.startswith("prefill-"):
-            model = name[8:]
-            for share_ in sorted({round(x["attention_share"], 2) for x in b["rows"]}):
-                ps = [(x["tokens"], 1e3 * x["ms"] / x["tokens"], 0, "") for x in b["rows"] if round(x["attention_share"], 2) == share_]
-                if model in ("oryx-gdn", "transformer") and share_ in (0, 0.1, 1) or model == "transformer":
-                    ms.append((("Oryx %d%%" % round(100 * share_)) if model == "oryx-gdn" else TITLE[model], ["#2b8a4b", "#7cc08f", "#145a2d", "#3565a8", "#c2571a"][len(ms) % 5], ps))
-    if ms:
-        out["prefill"] = svg("Reading a prompt: time a token", "tokens of the prompt", "microseconds a token", ms, log_x=True)
-    return out
+TABLES = {k[2:]: f for module in (globals(), vars(token_tables)) for k, f in module.items() if k.startswith("t_")}
 
 
 # ---- pages
 
-def fill(page, r):
+def fill(page, groups):
     text = open(page).read()
+    folder = re.sub(r"\.md$", "", page)
 
     def block(m):
         name, group = m.group(1), m.group(2) or "core"
-        if name not in TABLES or group not in r:
-            sys.exit("%s: no table '%s' of '%s'; known: %s, of %s" % (page, name, group, ", ".join(sorted(TABLES)), ", ".join(r)))
-        return "<!-- table: %s -->\n%s\n<!-- end -->" % (name + (" " + m.group(2) if m.group(2) else ""), TABLES[name](r[group]))
+        if name.startswith("sweep_"):
+            known, source = token_tables.SWEEPS, os.path.join(folder, group + ".json")
+            if name in known and os.path.exists(source):
+                return "<!-- table: %s %s -->\n%s\n<!-- end -->" % (name, group, known[name](json.load(open(source))))
+            sys.exit("%s: no table '%s' of %s; known: %s" % (page, name, source, ", ".join(known)))
+        if name not in TABLES or group not in groups:
+            sys.exit("%s: no table '%s' of '%s'; known: %s, of %s" % (page, name, group, ", ".join(sorted(TABLES)), ", ".join(groups)))
+        return "<!-- table: %s -->\n%s\n<!-- end -->" % (name + (" " + m.group(2) if m.group(2) else ""), TABLES[name](groups[group]))
 
     text = re.sub(r"<!-- table: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", block, text, flags=re.S)
     open(page, "w").write(text)
-    pics = {"%s-%s" % (group, name): svg for group, results in r.items() for name, svg in pictures(results).items()}
+    drawn = {"%s-%s" % (group, name): svg for group, r in groups.items() for name, svg in pictures.pictures(r).items()}
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+\.svg)\)", text):
         name = os.path.basename(path)[:-4]
-        if name not in pics:
-            print("%s: no picture '%s' from these results; known: %s" % (page, name, ", ".join(pics)))
-            continue
         to = os.path.join(os.path.dirname(page), path)
-        os.makedirs(os.path.dirname(to), exist_ok=True)
-        open(to, "w").write(pics[name])
+        if name in drawn:
+            os.makedirs(os.path.dirname(to), exist_ok=True)
+            open(to, "w").write(drawn[name])
+        elif not os.path.exists(to):
+            print("%s: no picture '%s' from these results; known: %s" % (page, name, ", ".join(drawn)))
 
 
 def main():
@@ -512,7 +278,9 @@ def main():
         text = (json.dumps(data, separators=(",", ":")) + "\n").encode()
         open(sys.argv[3], "wb").write(lzma.compress(text, preset=9) if sys.argv[3].endswith(".xz") else text)
         return
-    fill(sys.argv[2], {group: Results(d) for group, d in data.items()})
+    groups = {group: Results(d) for group, d in data.items()}
+    for page in sys.argv[2:]:
+        fill(page, groups)
 
 
 if __name__ == "__main__":
