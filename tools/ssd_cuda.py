@@ -5,7 +5,14 @@
 
 Needs torch with CUDA on an H100 or H200. The check compares with the quadratic form in float64 and its gradients by autograd (norm of the
 difference over norm, limit 1e-2 for values and 2e-2 for gradients, outputs poisoned with NaN, every case run twice for equal bits) and exits 1
-when a case fails. Times are medians of CUDA-event times over random data; before each repetition 256 MB are overwritten (the L2) and the GPU
+when a case fails.
+
+The gradients of dt_bias and A_log are sums over all tokens, and such a sum may be a hundredth of its terms: then the rounding of the terms, which does not
+cancel, is large beside it. The formula in float64 with nothing rounded but what the kernels keep in bfloat16 (`by_chunks`) is off by more than 2e-2 of A_log's
+sum in one of 75 draws at 130 tokens. These two are therefore measured against the sum of their terms' magnitudes (limit 2e-2), and A_log's, which no other output
+shows token by token, is also held to that formula: to 1e-3 of the magnitudes, over many draws.
+
+Times are medians of CUDA-event times over random data; before each repetition 256 MB are overwritten (the L2) and the GPU
 sleeps, so that launches are queued.
 """
 import argparse
@@ -95,7 +102,8 @@ def reference(x, init=None, cu=None, wanted=None):
         return t.repeat_interleave(h // t.shape[2], 2).transpose(1, 2)
     q, k, v = spread(q, Ho), spread(spread(k, Hs).transpose(1, 2), Ho), spread(v, Hs)
     step = torch.logaddexp(dt_raw + dt_bias, torch.zeros((), dtype=torch.float64, device=DEV)).transpose(1, 2)  # [B, Hs, T]
-    rate = (step * -A_log.exp()[:, None]).clamp_min(-1000)
+    A = -A_log.exp()  # [Hs], or [B, T, Hs]: then its gradient is the terms
+    rate = (step * (A[:, None] if A.dim() == 1 else A.transpose(1, 2))).clamp_min(-1000)
 
     def run(q, k, v, step, rate, S):
         T = q.shape[2]
@@ -124,12 +132,12 @@ def reference(x, init=None, cu=None, wanted=None):
     return (o if wanted is None else torch.where((wanted != 0)[..., None, None], o, 0)), S
 
 
-def error(a, b, least=0):
-    """Norm of the difference over the norm of b; `least`: at least over this (a sum over tokens may cancel, its rounding does not)."""
+def error(a, b, norm=None):
+    """Norm of the difference over the norm of b, or over `norm`."""
     a, b = a.detach().double(), b.detach().double()
     if not torch.isfinite(a).all():
         return float("nan")
-    n = max(b.norm().item(), least)
+    n = b.norm().item() if norm is None else norm
     return (a - b).norm().item() / n if n > 1e-25 else (a - b).norm().item()
 
 
@@ -150,7 +158,10 @@ class Check:
 
     def one(self, name, x, init=None, cu=None, wanted=None, segments=0):
         lib, kw = self.lib, dict(init=init, cu=cu, wanted=wanted, segments=segments)
-        leaves = [t.double().requires_grad_(True) for t in x] + ([init.double().requires_grad_(True)] if init is not None else [])
+        leaves = [t.double() for t in x] + ([init.double()] if init is not None else [])
+        leaves[5] = leaves[5].expand(x[3].shape).clone()  # a leaf a token: the terms of the sum
+        for t in leaves:
+            t.requires_grad_(True)
         ro, rs = reference(leaves[:7], leaves[7] if init is not None else None, cu, wanted)
         errors, same = {}, True
         for again in range(2):
@@ -174,13 +185,62 @@ class Check:
                 if again:
                     same = same and all(a is None or torch.equal(a, b) for a, b in zip(outs, before))
                 before = outs
+            terms = dict(dt_bias=expected[3], A_log=expected[5])
             for n, a, b in zip(INPUTS + ["state"], outs, expected):
-                errors["d_" + n] = error(a, b, expected[3].norm().item() if n == "dt_bias" else 0)
+                if n in terms:
+                    t = terms[n].flatten(0, 1)
+                    errors["d_" + n] = error(a, t.sum(0), t.abs().sum(0).norm().item())
+                else:
+                    errors["d_" + n] = error(a, b)
                 ok = ok and errors["d_" + n] < 2e-2
         for n, e in errors.items():
             if not e <= self.worst.get(n, 0):
                 self.worst[n] = e
         self.verdict(name, ok and same, " ".join(f"{n} {e:.1e}" for n, e in errors.items()) + ("" if same else " BITS DIFFER"))
+
+
+def by_chunks(x, init, d_o, d_S, rounded):
+    """The terms of A_log's gradient, [B, Hs, T], in float64 as the kernels make them, where all have as many heads: chunk by chunk, from the state before it and the gradient of
+    the state behind it. rounded: what becomes of the values that the kernels keep in bfloat16."""
+    q, k, v, d_o = (t.double().transpose(1, 2) for t in (*x[:3], d_o))
+    dt = torch.logaddexp(x[3].double() + x[4].double(), torch.zeros((), dtype=torch.float64, device=DEV)).transpose(1, 2)
+    A = -x[5].double().exp()[:, None]
+    parts = [slice(i, min(i + 64, q.shape[2])) for i in range(0, q.shape[2], 64)]
+    S, dS, starts, ends, terms = init.double(), d_S.double(), [], [], []
+    for s in parts:
+        G = (dt[..., s] * A).cumsum(-1)
+        starts.append(rounded(S))
+        S = G[..., -1:, None].exp() * S + rounded(((G[..., -1:] - G).exp() * dt[..., s])[..., None] * v[:, :, s]).mT @ k[:, :, s]
+    for s in reversed(parts):
+        G = (dt[..., s] * A).cumsum(-1)
+        ends.insert(0, rounded(dS))
+        dS = G[..., -1:, None].exp() * dS + rounded(G.exp()[..., None] * d_o[:, :, s]).mT @ q[:, :, s]
+    for s, S, dS in zip(parts, starts, ends):
+        d, G = dt[..., s], (dt[..., s] * A).cumsum(-1)
+        M = (G[..., :, None] - G[..., None, :]).tril().exp().tril() * (q[:, :, s] @ k[:, :, s].mT) * (d_o[:, :, s] @ v[:, :, s].mT) * d[..., None, :]
+        rows = M.sum(-1) - M.sum(-2) + G.exp() * (q[:, :, s] * (d_o[:, :, s] @ S)).sum(-1)
+        tail = (G[..., -1:] - G).exp() * d * (k[:, :, s] * (v[:, :, s] @ dS)).sum(-1)
+        later = rows.flip(-1).cumsum(-1).flip(-1)
+        terms.append(A * d * (later + tail.cumsum(-1) - tail + (G[..., -1].exp() * (S * dS).sum((-1, -2)))[..., None]))
+    return torch.cat(terms, -1)
+
+
+def check_sums(lib, verdict, draws):
+    """A_log's gradient over many draws: how far it is from the exact one and from that of rounded states, over the magnitudes of the terms."""
+    for K, V, T in ((64, 128, 130), (128, 64, 130), (64, 64, 63), (128, 128, 200)):
+        worst, cancelled = [0.0, 0.0, 0.0], 1.0
+        for _ in range(draws):
+            x, init = inputs(2, T, 2, 2, 2, K, V), state(2, 2, V, K)
+            d_o, d_S = torch.randn(2, T, 2, V, device=DEV).to(BF), torch.randn_like(init)
+            run, outs = prepare_backward(lib, x, d_o, d_S, init)
+            run()
+            terms, sums = by_chunks(x, init, d_o, d_S, lambda t: t), by_chunks(x, init, d_o, d_S, lambda t: t.to(BF).double()).sum((0, 2))
+            exact, norm = terms.sum((0, 2)), terms.abs().sum((0, 2)).norm().item()
+            found = (error(outs[5], exact, norm), error(outs[5], sums, norm), error(outs[5], exact))
+            worst = [max(a, b) for a, b in zip(worst, found)]
+            cancelled = min(cancelled, exact.norm().item() / norm)
+        verdict(f"A_log's sum, K{K} V{V} T{T}, {draws} draws", worst[0] < 2e-2 and worst[1] < 1e-3,
+                f"{worst[0]:.1e}, from the rounded formula {worst[1]:.1e} (of the sum itself {worst[2]:.1e}; the sum is {cancelled:.1e} of its terms at least)")
 
 
 def state(n, h=2, V=128, K=128):
@@ -238,6 +298,8 @@ def check(lib, small):
     run, (o, S) = prepare(lib, x)
     run()
     c.verdict("NaN in, NaN out", bool(torch.isnan(o[0, 50:, 0]).all() and torch.isnan(S[0, 0]).all()))
+    if hasattr(lib, "oryx_ssd_backward"):
+        check_sums(lib, c.verdict, 3 if small else 100)
     print("largest errors:", " ".join(f"{n} {e:.2e}" for n, e in c.worst.items()))
     return c.verdict.close()
 

@@ -62,6 +62,14 @@ TEST_F(CudaSmall, GatedDelta) {
   }
 }
 
+// Rows so long that they are cut into segments.
+TEST_F(CudaSmall, GatedDeltaSegments) {
+  const Tensors x = {half({1, 2100, 1, 128}), half({1, 2100, 1, 128}), half({1, 2100, 1, 128}), -full({1, 2100, 1}, 0.1).abs().detach(), full({1, 2100, 1}).sigmoid().detach(), full({1, 1, 128, 128})};
+  for (const size_t i : {3, 4}) x[i].requires_grad_(true);
+  const auto r = gated_delta_rule(x[0], x[1], x[2], x[3], x[4], x[5]);
+  forward_and_backward({r.o, r.final_state}, x);
+}
+
 TEST_F(CudaSmall, Ssd) {
   struct Case {
     int64_t Hq, Hk, Hv, K, V;
@@ -74,6 +82,12 @@ TEST_F(CudaSmall, Ssd) {
     const auto plain = ssd(x[0], x[1], x[2], x[3], x[4], x[5], x[6]);
     forward_and_backward({plain.o, plain.final_state}, {x.begin(), x.begin() + 7});
   }
+}
+
+TEST_F(CudaSmall, SsdSegments) {
+  const Tensors x = {half({1, 2100, 1, 128}), half({1, 2100, 1, 128}), half({1, 2100, 2, 64}), full({1, 2100, 2}), full({2}, 1, -5), full({2}), full({2}), full({1, 2, 64, 128})};
+  const auto r = ssd(x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]);
+  forward_and_backward({r.o, r.final_state}, x);
 }
 
 TEST_F(CudaSmall, SpanAttention) {
