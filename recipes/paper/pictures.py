@@ -16,7 +16,13 @@ def svg(title, x_label, y_label, series, log_x=False, width=720, height=380, zer
     pad = (x1 - x0) * 0.06 or 1
     x0, x1, y0, y1 = x0 - pad, x1 + pad, 0 if zero else min(ys) * 0.95, 1.08 * max(p[1] + p[2] for p in points) or 1
     X = lambda x: 60 + (f(x) - x0) / (x1 - x0) * (width - 90)
-    Y = lambda y: height - 50 - (y - y0) / (y1 - y0) * (height - 100)
+    legend, at, line = [], 66, 34  # one line or more, above the axes
+    for name, colour, _ in series:
+        if at + 14 + 6.4 * len(name) > width:
+            at, line = 66, line + 18
+        legend.append((at, line, name, colour))
+        at += 34 + 6.4 * len(name)
+    Y = lambda y: height - 50 - (y - y0) / (y1 - y0) * (height - 66 - line)
     out = ['<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">' % (width, height, width, height),
            "<style>svg{background:#fff}text{fill:#222}@media(prefers-color-scheme:dark){svg{background:#111}text{fill:#ddd}}</style>",
            '<text x="60" y="20" font-size="14">%s</text>' % title, '<text x="%d" y="%d" text-anchor="middle">%s</text>' % (width / 2, height - 10, x_label),
@@ -37,7 +43,6 @@ def svg(title, x_label, y_label, series, log_x=False, width=720, height=380, zer
             t += s
     for t in ticks:
         out.append('<text x="%.1f" y="%d" text-anchor="middle">%s</text>' % (X(t), height - 32, "{:,.0f}".format(t) if t >= 100 else "%.3g" % t))
-    legend = 66
     for name, colour, ps in series:
         if len(ps) > 1:
             out.append('<path d="M%s" fill="none" stroke="%s" stroke-width="1.5"/>' % ("L".join("%.1f %.1f" % (X(p[0]), Y(p[1])) for p in ps), colour))
@@ -45,8 +50,8 @@ def svg(title, x_label, y_label, series, log_x=False, width=720, height=380, zer
             out.append('<path d="M%.1f %.1fV%.1f" stroke="%s"/><circle cx="%.1f" cy="%.1f" r="4" fill="%s"><title>%s</title></circle>' % (X(x), Y(y - e), Y(y + e), colour, X(x), Y(y), colour, label))
             if label and len(ps) > 1:
                 out.append('<text x="%.1f" y="%.1f" font-size="10">%s</text>' % (X(x) + 6, Y(y) - 6, label))
-        out.append('<circle cx="%d" cy="34" r="4" fill="%s"/><text x="%d" y="38">%s</text>' % (legend, colour, legend + 8, name))
-        legend += 34 + 6.3 * len(name)
+    for at, line, name, colour in legend:
+        out.append('<circle cx="%d" cy="%d" r="4" fill="%s"/><text x="%d" y="%d">%s</text>' % (at, line, colour, at + 8, line + 4, name))
     return "\n".join(out + ["</svg>\n"])
 
 

@@ -206,24 +206,36 @@ class Experiment:
         return False
 
     def work(self, device, jobs):
-        """Trains the jobs of one device; a second thread evaluates what is trained."""
-        trained = queue.Queue()
+        """Trains the jobs of one device, as many side by side as asked for; one more thread evaluates what is trained."""
+        waiting, trained = queue.Queue(), queue.Queue()
+        for job in jobs:
+            waiting.put(job)
+
+        def train():
+            while True:
+                try:
+                    job = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                # What is cut off goes on from where it was, but starting costs some seconds.
+                if time.time() + 15 > self.deadline:
+                    say("no time for", *job)
+                    self.late.append(job)
+                elif self.safely(self.train, *job, device):
+                    trained.put(job)
 
         def evaluate():
             while (job := trained.get()) is not None:
                 self.safely(self.evaluate, *job, device)
 
-        second = threading.Thread(target=evaluate)
-        second.start()
-        for name, seed in jobs:
-            # What is cut off goes on from where it was, but starting costs some seconds.
-            if time.time() + 15 > self.deadline:
-                say("no time for", name, seed)
-                self.late.append((name, seed))
-            elif self.safely(self.train, name, seed, device):
-                trained.put((name, seed))
+        trainers = [threading.Thread(target=train) for _ in range(self.o.side_by_side)]
+        evaluator = threading.Thread(target=evaluate)
+        for t in [*trainers, evaluator]:
+            t.start()
+        for t in trainers:
+            t.join()
         trained.put(None)
-        second.join()
+        evaluator.join()
 
     def bench(self):
         """Milliseconds of reading a prompt and of a decoded token, and bytes of state, of each model of the set, with nothing beside."""
@@ -312,6 +324,7 @@ def main():
     a.add_argument("--set", default="core", help="sets of models.json or single models, separated by commas")
     a.add_argument("--seeds", default="0,1")
     a.add_argument("--devices", default="cuda:0", help="cpu, or cuda:0,cuda:1")
+    a.add_argument("--side-by-side", type=int, default=1, help="models that train on a device at a time: what small models leave of it, another takes")
     a.add_argument("--tokens", type=float, default=80e6, help="trained on, by each model")
     a.add_argument("--retrieval-megabytes", type=float, default=50, help="of documents by retrieval_text.py in the training text")
     a.add_argument("--mix", default="plain", help="kinds of retrieval documents, see retrieval_text.py: plain, dense (asks more often), questions (dense, and natural questions)")

@@ -98,7 +98,7 @@ def curves(r):
                   for s in at.values() if r.values(m, "policies", s, "accuracy")]
             if len(ps) > 2:
                 series.append((rule, colour, ps))
-        for name, s, colour in (("question", "linear,part(attention=question),attention@gen", "#2b8a4b"), ("needle alone", "linear,part(attention=needle)", "#145a2d"), ("all", "attention", "#222")):
+        for name, s, colour in (("question", "linear,part(attention=question),attention@gen", "#2b8a4b"), ("needle alone", "linear,part(attention=needle)", "#145a2d"), ("all", "attention", "#777")):
             v = r.values(m, "policies", s, "accuracy")
             if v and series:
                 series.append((name, colour, [(100 * mean(r.values(m, "policies", s, "attention_share")), 100 * mean(v), 100 * spread(v), "")]))
