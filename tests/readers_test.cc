@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -99,6 +100,22 @@ TEST_P(Readers, CorpusIsReadOrRefused) {
     good += message.empty();
   }
   EXPECT_GE(good, 1);
+}
+
+// Cut at every byte (of long files behind the first 4,000 at every seventh). White space at the end may go.
+TEST_P(Readers, EveryBeginningOfAGoodFileIsRefused) {
+  for (const auto& [name, bytes] : corpus(GetParam().name)) {
+    if (!name.starts_with("good-")) continue;
+    size_t end = bytes.size();
+    while (end > 0 && std::isspace(static_cast<unsigned char>(bytes[end - 1]))) --end;
+    for (size_t size = 0; size < end && !HasFailure(); size += size < 4000 ? 1 : 7) {
+      SCOPED_TRACE(fmt::format("{} cut to {} of {} bytes", name, size, bytes.size()));
+      const std::string message = refusal(GetParam(), std::string_view(bytes).substr(0, size));
+      if (GetParam().whole) {
+        EXPECT_FALSE(message.empty());
+      }
+    }
+  }
 }
 
 TEST_P(Readers, MutationsAreReadOrRefused) {

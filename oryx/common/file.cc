@@ -1,6 +1,7 @@
 #include "oryx/common/file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -57,6 +58,19 @@ int open_path(const fs::path& path, int flags) {
   return fd;
 }
 
+// Of those who make files of one folder appear together, in whatever process, one at a time: the others wait. The lock is of the folder itself, so that it
+// leaves no file, and falls with its holder. Where the file system has no locks nobody waits.
+class FolderLock {
+ public:
+  explicit FolderLock(const fs::path& folder) : folder_(open_path(folder.empty() ? fs::path(".") : folder, O_RDONLY | O_DIRECTORY)) {
+    while (::flock(folder_.get(), LOCK_EX) != 0 && errno == EINTR) {
+    }
+  }
+
+ private:
+  Descriptor folder_;
+};
+
 struct stat regular_status(int fd, const fs::path& path) {
   struct stat st {};
   if (file_operations.status(fd, &st) != 0) fail_errno(path.string(), "stat");
@@ -67,6 +81,11 @@ struct stat regular_status(int fd, const fs::path& path) {
 }  // namespace
 
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
+  std::error_code ignored;
+  const fs::file_status there = fs::status(path_, ignored);
+  if (fs::is_directory(there)) fail("{}: is a folder, expected a file name", path_.string());
+  // What stands under the name is replaced: never a device such as /dev/stdout or a pipe.
+  if (fs::exists(there) && !fs::is_regular_file(there)) fail("{}: is a device or a pipe, expected the name of a file to write or replace", path_.string());
   std::string name = (path_.parent_path() / fmt::format(".{}.XXXXXX", path_.filename().string())).string();
   fd_ = file_operations.create_temporary(name.data());
   if (fd_ < 0) fail_errno(path_.string(), "create");
@@ -131,6 +150,7 @@ void AtomicFile::commit() {
 void commit_together(std::span<AtomicFile* const> files) {
   for (AtomicFile* f : files) f->finish();
   // What fails for want of space has failed by now; only names change below.
+  const FolderLock lock(files.back()->path_.parent_path());
   std::vector<std::pair<fs::path, fs::path>> asides;  // where it stood, where it is
   std::vector<fs::path> published;
   try {

@@ -14,6 +14,7 @@
 #include "oryx/generate/session.h"
 #include "oryx/io/safetensors.h"
 #include "oryx/model/config.h"
+#include "oryx/model/hf/convert.h"
 #include "oryx/model/state_file.h"
 #include "oryx/modes/layer_schedules.h"
 
@@ -47,6 +48,11 @@ void read_config(std::string_view bytes) {
   const MemoryFile file(bytes);
   const auto config = load_options<ModelConfig>(file.path());
   if (dump_options(config).empty()) throw std::logic_error("a config without text");
+}
+
+void read_hf_config(std::string_view bytes) {
+  const MemoryFile file(bytes);
+  if (read_published_config(file.path()).num_layers < 1) throw std::logic_error("a model without layers");
 }
 
 void read_schedule(std::string_view bytes) {
@@ -138,10 +144,11 @@ const LanguageModel& session_model() {
 const std::vector<ForeignReader>& foreign_readers() {
   static const std::vector<ForeignReader> all = {{"safetensors", read_safetensors},
                                                  {"config", read_config},
-                                                 {"schedule", read_schedule},
-                                                 {"tokenizer", read_tokenizer},
+                                                 {"hf_config", read_hf_config},
+                                                 {"schedule", read_schedule, /*whole=*/false},
+                                                 {"tokenizer", read_tokenizer, /*whole=*/false},
                                                  {"tokenizer_json", read_tokenizer_json},
-                                                 {"token_file", read_token_file, reseal_token_file},
+                                                 {"token_file", read_token_file, /*whole=*/true, reseal_token_file},
                                                  {"session", read_session}};
   return all;
 }

@@ -13,6 +13,8 @@ struct ForeignReader {
   std::string name;  // the folder in tests/corpus/
   // Reads all there is to read. Throws oryx::Error on what is refused; anything else is a fault of the reader.
   void (*read)(std::string_view bytes);
+  // Whether a good file that is cut anywhere must be refused (white space at its end aside): all formats but those whose parts are themselves whole.
+  bool whole = true;
   // Makes the checksums inside right again, so that a mutation meets what stands behind them; null where there are none.
   void (*reseal)(std::string& bytes) = nullptr;
 };

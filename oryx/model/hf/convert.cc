@@ -131,6 +131,23 @@ ModelConfig config_by(const HfFamily& family, HfConfig& hf) {
   return checked(c, hf.source() + " as a model of ours");
 }
 
+// What a config.json says of an import, before any tensor is looked at.
+struct Plan {
+  HfFamily family;
+  ModelConfig config;
+  Shapes shapes;
+  std::vector<HfTensor> rules;
+};
+Plan plan_of(const fs::path& config_path) {
+  HfConfig hf(read_json_file(config_path), config_path.string());
+  Plan plan{hf_family(hf), {}, {}, {}};
+  plan.config = config_by(plan.family, hf);
+  plan.shapes = shapes_of(plan.config);
+  plan.rules = plan.family.tensors(plan.config);
+  check_rules(plan.rules, plan.shapes);
+  return plan;
+}
+
 bool ignored_tensor(const std::string& name, const ModelConfig& c, const ShardedSafetensors& files) {
   // Old files keep the rotary frequencies, which follow from the config.
   if (name.ends_with("rotary_emb.inv_freq")) return true;
@@ -250,32 +267,28 @@ ExportForm own_form(const ModelConfig& c, const fs::path& folder) {
 
 }  // namespace
 
+ModelConfig read_published_config(const fs::path& config_json) { return plan_of(config_json).config; }
+
 Conversion import_checkpoint(const fs::path& hf_folder, const fs::path& out) {
   std::error_code ignored;
   if (!fs::is_directory(hf_folder, ignored)) fail("{}: is no folder, expected one with config.json and model.safetensors", hf_folder.string());
-  const fs::path config_path = hf_folder / "config.json";
-  HfConfig hf(read_json_file(config_path), config_path.string());
-  const std::string text = read_file(config_path);
-  const HfFamily family = hf_family(hf);
-  const ModelConfig config = config_by(family, hf);
-  const Shapes shapes = shapes_of(config);
-  const auto rules = family.tensors(config);
-  check_rules(rules, shapes);
+  const Plan plan = plan_of(hf_folder / "config.json");
+  const std::string text = read_file(hf_folder / "config.json");
   const ShardedSafetensors files(hf_folder);
-  check_tensors(family.model_type, config, rules, shapes, files);
+  check_tensors(plan.family.model_type, plan.config, plan.rules, plan.shapes, files);
   uint64_t bytes = 0;
-  for (const auto& rule : rules) bytes += files.info(rule.theirs).end - files.info(rule.theirs).begin;
+  for (const auto& rule : plan.rules) bytes += files.info(rule.theirs).end - files.info(rule.theirs).begin;
   check_memory(files.path(), bytes);
 
-  Conversion done{family.model_type, config, 0, count_parameters(config)};
+  Conversion done{plan.family.model_type, plan.config, 0, count_parameters(plan.config)};
   make_folder_whole(out, [&](const fs::path& folder) {
     NamedTensors tensors;
-    for (const auto& rule : rules) take_apart(rule, files.load(rule.theirs), shapes, tensors);
+    for (const auto& rule : plan.rules) take_apart(rule, files.load(rule.theirs), plan.shapes, tensors);
     done.tensors = static_cast<int64_t>(tensors.size());
     write_safetensors(folder / "model.safetensors", tensors, {{"format", "oryx"}});
     copy_companions(hf_folder, folder);
     write_file(folder / kOriginalConfig, text);
-    write_file(folder / "config.json", dump_options(config));
+    write_file(folder / "config.json", dump_options(plan.config));
   });
   return done;
 }

@@ -20,6 +20,9 @@ struct Conversion {
 // unknown architecture, an option that is not supported, and a tensor that is missing, extra or of another shape.
 Conversion import_checkpoint(const std::filesystem::path& hf_folder, const std::filesystem::path& out);
 
+// What an import makes of a config.json alone. Throws Error as it does.
+ModelConfig read_published_config(const std::filesystem::path& config_json);
+
 // A model's folder -> config.json and model.safetensors as transformers reads them: of the family it was imported from, byte for byte the
 // config it came with; a model of our own becomes the family that has its shape. Throws Error, naming a key, where there is none.
 Conversion export_checkpoint(const std::filesystem::path& model_folder, const std::filesystem::path& out);
