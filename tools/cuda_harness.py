@@ -4,7 +4,9 @@ Errors are norms of the difference over norms, against float64. Times are median
 sleeps, so that what is timed has been queued when it begins.
 """
 import ctypes
+import importlib.metadata
 import statistics
+import subprocess
 
 import torch
 
@@ -82,3 +84,13 @@ def copy_rate(size=1 << 30):
     x = torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEV)
     y = torch.empty_like(x)
     return 2 * size / bench(lambda: y.copy_(x), flush=False) / 1e9
+
+
+def card():
+    """One line on the card as it is now: with it a time can be told from one on a hotter or slower card."""
+    found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"], capture_output=True, text=True)
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, driver, clocks, degrees, power: {found.stdout.strip() or 'nvidia-smi did not say'}"
+
+
+def versions(packages):
+    return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)

@@ -3,18 +3,21 @@
     nvcc -std=c++20 -I. -shared -Xcompiler -fPIC -gencode=arch=compute_90a,code=sm_90a -O3 -I. oryx/ops/gated_delta/cuda/*.cu -o gated_delta.so
     python3 tools/gated_delta_cuda.py ./gated_delta.so [--peers flash_qla,fla] [--profile] [--times-only]
 
+--peers times public kernels in turns with ours at each shape, so that ratios are of one run: `pip install flash-linear-attention==0.6.0 flash-qla==0.1.3` (the
+first with tilelang, which compiles kernels when they are first called: minutes, unless TILELANG_CACHE_DIR and TRITON_CACHE_DIR name filled caches).
 Needs torch with CUDA on an H100 or H200. The check compares with the recurrence in float64 and its gradients by autograd (norm of the
 difference over norm, limit 1e-2, gradients 2e-2; outputs poisoned with NaN, every case run twice for equal bits) and exits 1 when a case fails. Times are medians of CUDA-event times over
 random data; before each repetition 256 MB are overwritten (the L2) and the GPU sleeps, so that launches are queued.
 """
 import argparse
 import ctypes
+import os
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from cuda_harness import BF, DEV, P, Verdicts, bench, copy_rate, error, scratch
+from cuda_harness import BF, DEV, P, Verdicts, bench, card, copy_rate, error, scratch, versions
 
 SLEEP = 16_000_000  # the peers' launches take the host longer
 POINTERS = "q k v g beta initial_state cu_seqlens wanted o final_state saved".split()
@@ -202,9 +205,24 @@ def check(lib):
     return verdict.close()
 
 
+def peer(name):
+    """A public implementation of the operator as q, k, v, g, beta -> o, and the package whose version says which."""
+    if name == "flash_qla":
+        from flash_qla import chunk_gated_delta_rule as op
+        return lambda *x: op(*x)[0], "flash-qla"
+    if name == "fla":
+        os.environ["FLA_FLASH_QLA"] = "0"  # its own kernels: otherwise it hands some calls to FlashQLA where that is installed
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as op
+        return lambda *x: op(*x)[0], "fla-core"
+    raise SystemExit(f"--peers: found {name!r}, expected flash_qla or fla")
+
+
 def times(lib, peers, profile):
+    """Ours, each peer and ours again, in turns at each shape, so that a ratio is of one run on one card in one state."""
+    ops = {name: peer(name) for name in peers}
     copy = copy_rate(2 << 30)
-    print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s (floor: q, k, v, o once; backward: q, k, v, do, dq, dk, dv once)")
+    print(card(), versions(package for _, package in ops.values()), flush=True)
+    print(f"copy {copy:.3f} TB/s (floor: q, k, v, o once; backward: q, k, v, do, dq, dk, dv once); milliseconds, forward, saving (that of training) / backward")
     for B, T in ((4, 8192), (1, 32768), (8, 2048)):
         for decay in (1.0, 1e-3):
             x = inputs(B, T, 16, 16, 16, decay)
@@ -212,27 +230,25 @@ def times(lib, peers, profile):
             one = B * T * 16 * 256 / copy / 1e9
             plain, _, o, _, _ = prepare(lib, *x, final=False, poison=False)
             saving, backward, _, _, d = prepare(lib, *x, up=up, final=False, poison=False)
-            row = f"B{B} T{T} H16, decay x {decay:g}: floor {4 * one:.4f} / {7 * one:.4f} ms, "
-            row += f"ours {bench(plain, 20, sleep=SLEEP):.4f}, saving {bench(saving, 20, sleep=SLEEP):.4f} / {bench(backward, 20, sleep=SLEEP):.4f}"
+
+            def ours():
+                return ", saving ".join(f"{bench(f, 20, sleep=SLEEP):.4f}" for f in (plain, saving)) + f" / {bench(backward, 20, sleep=SLEEP):.4f}"  # noqa: B023
+            print(f"B{B} T{T} H16, decay x {decay:g}: floor {4 * one:.4f} / {7 * one:.4f}, ours {ours()}", flush=True)
             if profile and decay == 1.0:
-                row += "".join(f"\n    {ms:.4f} {name}" for name, ms in kernels(lambda: (saving(), backward())))  # noqa: B023
-            q, k = (F.normalize(t.float(), dim=-1).to(BF) for t in x[:2])
+                print("\n".join(f"    {ms:.4f} {name}" for name, ms in kernels(lambda: (saving(), backward()))), flush=True)  # noqa: B023
+            q, k = (F.normalize(t.float(), dim=-1).to(BF) for t in x[:2])  # ours normalises within the time given
             leaves = [t.detach().requires_grad_() for t in (q, k, x[2], x[3], x[4].to(BF))]
-            for peer in peers:
-                if peer == "flash_qla":
-                    from flash_qla import chunk_gated_delta_rule as op
-                else:
-                    import os
-                    os.environ["FLA_FLASH_QLA"] = "0"
-                    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as op
+            for name, (op, _) in ops.items():
                 with torch.no_grad():
                     ms = bench(lambda: op(*leaves), 20, sleep=SLEEP)  # noqa: B023
-                out = op(*leaves)[0]
+                out = op(*leaves)
                 back = bench(lambda: torch.autograd.grad(out, leaves, up[0], retain_graph=True), 20, sleep=SLEEP)  # noqa: B023
                 dv = torch.autograd.grad(out, leaves, up[0])[2]
                 plain(), saving(), backward()
-                row += f", {peer} {ms:.4f} / {back:.4f} (differs by {error(o, out):.1e}, dv {error(d[2], dv):.1e})"
-            print(row, flush=True)
+                print(f"    {name} {ms:.4f} / {back:.4f} (differs from ours by {error(o, out):.1e}, dv {error(d[2], dv):.1e})", flush=True)
+                del out, dv
+            if ops:
+                print(f"    ours again {ours()}; {card().split(': ')[1]}", flush=True)
 
 
 def kernels(fn):

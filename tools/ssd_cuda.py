@@ -1,7 +1,10 @@
 """Checks and times the Hopper kernels of SSD (oryx/ops/ssd/cuda) without the rest of the library.
 
     nvcc -std=c++20 -shared -Xcompiler -fPIC -gencode=arch=compute_90a,code=sm_90a -O3 -I. oryx/ops/ssd/cuda/*.cu -o ssd.so
-    python3 tools/ssd_cuda.py ./ssd.so [--small] [--no-times] [--peers mamba_ssm]
+    python3 tools/ssd_cuda.py ./ssd.so [--small] [--no-times] [--times-only] [--peers mamba_ssm]
+
+--peers times a public kernel in turns with ours at each shape, so that ratios are of one run: mamba_chunk_scan_combined (chunk 256) of mamba_ssm 2.3.2.post1, whose Triton
+part is enough: where its compiled extension is missing, an empty module selective_scan_cuda on PYTHONPATH stands in for what Mamba-2 never calls.
 
 Needs torch with CUDA on an H100 or H200. The check compares with the quadratic form in float64 and its gradients by autograd (norm of the
 difference over norm, limit 1e-2 for values and 2e-2 for gradients, outputs poisoned with NaN, every case run twice for equal bits) and exits 1
@@ -22,7 +25,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from cuda_harness import BF, DEV, P, Verdicts, bench, copy_rate, launch, scratch
+from cuda_harness import BF, DEV, P, Verdicts, bench, card, copy_rate, launch, scratch, versions
 
 SLEEP = 16_000_000  # the peer's launches take the host longer
 INPUTS = "q k v dt_raw dt_bias A_log D".split()
@@ -308,28 +311,32 @@ SHAPES = [(B, T, *s) for s in ((1, 32, 128, 64), (16, 16, 128, 128)) for B, T in
 
 
 def times(lib, peers, shapes=SHAPES):
+    """Ours, the peer and ours again, in turns at each shape, so that a ratio is of one run on one card in one state."""
     copy = copy_rate(2 << 30)
-    print(f"{torch.cuda.get_device_name()}, copy {copy:.2f} TB/s (floor: q, k, v, o once)")
+    print(card(), versions(["mamba-ssm"] if peers else []), flush=True)
+    print(f"copy {copy:.3f} TB/s (floor: q, k, v, o once); milliseconds, forward / backward")
     for B, T, G, H, K, V in shapes:
         x = inputs(B, T, G, G, H, K, V)
         run, (o, _) = prepare(lib, x, final=False, poison=False)
-        row = f"B{B} T{T} H{H} P{V} N{K} groups {G}: floor {2 * B * T * 2 * (G * K + H * V) / copy / 1e9:.4f} ms, forward {bench(run, 20, sleep=SLEEP):.4f}"
-        if hasattr(lib, "oryx_ssd_backward"):
-            back, _ = prepare_backward(lib, x, torch.randn_like(o), poison=False)
-            row += f", backward {bench(back, 20, sleep=SLEEP):.4f}"
+        back, _ = prepare_backward(lib, x, torch.randn_like(o), poison=False) if hasattr(lib, "oryx_ssd_backward") else (None, None)
+
+        def ours():
+            return " / ".join(f"{bench(f, 20, sleep=SLEEP):.4f}" for f in (run, back) if f)  # noqa: B023
+        print(f"B{B} T{T} H{H} P{V} N{K} groups {G}: floor {2 * B * T * 2 * (G * K + H * V) / copy / 1e9:.4f}, ours {ours()}", flush=True)
         if "mamba_ssm" in peers:
             from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as op
             y = [t.detach().requires_grad_(True) for t in (x[2], x[3], -x[5].exp(), x[1], x[0], x[6], x[4])]
 
             def peer():
-                return op(*y[:5], 256, D=y[5], dt_bias=y[6], dt_softplus=True)
+                return op(*y[:5], 256, D=y[5], dt_bias=y[6], dt_softplus=True)  # noqa: B023
             with torch.no_grad():
                 run()
-                row += f", mamba_ssm {bench(peer, 20, sleep=SLEEP):.4f} (differs by {error(peer(), o):.1e})"
+                row = f"    mamba_ssm {bench(peer, 20, sleep=SLEEP):.4f}"
+                differs = f" (differs from ours by {error(peer(), o):.1e})"
             out, d = peer(), torch.randn_like(o)
-            row += f" / {bench(lambda: torch.autograd.grad(out, y, d, retain_graph=True), 20, sleep=SLEEP):.4f}"  # noqa: B023
+            print(row + f" / {bench(lambda: torch.autograd.grad(out, y, d, retain_graph=True), 20, sleep=SLEEP):.4f}" + differs, flush=True)  # noqa: B023
             del out
-        print(row, flush=True)
+            print(f"    ours again {ours()}; {card().split(': ')[1]}", flush=True)
 
 
 if __name__ == "__main__":
