@@ -74,7 +74,7 @@ TEST_F(BadSession, IsFineUntouched) {
 }
 
 TEST_F(BadSession, Metadata) {
-  expect_refused_with("format", "oryx-state 99", "its format is 'oryx-state 99', expected 'oryx-state 1'");
+  expect_refused_with("format", "oryx-state 99", "its format is 'oryx-state 99', expected 'oryx-state 1'; another version of oryx wrote it");
   expect_refused_with("format", "two\nlines" + std::string(5000, 'x'), "its format is 'two lines");
   expect_refused_with("model", "0123456789abcdef", "is the session of another model (fingerprint 0123456789abcdef");
   expect_refused_with("lengths", "", "holds no sequence");

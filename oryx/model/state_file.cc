@@ -18,6 +18,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
+constexpr std::string_view kFormatName = "oryx-state ";
 constexpr const char* kFormat = "oryx-state 1";
 // Lengths and settings: positions behind a sequence this long still fit into 32 bits.
 constexpr int64_t kMostNumber = int64_t{1} << 30;
@@ -69,6 +70,16 @@ class Metadata {
   const SafetensorsReader& file_;
 };
 
+std::string config_hash(const LanguageModel& model) { return fmt::format("{:016x}", fnv1a(dump_options(model.config()))); }
+
+// Which of the three that make a fingerprint is another, as far as the file says.
+std::string difference(const Metadata& meta, const LanguageModel& model) {
+  const char* own = at::toString(model.compute_dtype());
+  if (!meta.has("precision") || !meta.has("config")) return "";
+  if (meta.text("precision") != own) return fmt::format("; it was saved in {}, this one computes in {}", shown(meta.text("precision")), own);
+  return meta.text("config") != config_hash(model) ? "; the configs differ" : "; the configs are the same, the weights differ";
+}
+
 // What a file says of dropped rows must be what a state of these options would have dropped.
 void check_rows_from(const std::string& path, const RowBound& bound, const std::vector<int64_t>& lengths, const std::vector<int64_t>& from) {
   if (from.size() != lengths.size()) fail("{}: rows_from of {} sequences, expected {}", path, from.size(), lengths.size());
@@ -114,6 +125,8 @@ void save_state(const LanguageModel& model, const State& state, const fs::path& 
   write_safetensors(path, state.tensors(),
                     {{"format", kFormat},
                      {"model", fingerprint(model)},
+                     {"precision", at::toString(model.compute_dtype())},
+                     {"config", config_hash(model)},
                      {"lengths", fmt::format("{}", fmt::join(state.lengths(), ","))},
                      {"checkpoints", fmt::format("{}", fmt::join(checkpoints, ";"))},
                      {"checkpoint_every", std::to_string(o.checkpoint_every)},
@@ -130,11 +143,14 @@ void save_state(const LanguageModel& model, const State& state, const fs::path& 
 State load_state(const LanguageModel& model, const fs::path& path, int64_t budget) {
   const SafetensorsReader file(path);
   const Metadata meta(file);
-  if (meta.text("format") != kFormat) fail("{}: its format is '{}', expected '{}'", file.path(), shown(meta.text("format")), kFormat);
+  if (meta.text("format") != kFormat) {
+    fail("{}: its format is '{}', expected '{}'{}", file.path(), shown(meta.text("format")), kFormat,
+         meta.text("format").starts_with(kFormatName) ? "; another version of oryx wrote it" : "");
+  }
   const std::string own = fingerprint(model);
   if (meta.text("model") != own) {
-    fail("{}: is the session of another model (fingerprint {}, this one's is {}); load the model, weights and precision that it was saved with", file.path(),
-         shown(meta.text("model")), own);
+    fail("{}: is the session of another model (fingerprint {}, this one's is {}{}); load the model, weights and precision that it was saved with", file.path(),
+         shown(meta.text("model")), own, difference(meta, model));
   }
   const std::vector<int64_t> lengths = meta.list("lengths", meta.text("lengths"));
   if (lengths.empty()) fail("{}: holds no sequence", file.path());

@@ -16,6 +16,7 @@ namespace oryx {
 namespace {
 
 using namespace test;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 class EveryFork : public ::testing::TestWithParam<Case> {};
@@ -242,12 +243,13 @@ TEST(StateFile, RefusesAnotherModelAndDamage) {
     at::Tensor last = other->parameters().back();
     last.view({-1})[0].add_(1);
   }
-  EXPECT_THAT(error_of([&] { (void)load_state(*other, path); }), HasSubstr("is the session of another model"));
+  const auto refused = [&](const LanguageModel& model) { return error_of([&] { (void)load_state(model, path); }); };
+  EXPECT_THAT(refused(*other), AllOf(HasSubstr("is the session of another model"), HasSubstr("the configs are the same, the weights differ")));
   ModelConfig longer = c;
   longer.layer.window = 10;
-  EXPECT_THAT(error_of([&] { (void)load_state(*make(longer), path); }), HasSubstr("is the session of another model"));
+  EXPECT_THAT(refused(*make(longer)), AllOf(HasSubstr("is the session of another model"), HasSubstr("the configs differ")));
   const LanguageModel half(c, at::kBFloat16);
-  EXPECT_THAT(error_of([&] { (void)load_state(half, path); }), HasSubstr("is the session of another model"));
+  EXPECT_THAT(refused(half), AllOf(HasSubstr("is the session of another model"), HasSubstr("it was saved in Float, this one computes in BFloat16")));
 
   // Files with the right fingerprint and the wrong content.
   const SafetensorsReader file(path);
