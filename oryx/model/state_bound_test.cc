@@ -1,5 +1,6 @@
 // Bounded rows: constant memory, and the contract of a state under it.
 #include <ATen/ATen.h>
+#include <ATen/record_function.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -189,6 +190,35 @@ TEST_P(EveryBound, MemoryIsConstantAndAsPredicted) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, EveryBound, ::testing::ValuesIn(cases()), [](const auto& info) { return info.param.name; });
+
+// Rows that move to the front of their region do so together: a copy of each page would be a launch of each on a GPU.
+TEST(StateBound, PagesMoveTogether) {
+  constexpr int64_t kPage = 4, kTokens = 600;
+  RowStore store(1, std::make_shared<ByteBudget>(0), at::kCPU, kPage, {5, 64});
+  const int64_t slot = store.add({"rows", SlotKind::kPerToken, {3}, at::kFloat});
+  static thread_local int copies;
+  copies = 0;
+  int moves = 0;
+  const auto handle = at::addThreadLocalCallback(at::RecordFunctionCallback([](const at::RecordFunction& f) -> std::unique_ptr<at::ObserverContext> {
+    copies += std::string_view(f.name()) == "aten::copy_" ? 1 : 0;
+    return nullptr;
+  }));
+  const auto row = [](int64_t t) { return (at::arange(3, at::kFloat) + static_cast<float>(3 * t)).view({1, 3}); };
+  for (int64_t t = 0; t < kTokens; ++t) {
+    const int before = copies;
+    store.make_room({t}, {t + 1}, false);
+    moves += copies - before;
+    store.write(slot, 0, t, row(t));
+    store.retire(0, t + 1);
+    const int64_t from = std::max(store.from(0), int64_t{0});
+    if (t % 7 != 0 || from == 0) continue;
+    EXPECT_TRUE(at::equal(store.read(slot, {0}, {5}), at::arange(15, at::kFloat).view({1, 5, 3}))) << t;
+    EXPECT_TRUE(at::equal(store.read(slot, {from}, {t + 1}), at::arange(3 * from, 3 * (t + 1), at::kFloat).view({1, -1, 3}))) << t;
+  }
+  at::removeCallback(handle);
+  EXPECT_GT(moves, 0);
+  EXPECT_LT(moves, 25);  // 600 tokens are 150 pages, and a region of 35 of them is used up eight times
+}
 
 TEST(StateBound, ShortSequencesAreAsWithoutIt) {
   const ModelConfig c = small({{"gated_delta_net", "attention"}});

@@ -86,23 +86,36 @@ std::shared_ptr<const RowStore::Page> RowStore::take_page(Sequence& s) {
   return std::make_shared<const Page>(Page{s.region.block, (s.region.begin + s.region.used++) * page_tokens_});
 }
 
-void RowStore::copy_page(const Page& from, const Page& to) const {
-  for (size_t i = 0; i < specs_.size(); ++i) {
-    to.block->data[i].narrow(0, to.first, page_tokens_).copy_(from.block->data[i].narrow(0, from.first, page_tokens_));
+// Pages that stand side by side before and behind are one copy in every slot: on a GPU, launches are what moving costs.
+void RowStore::copy_pages(const std::vector<Move>& moves) const {
+  for (size_t begin = 0, end = 1; begin < moves.size(); begin = end++) {
+    const Page &from = moves[begin].from, &to = moves[begin].to;
+    const auto follows = [&](const Move& next, int64_t distance) {
+      return next.from.block == from.block && next.to.block == to.block && next.from.first == from.first + distance && next.to.first == to.first + distance;
+    };
+    while (end < moves.size() && follows(moves[end], static_cast<int64_t>(end - begin) * page_tokens_)) ++end;
+    // Within a block pages move towards its front, in pieces that do not reach into where they come from.
+    const int64_t rows = static_cast<int64_t>(end - begin) * page_tokens_, most = from.block == to.block ? from.first - to.first : rows;
+    TORCH_INTERNAL_ASSERT(most > 0, "state: pages out of order");
+    for (int64_t at = 0; at < rows; at += most) {
+      const int64_t count = std::min(most, rows - at);
+      for (size_t i = 0; i < specs_.size(); ++i) to.block->data[i].narrow(0, to.first + at, count).copy_(from.block->data[i].narrow(0, from.first + at, count));
+    }
   }
 }
 
 // Moves the region's pages to its front. They stand there in the order of their tokens: each goes to a place that is free or its own.
 void RowStore::compact(Sequence& s) {
   s.region.used = 0;
+  std::vector<Move> moves;
   for (Entry& e : s.pages) {
     if (!in_region(s, e)) continue;
     auto page = take_page(s);
-    TORCH_INTERNAL_ASSERT(page->first <= e.page->first, "state: pages out of order");
     if (page->first == e.page->first) continue;
-    copy_page(*e.page, *page);
+    moves.push_back({*e.page, *page});
     e.page = std::move(page);
   }
+  copy_pages(moves);
 }
 
 void RowStore::make_bounded_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact) {
@@ -123,12 +136,14 @@ void RowStore::make_bounded_room(const std::vector<int64_t>& lengths, const std:
       s.region = {block, at, w.region, 0};
       at += w.region;
       // Pages that nobody else holds move along; the others are read where they are.
+      std::vector<Move> moves;
       for (Entry& e : s.pages) {
         if (e.page.use_count() > 1) continue;
         auto page = take_page(s);
-        copy_page(*e.page, *page);
+        moves.push_back({*e.page, *page});
         e.page = std::move(page);
       }
+      copy_pages(moves);
     } else if (s.region.used + static_cast<int64_t>(w.fresh.size()) > s.region.pages) {
       compact(s);
     }
@@ -139,7 +154,7 @@ void RowStore::make_bounded_room(const std::vector<int64_t>& lengths, const std:
         s.pages.insert(it, {index, std::move(page)});
         continue;
       }
-      copy_page(*it->page, *page);
+      copy_pages({{*it->page, *page}});
       it->page = std::move(page);
     }
     find_runs(s);

@@ -158,7 +158,10 @@ class RowStore {
   int64_t pages_in_region(const Sequence& s) const;
   bool movable(const Sequence& s) const;
   std::shared_ptr<const Page> take_page(Sequence& s);
-  void copy_page(const Page& from, const Page& to) const;
+  struct Move {
+    Page from, to;
+  };
+  void copy_pages(const std::vector<Move>& moves) const;
   void compact(Sequence& s);
   void make_bounded_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact);
 
