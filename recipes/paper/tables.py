@@ -253,7 +253,10 @@ def fill(page, groups):
             sys.exit("%s: no table '%s' of %s; known: %s" % (page, name, source, ", ".join(known)))
         if name not in TABLES or group not in groups:
             sys.exit("%s: no table '%s' of '%s'; known: %s, of %s" % (page, name, group, ", ".join(sorted(TABLES)), ", ".join(groups)))
-        return "<!-- table: %s -->\n%s\n<!-- end -->" % (name + (" " + m.group(2) if m.group(2) else ""), TABLES[name](groups[group]))
+        made = TABLES[name](groups[group])
+        if all(len(groups[group].seeds(run.rsplit("-seed", 1)[0])) == 1 for run in groups[group].runs):
+            made = made.replace(" (one seed)", "")  # the page says so of the whole group
+        return "<!-- table: %s -->\n%s\n<!-- end -->" % (name + (" " + m.group(2) if m.group(2) else ""), made)
 
     text = re.sub(r"<!-- table: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", block, text, flags=re.S)
     open(page, "w").write(text)
