@@ -27,7 +27,8 @@ using ops::cuda::stream_of;
 // The weights of one layer as the kernels read them.
 struct PackedLayer {
   at::Tensor in;          // bfloat16 [4 or 5 H K, D]: keys, values, gate, query of the linear mixer, query of attention
-  at::Tensor narrow;      // float32 [2 H, D]: b_proj, a_proj
+  at::Tensor narrow;      // b_proj, a_proj [2 H, D]: float32, or for the chain two bfloat16 rows for each (cuda/decode_product.h)
+  int64_t narrow_rows = 0;
   at::Tensor out, gate_up, down;  // bfloat16; rows of gate_proj and up_proj in turn
   int64_t in_rows = 0;
   at::Tensor norm1, norm2, k_conv, v_conv, A_log, dt_bias, o_norm;  // float32
@@ -49,6 +50,12 @@ int64_t row_stride(const at::Tensor& t) { return t.defined() ? t.stride(0) : 0; 
 
 at::Tensor bf16(const at::Tensor& x) { return x.to(at::kBFloat16).contiguous(); }
 
+// Rows 2 i and 2 i + 1 add up to row i of x; zero rows up to a multiple of 32.
+at::Tensor halves(const at::Tensor& x) {
+  const at::Tensor high = bf16(x), both = at::stack({high, bf16(x - high.to(at::kFloat))}, 1).flatten(0, 1);
+  return at::constant_pad_nd(both, {0, 0, 0, (32 - both.size(0) % 32) % 32});
+}
+
 class Packed {
  public:
   // For the persistent kernel (cuda/decode_step.h), or for the chain (cuda/decode_product.h).
@@ -68,6 +75,11 @@ class Packed {
       packed.in = persistent ? fused::row_pieces_by_head(at::cat(in), heads) : fused::product_fragments(at::cat(in));
       packed.in_rows = static_cast<int64_t>(in.size()) * in[0].size(0);
       packed.narrow = floats(at::cat({p("mixer.gated_delta_net.b_proj.weight"), p("mixer.gated_delta_net.a_proj.weight")}));
+      if (!persistent) {
+        packed.narrow = halves(packed.narrow);
+        packed.narrow_rows = packed.narrow.size(0);
+        packed.narrow = fused::product_fragments(packed.narrow);
+      }
       packed.out = by_columns(bf16(p("mixer.o_proj.weight")));
       const at::Tensor gate_up = at::stack({bf16(p("mlp.gate_proj.weight")), bf16(p("mlp.up_proj.weight"))}, 1).flatten(0, 1);
       packed.gate_up = persistent ? fused::row_pieces_by_group(gate_up, heads) : fused::product_fragments(gate_up);
@@ -305,64 +317,59 @@ class CudaDecoder : public FusedDecoder {
   }
 
   // ---- several sequences
-  static constexpr int kSplits = 2;  // along K, of the products with few rows
-
   void allocate_batch() {
     const auto half = at::device(model_.device()).dtype(at::kBFloat16), f32 = half.dtype(at::kFloat);
     const int64_t width = H_ * 128;
     tiles_ = oryx_product_tiles(N_);
-    for (at::Tensor& x : x_) x = at::empty({N_, D_}, f32);
+    x_ = at::empty({N_, D_}, f32);
     u_ = at::zeros({8 * tiles_ * D_}, half), y_ = at::zeros({8 * tiles_ * width}, half), mid_ = at::zeros({8 * tiles_ * F_}, half);
-    delta_ = at::empty({kSplits, N_, D_}, f32), narrow_ = at::empty({N_, 2 * H_}, f32);
+    narrow_ = at::empty({N_, 2 * H_}, f32);
+    for (at::Tensor& s : squares_) s = at::zeros({8 * tiles_, (D_ / 32 + 3) / 4 * 4}, f32);
     projected_ = at::empty({N_ * 5 * width}, half), logits_ = at::empty({N_, vocab_}, half);
   }
 
-  void product(const at::Tensor& weight, const at::Tensor& x, const at::Tensor& out, int64_t rows, int64_t K, int form, const uint8_t* needed = nullptr,
-               int64_t optional = 0) const {
-    const OryxProduct a{weight.data_ptr(), x.data_ptr(), out.data_ptr(), N_, rows, K, form, form == kOryxProductParts ? kSplits : 1, needed, optional};
-    check("oryx_product", oryx_product(&a, stream_of(u_)));
+  OryxProduct product_of(int form, const at::Tensor& weight, const at::Tensor& x, const at::Tensor& out, int64_t rows, int64_t K) const {
+    OryxProduct a{};
+    a.form = form, a.weight = weight.data_ptr(), a.x = x.data_ptr(), a.out = out.data_ptr();
+    a.N = N_, a.rows = rows, a.K = K, a.eps = static_cast<float>(model_.config().layer.norm_eps);
+    return a;
   }
+  void launch(const OryxProduct& a) const { check("oryx_product", oryx_product(&a, stream_of(u_))); }
 
-  // x_[from] (or the embedding) + delta -> x_[to]; its norm -> u_
-  void norm(int from, int to, bool add, const at::Tensor& weight, const at::Tensor& narrow) {
-    const LayerConfig& c = model_.config().layer;
-    const OryxBatchNorm a{from >= 0 ? pointer<float>(x_[from]) : nullptr,
-                          add ? pointer<float>(delta_) : nullptr,
-                          packed_.embed.data_ptr(),
-                          pointer<int32_t>(tokens_),
-                          pointer<float>(x_[to]),
-                          pointer<float>(weight),
-                          u_.data_ptr(),
-                          pointer<float>(narrow),
-                          pointer<float>(narrow_),
-                          N_,
-                          D_,
-                          2 * H_,
-                          kSplits,
-                          static_cast<int32_t>(tiles_),
-                          static_cast<float>(c.norm_eps)};
-    check("oryx_batch_norm", oryx_batch_norm(&a, stream_of(u_)));
+  // x_ += weight x; its norm, but for its factor, -> u_ and squares_[to]
+  void residual(const at::Tensor& weight, const at::Tensor& x, int64_t K, const at::Tensor& norm_weight, size_t to) const {
+    OryxProduct a = product_of(kOryxProductResidual, weight, x, u_, D_, K);
+    a.sum = pointer<float>(x_), a.norm_weight = pointer<float>(norm_weight), a.sum_squares = pointer<float>(squares_[to]);
+    launch(a);
   }
 
   void launch_batch(bool attention) {
+    const OryxBatchEmbed embed{packed_.embed.data_ptr(), pointer<int32_t>(tokens_), pointer<float>(packed_.layers[0].norm1), pointer<float>(x_), u_.data_ptr(), pointer<float>(squares_[0]), N_, D_,
+                               static_cast<int32_t>(tiles_)};
+    check("oryx_batch_embed", oryx_batch_embed(&embed, stream_of(u_)));
     for (size_t i = 0; i < packed_.layers.size(); ++i) {
       const PackedLayer& w = packed_.layers[i];
-      norm(i == 0 ? -1 : 1, 0, i > 0, w.norm1, w.narrow);
       // The query of attention is wanted only where a sequence is in attention.
       const bool asks = attention && w.attends;
-      product(w.in, u_, projected_, asks ? w.in_rows : 4 * H_ * 128, D_, kOryxProductRows, asks ? pointer<uint8_t>(modes_) + i * static_cast<size_t>(N_) : nullptr, 4 * H_ * 128);
+      OryxProduct in = product_of(kOryxProductRows, w.in, u_, projected_, asks ? w.in_rows : 4 * H_ * 128, D_);
+      in.squares = pointer<float>(squares_[0]);
+      in.needed = asks ? pointer<uint8_t>(modes_) + i * static_cast<size_t>(N_) : nullptr, in.optional = 4 * H_ * 128;
+      in.narrow_weight = w.narrow.data_ptr(), in.narrow_out = pointer<float>(narrow_), in.narrow_rows = w.narrow_rows, in.narrow = 2 * H_;
+      launch(in);
       mix(i, asks ? w.in_rows : 4 * H_ * 128);
       if (asks && attends(i)) {
         const OryxDecodeAttention a = attention_of(i);
         check("oryx_decode_attention", oryx_decode_attention(&a, workspace_.data_ptr(), stream_of(u_)));
       }
-      product(w.out, y_, delta_, D_, H_ * 128, kOryxProductParts);
-      norm(0, 1, true, w.norm2, {});
-      product(w.gate_up, u_, mid_, 2 * F_, D_, kOryxProductSwiglu);
-      product(w.down, mid_, delta_, D_, F_, kOryxProductParts);
+      residual(w.out, y_, H_ * 128, w.norm2, 1);
+      OryxProduct gate_up = product_of(kOryxProductSwiglu, w.gate_up, u_, mid_, 2 * F_, D_);
+      gate_up.squares = pointer<float>(squares_[1]);
+      launch(gate_up);
+      residual(w.down, mid_, F_, i + 1 < packed_.layers.size() ? packed_.layers[i + 1].norm1 : packed_.final_norm, 0);
     }
-    norm(1, 0, true, packed_.final_norm, {});
-    product(packed_.head, u_, logits_, vocab_, D_, kOryxProductRows);
+    OryxProduct head = product_of(kOryxProductRows, packed_.head, u_, logits_, vocab_, D_);
+    head.squares = pointer<float>(squares_[0]);
+    launch(head);
     check("oryx_batch_finish", oryx_batch_finish(logits_.data_ptr(), vocab_, below_, pointer<int32_t>(likeliest_), pointer<int32_t>(tokens_), pointer<int32_t>(feed_back_),
                                                  pointer<int32_t>(positions_), pointer<int32_t>(lengths_), pointer<int32_t>(ids_), row_stride(ids_), capacity_, N_,
                                                  stream_of(u_)));
@@ -442,7 +449,7 @@ class CudaDecoder : public FusedDecoder {
   Packed packed_;
   float scale_ = 0;
   at::Tensor tokens_, positions_, lengths_, likeliest_, feed_back_, modes_, rope_, logits_, workspace_, table_, maps_, ids_;
-  at::Tensor x_[2], u_, delta_, y_, narrow_, projected_, mid_;
+  at::Tensor x_, u_, y_, narrow_, projected_, mid_, squares_[2];
   int64_t tiles_ = 0;
   std::vector<uint8_t> host_modes_;
   std::vector<LayerSlots> slots_;

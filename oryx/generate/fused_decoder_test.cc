@@ -53,8 +53,8 @@ double error(const at::Tensor& x, const at::Tensor& ref) {
   return ((x.to(at::kDouble) - ref.to(at::kDouble)).norm() / ref.to(at::kDouble).norm().clamp_min(1e-30)).item<double>();
 }
 
-// Sequences of different modes, which change from token to token, against the generic way from the same state.
-void compare(const ModelConfig& config, int64_t N) {
+// Sequences of different modes, which change from token to token, against the generic way from the same state. In steps other than each `every`-th one nobody attends.
+void compare(const ModelConfig& config, int64_t N, int64_t every = 1) {
   const at::NoGradGuard no_grad;
   LanguageModel model(config, at::kBFloat16);
   model.initialize(1);
@@ -76,7 +76,7 @@ void compare(const ModelConfig& config, int64_t N) {
     std::vector<RoutedSpan> spans;
     std::vector<int32_t> ids;
     for (int64_t n = 0; n < N; ++n) {
-      spans.push_back({static_cast<int32_t>(n), 0, 1, static_cast<int32_t>((n + t) % 2)});
+      spans.push_back({static_cast<int32_t>(n), 0, 1, static_cast<int32_t>(t % every == 0 ? (n + t) % 2 : 0)});
       ids.push_back(static_cast<int32_t>((31 * n + 7 * t) % config.vocab_size));
     }
     ModelInput input;
@@ -103,6 +103,9 @@ void compare(const ModelConfig& config, int64_t N) {
 
 TEST_F(FusedDecoderCuda, BatchEqualsGeneric) { compare(decoder_config(256, 2, 288), 5); }
 TEST_F(FusedDecoderCuda, WideBatchEqualsGeneric) { compare(decoder_config(384, 3, 256), 64); }
+TEST_F(FusedDecoderCuda, WideBatchInLinearModeEqualsGeneric) { compare(decoder_config(384, 3, 256), 33, 100); }
+TEST_F(FusedDecoderCuda, FewInLinearModeEqualGeneric) { compare(decoder_config(512, 4, 544), 8, 3); }
+TEST_F(FusedDecoderCuda, FewOfTheProductsShapeEqualGeneric) { compare(decoder_config(2048, 16, 5440), 3, 2); }
 TEST_F(FusedDecoderCuda, OneSequenceEqualsGeneric) { compare(decoder_config(256, 2, 256), 1); }
 TEST_F(FusedDecoderCuda, PersistentKernelEqualsGeneric) { compare(decoder_config(2048, 16, 5440), 1); }
 

@@ -8,11 +8,8 @@ from common import BF, COPY, DEV, F32, args, expect, lib, median_ms, ok, p, repo
 from model import Model, fragments
 
 
-SPLITS = 2  # as the program has them
-
-
-class Norm(C.Structure):
-    _fields_ = [(n, C.c_void_p) for n in "x delta embed tokens sum weight out w_narrow narrow_out".split()] + [(n, C.c_int64) for n in "N D narrow".split()] + [("delta_parts", C.c_int32), ("tiles", C.c_int32), ("eps", C.c_float)]
+class Embed(C.Structure):
+    _fields_ = [(n, C.c_void_p) for n in "embed tokens weight x out squares".split()] + [(n, C.c_int64) for n in "N D".split()] + [("tiles", C.c_int32)]
 
 
 class Mix(C.Structure):
@@ -22,14 +19,22 @@ class Mix(C.Structure):
 
 
 class Product(C.Structure):
-    _fields_ = [(n, C.c_void_p) for n in "weight x out".split()] + [(n, C.c_int64) for n in "N rows K".split()] + [("form", C.c_int32), ("splits", C.c_int32), ("needed", C.c_void_p), ("optional", C.c_int64)]
+    _fields_ = ([(n, C.c_void_p) for n in "weight x squares out".split()] + [(n, C.c_int64) for n in "N rows K".split()] + [("form", C.c_int32), ("eps", C.c_float), ("needed", C.c_void_p), ("optional", C.c_int64)] +
+                [(n, C.c_void_p) for n in "narrow_weight narrow_out".split()] + [(n, C.c_int64) for n in "narrow_rows narrow".split()] + [(n, C.c_void_p) for n in "sum norm_weight sum_squares".split()])
 
 
+ROWS, RESIDUAL, SWIGLU = range(3)  # forms
 lib.oryx_product_tiles.restype = C.c_int64
 
 
 def pack_weight(w):  # as cuda/decode_product.h says
     return fragments(w).contiguous()
+
+
+def pack_narrow(w):  # float32 rows as two bfloat16 rows each that add up to them
+    hi = w.to(BF)
+    both = torch.stack([hi, (w - hi.float()).to(BF)], 1).flatten(0, 1)
+    return pack_weight(torch.cat([both, torch.zeros(-both.shape[0] % 32, w.shape[1], device=DEV, dtype=BF)]))
 
 
 class Batch:
@@ -44,15 +49,23 @@ class Batch:
         i32 = lambda *s: torch.zeros(*s, dtype=torch.int32, device=DEV)
         self.tokens, self.positions, self.lengths, self.likeliest, self.feed, self.ids = i32(N), i32(N), i32(N), i32(N), i32(1), i32(N, capacity)
         self.modes = torch.zeros(L, N, dtype=torch.uint8, device=DEV)
-        self.x = [e(N, D, dt=F32) for _ in range(2)]
+        self.x = e(N, D, dt=F32)
         self.tiles = lib.oryx_product_tiles(C.c_int64(N))
         act = lambda k: torch.zeros(self.tiles * 8 * k, device=DEV, dtype=BF)
-        self.u, self.y, self.mid, self.narrow, self.proj, self.delta = act(D), act(D), act(Fw), e(N, 2 * H, dt=F32), e(N, 5 * D), e(SPLITS, N, D, dt=F32)
+        self.u, self.y, self.mid, self.narrow, self.proj = act(D), act(D), act(Fw), e(N, 2 * H, dt=F32), e(N, 5 * D)
+        self.squares = [torch.zeros(8 * self.tiles, (D // 32 + 3) // 4 * 4, device=DEV) for _ in range(2)]
         self.packed = [{k: pack_weight(d[k]) for k in ("w_in", "w_out", "w_gate_up", "w_down")} for d in m.layers]
+        for d, w in zip(m.layers, self.packed):
+            w["narrow"] = pack_narrow(d["w_beta_decay"])
         self.head = pack_weight(m.embed)
         self.logits = e(N, m.embed.shape[0])
         a = self.attention_arguments(0)
         self.work = torch.empty(lib.oryx_decode_attention_workspace(C.byref(a)), dtype=torch.uint8, device=DEV) if rows else None
+
+    def finish(self):
+        m, i64 = self.m, C.c_int64
+        ok(lib.oryx_batch_finish(p(self.logits), i64(m.embed.shape[0]), i64(m.embed.shape[0]), p(self.likeliest), p(self.tokens), p(self.feed), p(self.positions), p(self.lengths), p(self.ids), i64(self.capacity),
+                                 i64(self.capacity), i64(self.N), stream()))
 
     def attention_arguments(self, l):
         s, m, N = self.state[l], self.m, self.N
@@ -61,15 +74,11 @@ class Batch:
         return Attention(p(q), p(s["keys"]), p(s["values"]), p(self.y), p(self.lengths), None, p(self.modes[l]), p(m.rope), N, m.H, m.H, 128, 128, self.capacity, 0, 0, *st(s["keys"]), *st(s["values"]), 0, 128,
                          self.proj.stride(0), 128**-0.5, p(gate), p(m.layers[l]["o_norm"]), self.proj.stride(0), 1e-6, self.tiles)
 
-    # x[i] (or the embedding) + delta -> x[to]
-    def norm(self, i, to, delta, weight, narrow, out):
+    def product(self, w, x, out, rows, K, form=ROWS, squares=None, needed=None, narrow=None, norm=None, to=None):
         m = self.m
-        a = Norm(None if i is None else self.x[i].data_ptr(), None if delta is None else delta.data_ptr(), m.embed.data_ptr(), self.tokens.data_ptr(), self.x[to].data_ptr(), weight.data_ptr(), out.data_ptr(),
-                 None if narrow is None else narrow.data_ptr(), self.narrow.data_ptr(), self.N, m.D, 2 * m.H, SPLITS, self.tiles, 1e-6)
-        ok(lib.oryx_batch_norm(C.byref(a), stream()))
-
-    def product(self, w, x, out, rows, K, form=0, splits=1, needed=None):
-        a = Product(w.data_ptr(), x.data_ptr(), out.data_ptr(), self.N, rows, K, form, splits, p(needed), 4 * self.m.D)
+        a = Product(w.data_ptr(), x.data_ptr(), None if squares is None else squares.data_ptr(), out.data_ptr(), self.N, rows, K, form, 1e-6, p(needed), 4 * m.D,
+                    None if narrow is None else narrow.data_ptr(), self.narrow.data_ptr(), 0 if narrow is None else narrow.numel() // K, 2 * m.H, self.x.data_ptr() if form == RESIDUAL else None,
+                    None if norm is None else norm.data_ptr(), None if to is None else to.data_ptr())
         ok(lib.oryx_product(C.byref(a), stream()))
 
     # As the program does: without attention's query and kernels where nobody attends.
@@ -77,9 +86,11 @@ class Batch:
         m, N = self.m, self.N
         D, Fw = m.D, m.F
         row = (5 if attention else 4) * D
+        first, second = self.squares
+        a = Embed(m.embed.data_ptr(), self.tokens.data_ptr(), m.layers[0]["norm1"].data_ptr(), self.x.data_ptr(), self.u.data_ptr(), first.data_ptr(), N, D, self.tiles)
+        ok(lib.oryx_batch_embed(C.byref(a), stream()))
         for l, (d, s, w) in enumerate(zip(m.layers, self.state, self.packed)):
-            self.norm(None if l == 0 else 1, 0, None if l == 0 else self.delta, d["norm1"], d["w_beta_decay"], self.u)
-            self.product(w["w_in"], self.u, self.proj, row, D, needed=self.modes[l] if attention else None)
+            self.product(w["w_in"], self.u, self.proj, row, D, squares=first, needed=self.modes[l] if attention else None, narrow=w["narrow"])
             r = [s[k].data_ptr() if self.rows else None for k in ("keys", "values", "g_rows", "beta_rows", "mode_rows")] if self.rows else [None] * 5
             st = [s[k].stride(0) if self.rows else 0 for k in ("keys", "values", "g_rows", "beta_rows", "mode_rows")] if self.rows else [0] * 5
             a = Mix(self.proj.data_ptr(), self.narrow.data_ptr(), *[d[k].data_ptr() for k in ("k_conv", "v_conv", "A_log", "dt_bias", "o_norm")], s["k_tail"].data_ptr(), s["v_tail"].data_ptr(), s["S"].data_ptr(), *r, *st,
@@ -87,34 +98,40 @@ class Batch:
             ok(lib.oryx_batch_mix(C.byref(a), stream()))
             if self.rows and attention:
                 ok(lib.oryx_decode_attention(C.byref(self.attention_arguments(l)), p(self.work), stream()))
-            self.product(w["w_out"], self.y, self.delta, D, D, 1, SPLITS)
-            self.norm(0, 1, self.delta, d["norm2"], None, self.u)
-            self.product(w["w_gate_up"], self.u, self.mid, 2 * Fw, D, 2)
-            self.product(w["w_down"], self.mid, self.delta, D, Fw, 1, SPLITS)
-        self.norm(1, 0, self.delta, m.final_norm, None, self.u)
-        self.product(self.head, self.u, self.logits, m.embed.shape[0], D)
-        i64 = C.c_int64
-        ok(lib.oryx_batch_finish(p(self.logits), i64(m.embed.shape[0]), i64(m.embed.shape[0]), p(self.likeliest), p(self.tokens), p(self.feed), p(self.positions), p(self.lengths), p(self.ids), i64(self.capacity),
-                                 i64(self.capacity), i64(N), stream()))
+            after = m.layers[l + 1]["norm1"] if l + 1 < m.L else m.final_norm
+            self.product(w["w_out"], self.y, self.u, D, D, RESIDUAL, norm=d["norm2"], to=second)
+            self.product(w["w_gate_up"], self.u, self.mid, 2 * Fw, D, SWIGLU, squares=second)
+            self.product(w["w_down"], self.mid, self.u, D, Fw, RESIDUAL, norm=after, to=first)
+        self.product(self.head, self.u, self.logits, m.embed.shape[0], D, squares=first)
+        self.finish()
 
 
-def check():
-    m, N = Model(3, 600), 5
-    b = Batch(m, N, 600)
-    positions, modes = [0, 17, 300, 599, 40], torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 1], [0, 1, 1, 1, 0]], dtype=torch.uint8)
-    b.positions.copy_(torch.tensor(positions, dtype=torch.int32))
-    b.lengths.copy_(b.positions + 1)
+def check_one(N):
+    name, m, capacity = f"batch of {N}", Model(3, 600), 600
+    b = Batch(m, N, capacity)
+    positions, modes = [(37 * i) % capacity for i in range(N)], torch.randint(0, 2, (m.L, N), dtype=torch.uint8)
+    positions[-1] = capacity - 1
     b.tokens.copy_(torch.arange(N, dtype=torch.int32) * 7 + 3)
     b.modes.copy_(modes)
     names = ("k_tail", "v_tail", "S", "keys", "values", "g_rows", "beta_rows")
     before = [{k: s[k].clone() for k in names} for s in b.state]
-    tokens = b.tokens.tolist()
-    b.run()
-    torch.cuda.synchronize()
-    for n in range(N):
+    tokens, runs = b.tokens.tolist(), []
+    for _ in range(2):
+        for s, old in zip(b.state, before):
+            for k in names:
+                s[k].copy_(old[k])
+        b.positions.copy_(torch.tensor(positions, dtype=torch.int32))
+        b.lengths.copy_(b.positions + 1)
+        for t in (b.logits, b.proj, b.x, b.narrow):
+            t.fill_(float("nan"))
+        b.run()
+        torch.cuda.synchronize()
+        runs.append([b.logits.clone()] + [s[k].clone() for s in b.state for k in names])
+    expect(all(torch.equal(x, y) for x, y in zip(*runs)), f"{name}: the same bits in the second run")
+    for n in sorted({0, N // 3, N // 2, N - 2, N - 1} & set(range(N))):
         state = [{k: s[k][n].clone() for k in names} for s in before]
         ref = m.reference(state, tokens[n], positions[n], modes[:, n].tolist())
-        report(f"batch, sequence {n} logits", b.logits[n], ref, 1.5e-2)
+        report(f"{name}, sequence {n} logits", b.logits[n], ref, 1.5e-2)
         for k in names:
             report(f"  {k}", torch.stack([s[k][n] for s in b.state]), torch.stack([s[k] for s in state]), 2e-2)
     good = b.positions.tolist() == [x + 1 for x in positions] and b.likeliest.tolist() == b.logits.float().argmax(-1).tolist()
@@ -122,9 +139,14 @@ def check():
     expect(good, "likeliest, positions, modes")
 
 
+def check():
+    for N in (5, 12, 20, 64):
+        check_one(N)
+
+
 def times():
     m = Model(args.layers, 64)
-    for N, capacity in ((64, 64), (64, 4096), (8, 4096), (1, 64)):
+    for N, capacity in ((64, 64), (64, 4096), (32, 64), (16, 64), (8, 64), (8, 4096), (2, 64), (1, 64)):
         b = Batch(m, N, capacity if capacity < 4096 or N * capacity * args.layers * 8192 < 60e9 else 1024)
         m.rope = rope_table(b.capacity, 128)
         b.run()
@@ -134,6 +156,8 @@ def times():
             with torch.cuda.graph(g):
                 b.run(attention=bool(attention))
         for mode, g in ((0, graphs[0]), (1, graphs[1])):
+            if mode == 1 and capacity == 64:
+                continue
             b.modes.fill_(mode)
 
             def one():

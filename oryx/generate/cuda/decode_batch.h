@@ -1,4 +1,4 @@
-// One token of each of N sequences through an Oryx-GDN stack, between the matrix products (decode_batch.cu): the C interface. Every function enqueues one kernel and returns a
+// One token of each of N sequences through an Oryx-GDN stack, between the matrix products (decode_batch.cu, decode_mix.cu): the C interface. Every function enqueues one kernel and returns a
 // cudaError_t. Tokens, positions and modes are read from device memory: a captured sequence of them stays valid.
 #pragma once
 
@@ -10,22 +10,18 @@ extern "C" {
 
 // Activations (out) lie packed for decode_product.h, in `tiles` tiles of eight sequences.
 //
-// sum = x + delta, out = RMSNorm(sum) * weight, and products of the norm (before rounding) with `narrow` float32 rows.
+// x = the embedding of tokens, and what the first product reads of it: x * weight and sums of squares (decode_product.h).
 typedef struct {
-  const float* x;          // [N, D]; null: the embedding of tokens
-  const float* delta;      // [delta_parts, N, D], to be added up, or null
-  const void* embed;       // bfloat16 [vocab, D], used without x
-  const int32_t* tokens;   // [N], used without x
-  float* sum;              // [N, D], not x
+  const void* embed;       // bfloat16 [vocab, D]
+  const int32_t* tokens;   // [N]
   const float* weight;     // [D]
+  float* x;                // [N, D]
   void* out;               // activations of D columns
-  const float* w_narrow;   // [narrow, D] or null
-  float* narrow_out;       // [N, narrow]
-  int64_t N, D, narrow;    // D a multiple of 8, at most 8192
-  int32_t delta_parts, tiles;
-  float eps;
-} OryxBatchNorm;
-int oryx_batch_norm(const OryxBatchNorm* a, void* stream);
+  float* squares;          // [8 tiles][D / 32, up to a multiple of 4]
+  int64_t N, D;            // D a multiple of 32
+  int32_t tiles;
+} OryxBatchEmbed;
+int oryx_batch_embed(const OryxBatchEmbed* a, void* stream);
 
 // Convolutions, gates, the recurrent state and, for the sequences in linear mode, its readout, head norm and gate; what the state keeps of the token.
 typedef struct {
