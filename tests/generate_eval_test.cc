@@ -97,6 +97,37 @@ TEST_F(GenerateEval, StreamsTheTextThatJsonHolds) {
             streamed.out);
 }
 
+TEST_F(GenerateEval, ASessionIsSavedAndGoneOnFrom) {
+  const std::string session = file("a.session").string();
+  const auto first = generate({"--prompt", "Hello", "--max-new-tokens", "6", "--save-session", session, "--kv", "bounded:2+20", "--json"});
+  ASSERT_EQ(first.exit_code, 0) << first.err;
+  const Json a = parse_json(first.out, "output");
+  const int64_t held = 6 + static_cast<int64_t>(a["ids"].size());
+  const std::vector<std::string> more = {"--prompt", " again", "--max-new-tokens", "4", "--json"};
+  const auto on = [&](std::vector<std::string> options) {
+    options.insert(options.end(), more.begin(), more.end());
+    return generate(options);
+  };
+  const auto second = on({"--session", session, "--save-session", session});  // over itself
+  ASSERT_EQ(second.exit_code, 0) << second.err;
+  const Json b = parse_json(second.out, "output");
+  EXPECT_EQ(b["stats"]["held_tokens"], held);
+  EXPECT_EQ(b["stats"]["prompt_tokens"], 6);  // without bos
+  EXPECT_EQ(b["kv"], "bounded:2+20");
+  const auto third = on({"--session", session, "--stats"});
+  ASSERT_EQ(third.exit_code, 0) << third.err;
+  EXPECT_THAT(third.err, HasSubstr(fmt::format("session    {} tokens, not read again", held + 6 + static_cast<int64_t>(b["ids"].size()))));
+
+  expect_error(on({"--session", file("none").string()}), "none: cannot open");
+  expect_error(on({"--session", session, "--kv", "drop"}), "--kv excludes --session");
+  expect_error(on({"--session", session, "--precision", "bfloat16"}), "it was saved in Float, this one computes in BFloat16");
+  expect_error(on({"--session", session, "--schedule", "linear,surprise(attention=0.1)"}), "wants to know the whole prompt");
+  expect_error(on({"--session", (model() / "model.safetensors").string()}), "its format is 'oryx', expected 'oryx-state 1'");
+  expect_error(on({"--save-session", file("none/here").string()}), "its folder is not there");
+  expect_error(on({"--save-session", text().string()}), "is a folder, expected a file for the session");
+  EXPECT_EQ(parse_json(on({"--session", session}).out, "output")["ids"], parse_json(third.out, "output")["ids"]);  // nothing of this touched the session
+}
+
 TEST_F(GenerateEval, GenerateStatsGoToStandardError) {
   const auto r = generate({"--prompt", "abc", "--max-new-tokens", "3", "--stats", "--precision", "bfloat16"});
   ASSERT_EQ(r.exit_code, 0) << r.err;

@@ -11,7 +11,9 @@
 #include "oryx/common/interrupt.h"
 #include "oryx/common/json.h"
 #include "oryx/common/progress.h"
+#include "oryx/common/utf8.h"
 #include "oryx/generate/generator.h"
+#include "oryx/model/state_file.h"
 
 namespace oryx::cli {
 
@@ -20,6 +22,7 @@ namespace {
 struct GenerateArguments {
   ModelArguments model;
   std::string prompt, prompt_file, schedule, kv = "keep";
+  std::string session, save_session;
   bool has_prompt = false, json = false, stats = false;
   GenerateOptions generate;
 };
@@ -31,11 +34,17 @@ std::string without_last_newline(std::string text) {
   return text;
 }
 
+std::string utf8_prompt(std::string text, const std::string& source) {
+  const size_t valid = scan_utf8(text).valid;
+  if (valid == text.size()) return text;
+  fail("{}: byte {} (0x{:02x}) is not UTF-8; convert it first (iconv -t UTF-8)", source, valid, static_cast<unsigned char>(text[valid]));
+}
+
 std::string read_prompt(const GenerateArguments& o) {
-  if (o.has_prompt) return o.prompt;
-  if (!o.prompt_file.empty()) return without_last_newline(read_file(o.prompt_file));
+  if (o.has_prompt) return utf8_prompt(o.prompt, "--prompt");
+  if (!o.prompt_file.empty()) return utf8_prompt(without_last_newline(read_file(o.prompt_file)), o.prompt_file);
   if (isatty(STDIN_FILENO)) fail("no prompt; give --prompt TEXT or --prompt-file FILE, or write it to standard input");
-  return without_last_newline({std::istreambuf_iterator<char>(std::cin), {}});
+  return utf8_prompt(without_last_newline({std::istreambuf_iterator<char>(std::cin), {}}), "standard input");
 }
 
 Json bytes_json(const StateBytes& b) {
@@ -43,7 +52,8 @@ Json bytes_json(const StateBytes& b) {
 }
 
 Json stats_json(const GenerateStats& s) {
-  return {{"prompt_tokens", s.prompt_tokens},
+  return {{"held_tokens", s.held_tokens},
+          {"prompt_tokens", s.prompt_tokens},
           {"new_tokens", s.new_tokens},
           {"prefill_tokens_per_second", s.prefill_tokens_per_second()},
           {"decode_ms_per_token", s.decode_ms_per_token()},
@@ -55,6 +65,7 @@ Json stats_json(const GenerateStats& s) {
 
 void print_stats(const GenerateStats& s) {
   const auto bytes = [](int64_t n) { return human_bytes(static_cast<double>(n)); };
+  if (s.held_tokens > 0) fmt::print(stderr, "session    {} tokens, not read again\n", s.held_tokens);
   fmt::print(stderr, "prompt     {} tokens, {} tokens/s\n", s.prompt_tokens, human_count(s.prefill_tokens_per_second()));
   fmt::print(stderr, "generated  {} tokens, {:.2f} ms a token\n", s.new_tokens, s.decode_ms_per_token());
   fmt::print(stderr, "attention  {:.1f}% of tokens\n", 100 * s.attention_share);
@@ -62,6 +73,14 @@ void print_stats(const GenerateStats& s) {
              bytes(s.state.recurrent), bytes(s.state.tails), bytes(s.state.tokens), bytes(s.predicted_state.total()));
   fmt::print(stderr, "memory     {} planned for prompt and {} (state {}, one pass {})\n", bytes(s.predicted.total()), "new tokens",
              bytes(s.predicted.state.total()), bytes(s.predicted.activations));
+}
+
+// Said before the text is made, not after.
+void check_can_be_saved(const std::filesystem::path& path) {
+  std::error_code ignored;
+  const auto folder = path.parent_path();
+  if (!folder.empty() && !std::filesystem::is_directory(folder, ignored)) fail("{}: its folder is not there; make it, or save the session elsewhere", path.string());
+  if (std::filesystem::is_directory(path, ignored)) fail("{}: is a folder, expected a file for the session", path.string());
 }
 
 void generate_text(GenerateArguments o) {
@@ -73,6 +92,18 @@ void generate_text(GenerateArguments o) {
   o.generate.eos_id = loaded.tokenizer->eos_id();
   o.generate.vocab_size = loaded.tokenizer->vocab_size();
 
+  std::optional<State> held;
+  if (!o.session.empty()) {
+    held.emplace(load_state(*loaded.model, o.session));
+    if (held->sequences() != 1) fail("{}: holds {} sequences, expected one", o.session, held->sequences());
+    o.generate.state = held->options();
+    o.generate.from = &*held;
+  }
+  if (!o.save_session.empty()) {
+    check_can_be_saved(o.save_session);
+    o.generate.at_end = [&](const State& state) { save_state(*loaded.model, state, o.save_session); };
+  }
+
   catch_interrupts();
   StreamDecoder decoder(*loaded.tokenizer);
   std::string text;
@@ -83,7 +114,7 @@ void generate_text(GenerateArguments o) {
     flush();
   };
   // The prompt's text goes through the decoder too: what follows it begins in the middle of a text.
-  const std::vector<int32_t> ids = loaded.tokenizer->encode_prompt(prompt);
+  const std::vector<int32_t> ids = o.session.empty() ? loaded.tokenizer->encode_prompt(prompt) : loaded.tokenizer->encode(prompt);
   for (const int32_t id : ids) decoder.add(id);
   const Generated out = generate(*loaded.model, schedule, ids, o.generate, [&](int32_t id) {
     show(decoder.add(id));
@@ -99,7 +130,9 @@ void generate_text(GenerateArguments o) {
   }
   flush();
   if (o.stats) print_stats(out.stats);
-  if (out.stop == StopReason::kInterrupted) throw Interrupted(fmt::format("interrupted after {} tokens", out.ids.size()));
+  if (out.stop == StopReason::kInterrupted) {
+    throw Interrupted(fmt::format("interrupted after {} tokens{}", out.ids.size(), o.save_session.empty() ? "" : ", no session was saved"));
+  }
 }
 
 ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
@@ -115,8 +148,10 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_option("--min-p", o->generate.sampling.min_p, "leave out tokens less likely than this times the likeliest")->capture_default_str();
   app.add_option("--seed", o->generate.sampling.seed, "of the draws, and of a random schedule")->type_name("N")->capture_default_str();
   app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory")->type_name("N")->capture_default_str();
+  auto* session = app.add_option("--session", o->session, "go on from a session that was saved: the prompt comes behind what it holds")->type_name("FILE");
+  app.add_option("--save-session", o->save_session, "save prompt and text there at the end, to go on from")->type_name("FILE");
   app.add_option("--kv", o->kv, "keys and values: keep, drop, bounded:F+W (those of the first F and the last W tokens), or rows chosen by a policy, as surprise:budget=256 (docs/state.md)")
-      ->type_name("POLICY")->capture_default_str();
+      ->type_name("POLICY")->capture_default_str()->excludes(session);
   app.add_flag("--fused,!--no-fused", o->generate.fused, "on a GPU, decode by one captured launch a token (default; docs/generation.md)");
   app.add_flag("--json", o->json, "print one JSON object at the end instead of the text");
   app.add_flag("--stats", o->stats, "print speed, share of attention and state bytes to standard error");

@@ -19,14 +19,19 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-void check(const ModelConfig& config, std::span<const int32_t> prompt, const GenerateOptions& o) {
+int64_t held_tokens(const GenerateOptions& o) { return o.from != nullptr ? o.from->lengths().at(0) : 0; }
+
+void check(const ModelConfig& config, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& o) {
   if (prompt.empty()) fail("the prompt is empty; there is nothing to go on from");
   if (o.max_new_tokens < 1) fail("max_new_tokens is {}, expected an integer of at least 1", o.max_new_tokens);
   if (o.prefill_piece < 1) fail("prefill_piece is {}, expected an integer of at least 1", o.prefill_piece);
   if (o.vocab_size < 0 || o.vocab_size > config.vocab_size) fail("vocab_size is {}, expected 0 to {}", o.vocab_size, config.vocab_size);
   // Positions are int32.
-  const int64_t room = std::numeric_limits<int32_t>::max() - static_cast<int64_t>(prompt.size());
+  const int64_t room = std::numeric_limits<int32_t>::max() - held_tokens(o) - static_cast<int64_t>(prompt.size());
   if (o.max_new_tokens > room) fail("max_new_tokens is {}, expected at most {} after this prompt", o.max_new_tokens, room);
+  if (o.from != nullptr && !schedule.needs().empty()) {
+    fail("the schedule '{}' wants to know the whole prompt, of which the session holds {} tokens already; expected a schedule of positions", schedule.text(), held_tokens(o));
+  }
   o.sampling.validate();
   o.state.validate();
 }
@@ -34,7 +39,12 @@ void check(const ModelConfig& config, std::span<const int32_t> prompt, const Gen
 class Decoder {
  public:
   Decoder(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options)
-      : model_(model), options_(options), session_(model, schedule, session_options(model, schedule, prompt, options)) {
+      : model_(model),
+        options_(options),
+        held_(held_tokens(options)),
+        session_(options.from == nullptr ? Session(model, schedule, session_options(model, schedule, held_, prompt, options))
+                                         : Session(model, schedule, session_options(model, schedule, held_, prompt, options), std::move(*options.from))) {
+    out_.stats.held_tokens = held_;
     out_.stats.prompt_tokens = static_cast<int64_t>(prompt.size());
     out_.stats.predicted = session_.plan();
   }
@@ -61,15 +71,19 @@ class Decoder {
 
   Generated finish(StopReason stop) {
     out_.stop = stop;
+    if (options_.at_end && stop != StopReason::kInterrupted) {
+      if (const int64_t all = held_ + out_.stats.prompt_tokens + static_cast<int64_t>(out_.ids.size()); session_.length() < all) (void)session_.extend({&out_.ids.back(), 1});
+      options_.at_end(session_.state());
+    }
     out_.stats.attention_share = session_.attention_share();
     out_.stats.state = session_.state().bytes();
-    out_.stats.predicted_state = state_bytes(model_.config(), session_.length(), model_.compute_dtype(), options_.state);
+    out_.stats.predicted_state = state_bytes(model_.config(), session_.length(), model_.compute_dtype(), session_.state().options());
     return std::move(out_);
   }
 
  private:
-  static SessionOptions session_options(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& o) {
-    const auto length = static_cast<int64_t>(prompt.size());
+  static SessionOptions session_options(const LanguageModel& model, const ModelSchedule& schedule, int64_t held, std::span<const int32_t> prompt, const GenerateOptions& o) {
+    const int64_t length = held + static_cast<int64_t>(prompt.size());
     return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), o.state, gather_facts(model, schedule, prompt), o.fused};
   }
 
@@ -92,6 +106,7 @@ class Decoder {
 
   const LanguageModel& model_;
   const GenerateOptions& options_;
+  int64_t held_;
   Session session_;
   at::Tensor logits_;  // [V]: after the last token
   Generated out_;
@@ -111,7 +126,7 @@ std::string to_string(StopReason reason) {
 
 Generated generate(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options,
                    const std::function<bool(int32_t id)>& on_token) {
-  check(model.config(), prompt, options);
+  check(model.config(), schedule, prompt, options);
   Decoder decoder(model, schedule, prompt, options);
   try {
     decoder.prefill(prompt);

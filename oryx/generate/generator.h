@@ -22,12 +22,18 @@ struct GenerateOptions {
   SamplingOptions sampling = {};
   StateOptions state = {};       // what is kept of keys and values, among others
   bool fused = true;             // on a GPU decode by one captured launch a token (SessionOptions)
+  // Go on from this state of one sequence (one that was loaded, a fork), which is moved from: the prompt comes behind the tokens that it holds, and counts as the end of a
+  // prompt that begins with them. `state` is then the state's own.
+  State* from = nullptr;
+  // Sees the state at the end, which then holds prompt and new tokens to the last (an eos is not of the text); not after an interrupt.
+  std::function<void(const State&)> at_end = {};
 };
 
 enum class StopReason { kEos, kLength, kCallback, kInterrupted };
 std::string to_string(StopReason reason);  // "eos", "length", "callback", "interrupted"
 
 struct GenerateStats {
+  int64_t held_tokens = 0;                    // of the state that was gone on from
   int64_t prompt_tokens = 0, new_tokens = 0;  // new_tokens counts what was sampled, an eos included
   double prefill_seconds = 0;
   double decode_seconds = 0;       // of decode_steps passes over one token
@@ -48,7 +54,7 @@ struct Generated {
 };
 
 // `on_token` sees each new token as it comes and returns whether to go on. After Ctrl-C what was generated so far is returned with
-// kInterrupted. Throws Error for an empty prompt, bad options, ids outside of the vocabulary, logits that are not finite, and, before
+// kInterrupted. Throws Error for an empty prompt, bad options, a schedule that wants scores of a whole prompt of which the state holds a part, ids outside of the vocabulary, logits that are not finite, and, before
 // allocating, when prompt and new tokens need more memory than is free.
 Generated generate(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options,
                    const std::function<bool(int32_t id)>& on_token = {});

@@ -10,7 +10,9 @@
 #include "oryx/common/random.h"
 #include "oryx/data/tokenizer.h"
 #include "oryx/model/routed_cost.h"
+#include "oryx/model/state_file.h"
 #include "tests/support/fixtures.h"
+#include "tests/support/folder.h"
 
 namespace oryx {
 namespace {
@@ -69,6 +71,69 @@ const std::vector<std::string> kSchedules = {"linear",
                                              "linear,attention@gen",
                                              "random(attention=0.5;chunk=4)",
                                              R"({"layers": {"0": "attention", "1": "linear,attention@-9:"}})"};
+
+// A text that is left, saved and gone on from is the text that was never left.
+TEST(Generator, GoesOnFromASession) {
+  for (const char* kv : {"keep", "bounded:3+9", "surprise:budget=6,first=2,window=9"}) {
+    for (const char* text : {"linear", "attention", "random(attention=0.5;chunk=4)", "linear,attention@20:"}) {
+      SCOPED_TRACE(fmt::format("{} {}", kv, text));
+      const auto m = make_model(small_config());
+      const ModelSchedule schedule(m->config(), text);
+      const auto prompt = prompt_of(25), more = prompt_of(7);
+      const test::TemporaryFolder folder;
+      const auto file = folder / "session.safetensors";
+      GenerateOptions o{.max_new_tokens = 8, .prefill_piece = 16};
+      set_kv(o.state, kv);
+      int64_t saved = 0;
+      o.at_end = [&](const State& state) {
+        saved = state.lengths()[0];
+        save_state(*m, state, file);
+      };
+      const Generated first = generate(*m, schedule, prompt, o);
+      EXPECT_EQ(saved, 25 + 8);
+      EXPECT_EQ(first.stats.state.total(), first.stats.predicted_state.total());
+
+      State state = load_state(*m, file);
+      GenerateOptions on{.max_new_tokens = 9, .prefill_piece = 16, .from = &state};
+      const Generated second = generate(*m, schedule, more, on);
+      EXPECT_EQ(second.stats.held_tokens, 33);
+      EXPECT_EQ(second.stats.prompt_tokens, 7);
+
+      std::vector<int32_t> all = prompt;
+      all.insert(all.end(), first.ids.begin(), first.ids.end());
+      all.insert(all.end(), more.begin(), more.end());
+      GenerateOptions once{.max_new_tokens = 9, .prefill_piece = 16};
+      once.state = o.state;
+      const Generated whole = generate(*m, schedule, all, once);
+      EXPECT_EQ(second.ids, whole.ids);
+      EXPECT_EQ(second.stats.state.total(), whole.stats.state.total());
+      EXPECT_NEAR(second.stats.attention_share, whole.stats.attention_share, 1e-12);
+    }
+  }
+}
+
+TEST(Generator, ASessionIsNotSavedBeforeItsTextIsWhole) {
+  const auto m = make_model(small_config());
+  const ModelSchedule schedule(m->config(), "linear");
+  int64_t held = -1;
+  GenerateOptions o{.max_new_tokens = 8, .at_end = [&](const State& state) { held = state.lengths()[0]; }};
+  const auto stopped = generate(*m, schedule, prompt_of(5), o, [n = 0](int32_t) mutable { return ++n < 3; });
+  EXPECT_EQ(stopped.stop, StopReason::kCallback);
+  EXPECT_EQ(held, 5 + 3);
+  o.eos_id = stopped.ids[2];
+  const auto ended = generate(*m, schedule, prompt_of(5), o);
+  EXPECT_EQ(ended.stop, StopReason::kEos);
+  EXPECT_EQ(held, 5 + static_cast<int64_t>(ended.ids.size()));
+
+  State state = m->make_state(1);
+  o.from = &state;
+  try {
+    generate(*m, ModelSchedule(m->config(), "linear,surprise(attention=0.1)"), prompt_of(5), o);
+    FAIL() << "scores of a prompt that is gone";
+  } catch (const Error& e) {
+    EXPECT_THAT(e.what(), HasSubstr("wants to know the whole prompt"));
+  }
+}
 
 TEST(Generator, GreedyIsTheArgmaxOfTheWhole) {
   const auto m = make_model(small_config());
