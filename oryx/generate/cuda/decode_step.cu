@@ -16,6 +16,7 @@
 
 #include "oryx/generate/cuda/decode_step_mix.cuh"
 #include "oryx/generate/cuda/decode_step_ring.cuh"
+#include "oryx/ops/cuda/tensor_map.h"
 
 namespace oryx::decode_cuda {
 namespace {
@@ -273,21 +274,11 @@ int launch(const OryxDecodeStep* step, cudaStream_t stream) {
 }
 
 int encode_map(void* to, const void* rows, int64_t width, int64_t capacity) {
-  static PFN_cuTensorMapEncodeTiled_v12000 encode_tiled = nullptr;
-  if (encode_tiled == nullptr) {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    if (const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result); e != cudaSuccess) return e;
-    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-  }
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(capacity)}, stride[1] = {static_cast<cuuint64_t>(width) * 2};
-  const cuuint32_t box[2] = {kWidth, kTokens}, step[2] = {1, 1};
+  const cuuint32_t box[2] = {kWidth, kTokens};
   alignas(64) CUtensorMap map;
   static_assert(sizeof(map) == kOryxDecodeMapBytes);
-  const CUresult r = encode_tiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(rows), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                  CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (r != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  if (const cudaError_t e = ops::cuda::encode_tensor_map(&map, rows, size, stride, box, CU_TENSOR_MAP_SWIZZLE_NONE); e != cudaSuccess) return e;
   memcpy(to, &map, sizeof(map));
   return cudaSuccess;
 }

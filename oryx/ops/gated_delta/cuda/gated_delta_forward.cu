@@ -1,5 +1,6 @@
 // The forward pass: what is launched, with which scratch memory, for a shape.
 #include "gated_delta_cuda_internal.cuh"
+#include "oryx/ops/cuda/tensor_map.h"
 
 namespace oryx::gated_delta_cuda {
 namespace {
@@ -73,22 +74,10 @@ Plan plan(const OryxGatedDelta& p) {
 }
 
 cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int D) {
-  static PFN_cuTensorMapEncodeTiled_v12000 encode_tiled = nullptr;
-  if (encode_tiled == nullptr) {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (status != cudaSuccess) return status;
-    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-  }
   const cuuint64_t sizes[4] = {64, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens), static_cast<cuuint64_t>(D / 64)};
   const cuuint64_t strides[3] = {static_cast<cuuint64_t>(2 * D), static_cast<cuuint64_t>(heads) * 2 * D, 128};
-  const cuuint32_t box[4] = {64, 1, kC, 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult status =
-      encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  const cuuint32_t box[4] = {64, 1, kC, 1};
+  return ops::cuda::encode_tensor_map(map, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace oryx::gated_delta_cuda

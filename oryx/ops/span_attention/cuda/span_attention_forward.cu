@@ -12,6 +12,7 @@
 //
 // Which block takes a tile when depends on time, but no sum does: the bits of the result do not vary. Tiles that were split leave partial results;
 // whoever finishes the last piece adds them up, in the order of the keys. The copying warpgroup's idle warps zero the rows of o outside spans meanwhile.
+#include "oryx/ops/cuda/dependent_launch.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_encode.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_products.cuh"
@@ -97,9 +98,6 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
     w = next;
   }
 }
-
-// This kernel is launched while the one before it in the stream still runs; nothing of that one is read before this.
-__device__ __forceinline__ void wait_for_plan() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Rows of o that no span has, by warps [0, warps) of the grid.
 __device__ void zero_rows(const Arguments& a, int bytes, int warp, int warps, int lane) {
@@ -224,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_init_fence();
   }
   __syncthreads();
-  wait_for_plan();
+  ops::cuda::wait_for_previous();  // the plan: nothing of it is read before this
 
   if (warp >= kWorkers / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");  // 40 x 128 + 232 x 256 are the registers that the block was started with
@@ -427,13 +425,7 @@ int launch(const OryxSpanAttention& p, void* memory, void* scratch, cudaStream_t
   if (status == cudaSuccess) status = encode(&v_map, p.v, p.v_stride, p.B, p.Tk, p.Hk, D, kKeys);
   if (status == cudaSuccess) status = cudaFuncSetAttribute(forward_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<D>::kBytes);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.attrs = &early, config.numAttrs = 1, config.stream = stream;
-  config.gridDim = p.processors, config.blockDim = kThreads, config.dynamicSmemBytes = Layout<D>::kBytes;
-  return cudaLaunchKernelEx(&config, forward_kernel<D>, k_map, v_map, a);
+  return ops::cuda::launch_after(forward_kernel<D>, dim3(p.processors), kThreads, Layout<D>::kBytes, stream, k_map, v_map, a);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // One block that turns spans and bounds into work (span_attention_plan.cuh).
+#include "oryx/ops/cuda/dependent_launch.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
 
 namespace oryx::span_attention_cuda {
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   extern __shared__ __align__(16) uint8_t shared_marks[];
   __shared__ __align__(16) Sequence shared_sequences[kSharedSequences];
   __shared__ int shared_cost[kSharedTiles];
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  ops::cuda::launch_dependents();
   const int tid = threadIdx.x, queries = p.B * p.Tq, sixteens = (queries + 15) / 16;
   const bool all = p.spans == nullptr;
   uint8_t* const mask = plan.mask;
