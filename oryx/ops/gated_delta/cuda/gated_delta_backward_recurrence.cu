@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Layout<kRows, kOutput>::kThreads, 1)
   for (int i = 0; i < kStages; ++i) clear_T(base + i * L::kStage + L::kRecord, threadIdx.x, L::kThreads);
   __syncthreads();
   ops::cuda::wait_for_previous();
-  ops::cuda::launch_dependents();
+  if constexpr (kOutput) ops::cuda::launch_dependents();  // backward_chunk runs beside it
 
   if (warp >= L::kCopyWarp) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");

@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
   for (int i = 0; i < kStages; ++i) clear_T(base + i * L::kStage + L::kRecord, threadIdx.x, L::kThreads);
   __syncthreads();
   ops::cuda::wait_for_previous();
-  ops::cuda::launch_dependents();
 
   if (warp >= L::kWarps) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");

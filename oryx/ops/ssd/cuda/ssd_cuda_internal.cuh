@@ -8,7 +8,7 @@
 namespace oryx::ssd_cuda {
 
 using namespace oryx::hopper;
-using ops::cuda::launch_after, ops::cuda::launch_dependents, ops::cuda::wait_for_previous;
+using ops::cuda::launch_after, ops::cuda::launch_clusters_after, ops::cuda::launch_dependents, ops::cuda::wait_for_previous;
 
 constexpr int kC = 64;            // tokens of a chunk
 constexpr int kPanel = kC * 128;  // bytes of 64 rows of 64 bfloat16, swizzled

@@ -256,8 +256,10 @@ cudaError_t launch(const Shape& s, const Arguments& a, const CUtensorMap* maps, 
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<kK>::kBytes);
   if (status != cudaSuccess) return status;
-  return static_cast<cudaError_t>(launch_after(kernel, dim3(s.N * s.Ho * (s.V / 64), s.segments), 512,
-                                               Layout<kK>::kBytes, stream, maps[2], maps[0], maps[1], s, a));
+  // The blocks of a head's values read the same queries and keys.
+  return static_cast<cudaError_t>(launch_clusters_after(s.V / 64, kernel, dim3(s.N * s.Ho * (s.V / 64), s.segments),
+                                                        512, Layout<kK>::kBytes, stream, maps[2], maps[0], maps[1], s,
+                                                        a));
 }
 
 __global__ void wanted_kernel(const int32_t* spans, int B, int T, uint8_t* wanted) {

@@ -52,7 +52,9 @@ __global__ void __launch_bounds__(192, 2)
     barrier_init_fence();
   }
   __syncthreads();
-  launch_dependents();
+  // Not of the pass that finds segments: what comes next has one block a multiprocessor, and started early those that
+  // read the same land far from each other.
+  if constexpr (kStore) launch_dependents();
 
   if (warp == 4) {  // copies
     const auto keep_of = [&](int i) {
@@ -188,8 +190,8 @@ cudaError_t launch(const Shape& s, const Walk& w, const CUtensorMap* maps, cudaS
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   const dim3 grid(s.N * s.Hs * (s.V / 64), kStore ? s.segments : (s.segments - 1) * s.pieces, w.directions);
-  return static_cast<cudaError_t>(
-      launch_after(kernel, grid, 192, bytes, stream, maps[0], maps[1], maps[2], maps[3], s, w));
+  return static_cast<cudaError_t>(launch_clusters_after(s.V / 64, kernel, grid, 192, bytes, stream, maps[0], maps[1],
+                                                        maps[2], maps[3], s, w));
 }
 
 }  // namespace
