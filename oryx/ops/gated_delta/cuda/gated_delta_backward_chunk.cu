@@ -6,6 +6,7 @@
 // With raw q and k and r = 1 / norm, the products are those of r dQ and r dK: the row and column factors r go into E and F once. Then
 // dq = r dQ - q r^2 (q.r dQ), the gradient through the normalisation, needs no more than the dot products that dg takes too.
 #include "gated_delta_tile.cuh"
+#include "oryx/ops/cuda/dependent_launch.cuh"
 
 namespace oryx::gated_delta_cuda {
 namespace {
@@ -431,7 +432,7 @@ __global__ void __launch_bounds__(Layout::kThreads, 1)
     __syncwarp();
     barrier_arrive_warp(empty + 8 * set, lane);
   }
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // this kernel ends after the walk
+  ops::cuda::wait_for_previous();  // this kernel ends after the walk
 }
 
 }  // namespace
@@ -453,13 +454,8 @@ cudaError_t launch_backward_chunk(const OryxGatedDelta& p, const OryxGatedDeltaG
   const Arguments a{
       p.wanted, record,  states, d_states, order, done, row_blocks, records, static_cast<__nv_bfloat16*>(d_q), static_cast<__nv_bfloat16*>(d_k),
       d_g,      d.d_beta};
-  cudaLaunchAttribute beside{};
-  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  beside.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(Layout::kThreads), config.dynamicSmemBytes = Layout::kBytes, config.stream = stream;
-  config.attrs = &beside, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, backward_chunk_kernel, maps[0], maps[1], maps[2], maps[3], maps[4], s, a);
+  return static_cast<cudaError_t>(ops::cuda::launch_after(backward_chunk_kernel, dim3(blocks), Layout::kThreads, Layout::kBytes, stream, maps[0], maps[1],
+                                                          maps[2], maps[3], maps[4], s, a));
 }
 
 }  // namespace oryx::gated_delta_cuda

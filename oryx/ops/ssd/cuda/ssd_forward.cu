@@ -1,6 +1,7 @@
 // The forward pass (see ssd_cuda.h). In a block one warpgroup has 64 rows of S in registers and walks the chunks;
 // before each chunk it leaves S in bfloat16 for one of two others, which take turns at the chunks' outputs. Of the
 // fourth one warp copies the inputs in, kStages chunks ahead, and one computes the scalars.
+#include "oryx/ops/cuda/tensor_map.h"
 #include "oryx/ops/ssd/cuda/ssd_cuda_internal.cuh"
 
 namespace oryx::ssd_cuda {
@@ -285,25 +286,12 @@ size_t entries(const Shape& s) {
 }  // namespace
 
 cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int dim) {
-  static PFN_cuTensorMapEncodeTiled_v12000 encode_tiled = nullptr;
-  if (encode_tiled == nullptr) {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (status != cudaSuccess) return status;
-    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
-  }
   const cuuint64_t row = 2 * static_cast<cuuint64_t>(dim);
   const cuuint64_t sizes[4] = {64, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens),
                                static_cast<cuuint64_t>(dim / 64)};
   const cuuint64_t strides[3] = {row, heads * row, 128};
-  const cuuint32_t box[4] = {64, 1, kC, 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult status = encode_tiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(data), sizes,
-                                       strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  const cuuint32_t box[4] = {64, 1, kC, 1};
+  return ops::cuda::encode_tensor_map(map, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 }  // namespace oryx::ssd_cuda
