@@ -1,6 +1,7 @@
 // oryx tokenizer and oryx data, as a user runs them.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <nlohmann/json.hpp>
 
@@ -122,8 +123,24 @@ TEST_F(DataCommands, BadInput) {
   write_file(folder_ / "text/b.txt", "\xFF");
   expect_error({"data", "build", path("text"), "--tokenizer", "byte", "--out", path("o")},
                "b.txt: byte 0 (0xff) is not UTF-8");
-  EXPECT_FALSE(std::filesystem::exists(folder_ / "o/dataset.json"));
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "o"));
   EXPECT_FALSE(std::filesystem::exists(folder_ / "t.model"));
+}
+
+// What stands under a name is replaced by a file that is whole: a pipe or a device, /dev/stdout say, must not be.
+TEST_F(DataCommands, DevicesAndPipesAreNotReplaced) {
+  ASSERT_EQ(::mkfifo(path("pipe").c_str(), 0600), 0);
+  const auto r = run({"tokenizer", "train", path("text"), "--vocab-size", "350", "--out", path("pipe")});
+  EXPECT_EQ(r.exit_code, 1);
+  EXPECT_THAT(r.err, HasSubstr("pipe: is a device or a pipe, expected the name of a file"));
+  EXPECT_TRUE(std::filesystem::is_fifo(folder_ / "pipe"));
+}
+
+TEST_F(DataCommands, ARunWantsAFolderOfItsOwn) {
+  ASSERT_EQ(run({"data", "build", path("text"), "--tokenizer", "byte", "--out", path("set"), "--extension", "jsonl"}).exit_code, 0);
+  expect_error({"train", "data=" + path("set"), "out=" + path("set")}, "set: is a data set; choose another folder for the run");
+  expect_error({"train", "data=" + path("set"), "out=" + path("run"), "seq_len=100000000"}, "of memory are free");
+  EXPECT_FALSE(std::filesystem::exists(folder_ / "run"));
 }
 
 }  // namespace

@@ -194,6 +194,19 @@ TEST_F(InspectFiles, ControlCharactersStayOffTheTerminal) {
   EXPECT_THAT(r.out, HasSubstr("a?[2Jb"));
 }
 
+TEST_F(InspectFiles, OtherFilesAreNamedForWhatTheyAre) {
+  make_folders(folder_ / "set");
+  write_file(folder_ / "set/dataset.json", "{}");
+  write_file(folder_ / "set/train.tok", "oryx.tok");
+  write_file(folder_ / "t.model", "\n\x0e");
+  for (const auto& [name, message] : {std::pair{"set", "oryx data inspect "}, {"set/train.tok", "oryx data inspect "}, {"t.model", "no model by its name"}}) {
+    const auto r = run({"inspect", path(name)});
+    EXPECT_EQ(r.exit_code, 1) << name;
+    EXPECT_THAT(r.err, HasSubstr(message));
+    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+  }
+}
+
 TEST_F(InspectFiles, TrainingConfigsAreModelsToo) {
   write_file(folder_ / "train.json", R"({"preset": "tiny-mamba2", "model": {"num_layers": 3}, "steps": 5000})");
   const auto j = inspect_json({path("train.json"), "model.vocab_size=100"});

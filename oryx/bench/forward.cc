@@ -1,12 +1,15 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <span>
 
 #include "oryx/bench/bench.h"
 #include "oryx/bench/measure.h"
 #include "oryx/common/error.h"
+#include "oryx/common/file.h"
 #include "oryx/common/log.h"
+#include "oryx/common/progress.h"
 #include "oryx/common/random.h"
 #include "oryx/generate/session.h"
 #include "oryx/model/inspect.h"
@@ -49,11 +52,21 @@ int64_t pass_in_pieces(const LanguageModel& model, const ModelSchedule& schedule
   return session.state().bytes().total();
 }
 
+// Found out before the model is made. Passes in pieces have a session, which checks its own.
+void check_memory(const ModelConfig& config, const ForwardBenchOptions& o) {
+  if (o.piece > 0) return;
+  const int64_t longest = *std::max_element(o.lengths.begin(), o.lengths.end());
+  const auto needed = static_cast<double>(plan_memory(config, longest, longest, o.model.compute()).activations), free = static_cast<double>(available_memory());
+  if (needed <= free) return;
+  fail("a pass over {} tokens needs about {}, but only {} of memory are free; use shorter --lengths, or --piece", longest, human_bytes(needed), human_bytes(free));
+}
+
 }  // namespace
 
 BenchResult bench_forward(const ForwardBenchOptions& o) {
   const ModelConfig config = o.model.config();
   const ModelSchedule schedule(config, o.schedule);
+  check_memory(config, o);
   LanguageModel model(config, o.model.compute());
   model.initialize(0);
   // Thread pools and the matrix library's scratch space come with the first pass and belong to no length.

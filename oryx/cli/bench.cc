@@ -57,10 +57,8 @@ void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(cons
   app.add_option("--charts", out->charts, "write each of its charts to PREFIX-1.svg, PREFIX-2.svg ...")->type_name("PREFIX");
   app.callback([o, out, bench, name = app.get_name()] {
     // Found out before the work, not after it.
-    for (const auto& path : {out->json, out->report, out->charts}) {
-      if (!path.empty() && !std::filesystem::is_directory(std::filesystem::absolute(path).parent_path())) {
-        fail("{}: cannot write, there is no such folder", path);
-      }
+    for (const auto& path : {out->json, out->report, out->charts.empty() ? "" : out->charts + "-1.svg"}) {
+      if (!path.empty()) check_output(path);
     }
     catch_interrupts();
     const Json machine = describe_machine();

@@ -50,11 +50,16 @@ std::vector<std::string> recall(const DemoArguments& a) {
   return r.missed;
 }
 
-void text(const DemoArguments& a) {
+TextDemoOptions text_options(const DemoArguments& a) {
   TextDemoOptions o;
   o.text = a.text.empty() ? "." : a.text;
   o.out = std::filesystem::path(a.out) / "text";
   o.seconds = a.text_seconds;
+  return o;
+}
+
+void text(const DemoArguments& a) {
+  const TextDemoOptions o = text_options(a);
   cli::print("\nText: {}\n", o.text);
   cli::flush();
   const TextDemoResult r = run_text_demo(o);
@@ -70,6 +75,9 @@ void run_demo(const DemoArguments& a) {
   if (a.keys) return cli::print("{}", options_table<RecallDemoOptions>());
   if (!a.only.empty() && a.only != "recall" && a.only != "text") fail("--only is '{}', expected recall or text", a.only);
   catch_interrupts();
+  // What is wrong with the second part, or with where the results go, is found out before the first one's minute and a half.
+  if (!a.json.empty()) check_output(a.json);
+  if (a.only != "recall") check_text_demo(text_options(a));
   std::vector<std::string> missed;
   if (a.only != "text") missed = recall(a);
   if (a.only != "recall") text(a);

@@ -46,12 +46,6 @@ void add_task_options(CLI::App& app, const std::shared_ptr<EvalArguments>& o) {
   }
 }
 
-void check_output(const std::string& path) {
-  // Found out before the work, not after it.
-  const auto folder = std::filesystem::absolute(path).parent_path();
-  if (!std::filesystem::is_directory(folder)) fail("{}: cannot write, there is no folder {}", path, folder.string());
-}
-
 void run_task(EvalArguments& o) {
   if (!o.json.empty()) check_output(o.json);
   Fields fields = fields_of(*o.evaluation);

@@ -57,6 +57,14 @@ void refuse_overrides(const std::string& subject, const std::vector<std::string>
   if (!overrides.empty()) fail("{}: '{}' cannot change what is there already; {}", subject, overrides.front(), hint);
 }
 
+// What other commands look into is not taken for a broken model.
+void refuse_what_is_no_model(const std::string& path) {
+  if (exists(path + "/dataset.json") || path.ends_with(".tok")) fail("{}: holds tokens, not a model; look into it with: oryx data inspect {}", path, path);
+  if (!is_folder(path) && (path.ends_with(".model") || path.ends_with(".jsonl"))) {
+    fail("{}: no model by its name; expected a config.json, a .safetensors file, or the folder of a model or a training run", path);
+  }
+}
+
 // A model's config, or a training run's, which holds one.
 ModelConfig config_of_file(const std::string& path, const std::vector<std::string>& overrides) {
   const Json json = read_json_file(path);
@@ -95,6 +103,7 @@ void inspect_folder(const InspectArguments& o, const std::string& path) {
 void inspect_subject(const InspectArguments& o, const std::string& subject, const std::vector<std::string>& overrides) {
   if (is_preset(subject))
     return show(o, model_report(subject, config_of_preset(subject, overrides), o.contexts, o.compute(), o.state), model_text);
+  if (exists(subject)) refuse_what_is_no_model(subject);
   if (is_folder(subject)) {
     refuse_overrides(subject, overrides, "name its config.json to try other values");
     return inspect_folder(o, subject);

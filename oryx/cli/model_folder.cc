@@ -38,6 +38,9 @@ LoadedModel load(const ModelArguments& a) {
   const at::Device device = parse_device(a.device);
   const fs::path folder = model_folder(a.folder);
   out.name = folder.string();
+  if (std::error_code ignored; fs::is_directory(folder, ignored) && !fs::exists(folder / "config.json", ignored)) {
+    fail("{}: holds no config.json; expected a model's folder, or a training run with a folder 'model'", out.name);
+  }
   const fs::path tokenizer = a.tokenizer.empty() ? tokenizer_folder(folder, a.folder) : fs::path(a.tokenizer);
   if (!tokenizer.empty()) out.tokenizer = load_tokenizer(tokenizer);
   out.model = load_model(folder, a.precision == "bfloat16" ? at::kBFloat16 : at::kFloat);

@@ -19,6 +19,7 @@ inline void add_text_options(CLI::App& app, std::string& folder, TextSourceOptio
       ->allow_extra_args(false);
   app.add_option("--extension", options.extensions, "an ending to read in place of .txt and .jsonl (may be repeated)")
       ->type_name("EXT")
+      ->transform([](const std::string& e) { return e.starts_with('.') ? e : "." + e; })
       ->allow_extra_args(false);
 }
 

@@ -8,6 +8,7 @@
 #include "oryx/cli/text_options.h"
 #include "oryx/common/error.h"
 #include "oryx/common/file.h"
+#include "oryx/common/interrupt.h"
 #include "oryx/common/log.h"
 #include "oryx/common/progress.h"
 #include "oryx/data/sentencepiece.h"
@@ -28,6 +29,7 @@ void train_tokenizer(TokenizerTrainArguments o) {
   if (std::filesystem::is_directory(out)) fail("{}: is a folder, expected a file name", o.out);
   if (!(o.sample_mib > 0 && o.sample_mib <= 1 << 20)) fail("--sample {}: expected MiB above 0", o.sample_mib);
   o.training.sample_bytes = static_cast<uint64_t>(o.sample_mib * (1 << 20)) + 1;
+  catch_interrupts();
   TextSource source(list_text_files(o.text, o.source));
   const auto tokenizer = train_sentencepiece(source, o.training);
   if (out.has_parent_path()) make_folders(out.parent_path());

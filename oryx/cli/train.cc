@@ -34,6 +34,8 @@ TrainOptions resolve_options(const TrainArguments& a) {
 
 void refuse_another_run(const TrainOptions& options, bool resume) {
   const RunFolder run(options.out);
+  std::error_code ignored;
+  if (std::filesystem::exists(run.path() / "dataset.json", ignored)) fail("{}: is a data set; choose another folder for the run: out=DIR", options.out);
   if (resume || !run.exists()) return;
   TrainOptions there = load_train_options(run.path() / "config.json", {});
   if (dump_options(there) == dump_options(options)) return;

@@ -71,6 +71,16 @@ class FolderLock {
   Descriptor folder_;
 };
 
+// What stands under the name of a file that is written is replaced: that must not be a device, such as /dev/stdout, or a pipe.
+void check_name(const fs::path& path) {
+  std::error_code ignored;
+  const fs::file_status there = fs::status(path, ignored);
+  if (fs::is_directory(there)) fail("{}: is a folder, expected a file name", path.string());
+  const std::string name = fs::absolute(path, ignored).lexically_normal().string();
+  const bool device = name.starts_with("/proc/") || (name.starts_with("/dev/") && !name.starts_with("/dev/shm/"));  // also where /dev/stdout is a file
+  if (device || (fs::exists(there) && !fs::is_regular_file(there))) fail("{}: is a device or a pipe, expected the name of a file to write or replace", path.string());
+}
+
 struct stat regular_status(int fd, const fs::path& path) {
   struct stat st {};
   if (file_operations.status(fd, &st) != 0) fail_errno(path.string(), "stat");
@@ -81,16 +91,20 @@ struct stat regular_status(int fd, const fs::path& path) {
 }  // namespace
 
 AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
-  std::error_code ignored;
-  const fs::file_status there = fs::status(path_, ignored);
-  if (fs::is_directory(there)) fail("{}: is a folder, expected a file name", path_.string());
-  // What stands under the name is replaced: never a device such as /dev/stdout or a pipe.
-  if (fs::exists(there) && !fs::is_regular_file(there)) fail("{}: is a device or a pipe, expected the name of a file to write or replace", path_.string());
+  check_name(path_);
   std::string name = (path_.parent_path() / fmt::format(".{}.XXXXXX", path_.filename().string())).string();
   fd_ = file_operations.create_temporary(name.data());
   if (fd_ < 0) fail_errno(path_.string(), "create");
   ::fchmod(fd_, 0644);
   temporary_ = name;
+}
+
+void check_output(const fs::path& path) {
+  std::error_code ignored;
+  const fs::path folder = fs::absolute(path).parent_path();
+  if (!fs::is_directory(folder, ignored)) fail("{}: cannot write, there is no folder {}", path.string(), folder.string());
+  check_name(path);
+  if (::access(folder.c_str(), W_OK) != 0) fail_errno(path.string(), "write into its folder");
 }
 
 AtomicFile::~AtomicFile() {

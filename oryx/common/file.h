@@ -83,6 +83,10 @@ class MappedFile {
   size_t size_ = 0;
 };
 
+// For what is written at the end of long work: throws now if `path` cannot be written then (no such folder, no right to write there, a folder or a device of that
+// name).
+void check_output(const std::filesystem::path& path);
+
 std::string read_file(const std::filesystem::path& path);
 void write_file(const std::filesystem::path& path, std::string_view text);  // atomic
 // Appends `text` and a newline. On an error the file is as long as it was. Half a line that a killed process left is closed by a newline first.

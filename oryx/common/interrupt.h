@@ -9,4 +9,18 @@ bool interrupted();
 // Throws Interrupted("interrupted") when the flag is set.
 void check_interrupt();
 
+// For work that cannot ask, a library's: while one lives, Ctrl-C and SIGTERM end the process at once, with the line and the exit code (130) of other interrupts. Such
+// work must have written nothing by halves.
+class InterruptsEndAtOnce {
+ public:
+  InterruptsEndAtOnce();
+  ~InterruptsEndAtOnce();
+  InterruptsEndAtOnce(const InterruptsEndAtOnce&) = delete;
+  InterruptsEndAtOnce& operator=(const InterruptsEndAtOnce&) = delete;
+
+ private:
+  void (*on_int_)(int);
+  void (*on_term_)(int);
+};
+
 }  // namespace oryx

@@ -100,7 +100,11 @@ std::vector<std::string> split(std::string_view text, char separator) {
 Json parse_override(const Fields::Field& field, std::string_view text) {
   using detail::TextForm;
   if (field.nullable && text == "null") return nullptr;
-  if (field.form == TextForm::kString) return std::string(text);
+  if (field.form == TextForm::kString) {
+    // As in a file, in quotes, or as it stands.
+    const Json quoted = text.starts_with('"') ? Json::parse(text, nullptr, /*allow_exceptions=*/false) : Json();
+    return quoted.is_string() ? quoted : Json(std::string(text));
+  }
   if (field.form == TextForm::kStringList && !text.starts_with('[')) {
     return text.empty() ? Json::array() : Json(split(text, ','));
   }

@@ -106,6 +106,13 @@ TEST(Options, EveryTypeFromOverrides) {
   EXPECT_EQ(o.layers, Json::array({1}));
 }
 
+TEST(Options, AStringMayStandInTheQuotesOfAFile) {
+  EXPECT_EQ(read("{}", {R"(name="a b")"}).name, "a b");
+  EXPECT_EQ(read("{}", {R"(precision="bfloat16")"}).precision, Precision::kBfloat16);
+  EXPECT_EQ(read("{}", {R"(name="a" or "b")"}).name, R"("a" or "b")");
+  EXPECT_EQ(read("{}", {R"(name=")"}).name, "\"");
+}
+
 TEST(Options, LaterOverridesWin) { EXPECT_EQ(read("{}", {"steps=7", "steps=8"}).steps, 8); }
 
 TEST(Options, UnknownKeysNameTheNearest) {

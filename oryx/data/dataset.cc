@@ -33,7 +33,9 @@ DatasetInfo parse_info(const fs::path& path) {
     info.fingerprint = parse_fingerprint(tokenizer.at("fingerprint").get<std::string>());
     info.sources = json.at("sources").get<std::vector<std::string>>();
   } catch (const nlohmann::json::exception& e) {
-    fail("{}: not the description of a data set ({})", path.string(), e.what());
+    const std::string_view reason = e.what();  // "[json.exception.out_of_range.403] key 'format' not found"
+    const size_t end = reason.find("] ");
+    fail("{}: not the description of a data set ({})", path.string(), shown(end == std::string_view::npos ? reason : reason.substr(end + 2), 200));
   }
   if (fs::path(info.tokenizer_file).filename() != info.tokenizer_file) {
     fail("{}: tokeniser file '{}' is not a plain name", path.string(), shown(info.tokenizer_file));

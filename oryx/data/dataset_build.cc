@@ -193,12 +193,32 @@ void check_options(const std::vector<TextFile>& files, const fs::path& out, cons
   }
 }
 
+// Made for what is to stand in it: gone again when nothing came to stand there.
+class NewFolder {
+ public:
+  explicit NewFolder(const fs::path& path) : path_(path) {
+    std::error_code ignored;
+    made_ = !fs::exists(path_, ignored);
+    make_folders(path_);
+  }
+  ~NewFolder() {
+    std::error_code ignored;
+    if (made_ && fs::is_empty(path_, ignored)) fs::remove(path_, ignored);
+  }
+  NewFolder(const NewFolder&) = delete;
+  NewFolder& operator=(const NewFolder&) = delete;
+
+ private:
+  fs::path path_;
+  bool made_ = false;
+};
+
 }  // namespace
 
 DatasetInfo build_dataset(const std::vector<TextFile>& files, const Tokenizer& tokenizer, const fs::path& out,
                           const DatasetOptions& options) {
   check_options(files, out, options);
-  make_folders(out);
+  const NewFolder folder(out);
   Builder builder(files, tokenizer, out, options);
   builder.read_all();
   builder.settle();

@@ -64,13 +64,17 @@ int64_t steps_that_fit(const TrainOptions& t, double seconds) {
 }
 
 // The demo makes its folder anew each time, so it must be the demo's: made by it, or empty.
-void claim(const fs::path& folder) {
+void check_claim(const fs::path& folder) {
   const fs::path mark = folder / ".oryx-demo";
   if (fs::exists(folder) && !fs::exists(mark) && !(fs::is_directory(folder) && fs::is_empty(folder))) {
     fail("{}: exists and was not made by the demo, which would overwrite it; name another folder with --out", folder.string());
   }
+}
+
+void claim(const fs::path& folder) {
+  check_claim(folder);
   make_folders(folder);
-  write_file(mark, "made by oryx demo, which overwrites this folder\n");
+  write_file(folder / ".oryx-demo", "made by oryx demo, which overwrites this folder\n");
 }
 
 std::string first_words(const Dataset& data, size_t tokens) {
@@ -82,8 +86,15 @@ std::string first_words(const Dataset& data, size_t tokens) {
 
 }  // namespace
 
+void check_text_demo(const TextDemoOptions& o) {
+  (void)find_text(o.text);
+  check_claim(o.out);
+  if (!(o.seconds > 0)) fail("training time of the text part is {} s, expected more than 0", o.seconds);
+}
+
 TextDemoResult run_text_demo(const TextDemoOptions& o) {
   TextDemoResult result;
+  check_text_demo(o);
   const auto files = find_text(o.text);
   claim(o.out);
   std::shared_ptr<Tokenizer> tokenizer;

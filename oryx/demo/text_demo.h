@@ -27,6 +27,9 @@ struct TextDemoResult {
   std::string prompt;
 };
 
+// Throws Error where run_text_demo would before it begins: for text that is not there, or a folder `out` that is somebody else's.
+void check_text_demo(const TextDemoOptions& options);
+
 // Throws Error for text it cannot use, Interrupted after Ctrl-C (what was trained is kept in `out`).
 TextDemoResult run_text_demo(const TextDemoOptions& options);
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <filesystem>
 
+#include "oryx/common/interrupt.h"
 #include "oryx/common/progress.h"
 #include "oryx/data/dataset.h"
 #include "oryx/eval/perplexity.h"
@@ -59,6 +60,7 @@ std::shared_ptr<const TokenFile> tokenize(const fs::path& path, const Tokenizer&
   TokenFileWriter writer(file, tokenizer.vocab_size(), tokenizer.fingerprint());
   ProgressBar bar("tokenising", static_cast<int64_t>(source.total_bytes()), "B");
   for (Document d; source.next(d);) {
+    check_interrupt();
     writer.add(tokenizer.encode_document(d.text));
     bar.update(static_cast<int64_t>(source.consumed_bytes()));
     if (max_tokens > 0 && static_cast<int64_t>(writer.tokens()) >= max_tokens + static_cast<int64_t>(writer.documents())) break;
@@ -111,7 +113,7 @@ class PerplexityTask : public EvalTask {
     for (const auto& s : schedules.empty() ? default_schedules(config) : schedules) parsed.emplace_back(config, s);
     for (const auto& s : parsed) {
       for (const auto& need : s.needs()) {
-        if (need.starts_with("part:")) fail("schedule '{}': part '{}' of the prompt is not known here; known: none", s.text(), need.substr(5));
+        if (need.starts_with("part:")) fail("schedule '{}': part '{}' of the prompt is not known here; known: none (perplexity has no questions: oryx sweep takes --setting parts=false)", s.text(), need.substr(5));
       }
     }
     const EvalText text = open_text(subject, data_, max_tokens_);

@@ -77,6 +77,13 @@ TEST_F(Safetensors, NothingAtAllIsAFile) {
   EXPECT_TRUE(SafetensorsReader(folder_ / "x.safetensors").tensors().empty());
 }
 
+// What a reader does for each tensor does not grow with the number of the others.
+TEST_F(Safetensors, AHundredThousandTensors) {
+  std::string header = "{";
+  for (int i = 0; i < 100000; ++i) header += fmt::format(R"({}"t{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}})", i == 0 ? "" : ",", i);
+  EXPECT_EQ(SafetensorsReader(write(file_of(header + "}", 0))).tensors().size(), 100000u);
+}
+
 TEST_F(Safetensors, LoadNamesTheNearest) {
   write_safetensors(folder_ / "x.safetensors", {{"embed.weight", at::zeros({1})}});
   const SafetensorsReader reader(folder_ / "x.safetensors");

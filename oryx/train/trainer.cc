@@ -61,7 +61,7 @@ class Run {
       : options_(options),
         task_(task),
         folder_(options.out),
-        model_((folder_.lock(), check_memory(options), new_model(options))),
+        model_((check_memory(options), folder_.lock(), new_model(options))),  // refused before the folder is made
         optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}),
         schedule_(options.model, options.training_schedule()) {
     resume();

@@ -76,7 +76,7 @@ class SentencePieceTokenizer : public Tokenizer {
   SentencePieceTokenizer(const std::string& path, std::string bytes) : serialized_(std::move(bytes)) {
     check_pieces(path, serialized_);
     const auto status = model_.LoadFromSerializedProto(serialized_);
-    if (!status.ok()) fail("{}: not a SentencePiece model, or damaged ({})", path, first_line(status.ToString()));
+    if (!status.ok()) fail("{}: not a SentencePiece model, or damaged", path);  // the library's reasons are places in its sources
     const int n = model_.GetPieceSize();
     if (n <= 0) fail("{}: a SentencePiece model without pieces", path);
     eos_ = model_.eos_id();

@@ -1,6 +1,7 @@
 #include <sentencepiece_trainer.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
@@ -130,6 +131,7 @@ std::unique_ptr<Tokenizer> sentencepiece_plugin::train(TextSource& source, const
   }
   Sentences iterator(std::move(list));
   std::string model;
+  std::optional<InterruptsEndAtOnce> interrupts(std::in_place);
   const auto status =
       sentencepiece::SentencePieceTrainer::Train({{"model_type", "bpe"},
                                                   {"vocab_size", std::to_string(options.vocab_size)},
@@ -150,6 +152,7 @@ std::unique_ptr<Tokenizer> sentencepiece_plugin::train(TextSource& source, const
                                                   {"num_threads", "1"},
                                                   {"minloglevel", "2"}},
                                                  &iterator, &model);
+  interrupts.reset();
   if (!status.ok()) {
     std::string reason = status.ToString();
     std::replace(reason.begin(), reason.end(), '\n', ' ');
