@@ -119,7 +119,7 @@ TEST_F(GenerateEval, ASessionIsSavedAndGoneOnFrom) {
   EXPECT_THAT(third.err, HasSubstr(fmt::format("session    {} tokens, not read again", held + 6 + static_cast<int64_t>(b["ids"].size()))));
 
   expect_error(on({"--session", file("none").string()}), "none: cannot open");
-  expect_error(on({"--session", session, "--kv", "drop"}), "--kv excludes --session");
+  expect_error(on({"--session", session, "--kv", "drop"}), "--session excludes --kv");
   expect_error(on({"--session", session, "--precision", "bfloat16"}), "it was saved in Float, this one computes in BFloat16");
   expect_error(on({"--session", session, "--schedule", "linear,surprise(attention=0.1)"}), "wants to know the whole prompt");
   expect_error(on({"--session", (model() / "model.safetensors").string()}), "its format is 'oryx', expected 'oryx-state 1'");

@@ -109,8 +109,9 @@ struct Prepared {
   ShortConvSequence<T> sequence(int64_t n) const {
     const Sequence& s = sequences[n];
     const int64_t step = history.dim() == 3 ? history.stride(0) : 0;
-    return {x.const_data_ptr<T>() + s.row * x.stride(0) + s.begin * x.stride(1), x.stride(1), s.length,
-            history.const_data_ptr<T>() + n * step};
+    // A tensor without elements (no tokens; a history of width 1) has no memory, and no place in it.
+    const auto place = [](const at::Tensor& t, int64_t offset) { return t.numel() > 0 ? t.const_data_ptr<T>() + offset : nullptr; };
+    return {place(x, s.row * x.stride(0) + s.begin * x.stride(1)), x.stride(1), s.length, place(history, n * step)};
   }
   // Element offset of a sequence in a contiguous [B, T, C].
   int64_t offset(int64_t n) const { return (sequences[n].row * x.size(1) + sequences[n].begin) * shape.channels; }

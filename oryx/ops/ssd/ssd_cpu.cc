@@ -24,15 +24,13 @@ class Scratch {
 
 at::Tensor rows_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-// One sequence's rows of x [B, T, heads, ...] from its first token and the given head on.
-SsdRows<const float> rows(const at::Tensor& x, const Sequence& s, int64_t head = 0) {
-  return {x.const_data_ptr<float>() + s.row * x.stride(0) + s.begin * x.stride(1) + head * x.stride(2), x.stride(1),
-          x.stride(2)};
+// One sequence's rows of x [B, T, heads, ...] from its first token and the given head on. A tensor without tokens has no memory, and no place in it.
+template <typename T>
+SsdRows<T> rows_at(T* data, const at::Tensor& x, const Sequence& s, int64_t head) {
+  return {data == nullptr ? nullptr : data + s.row * x.stride(0) + s.begin * x.stride(1) + head * x.stride(2), x.stride(1), x.stride(2)};
 }
-SsdRows<float> mutable_rows(const at::Tensor& x, const Sequence& s, int64_t head) {
-  return {x.mutable_data_ptr<float>() + s.row * x.stride(0) + s.begin * x.stride(1) + head * x.stride(2), x.stride(1),
-          x.stride(2)};
-}
+SsdRows<const float> rows(const at::Tensor& x, const Sequence& s, int64_t head = 0) { return rows_at(x.const_data_ptr<float>(), x, s, head); }
+SsdRows<float> mutable_rows(const at::Tensor& x, const Sequence& s, int64_t head) { return rows_at(x.mutable_data_ptr<float>(), x, s, head); }
 
 class Tasks {
  public:
