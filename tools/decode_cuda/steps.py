@@ -3,7 +3,7 @@ import ctypes as C
 
 import torch
 
-from common import BF, DEV, F32, F64, lib, median_ms, ok, p, report, show, spread, stream
+from common import BF, DEV, F32, F64, args, lib, median_ms, ok, p, report, show, spread, stream
 
 
 def gdn_step(q, k, v, g, beta, S, o, scale=None):
@@ -50,19 +50,50 @@ def check():
                 report(f"{rule} {name} o", o, out, limit)
 
 
+def peer(rule, x, states):
+    """The public step over the same states: its name and a function of a state's number, or None where --peers does not name its package. Ours normalises queries and
+    keys within its time, fla's gets them so; fla's makes a new state, ours and mamba_ssm's change the one they are given."""
+    q, k, v, g, A = x
+    if rule == "gdn" and "fla" in args.peers.split(","):
+        from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as step
+        unit = [torch.nn.functional.normalize(t.float(), dim=-1).to(BF)[:, None] for t in (q, k)]
+        return "fla fused_recurrent_gated_delta_rule", lambda i: step(*unit, v[:, None], g[:, None], g.abs().to(BF)[:, None], initial_state=states[i], output_final_state=True)
+    if rule == "ssd" and "mamba_ssm" in args.peers.split(","):
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update as step
+        H, V, K = v.shape[1], v.shape[2], q.shape[2]
+        wide = [g.to(BF)[:, :, None].expand(-1, -1, V), -A.exp()[:, None, None].expand(H, V, K), A[:, None].expand(H, V), A[:, None].expand(H, V)]
+        return "mamba_ssm selective_state_update", lambda i: step(states[i], v, wide[0], wide[1], k, q, D=wide[2], dt_bias=wide[3], dt_softplus=True)
+    return None
+
+
+def graph_ms(f, n):
+    """Milliseconds of one of n calls of f captured in a CUDA graph, as many steps follow one another."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            f(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [f(i) for i in range(n)]  # what a peer allocates stays until all have run
+    del kept
+    return median_ms(graph.replay, flush=False) / n
+
+
 def times():
     for rule, N, Hq, Hk, Hv, K, V in (("gdn", 64, 16, 16, 16, 128, 128), ("gdn", 1, 16, 16, 16, 128, 128), ("ssd", 64, 1, 1, 32, 128, 64), ("ssd", 64, 16, 16, 16, 128, 128)):
         Hs = max(Hk, Hv)
         q, k, v = (torch.randn(N, h, d, device=DEV).to(BF) for h, d in ((Hq, K), (Hk, K), (Hv, V)))
-        states, o = [torch.randn(N, Hs, V, K, device=DEV) for _ in range(8)], torch.empty(N, max(Hq, Hs), V, device=DEV, dtype=BF)
+        # over rotating states: where they are small, more than the L2 holds
+        states, o = [torch.randn(N, Hs, V, K, device=DEV) for _ in range(8 if N > 1 else 128)], torch.empty(N, max(Hq, Hs), V, device=DEV, dtype=BF)
         g = -torch.rand(N, Hs, device=DEV)
         A = torch.rand(Hs, device=DEV)
-        f = (lambda S: gdn_step(q, k, v, g, g.abs(), S, o)) if rule == "gdn" else (lambda S: ssd_step(q, k, v, g, A, A, A, S, o))
-        f(states[0])
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):  # over rotating states, as many steps follow one another
-            for S in states:
-                f(S)
+        f = (lambda i: gdn_step(q, k, v, g, g.abs(), states[i], o)) if rule == "gdn" else (lambda i: ssd_step(q, k, v, g, A, A, A, states[i], o))  # noqa: B023
         nbytes = 2 * states[0].numel() * 4 + 2 * (q.numel() + k.numel() + v.numel() + o.numel())
-        show(f"{rule} step B{N} H{Hs} K{K} V{V}", median_ms(graph.replay, flush=False) / len(states), nbytes)
+        name = f"{rule} step B{N} H{Hs} K{K} V{V}"
+        show(name, graph_ms(f, len(states)), nbytes)
+        other = peer(rule, (q, k, v, g, A), states)
+        if other:
+            with torch.no_grad():
+                show(f"  {other[0]}", graph_ms(other[1], len(states)), nbytes)
+            show(f"  {name} again", graph_ms(f, len(states)), nbytes)
