@@ -43,6 +43,8 @@ TEST_F(RefusedEarly, AResultThatCannotBeWritten) {
   expect_line({"bench", "attention", "--charts", path("none/a")}, "there is no folder");
   expect_line({"eval", "recall", path("model"), "--json", path("results")}, "results: is a folder");
   expect_line({"eval", "recall", path("model"), "--json", "/dev/stdout"}, "/dev/stdout: ");
+  write_file(folder_ / "text.txt", "text");
+  expect_line({"tokenizer", "train", path("text.txt"), "--out", path("results")}, "results: is a folder");
 }
 
 TEST_F(RefusedEarly, TheDemosSecondPart) {

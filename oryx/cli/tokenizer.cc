@@ -26,7 +26,7 @@ struct TokenizerTrainArguments {
 
 void train_tokenizer(TokenizerTrainArguments o) {
   const std::filesystem::path out = o.out;
-  if (std::filesystem::is_directory(out)) fail("{}: is a folder, expected a file name", o.out);
+  if (!out.has_parent_path() || std::filesystem::exists(out.parent_path())) check_output(out);  // else the folder is made
   if (!(o.sample_mib > 0 && o.sample_mib <= 1 << 20)) fail("--sample {}: expected MiB above 0", o.sample_mib);
   o.training.sample_bytes = static_cast<uint64_t>(o.sample_mib * (1 << 20)) + 1;
   catch_interrupts();

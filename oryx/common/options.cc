@@ -100,11 +100,7 @@ std::vector<std::string> split(std::string_view text, char separator) {
 Json parse_override(const Fields::Field& field, std::string_view text) {
   using detail::TextForm;
   if (field.nullable && text == "null") return nullptr;
-  if (field.form == TextForm::kString) {
-    // As in a file, in quotes, or as it stands.
-    const Json quoted = text.starts_with('"') ? Json::parse(text, nullptr, /*allow_exceptions=*/false) : Json();
-    return quoted.is_string() ? quoted : Json(std::string(text));
-  }
+  if (field.form == TextForm::kString) return override_string(text);
   if (field.form == TextForm::kStringList && !text.starts_with('[')) {
     return text.empty() ? Json::array() : Json(split(text, ','));
   }
@@ -125,6 +121,11 @@ std::string escape_markdown(std::string_view text) {
 std::string leaf(std::string_view key) { return std::string(key.substr(key.rfind('.') + 1)); }
 
 }  // namespace
+
+std::string override_string(std::string_view text) {
+  const Json quoted = text.starts_with('"') ? Json::parse(text, nullptr, /*allow_exceptions=*/false) : Json();
+  return quoted.is_string() ? quoted.get<std::string>() : std::string(text);
+}
 
 void Fields::add_field(Field field) {
   field.key = prefix_ + field.key;

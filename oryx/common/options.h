@@ -27,7 +27,7 @@
 //     options_table<TrainOptions>()                           // Markdown, for docs/ and the test that compares it
 //
 // Types: bool, int64_t, double, std::string, enums, std::optional (JSON null) and std::vector of these, vectors of
-// vectors, and Json for what has a form of its own. In an override a string is taken as it stands, a list of strings
+// vectors, and Json for what has a form of its own. In an override a string is taken as it stands (or in a file's quotes), a list of strings
 // may be written a,b; everything else is JSON. Errors are oryx::Error: "run.json: optimizer.lr is -1, expected a number
 // above 0".
 #pragma once
@@ -54,6 +54,9 @@ struct Check {
   std::function<bool(const Json&)> test;
   std::vector<std::string> choices = {};  // instead of text and type
 };
+
+// What the override of a string says: its text as it stands, or, of a JSON string in its quotes, what stands between them.
+std::string override_string(std::string_view text);
 
 Check above(double low);
 Check at_least(double low);

@@ -104,7 +104,7 @@ bool given(const Json& json, const std::vector<std::string>& overrides, const st
   for (const auto& o : overrides) {
     if (o.rfind(name, 0) != 0) continue;
     found = true;
-    *value = o.substr(name.size());
+    *value = override_string(std::string_view(o).substr(name.size()));
   }
   return found;
 }

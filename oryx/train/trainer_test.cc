@@ -211,6 +211,7 @@ TEST_F(Training, OptionsNameWhatIsWrong) {
   EXPECT_THAT(message({"schedule=atention"}), ::testing::HasSubstr("attention"));
   EXPECT_THAT(message({"model.num_heads=3", "model.num_kv_heads=2"}), ::testing::HasSubstr("num_kv_heads"));
   EXPECT_EQ(load_train_options("", {"preset=tiny-transformer"}).training_schedule(), "linear");
+  EXPECT_EQ(load_train_options("", {R"(preset="tiny-transformer")"}).training_schedule(), "linear");
   EXPECT_EQ(load_train_options("", {"preset=tiny-transformer"}).validation_schedules(), (std::vector<std::string>{"attention"}));
   EXPECT_EQ(load_train_options("", {"preset=tiny", "chunk=64"}).training_schedule(), "random(attention=0.25;chunk=64)");
   // No mixer is left untrained where layers have no attention.
