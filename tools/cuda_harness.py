@@ -88,9 +88,16 @@ def copy_rate(size=1 << 30):
 
 def card():
     """One line on the card as it is now: with it a time can be told from one on a hotter or slower card."""
-    found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"], capture_output=True, text=True)
-    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, driver, clocks, degrees, power: {found.stdout.strip() or 'nvidia-smi did not say'}"
+    try:
+        found = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw", "--format=csv,noheader"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, driver, clocks, degrees, power: {found or 'nvidia-smi did not say'}"
 
 
 def versions(packages):
-    return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    """Names and versions of the peers' packages; ends with one line where one is not installed."""
+    try:
+        return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+    except importlib.metadata.PackageNotFoundError as e:
+        raise SystemExit(f"--peers: {e.name} is not installed in this Python; the tool's head says how to get it") from None

@@ -208,9 +208,11 @@ def check(lib):
 def peer(name):
     """A public implementation of the operator as q, k, v, g, beta -> o, and the package whose version says which."""
     if name == "flash_qla":
+        versions(["flash-qla"])
         from flash_qla import chunk_gated_delta_rule as op
         return lambda *x: op(*x)[0], "flash-qla"
     if name == "fla":
+        versions(["fla-core"])
         os.environ["FLA_FLASH_QLA"] = "0"  # its own kernels: otherwise it hands some calls to FlashQLA where that is installed
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as op
         return lambda *x: op(*x)[0], "fla-core"
