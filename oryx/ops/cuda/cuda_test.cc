@@ -70,47 +70,72 @@ TEST_F(Cuda, Swiglu) {
   for (const int64_t n : {1, 17, 768, 5440}) expect_same([](const Tensors& x) { return Tensors{swiglu(x[0], x[1])}; }, {random({5, n}), random({5, n})});
 }
 
-TEST_F(Cuda, Norms) {
-  for (const int64_t n : {17, 128, 2048, 8192, 9001}) {
-    const at::Tensor x = random({7, n}), r = random({7, n}), w = random({n});
-    expect_same([](const Tensors& t) { return Tensors{rms_norm(t[0], t[1], 1e-6)}; }, {x, w});
-    expect_same([](const Tensors& t) { return Tensors{rms_norm(t[0], t[1], 1e-6, true)}; }, {x, w});
+// Every form of the norms for rows x n, in float32 and with activations in bfloat16.
+void expect_norms(int64_t rows, int64_t n) {
+  const at::Tensor x = random({rows, n}), r = random({rows, n}), w = random({n});
+  for (const bool narrow : {false, true}) {
+    const double value = narrow ? 1e-2 : 2e-5, gradient = narrow ? 2e-2 : 5e-5;
+    const size_t one = narrow ? 1 : 0, two = narrow ? 2 : 0;
+    expect_same([](const Tensors& t) { return Tensors{rms_norm(t[0], t[1], 1e-6)}; }, {x, w}, value, gradient, one);
+    expect_same([](const Tensors& t) { return Tensors{rms_norm(t[0], t[1], 1e-6, true)}; }, {x, w}, value, gradient, one);
     expect_same(
         [](const Tensors& t) {
           const auto [y, sum] = add_rms_norm(t[0], t[1], t[2], 1e-6);
           return Tensors{y, sum};
         },
-        {x, r, w});
+        {x, r, w}, value, gradient, two);
     for (const bool first : {false, true}) {
-      expect_same([&](const Tensors& t) { return Tensors{gated_rms_norm(t[0], t[1], t[2], 1e-6, first)}; }, {x, r, w});
+      expect_same([&](const Tensors& t) { return Tensors{gated_rms_norm(t[0], t[1], t[2], 1e-6, first)}; }, {x, r, w}, value, gradient, two);
     }
   }
+}
+TEST_F(Cuda, Norms) {
+  for (const int64_t n : {17, 64, 128, 256, 512, 768, 960, 1024, 1536, 2048, 8192, 9001}) expect_norms(7, n);
+}
+TEST_F(Cuda, NormsOfManyRows) {  // more than are resident at once
+  for (const int64_t n : {256, 768, 1024}) expect_norms(n == 256 ? 4000 : 2000, n);
 }
 
 TEST_F(Cuda, ShortConv) {
   for (const int64_t width : {1, 3, 4, 8}) {
-    expect_same(
-        [](const Tensors& t) {
-          const auto r = short_conv(t[0], t[1], t[2], t[3], {}, Activation::kSilu);
-          return Tensors{r.y, r.final_state};
-        },
-        {random({2, 100, 24}), random({24, width}), random({24}), random({2, 24, width - 1})});
+    for (const bool narrow : {false, true}) {
+      expect_same(
+          [](const Tensors& t) {
+            const auto r = short_conv(t[0], t[2], t[3], t[1], {}, Activation::kSilu);
+            return Tensors{r.y, r.final_state};
+          },
+          {random({2, 100, 24}), random({2, 24, width - 1}), random({24, width}), random({24})}, narrow ? 1e-2 : 2e-5, narrow ? 2e-2 : 5e-5,
+          narrow ? 2 : 0);
+    }
   }
 }
 
 TEST_F(Cuda, ShortConvPacked) {
-  expect_same(
-      [](const Tensors& t) {
-        const auto r = short_conv(t[0], t[1], {}, t[2], ints({0, 2, 2, 4, 100}, t[0]), Activation::kSilu);
-        return Tensors{r.y, r.final_state};
-      },
-      {random({1, 100, 24}), random({24, 4}), random({4, 24, 3})});
+  const auto check = [](const std::vector<int32_t>& bounds, bool narrow) {
+    const int64_t sequences = static_cast<int64_t>(bounds.size()) - 1;
+    expect_same(
+        [&](const Tensors& t) {
+          const auto r = short_conv(t[0], t[2], {}, t[1], ints(bounds, t[0]), Activation::kSilu);
+          return Tensors{r.y, r.final_state};
+        },
+        {random({1, bounds.back(), 24}), random({sequences, 24, 3}), random({24, 4})}, narrow ? 1e-2 : 2e-5, narrow ? 2e-2 : 5e-5, narrow ? 2 : 0);
+  };
+  for (const bool narrow : {false, true}) {
+    check({0, 2, 2, 4, 100}, narrow);
+    check({0, 0, 21, 22, 23, 300, 311, 1000, 1000}, narrow);  // some begin and end inside the groups of tokens that a thread takes at once
+  }
 }
 
 TEST_F(Cuda, Rope) {
   const at::Tensor positions = at::randint(0, 200000, {2, 63}, at::kInt);
   for (const int64_t rotated : {0, 6}) {
     expect_same([&](const Tensors& t) { return Tensors{rope(t[0], positions.to(t[0].device()), 10000, rotated)}; }, {random({2, 63, 3, 64})});
+  }
+  // In bfloat16, also with heads enough that a warp takes a token; as they lie in a wider tensor, too.
+  for (const auto& [heads, width] : std::vector<std::pair<int64_t, int64_t>>{{3, 64}, {12, 64}, {13, 64}, {40, 64}, {6, 128}, {8, 128}, {16, 128}, {3, 256}}) {
+    const int64_t H = heads;
+    expect_same([&](const Tensors& t) { return Tensors{rope(t[0].narrow(2, 1, H), positions.to(t[0].device()), 10000, 0)}; },
+                {random({2, 63, H + 2, width})}, 1e-2, 2e-2, 1);
   }
 }
 

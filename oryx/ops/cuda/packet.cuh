@@ -62,6 +62,9 @@ struct Packet {
   __device__ __forceinline__ void load_plain(const T* p) { raw = *reinterpret_cast<const uint4*>(p); }
   __device__ __forceinline__ void zero() { raw = make_uint4(0, 0, 0, 0); }
   __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = raw; }
+  __device__ __forceinline__ void store_if(T* p, bool condition) const {
+    if (condition) store(p);
+  }
   __device__ __forceinline__ void unpack(float (&out)[V]) const {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
     if constexpr (sizeof(T) == 4) {
@@ -96,6 +99,12 @@ struct Packet<T, V> {
   __device__ __forceinline__ void load(const T* p) { raw = load_read_only(reinterpret_cast<const uint2*>(p)); }
   __device__ __forceinline__ void zero() { raw = make_uint2(0, 0); }
   __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<uint2*>(p) = raw; }
+  // Without a branch.
+  __device__ __forceinline__ void store_if(T* p, bool condition) const {
+    asm volatile("{\n.reg .pred q;\nsetp.ne.b32 q, %3, 0;\n@q st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(p), "r"(raw.x), "r"(raw.y),
+                 "r"(static_cast<int>(condition))
+                 : "memory");
+  }
   __device__ __forceinline__ void unpack(float (&out)[V]) const {
     if constexpr (sizeof(T) == 4) {
       out[0] = __uint_as_float(raw.x), out[1] = __uint_as_float(raw.y);
@@ -120,6 +129,9 @@ struct Packet<T, 1> {
   __device__ __forceinline__ void load_plain(const T* p) { raw = *p; }
   __device__ __forceinline__ void zero() { raw = from_float<T>(0.0f); }
   __device__ __forceinline__ void store(T* p) const { *p = raw; }
+  __device__ __forceinline__ void store_if(T* p, bool condition) const {
+    if (condition) store(p);
+  }
   __device__ __forceinline__ void unpack(float (&out)[1]) const { out[0] = to_float(raw); }
   __device__ __forceinline__ void pack(const float (&in)[1]) { raw = from_float<T>(in[0]); }
 };
@@ -166,6 +178,37 @@ __device__ __forceinline__ void load_any(const void* p, int dtype, int64_t i, fl
   for (int k = 0; k < V; ++k) out[k] = load_any(p, dtype, i + k);
 }
 
+// Calls run(load) with the load(i, out) of V elements from i, a multiple of V, that suits the array: so that the choice is made once, not at
+// each load, and the loads of a loop are in flight together.
+template <int V, typename Run>
+__device__ __forceinline__ void with_weights(const void* p, int dtype, const Run& run) {
+  if constexpr (V == 8 || V == 4) {
+    if ((reinterpret_cast<uintptr_t>(p) & 15) == 0) {
+      if (dtype == kFloat32) {
+        run([p](int64_t i, float(&out)[V]) {
+#pragma unroll
+          for (int k = 0; k < V / 4; ++k) {
+            const uint4 four = load_read_only(reinterpret_cast<const uint4*>(static_cast<const float*>(p) + i) + k);
+            out[4 * k] = __uint_as_float(four.x), out[4 * k + 1] = __uint_as_float(four.y);
+            out[4 * k + 2] = __uint_as_float(four.z), out[4 * k + 3] = __uint_as_float(four.w);
+          }
+        });
+      } else {
+        run([p](int64_t i, float(&out)[V]) {
+          Packet<__nv_bfloat16, V> packet;
+          packet.load(static_cast<const __nv_bfloat16*>(p) + i);
+          packet.unpack(out);
+        });
+      }
+      return;
+    }
+  }
+  run([p, dtype](int64_t i, float(&out)[V]) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) out[k] = load_any(p, dtype, i + k);
+  });
+}
+
 // 2^x and 1 / x within about 2 units in the last place of float32, results below 1e-38 as 0: one instruction each. (__expf and
 // __fdividef take four more to treat such results.)
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -193,46 +236,34 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The column sums of partial [count, width] in a fixed order: 16 columns x 32 slices of rows a block.
+// The sum of a column of partial [count, width] in a fixed order, by a block of kColumns x kSlices threads: thread i has column i % kColumns of the
+// block's and every kSlices-th row; threads below kColumns get the sum. Little work that a whole stream waits for: kDeep loads of a thread in flight.
 constexpr int kReduceColumns = 16, kReduceSlices = 32;
+template <int kColumns = kReduceColumns, int kSlices = kReduceSlices, int kDeep = 16>
 __device__ __forceinline__ float reduce_column(const float* partial, int64_t count, int64_t width, int64_t column) {
-  __shared__ float sums[kReduceSlices][kReduceColumns + 1];
+  __shared__ float sums[kSlices][kColumns + 1];
+  const int index = threadIdx.y * kColumns + threadIdx.x, mine = index % kColumns, slice = index / kColumns;
   float sum = 0.0f;
-  constexpr int kDeep = 16;  // loads in flight: few rows are summed, so what counts is how often they are waited for
-  for (int64_t first = threadIdx.y; first < count; first += kReduceSlices * kDeep) {
+  const int rows = column < width ? static_cast<int>(count) : 0;
+  const float* from = partial + slice * width + column;
+  for (int first = slice; first < rows; first += kSlices * kDeep) {
     float values[kDeep];
 #pragma unroll
     for (int k = 0; k < kDeep; ++k) {
-      const int64_t row = first + k * kReduceSlices;
-      values[k] = row < count && column < width ? partial[row * width + column] : 0.0f;
+      values[k] = first + k * kSlices < rows ? *from : 0.0f;
+      from += kSlices * width;
     }
 #pragma unroll
     for (int k = 0; k < kDeep; ++k) sum += values[k];
   }
-  sums[threadIdx.y][threadIdx.x] = sum;
+  sums[slice][mine] = sum;
   __syncthreads();
   float total = 0.0f;
-  if (threadIdx.y == 0) {
+  if (slice == 0) {
 #pragma unroll
-    for (int i = 0; i < kReduceSlices; ++i) total += sums[i][threadIdx.x];
+    for (int i = 0; i < kSlices; ++i) total += sums[i][mine];
   }
   return total;
-}
-
-// A kernel whose blocks may start while the one before it in the stream ends, which hides its launch: it calls wait_for_kernel_before
-// ahead of any access to memory, which returns when all of that kernel is done and seen. The one before calls
-// let_next_kernel_start where its blocks near their end.
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-template <typename... Parameters, typename... Values>
-int launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, Values... values) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = block, config.stream = stream;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(values)...);
 }
 
 inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }

@@ -119,7 +119,7 @@ TEST_F(CudaSmall, Steps) {
 TEST_F(CudaSmall, BoundByMemory) {
   for (const bool narrow : {false, true}) {
     const auto some = [&](at::IntArrayRef shape) { return narrow ? half(shape) : full(shape); };
-    for (const int64_t n : {17, 256}) {
+    for (const int64_t n : {17, 256, 1024}) {
       const at::Tensor x = some({7, n}), y = some({7, n}), w = full({n});
       forward_and_backward({swiglu(x, y)}, {x, y});
       forward_and_backward({rms_norm(x, w, 1e-6)}, {x, w});
@@ -127,8 +127,10 @@ TEST_F(CudaSmall, BoundByMemory) {
       const auto [normed, sum] = add_rms_norm(x, y, w, 1e-6);
       forward_and_backward({normed, sum}, {x, y, w});
     }
-    const at::Tensor heads = some({1, 33, 3, 64});
-    forward_and_backward({rope(heads, at::arange(33, at::kInt).view({1, 33}).to(at::kCUDA), 10000)}, {heads});
+    for (const int64_t count : {3, 13}) {
+      const at::Tensor heads = some({1, 33, count, 64});
+      forward_and_backward({rope(heads, at::arange(33, at::kInt).view({1, 33}).to(at::kCUDA), 10000)}, {heads});
+    }
     const at::Tensor x = some({1, 70, 40}), w = full({40, 4}), tail = some({2, 40, 3});
     const auto conv = short_conv(x, w, {}, tail, whole({0, 1, 70}), Activation::kSilu);
     forward_and_backward({conv.y, conv.final_state}, {x, w, tail});

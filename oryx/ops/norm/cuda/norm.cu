@@ -216,7 +216,7 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
       }
     }
   }
-  let_next_kernel_start();
+  launch_dependents();
   // The teams of the block, one after the other.
   __shared__ float total[kTeam * kPackets * V];
   for (int turn = 0; turn < kTeams; ++turn) {
@@ -236,16 +236,17 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
   for (int c = threadIdx.x; c < a.dim; c += kThreads) to[c] = total[c];
 }
 
-__global__ void reduce_weight(const float* partial, int64_t count, int64_t width, void* d_weight, int dtype) {
-  wait_for_kernel_before();
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kReduceColumns + threadIdx.x;
-  const float total = reduce_column(partial, count, width, column);
-  if (threadIdx.y == 0 && column < width) store_any(d_weight, dtype, column, total);
+constexpr int kSumColumns = 8, kSumThreads = kSumColumns * 32;
+__global__ __launch_bounds__(kSumThreads) void reduce_weight(const float* partial, int64_t count, int64_t width, void* d_weight, int dtype) {
+  wait_for_previous();
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+  const float total = reduce_column<kSumColumns, kSumThreads / kSumColumns>(partial, count, width, column);
+  if (threadIdx.x < kSumColumns && column < width) store_any(d_weight, dtype, column, total);
 }
 
 int reduce_weights(const float* partial, int64_t count, int64_t width, void* d_weight, int dtype, cudaStream_t stream) {
-  return launch_early(reduce_weight, dim3(static_cast<unsigned>((width + kReduceColumns - 1) / kReduceColumns)),
-                      dim3(kReduceColumns, kReduceSlices), stream, partial, count, width, d_weight, dtype);
+  return launch_after(reduce_weight, dim3(static_cast<unsigned>((width + kSumColumns - 1) / kSumColumns)), kSumThreads, 0, stream, partial, count, width,
+                      d_weight, dtype);
 }
 
 // ---- the choice of a kernel
@@ -306,6 +307,7 @@ Plan backward_plan(int lanes, int64_t dim, bool gated, bool wide) {
   const int rows = gated ? 1 : 2;  // a gate takes registers
   if (packets <= 8) return {8, 1, 2 * rows};
   if (packets <= 16) return {16, 1, 2 * rows};
+  if (packets <= 32) return {32, 1, 2 * rows};
   if (packets <= 64) return {32, 2, rows};
   if (packets <= 128) return {64, 2, rows};
   if (packets <= 256) return {128, 2, rows};
@@ -334,7 +336,8 @@ int backward(const Backward& a, void* d_weight, cudaStream_t stream) {
   } else if (plan.team == 16) {
     norm_backward<T, kForm, 16, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
   } else if constexpr (kForm != kPlain) {  // longer plain rows run as a stream
-    if (plan.team == 32) norm_backward<T, kForm, 32, 2, 1><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 32 && plan.packets == 1) norm_backward<T, kForm, 32, 1, 2><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 32 && plan.packets == 2) norm_backward<T, kForm, 32, 2, 1><<<grid, kThreads, 0, stream>>>(a);
     if (plan.team == 64) norm_backward<T, kForm, 64, 2, 1><<<grid, kThreads, 0, stream>>>(a);
     if (plan.team == 128) norm_backward<T, kForm, 128, 2, 1><<<grid, kThreads, 0, stream>>>(a);
     if (plan.team == 256) norm_backward<T, kForm, 256, 4, 1><<<grid, kThreads, 0, stream>>>(a);

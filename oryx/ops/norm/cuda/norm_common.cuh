@@ -1,6 +1,7 @@
 // What the kernels of RMSNorm and its forms share.
 #pragma once
 
+#include "oryx/ops/cuda/dependent_launch.cuh"
 #include "oryx/ops/cuda/packet.cuh"
 
 namespace oryx::ops::cuda {

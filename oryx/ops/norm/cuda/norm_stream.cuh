@@ -43,7 +43,8 @@ __device__ __forceinline__ void stream_weights(const void* weight, int dtype, fl
     const int i = lane + p * threads;
 #pragma unroll
     for (int e = 0; e < V; ++e) w[p][e] = 0.0f;
-    if (i < packets) load_any(weight, dtype, static_cast<int64_t>(i) * V, w[p]);
+    if (i >= packets) continue;
+    load_any(weight, dtype, static_cast<int64_t>(i) * V, w[p]);
 #pragma unroll
     for (int e = 0; e < V; ++e) w[p][e] += offset;
   }
@@ -58,13 +59,21 @@ __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBl
   const int64_t step = static_cast<int64_t>(gridDim.x) * me.teams;
   Packet<T, V> next_dy[kPackets], next_x[kPackets], next_sum[kSum ? kPackets : 1];
   float next_rstd = 0.0f;
+  // A warp's loads leave together, without branches: behind the last row or packet a valid one is read again (its weight is 0). In a block's row
+  // the addresses that takes would be registers too many.
   const auto fetch = [&](int64_t row) {
-    if (row >= a.rows) return;
+    if (row >= a.rows) {
+      if (!kWarp) return;
+      row = a.rows - 1;
+    }
     next_rstd = load_read_only(a.rstd + row);
 #pragma unroll
     for (int p = 0; p < kPackets; ++p) {
-      const int i = me.lane + p * me.threads;
-      if (i >= packets) break;
+      int i = me.lane + p * me.threads;
+      if (i >= packets) {
+        if (!kWarp) break;
+        i = 0;
+      }
       const int64_t at = row * a.dim + i * V;
       next_dy[p].load(static_cast<const T*>(a.d_y) + at);
       next_x[p].load(static_cast<const T*>(a.x) + at);
@@ -104,7 +113,7 @@ __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBl
 #pragma unroll
     for (int p = 0; p < kPackets; ++p) {
       const int i = me.lane + p * me.threads;
-      if (i >= packets) break;
+      if (!kWarp && i >= packets) break;
       float d[V], v[V], s[V] = {};
       dy[p].unpack(d), x[p].unpack(v);
       if constexpr (kSum) sum[p].unpack(s);
@@ -112,27 +121,25 @@ __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBl
       for (int e = 0; e < V; ++e) d[e] = s[e] + (d[e] * w[p][e] * rstd - v[e] * mean);
       Packet<T, V> out;
       out.pack(d);
-      out.store(static_cast<T*>(a.d_x) + row * a.dim + i * V);
+      if (i < packets) out.store(static_cast<T*>(a.d_x) + row * a.dim + i * V);
     }
   }
-  let_next_kernel_start();
+  launch_dependents();
   float* to = a.partial + static_cast<int64_t>(blockIdx.x) * a.dim;
   if constexpr (kWarp) {  // the warps of the block, one after the other
-    __shared__ float total[32 * kPackets * V];
-    for (int turn = 0; turn < me.teams; ++turn) {
-      if (me.team == turn) {
+    __shared__ float total[kStreamWarpThreads / 32][32 * kPackets * V];
 #pragma unroll
-        for (int p = 0; p < kPackets; ++p) {
+    for (int p = 0; p < kPackets; ++p) {
 #pragma unroll
-          for (int e = 0; e < V; ++e) {
-            float& cell = total[(p * V + e) * 32 + me.lane];
-            cell = turn == 0 ? d_w[p][e] : cell + d_w[p][e];
-          }
-        }
-      }
-      __syncthreads();
+      for (int e = 0; e < V; ++e) total[me.team][(p * V + e) * 32 + me.lane] = d_w[p][e];
     }
-    for (int c = threadIdx.x; c < a.dim; c += blockDim.x) to[c] = total[(c / V / 32 * V + c % V) * 32 + c / V % 32];
+    __syncthreads();
+    for (int c = threadIdx.x; c < a.dim; c += blockDim.x) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int team = 0; team < kStreamWarpThreads / 32; ++team) sum += total[team][(c / V / 32 * V + c % V) * 32 + c / V % 32];
+      to[c] = sum;
+    }
   } else {
 #pragma unroll
     for (int p = 0; p < kPackets; ++p) {
@@ -146,22 +153,25 @@ __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBl
   }
 }
 
-// How a shape runs: `threads` a block, `packets` a thread; 0 packets: not as a stream. Up to 96 packets a warp takes a row. Fewer threads
+// How a shape runs: `threads` a block, `packets` a thread; 0 packets: not as a stream. Up to 128 packets a warp takes a row. Fewer threads
 // with more packets leave more registers for each, which a d_sum needs.
+constexpr int kMostWarpPackets = 128;
 struct StreamPlan {
   int packets, threads, blocks;
 };
 inline StreamPlan stream_plan(int64_t rows, int64_t packets, bool sum) {
   if (packets <= 16 || packets > 1024) return {0, 0, 0};
   StreamPlan plan{3, kStreamWarpThreads, 3};
-  if (packets <= 96) {
+  if (packets <= kMostWarpPackets) {
+    constexpr int kResident[] = {6, 4, 3, 2};  // registers
     plan.packets = static_cast<int>((packets + 31) / 32);
+    plan.blocks = kResident[plan.packets - 1];
   } else {
-    plan.packets = sum ? 3 : 4;
+    plan.packets = sum || packets <= 192 ? 3 : 4;
     plan.threads = static_cast<int>((packets + plan.packets * 32 - 1) / (plan.packets * 32) * 32);
-    plan.blocks = plan.threads < 320 ? (sum ? 448 : 320) / plan.threads : 1;
+    plan.blocks = plan.threads < 320 ? (sum ? 384 : 320) / plan.threads : 1;  // 384 threads of 168 registers are resident
   }
-  const int64_t teams = packets <= 96 ? kStreamWarpThreads / 32 : 1, most = (rows + teams - 1) / teams;
+  const int64_t teams = packets <= kMostWarpPackets ? kStreamWarpThreads / 32 : 1, most = (rows + teams - 1) / teams;
   plan.blocks *= multiprocessors();
   if (most < plan.blocks) plan.blocks = static_cast<int>(most);
   return plan;
@@ -170,12 +180,15 @@ inline StreamPlan stream_plan(int64_t rows, int64_t packets, bool sum) {
 template <typename T, bool kSum>
 void norm_backward_stream(const Backward& a, const StreamPlan& plan, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(plan.blocks), threads = static_cast<unsigned>(plan.threads);
-  if (a.dim / kLanes<T> <= 96) {
+  if (a.dim / kLanes<T> <= kMostWarpPackets) {
     if (plan.packets == 1) norm_backward_stream<T, true, 1, 3, kSum><<<blocks, threads, 0, stream>>>(a);
     if (plan.packets == 2) norm_backward_stream<T, true, 2, 3, kSum><<<blocks, threads, 0, stream>>>(a);
     if (plan.packets == 3) norm_backward_stream<T, true, 3, 3, kSum><<<blocks, threads, 0, stream>>>(a);
-  } else {
-    norm_backward_stream<T, false, kSum ? 3 : 4, 1, kSum><<<blocks, threads, 0, stream>>>(a);
+    if (plan.packets == 4) norm_backward_stream<T, true, 4, 2, kSum><<<blocks, threads, 0, stream>>>(a);
+  } else if (plan.packets == 3) {
+    norm_backward_stream<T, false, 3, 1, kSum><<<blocks, threads, 0, stream>>>(a);
+  } else if constexpr (!kSum) {
+    norm_backward_stream<T, false, 4, 1, false><<<blocks, threads, 0, stream>>>(a);
   }
 }
 

@@ -2,18 +2,19 @@
 //
 // With z the value before the activation and g = d_y act'(z):
 //   d_x_t = sum_j w_j g_{t + w - 1 - j},  d_w_j = sum_t g_t x_{t - w + 1 + j},  d_bias = sum_t g_t
+#include "oryx/ops/cuda/dependent_launch.cuh"
 #include "oryx/ops/short_conv/cuda/short_conv_common.cuh"
 #include "oryx/ops/short_conv/cuda/short_conv_launch.h"
 
 namespace oryx::ops::cuda {
 namespace {
 
-constexpr int kBackwardBlocks = 4;  // resident on a multiprocessor
+constexpr int kBackwardBlocks = 3;  // resident on a multiprocessor
 
 // A warp takes 32 packets of channels and one chunk of tokens, a block four chunks in a row. Each thread walks its chunk and the
-// w - 1 tokens behind it (for their g), and emits d_x w - 1 tokens late; the filter's gradient stays in registers. As forward,
-// the next kAhead tokens are on their way, and groups inside one sequence take a path without branches. chunk is a
-// multiple of kAhead.
+// w - 1 tokens behind it (for their g), and emits d_x w - 1 tokens late; the filter's gradient stays in registers. The next kAhead
+// tokens are on their way: a token's registers take the one kAhead later as soon as it is unpacked. Groups of kAhead inside one
+// sequence, nearly all, take a path without branches.
 template <typename T, int V, int kTaps, int kAhead, int kBlocks, bool kSilu>
 __global__ __launch_bounds__(kThreads, kBlocks) void short_conv_backward(const Arguments a, const T* d_y, const T* d_final, T* d_x,
                                                                          float* partial, int chunk) {
@@ -32,13 +33,14 @@ __global__ __launch_bounds__(kThreads, kBlocks) void short_conv_backward(const A
     const T *x = static_cast<const T*>(a.x) + base, *dy = d_y + base;
     T* out = d_x + base;
     Packet<T, V> next[kAhead], next_dy[kAhead];
-    const auto fetch = [&](int t) {
+    const int64_t stride = a.C;
+    const T *ahead_x = x + begin * stride, *ahead_dy = dy + begin * stride;  // token t + kAhead
+    T* behind = out + (begin - (kTaps - 1)) * stride;                        // token t - (kTaps - 1)
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        if (t + k < loads) next[k].load(x + (t + k) * a.C), next_dy[k].load(dy + (t + k) * a.C);
-      }
-    };
-    fetch(begin);
+    for (int k = 0; k < kAhead; ++k) {
+      if (begin + k < loads) next[k].load(ahead_x), next_dy[k].load(ahead_dy);
+      ahead_x += stride, ahead_dy += stride;
+    }
     float w[kTaps][V], bias[V], window[kTaps - 1][V], late[kTaps - 1][V];  // late: the g before this token
     c.taps(w);
     c.bias(bias);
@@ -95,21 +97,26 @@ __global__ __launch_bounds__(kThreads, kBlocks) void short_conv_backward(const A
     };
 #pragma unroll 1
     for (int t = begin; t < stop; t += kAhead) {
-      Packet<T, V> in[kAhead], in_dy[kAhead];
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) in[k] = next[k], in_dy[k] = next_dy[k];
-      fetch(t + kAhead);
       if (t + kAhead <= end && t + kAhead <= s.end) {
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
           float v[V], g[V], sum[V];
-          gradient(in[k], in_dy[k], v, g);
+          gradient(next[k], next_dy[k], v, g);
+          if (t + kAhead + k < loads) next[k].load(ahead_x), next_dy[k].load(ahead_dy);
           accumulate(v, g);
           combine(g, sum);
-          if (t + k - (kTaps - 1) >= from) store(t + k - (kTaps - 1), sum);  // no d_final_state here: it ends in the last h tokens
+          Packet<T, V> packed;
+          packed.pack(sum);
+          packed.store_if(behind, k >= kTaps - 1 || t + k - (kTaps - 1) >= from);  // no d_final_state here: it ends in the last h tokens
           shift<V, kTaps>(window, v);
+          ahead_x += stride, ahead_dy += stride, behind += stride;
         }
         continue;
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (t + kAhead + k < loads) next[k].load(ahead_x), next_dy[k].load(ahead_dy);
+        ahead_x += stride, ahead_dy += stride, behind += stride;
       }
 #pragma unroll 1
       for (int k = 0; k < kAhead && t + k < stop; ++k) {
@@ -133,40 +140,37 @@ __global__ __launch_bounds__(kThreads, kBlocks) void short_conv_backward(const A
       }
     }
   }
-  let_next_kernel_start();
+  launch_dependents();
   // The block's four chunks, added in their order: partial [blocks, kTaps + 1, C].
-  __shared__ float sums[kTaps + 1][V][32];
-  for (int turn = 0; turn < kWarps; ++turn) {
-    if (warp == turn) {
+  __shared__ float sums[kWarps][kTaps + 1][V][32];
 #pragma unroll
-      for (int j = 0; j <= kTaps; ++j) {
+  for (int j = 0; j <= kTaps; ++j) {
 #pragma unroll
-        for (int e = 0; e < V; ++e) {
-          const float mine = j < kTaps ? d_w[j < kTaps ? j : 0][e] : d_bias[e];
-          sums[j][e][lane] = turn == 0 ? mine : sums[j][e][lane] + mine;
-        }
-      }
-    }
-    __syncthreads();
+    for (int e = 0; e < V; ++e) sums[warp][j][e][lane] = j < kTaps ? d_w[j < kTaps ? j : 0][e] : d_bias[e];
   }
+  __syncthreads();
   const int64_t first = static_cast<int64_t>(group) * 32 * V;
   for (int i = threadIdx.x; i < (kTaps + 1) * 32 * V; i += kThreads) {
     const int j = i / (32 * V), channel = i % (32 * V);
-    if (first + channel < a.C) {
-      partial[(static_cast<int64_t>(block) * (kTaps + 1) + j) * a.C + first + channel] = sums[j][channel % V][channel / V];
-    }
+    if (first + channel >= a.C) continue;
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kWarps; ++k) sum += sums[k][j][channel % V][channel / V];
+    partial[(static_cast<int64_t>(block) * (kTaps + 1) + j) * a.C + first + channel] = sum;
   }
 }
 
-// Sums partial [count, taps + 1, C] into d_weight [C, width] and d_bias [C].
-__global__ void reduce_filter(const float* partial, int64_t count, int64_t C, int taps, int width, void* d_weight,
-                              void* d_bias, int dtype) {
-  wait_for_kernel_before();
-  const int64_t columns = (taps + 1) * C, column = static_cast<int64_t>(blockIdx.x) * kReduceColumns + threadIdx.x;
-  const float total = reduce_column(partial, count, columns, column);
-  if (threadIdx.y != 0 || column >= columns) return;
-  const int tap = static_cast<int>(column / C) - (taps - width);
-  const int64_t channel = column % C;
+// Sums partial [count, taps + 1, C], few rows of many columns, into d_weight [C, width] and d_bias [C].
+constexpr int kSumColumns = 32, kSumThreads = kSumColumns * 8;
+__global__ __launch_bounds__(kSumThreads) void reduce_filter(const float* partial, int64_t count, int64_t C, int taps, int width, void* d_weight,
+                                                             void* d_bias, int dtype) {
+  wait_for_previous();
+  const int64_t columns = (taps + 1) * C, column = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
+  const float total = reduce_column<kSumColumns, kSumThreads / kSumColumns, 8>(partial, count, columns, column);
+  if (threadIdx.x >= kSumColumns || column >= columns) return;
+  const unsigned row = static_cast<unsigned>(column) / static_cast<unsigned>(C);
+  const int tap = static_cast<int>(row) - (taps - width);
+  const int64_t channel = column - row * C;
   if (tap == width) {
     if (d_bias != nullptr) store_any(d_bias, dtype, channel, total);
   } else if (tap >= 0) {
@@ -216,11 +220,10 @@ __global__ void history_gradient(const Arguments a, const T* d_y, const T* d_fin
 struct BackwardPlan {
   int64_t chunk, groups, blocks;
 };
-BackwardPlan backward_plan(int64_t B, int64_t T, int64_t C, int lanes, int resident, int64_t most = 1 << 20) {
-  const int64_t groups = (C / lanes + 31) / 32, warps = static_cast<int64_t>(multiprocessors()) * resident * (kThreads / 32) / groups;
+BackwardPlan backward_plan(int64_t B, int64_t T, int64_t C, int lanes, int resident) {
+  const int64_t groups = (C / lanes + 31) / 32, warps = static_cast<int64_t>(multiprocessors()) * resident / groups * (kThreads / 32);
   const int64_t rows = warps / B > 0 ? warps / B : 1;  // warps a row of the batch
   int64_t chunk = (T + rows - 1) / rows;
-  chunk = chunk > most ? most : chunk;
   chunk = chunk < 16 ? 16 : (chunk + 7) / 8 * 8;
   return {chunk, groups, (B * ((T + chunk - 1) / chunk) + 3) / 4};
 }
@@ -234,9 +237,8 @@ int backward(const Arguments& a, const BackwardPlan& plan, const T* d_y, const T
   }
   const int64_t columns = (kTaps + 1) * a.C;
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  return launch_early(reduce_filter, dim3(static_cast<unsigned>((columns + kReduceColumns - 1) / kReduceColumns)),
-                      dim3(kReduceColumns, kReduceSlices), stream, workspace, plan.blocks, a.C, kTaps, a.width, d_weight, d_bias,
-                      a.weight_dtype);
+  return launch_after(reduce_filter, dim3(static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns)), kSumThreads, 0, stream, workspace,
+                      plan.blocks, a.C, kTaps, a.width, d_weight, d_bias, a.weight_dtype);
 }
 
 template <typename T>
@@ -254,7 +256,7 @@ int backward_of(const Arguments& a, const void* d_y_in, const void* d_final_in, 
   const auto run = [&](auto kernel) { return kernel(a, plan, d_y, d_final, d_x, d_weight, d_bias, workspace, stream); };
   if (!wide) return a.width <= 4 ? run(backward<T, 1, 4, 4, 1, false>) : run(backward<T, 1, 8, 4, 1, false>);
   if (a.width > 4) return run(backward<T, V, 8, 4, 1, false>);
-  constexpr int kAhead = sizeof(T) == 2 ? 4 : 2;
+  constexpr int kAhead = sizeof(T) == 2 ? 6 : 3;
   return a.silu ? run(backward<T, V, 4, kAhead, kBackwardBlocks, true>) : run(backward<T, V, 4, kAhead, kBackwardBlocks, false>);
 }
 

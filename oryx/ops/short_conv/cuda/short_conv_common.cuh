@@ -71,6 +71,15 @@ struct Channels {
 
   // The inputs before `time`, oldest first.
   __device__ __forceinline__ void window(const Span& s, int64_t row, int64_t time, float (&out)[kTaps - 1][V]) const {
+    if (time >= kTaps - 1) {  // their loads leave together
+      Packet<T, V> packets[kTaps - 1];
+      const T* from = static_cast<const T*>(a.x) + (row * a.T + s.begin + time - (kTaps - 1)) * a.C + channel;
+#pragma unroll
+      for (int j = 0; j < kTaps - 1; ++j) packets[j].load(from + j * a.C);
+#pragma unroll
+      for (int j = 0; j < kTaps - 1; ++j) packets[j].unpack(out[j]);
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < kTaps - 1; ++j) input(s, row, time - (kTaps - 1) + j, out[j]);
   }
@@ -78,13 +87,16 @@ struct Channels {
   __device__ __forceinline__ void taps(float (&w)[kTaps][V]) const {
     if constexpr (V > 1 && kTaps == 4) {
       if (a.width == 4) {
-        float flat[V];
+        with_weights<V>(a.weight, a.weight_dtype, [&](const auto& load) {
+          float flat[4][V];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          load_any(a.weight, a.weight_dtype, channel * 4 + k * V, flat);
+          for (int k = 0; k < 4; ++k) load(channel * 4 + k * V, flat[k]);
 #pragma unroll
-          for (int e = 0; e < V; ++e) w[(k * V + e) % 4][(k * V + e) / 4] = flat[e];
-        }
+          for (int k = 0; k < 4; ++k) {
+#pragma unroll
+            for (int e = 0; e < V; ++e) w[(k * V + e) % 4][(k * V + e) / 4] = flat[k][e];
+          }
+        });
         return;
       }
     }
@@ -111,7 +123,8 @@ struct Channels {
 
   __device__ __forceinline__ void bias(float (&out)[V]) const {
 #pragma unroll
-    for (int e = 0; e < V; ++e) out[e] = a.bias != nullptr ? load_any(a.bias, a.weight_dtype, channel + e) : 0.0f;
+    for (int e = 0; e < V; ++e) out[e] = 0.0f;
+    if (a.bias != nullptr) with_weights<V>(a.bias, a.weight_dtype, [&](const auto& load) { load(channel, out); });
   }
 };
 
