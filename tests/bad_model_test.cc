@@ -204,7 +204,8 @@ TEST_F(BadModelFolder, ForeignFile) {
 
 TEST_F(BadModelFolder, PartsMissing) {
   std::filesystem::remove(path() / "config.json");
-  expect_refused("config.json: cannot");
+  expect_error({"inspect", path().string()}, "config.json: cannot");
+  expect_error({"generate", path().string(), "--tokenizer", "byte", "--prompt", "x"}, "holds no config.json");
   std::filesystem::remove(path() / "model.safetensors");
   expect_error({"inspect", path().string()}, "holds no model.safetensors");
   expect_error({"inspect", folder_.path().string()}, "holds no model.safetensors");
