@@ -112,6 +112,6 @@ def pictures(r):
                     ms.append((("Oryx %d%%" % round(100 * share_)) if model == "oryx-gdn" else TITLE[model], ["#2b8a4b", "#7cc08f", "#145a2d", "#3565a8", "#c2571a"][len(ms) % 5], ps))
     if ms:
         out["prefill"] = svg("Reading a prompt: time a token", "tokens of the prompt", "microseconds a token", ms, log_x=True)
-    for name, (title, x_label, series, log_x) in token_tables.curves(r).items():
-        out[name] = svg(title, x_label, "% found", series, log_x=log_x)
+    for name, (title, x_label, y_label, series, log_x) in token_tables.curves(r).items():
+        out[name] = svg(title, x_label, y_label, series, log_x=log_x)
     return out

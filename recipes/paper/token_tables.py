@@ -72,23 +72,29 @@ def kib(r, m, task):
 
 
 def t_kv(r):
-    """Found by rows kept, with the question in attention."""
-    sizes, rows = budgets(r), []
-    kept = [r.runs[r.seeds(VARIANTS[0])[0]]["tasks"]["kv-window-%d" % b]["options"]["kv"] for b in sizes]
-    counts = ["%d" % sum(int(x) for x in re.fullmatch(r"bounded:(\d+)\+(\d+)", k).groups()) for k in kept]
+    """Found, and nats a token of the answer, by rows kept: with the last 8 tokens and the answer in attention."""
+    sizes, rows, counts = budgets(r), [], []
+    options = {t: run["tasks"][t]["options"]["kv"] for run in r.runs.values() for t in run["tasks"] if t.startswith("kv-")}
+    for b in sizes:
+        budget, first, window = (int(x) for x in re.fullmatch(r"write:budget=(\d+),first=(\d+),window=(\d+)", options["kv-write-%d" % b]).groups())
+        counts.append("%d" % (budget + first + window))
+
+    def cell(m, task):
+        found, nats = r.values(m, task, "", "accuracy"), r.values(m, task, "", "nats")
+        return "%s%%, %s" % (shown(found, 100).replace(" (one seed)", ""), shown(nats, digits=2).replace(" (one seed)", "")) if found else "-"
+
     for m in VARIANTS:
-        if not r.seeds(m):
+        if not r.values(m, "kv-keep", "", "accuracy"):
             continue
-        rows.append(["%s: KiB of keys and values" % TITLE[m], "0"] + ["%.0f" % kib(r, m, "kv-write-%d" % b) for b in sizes] + ["%.0f" % kib(r, m, "kv-keep")])
+        rows.append(["%s: KiB of keys and values" % TITLE[m], "0"] + ["{:,.0f}".format(kib(r, m, "kv-write-%d" % b)) for b in sizes] + ["{:,.0f}".format(kib(r, m, "kv-keep"))])
         for by, title, _ in KEPT:
-            cells = [shown(r.values(m, "kv-%s-%d" % (by, b), "", "accuracy"), 100) for b in sizes]
-            ends = [shown(r.values(m, t, "", "accuracy"), 100) for t in ("kv-drop", "kv-keep")] if by == KEPT[0][0] else ["", ""]
-            rows.append(["%s, %s" % (TITLE[m], title), ends[0], *cells, ends[1]])
+            ends = [cell(m, t) for t in ("kv-drop", "kv-keep")] if by == KEPT[0][0] else ["", ""]
+            rows.append([title, ends[0], *[cell(m, "kv-%s-%d" % (by, b)) for b in sizes], ends[1]])
     return table(["rows kept", "none (wholly linear)"] + counts + ["all"], rows)
 
 
 def curves(r):
-    """Pictures: name to title, label of x, series and whether x is logarithmic."""
+    """Pictures: name to title, labels of x and y, series and whether x is logarithmic."""
     out = {}
     for m in VARIANTS:
         series = []
@@ -103,22 +109,22 @@ def curves(r):
             if v and series:
                 series.append((name, colour, [(100 * mean(r.values(m, "policies", s, "attention_share")), 100 * mean(v), 100 * spread(v), "")]))
         if series:
-            out["shares-" + m] = ("%s: needles of 1,024 tokens by tokens in attention" % TITLE[m], "tokens in attention, %", series, True)
+            out["shares-" + m] = ("%s: needles of 1,024 tokens by tokens in attention" % TITLE[m], "tokens in attention, %", "% found", series, True)
         series = []
         for by, title, colour in KEPT:
             ps = []
             for b in budgets(r):
-                v = r.values(m, "kv-%s-%d" % (by, b), "", "accuracy")
+                v = r.values(m, "kv-%s-%d" % (by, b), "", "nats")
                 if v:
-                    ps.append((kib(r, m, "kv-%s-%d" % (by, b)), 100 * mean(v), 100 * spread(v), ""))
+                    ps.append((kib(r, m, "kv-%s-%d" % (by, b)), mean(v), spread(v), ""))
             if ps:
                 series.append((title, colour, ps))
         for task, title, colour in (("kv-keep", "all rows", "#145a2d"), ("kv-drop", "none, wholly linear", "#888")):
-            v = r.values(m, task, "", "accuracy")
+            v = r.values(m, task, "", "nats")
             if v and series:
-                series.append((title, colour, [(kib(r, m, task), 100 * mean(v), 100 * spread(v), "")]))
+                series.append((title, colour, [(kib(r, m, task), mean(v), spread(v), "")]))
         if series:
-            out["kv-" + m] = ("%s: needles of 1,024 tokens by bytes of keys and values" % TITLE[m], "KiB of keys and values of one sequence at its end", series, False)
+            out["kv-" + m] = ("%s: needles of 1,024 tokens by bytes of keys and values" % TITLE[m], "KiB of keys and values of one sequence at its end", "nats a token of the answer", series, False)
     return out
 
 
