@@ -123,8 +123,8 @@ TEST_F(GenerateEval, ASessionIsSavedAndGoneOnFrom) {
   expect_error(on({"--session", session, "--precision", "bfloat16"}), "it was saved in Float, this one computes in BFloat16");
   expect_error(on({"--session", session, "--schedule", "linear,surprise(attention=0.1)"}), "wants to know the whole prompt");
   expect_error(on({"--session", (model() / "model.safetensors").string()}), "its format is 'oryx', expected 'oryx-state 1'");
-  expect_error(on({"--save-session", file("none/here").string()}), "its folder is not there");
-  expect_error(on({"--save-session", text().string()}), "is a folder, expected a file for the session");
+  expect_error(on({"--save-session", file("none/here").string()}), "there is no folder");
+  expect_error(on({"--save-session", text().string()}), "is a folder, expected a file name");
   EXPECT_EQ(parse_json(on({"--session", session}).out, "output")["ids"], parse_json(third.out, "output")["ids"]);  // nothing of this touched the session
 }
 

@@ -75,14 +75,6 @@ void print_stats(const GenerateStats& s) {
              bytes(s.predicted.state.total()), bytes(s.predicted.activations));
 }
 
-// Said before the text is made, not after.
-void check_can_be_saved(const std::filesystem::path& path) {
-  std::error_code ignored;
-  const auto folder = path.parent_path();
-  if (!folder.empty() && !std::filesystem::is_directory(folder, ignored)) fail("{}: its folder is not there; make it, or save the session elsewhere", path.string());
-  if (std::filesystem::is_directory(path, ignored)) fail("{}: is a folder, expected a file for the session", path.string());
-}
-
 void generate_text(GenerateArguments o) {
   set_kv(o.generate.state, o.kv);
   const LoadedModel loaded = load(o.model);
@@ -100,7 +92,7 @@ void generate_text(GenerateArguments o) {
     o.generate.from = &*held;
   }
   if (!o.save_session.empty()) {
-    check_can_be_saved(o.save_session);
+    check_output(o.save_session);  // said before the text is made, not after
     o.generate.at_end = [&](const State& state) { save_state(*loaded.model, state, o.save_session); };
   }
 
