@@ -17,6 +17,7 @@
 #include "tests/support/folder.h"
 #include "tests/support/program.h"
 #include "tests/support/readers.h"
+#include "tests/support/small_model.h"
 
 namespace oryx::test {
 namespace {
@@ -133,12 +134,7 @@ TEST(ConcurrentWriters, DataSets) {
 // Two programs make one folder: one of them does, the other says that it is there, and the folder is whole.
 TEST(ConcurrentWriters, ExportsOfTwoPrograms) {
   const TemporaryFolder folder;
-  ModelConfig c;
-  c.vocab_size = 40;
-  c.num_layers = 1;
-  c.layer.hidden_size = 32;
-  c.layer.head_dim = 8;
-  c.layer.intermediate_size = 48;
+  ModelConfig c = small_model();
   c.layer_mixers = {{"attention"}};
   c.layer.conv = c.layer.gate = c.layer.head_norm = false;
   LanguageModel model(c);

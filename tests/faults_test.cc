@@ -19,6 +19,7 @@
 #include "tests/support/folder.h"
 #include "tests/support/paths.h"
 #include "tests/support/readers.h"
+#include "tests/support/small_model.h"
 
 namespace oryx::test {
 namespace {
@@ -163,16 +164,6 @@ TEST_F(TextFaults, TokenizerTraining) {
     make_byte_tokenizer()->save(folder / "tokenizer.model");
   };
   EXPECT_GE(try_all_faults({there, train}), 10);
-}
-
-ModelConfig small_model() {
-  ModelConfig c;
-  c.vocab_size = 40;
-  c.num_layers = 1;
-  c.layer.hidden_size = 32;
-  c.layer.head_dim = 8;
-  c.layer.intermediate_size = 48;
-  return c;
 }
 
 TEST(Faults, ModelFolder) {
