@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
@@ -95,13 +96,15 @@ void score_batch(const LanguageModel& model, const ModelSchedule& schedule, cons
     pieces.push_back(piece);
     ModePiece alone = piece;
     alone.column = 0;
-    cost.add(model, schedule.route({alone}, 1, alone.length), alone.length, {}, first_pass_flops(model.config(), schedule, head));
+    cost.add(model, schedule.route({alone}, 1, alone.length), alone.length, o.state, first_pass_flops(model.config(), schedule, head));
   }
   const auto T = static_cast<int64_t>(ids.size());
   ModelInput input;
   input.input_ids = at::tensor(ids, at::kLong).view({1, T});
   if (pieces.size() > 1) input.cu_seqlens = at::tensor(bounds, at::kInt);
   input.routing = schedule.route(pieces, 1, T);
+  std::optional<State> state;
+  if (kv_text(o.state) != "keep") input.state = &state.emplace(model.make_state(static_cast<int64_t>(pieces.size()), o.state));
   const at::Tensor hidden = model.hidden(input)[0].index_select(0, at::tensor(wanted, at::kLong).to(model.device()));  // [W, D]
   // Logits never stand for all tokens at once.
   constexpr int64_t kRows = 1024;
@@ -134,6 +137,7 @@ void score_batch(const LanguageModel& model, const ModelSchedule& schedule, cons
 std::vector<Likelihood> score_pairs(const LanguageModel& model, const ModelSchedule& schedule, const std::vector<TokenPair>& pairs,
                                     const LikelihoodOptions& o, EvalCost& cost) {
   const at::NoGradGuard no_grad;
+  TORCH_CHECK(!o.state.drop_rows, "likelihood: a sequence that is read in one call looks at rows before they are dropped");
   std::vector<Likelihood> out;
   for (size_t first = 0; first < pairs.size();) {
     check_interrupt();

@@ -54,7 +54,7 @@ void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleE
   ++r.examples;
 }
 
-// The same of many examples, packed: no state is needed where all tokens of a prompt are at hand.
+// The same of many examples, packed: all tokens of a prompt are read in one call, over a state where it does not keep everything.
 void score_needles(const LanguageModel& model, const Tokenizer& tokenizer, const std::vector<NeedleExample>& examples, const NeedleEvaluation& o, NeedleResult& r) {
   const ModelSchedule schedule(model.config(), o.schedule == kQuestionSchedule ? "linear,part(attention=question),attention@gen" : o.schedule);
   std::vector<TokenPair> pairs;
@@ -63,7 +63,7 @@ void score_needles(const LanguageModel& model, const Tokenizer& tokenizer, const
     r.answer_tokens += static_cast<int64_t>(e.answer_ids.size());
     r.prompt_tokens += static_cast<int64_t>(e.ids.size());
   }
-  LikelihoodOptions options{.batch_tokens = o.batch_tokens, .seed = o.seed};
+  const LikelihoodOptions options{.batch_tokens = o.batch_tokens, .seed = o.seed, .state = o.state};
   for (const Likelihood& l : score_pairs(model, schedule, pairs, options, r.cost)) {
     r.nll_sum -= l.log_p;
     r.correct += l.greedy ? 1 : 0;
@@ -80,7 +80,7 @@ NeedleResult evaluate_needle(const LanguageModel& model, const Tokenizer& tokeni
   if (o.examples < 1 || o.prefill_piece < 1) fail("needle: {} examples in pieces of {}, expected at least one of each", o.examples, o.prefill_piece);
   NeedleResult r;
   const auto example = [&](int64_t i) { return task.example(o.length, o.depth, o.seed, o.first_index + static_cast<uint64_t>(i)); };
-  if (o.length <= o.batch_tokens && kv_text(o.state) == "keep") {
+  if (o.length <= o.batch_tokens && !o.state.drop_rows) {
     std::vector<NeedleExample> examples;
     for (int64_t i = 0; i < o.examples; ++i) examples.push_back(example(i));
     score_needles(model, tokenizer, examples, o, r);
@@ -115,7 +115,7 @@ class NeedleEvalTask : public EvalTask {
     f.add("hay", hay_, "text for the essay kinds: a .txt or .jsonl, or a folder of them");
     f.add("examples", examples_, "prompts for each length and depth", at_least(1));
     f.add("kv", kv_, "keys and values that the state holds: keep, drop, bounded:F+W or a policy, as surprise:budget=256 (docs/state.md)");
-    f.add("batch_tokens", batch_tokens_, "tokens of one pass, several prompts packed; longer prompts and other kv than keep run one at a time", at_least(0));
+    f.add("batch_tokens", batch_tokens_, "tokens of one pass, several prompts packed; longer prompts, and all with --kv drop, run one at a time", at_least(0));
     f.add("piece", piece_, "tokens of one pass over a prompt that runs alone", at_least(1));
     f.add("seed", seed_, "of the prompts", at_least(0));
   }

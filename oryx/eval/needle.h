@@ -22,7 +22,7 @@ struct NeedleEvaluation {
   uint64_t seed = 0;
   uint64_t first_index = 0;
   int64_t prefill_piece = 1024;  // tokens of one pass at most
-  // Prompts packed into passes of so many tokens, without a state; 0, a longer prompt or a state that does not keep everything: one at a time, piece by piece.
+  // Prompts packed into passes of so many tokens, each read in one call; 0, a longer prompt or a state without keys and values (drop): one at a time, piece by piece.
   // The result is the same up to rounding; under a random schedule each packed prompt draws for itself.
   int64_t batch_tokens = 0;
   StateOptions state = {};       // what is kept of keys and values

@@ -224,6 +224,26 @@ TEST(Needle, PackedPromptsGiveTheSame) {
   }
 }
 
+// Over states that bound keys and values too: each sequence has its own window and its own choice of rows.
+TEST(Needle, PackedPromptsGiveTheSameOverBoundedStates) {
+  const auto tokenizer = make_byte_tokenizer();
+  const auto m = make_random(recall_config(tokenizer->vocab_size()));
+  const NeedleTask task(*tokenizer, NeedleKind::noise);
+  for (const char* kv : {"bounded:4+40", "random:budget=60,first=4,window=30", "surprise:budget=60,first=4,window=30", "write:share=0.3,first=2,window=20", "drop"}) {
+    NeedleEvaluation o{.schedule = std::string(kv) == "drop" ? "linear" : "linear,last(attention=40),attention@gen", .length = 300, .depth = 0.4, .examples = 3, .seed = 3};
+    set_kv(o.state, kv);
+    const NeedleResult one = evaluate_needle(*m, *tokenizer, task, o);
+    o.batch_tokens = 1500;  // all in a pass
+    const NeedleResult packed = evaluate_needle(*m, *tokenizer, task, o);
+    EXPECT_EQ(packed.examples, 3);
+    EXPECT_EQ(packed.correct, one.correct);
+    EXPECT_NEAR(packed.nll_sum / one.nll_sum, 1, 1e-5) << kv;
+    EXPECT_NEAR(packed.cost.attention_share, one.cost.attention_share, 1e-12) << kv;
+    EXPECT_NEAR(packed.cost.flops_per_token / one.cost.flops_per_token, 1, 1e-9) << kv;
+    EXPECT_NEAR(packed.cost.state_bytes, one.cost.state_bytes, 1) << kv;
+  }
+}
+
 // A bounded state that holds every token that is looked at gives the same; one that dropped the needle is another matter.
 TEST(Needle, KeysAndValuesMayBeBounded) {
   const auto tokenizer = make_byte_tokenizer();
