@@ -122,6 +122,37 @@ TEST_F(BadSession, Tensors) {
   }
 }
 
+TEST_F(BadSession, EndOfText) {
+  tensors_.emplace_back("end.logits", at::arange(16, at::kFloat));
+  tensors_.emplace_back("end.ids", at::tensor({3, 15}, at::kInt));
+  write_safetensors(path(), tensors_, metadata_);
+  TextEnd end;
+  (void)load_state(session_model(), path(), 0, &end);
+  EXPECT_TRUE(end.logits.equal(at::arange(16, at::kFloat)));
+  EXPECT_EQ(end.ids, (std::vector<int32_t>{3, 15}));
+
+  const auto with = [&](const std::string& name, const at::Tensor& value, const std::string& message) {
+    const at::Tensor old = tensor(name);
+    tensor(name) = value;
+    write_safetensors(path(), tensors_, metadata_);
+    try {
+      (void)load_state(session_model(), path(), 0, &end);
+      ADD_FAILURE() << "was loaded, expected: " << message;
+    } catch (const Error& e) {
+      EXPECT_EQ(std::string(e.what()), path().string() + ": " + message);
+    }
+    tensor(name) = old;
+  };
+  with("end.logits", at::zeros({15}), "tensor 'end.logits' is F32 [15], expected F32 [16]");
+  with("end.logits", at::zeros({16}, at::kBFloat16), "tensor 'end.logits' is BF16 [16], expected F32 [16]");
+  with("end.ids", at::zeros({17}, at::kInt), "tensor 'end.ids' is I32 [17], expected I32 [16] at most");
+  with("end.ids", at::zeros({2}, at::kLong), "tensor 'end.ids' is I64 [2], expected I32 [16] at most");
+  with("end.ids", at::tensor({3, 16}, at::kInt), "tensor 'end.ids' holds the token 16, expected 0 to 15");
+  with("end.ids", at::tensor({-1}, at::kInt), "tensor 'end.ids' holds the token -1, expected 0 to 15");
+  tensors_.pop_back();
+  with("end.logits", at::zeros({16}), "has one of 'end.logits' and 'end.ids', expected both or none");
+}
+
 TEST_F(BadSession, Files) {
   const std::string whole = read_file(path());
   for (const auto& [bytes, message] : std::vector<std::pair<std::string, std::string>>{

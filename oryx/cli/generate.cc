@@ -40,9 +40,11 @@ std::string utf8_prompt(std::string text, const std::string& source) {
   fail("{}: byte {} (0x{:02x}) is not UTF-8; convert it first (iconv -t UTF-8)", source, valid, static_cast<unsigned char>(text[valid]));
 }
 
+// With a session no prompt at all means to go on at once.
 std::string read_prompt(const GenerateArguments& o) {
   if (o.has_prompt) return utf8_prompt(o.prompt, "--prompt");
   if (!o.prompt_file.empty()) return utf8_prompt(without_last_newline(read_file(o.prompt_file)), o.prompt_file);
+  if (isatty(STDIN_FILENO) && !o.session.empty()) return "";
   if (isatty(STDIN_FILENO)) fail("no prompt; give --prompt TEXT or --prompt-file FILE, or write it to standard input");
   return utf8_prompt(without_last_newline({std::istreambuf_iterator<char>(std::cin), {}}), "standard input");
 }
@@ -86,14 +88,18 @@ void generate_text(GenerateArguments o) {
 
   std::optional<State> held;
   if (!o.session.empty()) {
-    held.emplace(load_state(*loaded.model, o.session));
+    held.emplace(load_state(*loaded.model, o.session, 0, &o.generate.from_end));
     if (held->sequences() != 1) fail("{}: holds {} sequences, expected one", o.session, held->sequences());
     o.generate.state = held->options();
     o.generate.from = &*held;
   }
+  bool saved = false;
   if (!o.save_session.empty()) {
     check_output(o.save_session);  // said before the text is made, not after
-    o.generate.at_end = [&](const State& state) { save_state(*loaded.model, state, o.save_session); };
+    o.generate.at_end = [&](const State& state, const TextEnd& end) {
+      save_state(*loaded.model, state, o.save_session, end);
+      saved = true;
+    };
   }
 
   catch_interrupts();
@@ -105,14 +111,15 @@ void generate_text(GenerateArguments o) {
     write(piece);
     flush();
   };
-  // The prompt's text goes through the decoder too: what follows it begins in the middle of a text.
+  // The prompt's text goes through the decoder too, and before it the session's: what follows begins in the middle of a text.
   const std::vector<int32_t> ids = o.session.empty() ? loaded.tokenizer->encode_prompt(prompt) : loaded.tokenizer->encode(prompt);
+  for (const int32_t id : o.generate.from_end.ids) decoder.add(id);
   for (const int32_t id : ids) decoder.add(id);
   const Generated out = generate(*loaded.model, schedule, ids, o.generate, [&](int32_t id) {
     show(decoder.add(id));
     return true;
   });
-  show(decoder.finish());
+  if (!saved) show(decoder.finish());  // half a character at the end of a session comes whole with what follows
   if (o.json) {
     const Json json = {{"prompt", prompt}, {"text", text},       {"ids", out.ids}, {"stop", to_string(out.stop)},
                        {"schedule", schedule.text()}, {"kv", kv_text(o.generate.state)}, {"stats", stats_json(out.stats)}};
@@ -123,7 +130,9 @@ void generate_text(GenerateArguments o) {
   flush();
   if (o.stats) print_stats(out.stats);
   if (out.stop == StopReason::kInterrupted) {
-    throw Interrupted(fmt::format("interrupted after {} tokens{}", out.ids.size(), o.save_session.empty() ? "" : ", no session was saved"));
+    const std::string where = fmt::format("interrupted after {} tokens", out.ids.size());
+    if (saved) throw Interrupted(fmt::format("{}, saved; go on with: oryx generate {} --session {} --prompt ''", where, o.model.folder, o.save_session));
+    throw Interrupted(o.save_session.empty() ? where : "interrupted while the prompt was read, no session was saved");
   }
 }
 
@@ -140,8 +149,8 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_option("--min-p", o->generate.sampling.min_p, "leave out tokens less likely than this times the likeliest")->capture_default_str();
   app.add_option("--seed", o->generate.sampling.seed, "of the draws, and of a random schedule")->type_name("N")->capture_default_str();
   app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory")->type_name("N")->capture_default_str();
-  auto* session = app.add_option("--session", o->session, "go on from a session that was saved: the prompt comes behind what it holds")->type_name("FILE");
-  app.add_option("--save-session", o->save_session, "save prompt and text there at the end, to go on from")->type_name("FILE");
+  auto* session = app.add_option("--session", o->session, "go on from a session that was saved: the prompt, which may be empty, comes behind what it holds")->type_name("FILE");
+  app.add_option("--save-session", o->save_session, "save prompt and text there at the end, or at Ctrl-C, to go on from")->type_name("FILE");
   app.add_option("--kv", o->kv, "keys and values: keep, drop, bounded:F+W (those of the first F and the last W tokens), or rows chosen by a policy, as surprise:budget=256 (docs/state.md)")
       ->type_name("POLICY")->capture_default_str()->excludes(session);
   app.add_flag("--fused,!--no-fused", o->generate.fused, "on a GPU, decode by one captured launch a token (default; docs/generation.md)");

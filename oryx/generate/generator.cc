@@ -22,7 +22,8 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 int64_t held_tokens(const GenerateOptions& o) { return o.from != nullptr ? o.from->lengths().at(0) : 0; }
 
 void check(const ModelConfig& config, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& o) {
-  if (prompt.empty()) fail("the prompt is empty; there is nothing to go on from");
+  if (prompt.empty() && o.from == nullptr) fail("the prompt is empty; there is nothing to go on from");
+  if (prompt.empty() && !o.from_end.logits.defined()) fail("the prompt is empty, and the session does not hold what follows its text; give a prompt to go on with");
   if (o.max_new_tokens < 1) fail("max_new_tokens is {}, expected an integer of at least 1", o.max_new_tokens);
   if (o.prefill_piece < 1) fail("prefill_piece is {}, expected an integer of at least 1", o.prefill_piece);
   if (o.vocab_size < 0 || o.vocab_size > config.vocab_size) fail("vocab_size is {}, expected 0 to {}", o.vocab_size, config.vocab_size);
@@ -52,13 +53,16 @@ class Decoder {
   void prefill(std::span<const int32_t> prompt) {
     at::NoGradGuard no_grad;
     const auto start = std::chrono::steady_clock::now();
-    advance(prompt);
+    take(prompt.empty() ? options_.from_end.logits : model_.logits(session_.extend(prompt)).squeeze(0));
+    end_.ids = options_.from_end.ids;
+    end_.ids.insert(end_.ids.end(), prompt.begin(), prompt.end());
     out_.stats.prefill_seconds = seconds_since(start);
+    prompt_is_read_ = true;
   }
 
   StopReason decode(const std::function<bool(int32_t)>& on_token) {
     at::NoGradGuard no_grad;
-    while (true) {
+    while (!interrupted()) {
       const auto next = static_cast<int32_t>(sample_token(logits_, options_.sampling, static_cast<uint64_t>(session_.length())));
       ++out_.stats.new_tokens;
       if (next == options_.eos_id) return StopReason::kEos;
@@ -67,13 +71,15 @@ class Decoder {
       if (out_.stats.new_tokens == options_.max_new_tokens) return StopReason::kLength;
       step(next);
     }
+    return StopReason::kInterrupted;
   }
 
   Generated finish(StopReason stop) {
     out_.stop = stop;
-    if (options_.at_end && stop != StopReason::kInterrupted) {
-      if (const int64_t all = held_ + out_.stats.prompt_tokens + static_cast<int64_t>(out_.ids.size()); session_.length() < all) (void)session_.extend({&out_.ids.back(), 1});
-      options_.at_end(session_.state());
+    if (options_.at_end && prompt_is_read_) {
+      at::NoGradGuard no_grad;
+      if (const int64_t all = held_ + out_.stats.prompt_tokens + static_cast<int64_t>(out_.ids.size()); session_.length() < all) take(session_.step(out_.ids.back()));
+      options_.at_end(session_.state(), text_end());
     }
     out_.stats.attention_share = session_.attention_share();
     out_.stats.state = session_.state().bytes();
@@ -87,14 +93,17 @@ class Decoder {
     return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), o.state, gather_facts(model, schedule, prompt), o.fused};
   }
 
-  void advance(std::span<const int32_t> ids) {
-    take(model_.logits(session_.extend(ids)).squeeze(0));
-  }
-
   // The clock stops when the logits have come back from the device.
   void take(const at::Tensor& logits) {
-    logits_ = logits.cpu();
-    if (options_.vocab_size > 0) logits_ = logits_.narrow(0, 0, options_.vocab_size);
+    all_logits_ = logits.cpu();
+    logits_ = options_.vocab_size > 0 ? all_logits_.narrow(0, 0, options_.vocab_size) : all_logits_;
+  }
+
+  TextEnd text_end() {
+    end_.ids.insert(end_.ids.end(), out_.ids.begin(), out_.ids.end());
+    if (end_.ids.size() > TextEnd::kIds) end_.ids.erase(end_.ids.begin(), end_.ids.end() - TextEnd::kIds);
+    end_.logits = all_logits_.to(at::kFloat);
+    return end_;
   }
 
   void step(int32_t id) {
@@ -108,7 +117,9 @@ class Decoder {
   const GenerateOptions& options_;
   int64_t held_;
   Session session_;
-  at::Tensor logits_;  // [V]: after the last token
+  at::Tensor all_logits_, logits_;  // [V]: after the last token; those that are drawn from
+  TextEnd end_;
+  bool prompt_is_read_ = false;
   Generated out_;
 };
 

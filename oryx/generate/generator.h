@@ -11,6 +11,7 @@
 #include "oryx/generate/session.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
+#include "oryx/model/state_file.h"
 
 namespace oryx {
 
@@ -25,8 +26,10 @@ struct GenerateOptions {
   // Go on from this state of one sequence (one that was loaded, a fork), which is moved from: the prompt comes behind the tokens that it holds, and counts as the end of a
   // prompt that begins with them. `state` is then the state's own.
   State* from = nullptr;
-  // Sees the state at the end, which then holds prompt and new tokens to the last (an eos is not of the text); not after an interrupt.
-  std::function<void(const State&)> at_end = {};
+  TextEnd from_end = {};  // of `from`: with its logits the prompt may be empty, and the text goes on as if it had never been left
+  // Sees the state at the end, which then holds prompt and new tokens to the last (an eos is not of the text), and where the text stands. Also after an interrupt, but not
+  // after one while the prompt was read.
+  std::function<void(const State&, const TextEnd&)> at_end = {};
 };
 
 enum class StopReason { kEos, kLength, kCallback, kInterrupted };
@@ -54,7 +57,7 @@ struct Generated {
 };
 
 // `on_token` sees each new token as it comes and returns whether to go on. After Ctrl-C what was generated so far is returned with
-// kInterrupted. Throws Error for an empty prompt, bad options, a schedule that wants scores of a whole prompt of which the state holds a part, ids outside of the vocabulary, logits that are not finite, and, before
+// kInterrupted. Throws Error for an empty prompt (see from_end), bad options, a schedule that wants scores of a whole prompt of which the state holds a part, ids outside of the vocabulary, logits that are not finite, and, before
 // allocating, when prompt and new tokens need more memory than is free.
 Generated generate(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options,
                    const std::function<bool(int32_t id)>& on_token = {});

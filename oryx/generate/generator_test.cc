@@ -85,9 +85,9 @@ TEST(Generator, GoesOnFromASession) {
       GenerateOptions o{.max_new_tokens = 8, .prefill_piece = 16};
       set_kv(o.state, kv);
       int64_t saved = 0;
-      o.at_end = [&](const State& state) {
+      o.at_end = [&](const State& state, const TextEnd& end) {
         saved = state.lengths()[0];
-        save_state(*m, state, file);
+        save_state(*m, state, file, end);
       };
       const Generated first = generate(*m, schedule, prompt, o);
       EXPECT_EQ(saved, 25 + 8);
@@ -108,7 +108,28 @@ TEST(Generator, GoesOnFromASession) {
       EXPECT_EQ(second.ids, whole.ids);
       EXPECT_EQ(second.stats.state.total(), whole.stats.state.total());
       EXPECT_NEAR(second.stats.attention_share, whole.stats.attention_share, 1e-12);
+
+      // And without another word.
+      TextEnd end;
+      State left = load_state(*m, file, 0, &end);
+      const Generated rest = generate(*m, schedule, {}, {.max_new_tokens = 9, .prefill_piece = 16, .from = &left, .from_end = end});
+      EXPECT_EQ(rest.stats.prompt_tokens, 0);
+      o.max_new_tokens = 17;
+      std::vector<int32_t> joined = first.ids;
+      joined.insert(joined.end(), rest.ids.begin(), rest.ids.end());
+      EXPECT_EQ(joined, generate(*m, schedule, prompt, o).ids);
     }
+  }
+}
+
+TEST(Generator, ASessionWithoutAnEndWantsAPrompt) {
+  const auto m = make_model(small_config());
+  State state = m->make_state(1);
+  try {
+    generate(*m, ModelSchedule(m->config(), "linear"), {}, {.from = &state});
+    FAIL() << "went on from nothing";
+  } catch (const Error& e) {
+    EXPECT_THAT(e.what(), HasSubstr("the session does not hold what follows its text; give a prompt"));
   }
 }
 
@@ -116,7 +137,7 @@ TEST(Generator, ASessionIsNotSavedBeforeItsTextIsWhole) {
   const auto m = make_model(small_config());
   const ModelSchedule schedule(m->config(), "linear");
   int64_t held = -1;
-  GenerateOptions o{.max_new_tokens = 8, .at_end = [&](const State& state) { held = state.lengths()[0]; }};
+  GenerateOptions o{.max_new_tokens = 8, .at_end = [&](const State& state, const TextEnd&) { held = state.lengths()[0]; }};
   const auto stopped = generate(*m, schedule, prompt_of(5), o, [n = 0](int32_t) mutable { return ++n < 3; });
   EXPECT_EQ(stopped.stop, StopReason::kCallback);
   EXPECT_EQ(held, 5 + 3);

@@ -128,7 +128,7 @@ at::Tensor Session::step(int32_t id) {
     if (fused_ == nullptr) log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: {} (docs/generation.md)", why);
   }
   asked_ = true;
-  if (fused_ == nullptr || !fused_->fits()) return model_.logits(extend({&id, 1})).squeeze(0);
+  if (fused_ == nullptr || !fused_->fits()) return model_.logits(run({&id, 1})).squeeze(0);
   const auto routing = route(length_, 1);
   const at::Tensor logits = fused_->step({id}, routing).squeeze(0);
   ++length_;

@@ -48,7 +48,7 @@ class Session {
   at::Tensor extend(std::span<const int32_t> ids, int64_t keep = 1);
 
   // Runs one token behind those held -> its logits [vocabulary], valid until the next call. Like extend() and the model's head, but through the fused decoder where there is
-  // one for this model and device.
+  // one for this model and device, and without asking for interrupts.
   at::Tensor step(int32_t id);
 
   // Forgets the tokens from `length` on (State::trim).

@@ -20,6 +20,8 @@ namespace {
 
 constexpr std::string_view kFormatName = "oryx-state ";
 constexpr const char* kFormat = "oryx-state 1";
+constexpr const char* kEndLogits = "end.logits";
+constexpr const char* kEndIds = "end.ids";
 // Lengths and settings: positions behind a sequence this long still fit into 32 bits.
 constexpr int64_t kMostNumber = int64_t{1} << 30;
 
@@ -106,6 +108,26 @@ void check_memory(const std::string& path, const std::vector<std::vector<SlotSpe
   }
 }
 
+TextEnd load_end(const SafetensorsReader& file, int64_t vocabulary) {
+  TextEnd end;
+  const auto logits = file.tensors().find(kEndLogits), ids = file.tensors().find(kEndIds);
+  if (logits == file.tensors().end() && ids == file.tensors().end()) return end;
+  if (logits == file.tensors().end() || ids == file.tensors().end()) fail("{}: has one of '{}' and '{}', expected both or none", file.path(), kEndLogits, kEndIds);
+  if (logits->second.dtype != at::kFloat || logits->second.shape != std::vector<int64_t>{vocabulary}) {
+    fail("{}: tensor '{}' is {} [{}], expected F32 [{}]", file.path(), kEndLogits, safetensors_dtype(logits->second.dtype), fmt::join(logits->second.shape, ", "), vocabulary);
+  }
+  if (ids->second.dtype != at::kInt || ids->second.shape.size() != 1 || ids->second.shape[0] > static_cast<int64_t>(TextEnd::kIds)) {
+    fail("{}: tensor '{}' is {} [{}], expected I32 [{}] at most", file.path(), kEndIds, safetensors_dtype(ids->second.dtype), fmt::join(ids->second.shape, ", "), TextEnd::kIds);
+  }
+  end.logits = file.load(kEndLogits);
+  const at::Tensor values = file.load(kEndIds);
+  end.ids.assign(values.const_data_ptr<int32_t>(), values.const_data_ptr<int32_t>() + values.numel());
+  for (const int32_t id : end.ids) {
+    if (id < 0 || id >= vocabulary) fail("{}: tensor '{}' holds the token {}, expected 0 to {}", file.path(), kEndIds, id, vocabulary - 1);
+  }
+  return end;
+}
+
 }  // namespace
 
 std::string fingerprint(const LanguageModel& model) {
@@ -118,11 +140,17 @@ std::string fingerprint(const LanguageModel& model) {
   return fmt::format("{:016x}", hash);
 }
 
-void save_state(const LanguageModel& model, const State& state, const fs::path& path) {
+void save_state(const LanguageModel& model, const State& state, const fs::path& path, const TextEnd& end) {
   std::vector<std::string> checkpoints;
   for (const auto& positions : state.checkpoints()) checkpoints.push_back(fmt::format("{}", fmt::join(positions, ",")));
   const StateOptions& o = state.options();
-  write_safetensors(path, state.tensors(),
+  auto tensors = state.tensors();
+  if (end.logits.defined()) {
+    TORCH_CHECK(state.sequences() == 1 && end.ids.size() <= TextEnd::kIds, "save_state: an end of ", end.ids.size(), " tokens for ", state.sequences(), " sequences");
+    tensors.emplace_back(kEndLogits, end.logits);
+    tensors.emplace_back(kEndIds, at::tensor(end.ids, at::kInt));
+  }
+  write_safetensors(path, tensors,
                     {{"format", kFormat},
                      {"model", fingerprint(model)},
                      {"precision", at::toString(model.compute_dtype())},
@@ -140,7 +168,7 @@ void save_state(const LanguageModel& model, const State& state, const fs::path& 
                      {"page_tokens", std::to_string(o.page_tokens)}});
 }
 
-State load_state(const LanguageModel& model, const fs::path& path, int64_t budget) {
+State load_state(const LanguageModel& model, const fs::path& path, int64_t budget, TextEnd* end) {
   const SafetensorsReader file(path);
   const Metadata meta(file);
   if (meta.text("format") != kFormat) {
@@ -220,6 +248,7 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
     }
   }
   check_memory(file.path(), layers, lengths.size(), options);
+  if (end != nullptr) *end = load_end(file, model.config().vocab_size);
   State state = model.make_state(static_cast<int64_t>(lengths.size()), options);
   state.assign(lengths, rows_from, checkpoints, kept_lost, get);
   return state;

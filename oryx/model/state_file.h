@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include "oryx/model/language_model.h"
 #include "oryx/state/state.h"
@@ -13,13 +14,20 @@ namespace oryx {
 // all weights once.
 std::string fingerprint(const LanguageModel& model);
 
+// Where the text of a session of one sequence stands, so that it can be gone on with at once: what a state does not say.
+struct TextEnd {
+  static constexpr size_t kIds = 16;
+  at::Tensor logits;         // [V] float32, CPU: after the last token; undefined: not known, the text is gone on with by more tokens
+  std::vector<int32_t> ids;  // the last kIds tokens at most: a character may be half written
+};
+
 // Writes the state as one safetensors file, whole or absent: for sequence N of layer I (the last I holds the token ids) "sequenceN.I.SLOT", and
 // "sequenceN.checkpointC.I.SLOT" for its checkpoints; metadata: format ("oryx-state 1"), model (the fingerprint), lengths, checkpoints (positions, ";"
-// between sequences), checkpoint_every, ring, keep_rows, drop_rows. The ring itself is not kept.
-void save_state(const LanguageModel& model, const State& state, const std::filesystem::path& path);
+// between sequences), checkpoint_every, ring, keep_rows, drop_rows. The ring itself is not kept. An `end` whose logits are defined is kept as "end.logits" and "end.ids".
+void save_state(const LanguageModel& model, const State& state, const std::filesystem::path& path, const TextEnd& end = {});
 
 // Throws Error, one line, for a file of another model, of another format, or with a tensor that is missing or of another shape or dtype.
-// `budget` as in StateOptions; the other options are the file's.
-State load_state(const LanguageModel& model, const std::filesystem::path& path, int64_t budget = 0);
+// `budget` as in StateOptions; the other options are the file's. `end` becomes what the file holds of it, which may be nothing.
+State load_state(const LanguageModel& model, const std::filesystem::path& path, int64_t budget = 0, TextEnd* end = nullptr);
 
 }  // namespace oryx

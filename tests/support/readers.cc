@@ -112,7 +112,8 @@ void read_session(std::string_view bytes) {
   std::string patched(bytes);
   if (const size_t at = patched.find(kAnyFingerprint); at != std::string::npos) patched.replace(at, own.size(), own);
   const MemoryFile file(patched);
-  State state = load_state(session_model(), file.path(), int64_t{64} << 20);
+  TextEnd end;
+  State state = load_state(session_model(), file.path(), int64_t{64} << 20, &end);
   // What was loaded can be used: gone back in, and gone on with.
   const int64_t length = state.lengths()[0];
   state.trim(0, state.reachable(0, length / 2), session_model());
