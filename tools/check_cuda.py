@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Every operator on CUDA against float64 on the CPU, then timings against the bandwidth of a copy.
 
-python3 tools/check_cuda.py build/cuda/liboryx.so [--quick] [--peers]     (a Python with a full torch 2.11, on a machine with a GPU; exit code 1 on a failure)
+python3 tools/check_cuda.py build/cuda/liboryx.so [--quick]     (a Python with a full torch 2.11, on a machine with a GPU; exit code 1 on a failure)
 
---quick leaves the timings out, --peers adds torch.compile's linear cross-entropy. Times are medians of CUDA-event times over random data; before each call
+--quick leaves the timings out; public kernels beside these are tools/peers_cuda.py's. Times are medians of CUDA-event times over random data; before each call
 256 MB are overwritten (the L2) and the GPU sleeps, so that the host has queued all launches.
 """
 import torch, sys, time, traceback, math
@@ -297,10 +297,6 @@ try:
         ms = med(lambda i: step(f, targets), 1)
         print(f'{name:60s} {ms:7.3f} ms {6.0 * N * 2048 * V / ms / 1e9:5.0f} TFLOP/s, {peak / 2 ** 30:.2f} GiB above its inputs and gradients')
     report(f'linear_cross_entropy {N}x2048x{V} forward + backward', lambda a, b, c: O.linear_cross_entropy(a, b, c, -100, 0.0)[0], t)
-    if '--peers' in sys.argv:
-        compiled = torch.compile(lambda a, b, c: torch.nn.functional.cross_entropy((a @ b.t()).float(), c), dynamic=False)
-        report('torch.compile, the same', compiled, t.to(dev))
-        report('linear_cross_entropy again', lambda a, b, c: O.linear_cross_entropy(a, b, c, -100, 0.0)[0], t)
     for V in (32000, 50304, 128256):
         lg = torch.randn(4096, V, device=dev).to(bf)
         tg = torch.randint(0, V, (4096,))

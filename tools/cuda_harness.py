@@ -1,9 +1,10 @@
-"""What the scripts that check and time CUDA kernels by ctypes share (attention_cuda.py, decode_cuda.py, gated_delta_cuda.py, ssd_cuda.py): errors, verdicts, times.
+"""What the scripts that check and time CUDA kernels by ctypes share (attention_cuda.py, decode_cuda, gated_delta_cuda.py, peers_cuda.py, ssd_cuda.py): errors, verdicts, times.
 
 Errors are norms of the difference over norms, against float64. Times are medians of CUDA-event times: before each repetition 256 MB are overwritten (the L2) and the GPU
 sleeps, so that what is timed has been queued when it begins.
 """
 import ctypes
+import importlib
 import importlib.metadata
 import statistics
 import subprocess
@@ -101,3 +102,25 @@ def versions(packages):
         return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     except importlib.metadata.PackageNotFoundError as e:
         raise SystemExit(f"--peers: {e.name} is not installed in this Python; the tool's head says how to get it") from None
+
+
+def public(package, module, name):
+    """What a public package's module calls `name`; ends with one line where the package, or something that it imports, is not installed."""
+    versions([package])
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, OSError) as e:
+        raise SystemExit(f"--peers: {package} is installed but {module}.{name} does not load: {str(e).splitlines()[0]}; the tool's head says what it needs") from None
+
+
+def chosen(text, known):
+    """The names in an argument a,b,...; ends with one line where one is not known."""
+    names = [x for x in text.split(",") if x]
+    for name in names:
+        if name not in known:
+            raise SystemExit(f"--peers: found {name!r}, expected some of {', '.join(known)}")
+    return names
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -3,6 +3,7 @@
     nvcc -std=c++20 -I. -shared -Xcompiler -fPIC -gencode=arch=compute_90a,code=sm_90a -O3 -I. oryx/ops/gated_delta/cuda/*.cu -o gated_delta.so
     python3 tools/gated_delta_cuda.py ./gated_delta.so [--peers flash_qla,fla] [--profile] [--times-only]
 
+The program's own library (build/cuda/liboryx.so) holds the same kernels and serves as well.
 --peers times public kernels in turns with ours at each shape, so that ratios are of one run: `pip install flash-linear-attention==0.6.0 flash-qla==0.1.3` (the
 first with tilelang, which compiles kernels when they are first called: minutes, unless TILELANG_CACHE_DIR and TRITON_CACHE_DIR name filled caches).
 Needs torch with CUDA on an H100 or H200. The check compares with the recurrence in float64 and its gradients by autograd (norm of the
@@ -17,7 +18,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from cuda_harness import BF, DEV, P, Verdicts, bench, card, copy_rate, error, scratch, versions
+from cuda_harness import BF, DEV, P, Verdicts, bench, card, chosen, copy_rate, error, first_line, public, scratch, versions
 
 SLEEP = 16_000_000  # the peers' launches take the host longer
 POINTERS = "q k v g beta initial_state cu_seqlens wanted o final_state saved".split()
@@ -205,23 +206,21 @@ def check(lib):
     return verdict.close()
 
 
+PEERS = dict(flash_qla=("flash-qla", "flash_qla"), fla=("fla-core", "fla.ops.gated_delta_rule"))
+
+
 def peer(name):
     """A public implementation of the operator as q, k, v, g, beta -> o, and the package whose version says which."""
-    if name == "flash_qla":
-        versions(["flash-qla"])
-        from flash_qla import chunk_gated_delta_rule as op
-        return lambda *x: op(*x)[0], "flash-qla"
+    package, module = PEERS[name]
     if name == "fla":
-        versions(["fla-core"])
         os.environ["FLA_FLASH_QLA"] = "0"  # its own kernels: otherwise it hands some calls to FlashQLA where that is installed
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as op
-        return lambda *x: op(*x)[0], "fla-core"
-    raise SystemExit(f"--peers: found {name!r}, expected flash_qla or fla")
+    op = public(package, module, "chunk_gated_delta_rule")
+    return lambda *x: op(*x)[0], package
 
 
-def times(lib, peers, profile):
-    """Ours, each peer and ours again, in turns at each shape, so that a ratio is of one run on one card in one state."""
-    ops = {name: peer(name) for name in peers}
+def times(lib, ops, profile):
+    """Ours, each peer and ours again, in turns at each shape, so that a ratio is of one run on one card in one state. Returns whether a peer failed."""
+    failed = False
     copy = copy_rate(2 << 30)
     print(card(), versions(package for _, package in ops.values()), flush=True)
     print(f"copy {copy:.3f} TB/s (floor: q, k, v, o once; backward: q, k, v, do, dq, dk, dv once); milliseconds, forward, saving (that of training) / backward")
@@ -241,16 +240,21 @@ def times(lib, peers, profile):
             q, k = (F.normalize(t.float(), dim=-1).to(BF) for t in x[:2])  # ours normalises within the time given
             leaves = [t.detach().requires_grad_() for t in (q, k, x[2], x[3], x[4].to(BF))]
             for name, (op, _) in ops.items():
-                with torch.no_grad():
-                    ms = bench(lambda: op(*leaves), 20, sleep=SLEEP)  # noqa: B023
-                out = op(*leaves)
-                back = bench(lambda: torch.autograd.grad(out, leaves, up[0], retain_graph=True), 20, sleep=SLEEP)  # noqa: B023
-                dv = torch.autograd.grad(out, leaves, up[0])[2]
-                plain(), saving(), backward()
-                print(f"    {name} {ms:.4f} / {back:.4f} (differs from ours by {error(o, out):.1e}, dv {error(d[2], dv):.1e})", flush=True)
-                del out, dv
+                try:
+                    with torch.no_grad():
+                        ms = bench(lambda: op(*leaves), 20, sleep=SLEEP)  # noqa: B023
+                    out = op(*leaves)
+                    back = bench(lambda: torch.autograd.grad(out, leaves, up[0], retain_graph=True), 20, sleep=SLEEP)  # noqa: B023
+                    dv = torch.autograd.grad(out, leaves, up[0])[2]
+                    plain(), saving(), backward()
+                    print(f"    {name} {ms:.4f} / {back:.4f} (differs from ours by {error(o, out):.1e}, dv {error(d[2], dv):.1e})", flush=True)
+                    del out, dv
+                except Exception as e:  # noqa: BLE001  # a peer's refusal is a row of its own
+                    failed = True
+                    print(f"    {name} failed: {first_line(e)[:300]}", flush=True)
             if ops:
                 print(f"    ours again {ours()}; {card().split(': ')[1]}", flush=True)
+    return failed
 
 
 def kernels(fn):
@@ -275,7 +279,7 @@ if __name__ == "__main__":
     p.add_argument("--profile", action="store_true", help="each kernel's share")
     p.add_argument("--times-only", action="store_true")
     args = p.parse_args()
+    public_ops = {name: peer(name) for name in chosen(args.peers, PEERS)}
     library = load(args.library)
     bad = 0 if args.times_only else check(library)
-    times(library, [x for x in args.peers.split(",") if x], args.profile)
-    sys.exit(bad)
+    sys.exit(times(library, public_ops, args.profile) or bad)

@@ -25,7 +25,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from cuda_harness import BF, DEV, P, Verdicts, bench, card, copy_rate, launch, scratch, versions
+from cuda_harness import BF, DEV, P, Verdicts, bench, card, chosen, copy_rate, launch, public, scratch, versions
 
 SLEEP = 16_000_000  # the peer's launches take the host longer
 INPUTS = "q k v dt_raw dt_bias A_log D".split()
@@ -324,7 +324,7 @@ def times(lib, peers, shapes=SHAPES):
             return " / ".join(f"{bench(f, 20, sleep=SLEEP):.4f}" for f in (run, back) if f)  # noqa: B023
         print(f"B{B} T{T} H{H} P{V} N{K} groups {G}: floor {2 * B * T * 2 * (G * K + H * V) / copy / 1e9:.4f}, ours {ours()}", flush=True)
         if "mamba_ssm" in peers:
-            from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined as op
+            op = peers["mamba_ssm"]
             y = [t.detach().requires_grad_(True) for t in (x[2], x[3], -x[5].exp(), x[1], x[0], x[6], x[4])]
 
             def peer():
@@ -348,8 +348,9 @@ if __name__ == "__main__":
     p.add_argument("--peers", default="")
     args = p.parse_args()
     torch.manual_seed(1)
+    public_ops = {name: public("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined") for name in chosen(args.peers, ["mamba_ssm"])}
     library = load(args.library)
     bad = 0 if args.times_only else check(library, args.small)
     if not args.no_times:
-        times(library, [x for x in args.peers.split(",") if x])
+        times(library, public_ops)
     sys.exit(bad)

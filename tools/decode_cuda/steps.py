@@ -1,5 +1,7 @@
 """One-token steps of the recurrences."""
 import ctypes as C
+import os
+import sys
 
 import torch
 
@@ -50,20 +52,27 @@ def check():
                 report(f"{rule} {name} o", o, out, limit)
 
 
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from cuda_harness import chosen, public  # noqa: E402
+
+PEERS = dict(fla=("fla-core", "fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+             mamba_ssm=("mamba-ssm", "mamba_ssm.ops.triton.selective_state_update", "selective_state_update"))
+public_steps = {name: public(*PEERS[name]) for name in chosen(args.peers, PEERS)}
+
+
 def peer(rule, x, states):
     """The public step over the same states: its name and a function of a state's number, or None where --peers does not name its package. Ours normalises queries and
     keys within its time, fla's gets them so; fla's makes a new state, ours and mamba_ssm's change the one they are given."""
     q, k, v, g, A = x
-    if rule == "gdn" and "fla" in args.peers.split(","):
-        from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule as step
+    step = public_steps.get(dict(gdn="fla", ssd="mamba_ssm")[rule])
+    if step is None:
+        return None
+    if rule == "gdn":
         unit = [torch.nn.functional.normalize(t.float(), dim=-1).to(BF)[:, None] for t in (q, k)]
         return "fla fused_recurrent_gated_delta_rule", lambda i: step(*unit, v[:, None], g[:, None], g.abs().to(BF)[:, None], initial_state=states[i], output_final_state=True)
-    if rule == "ssd" and "mamba_ssm" in args.peers.split(","):
-        from mamba_ssm.ops.triton.selective_state_update import selective_state_update as step
-        H, V, K = v.shape[1], v.shape[2], q.shape[2]
-        wide = [g.to(BF)[:, :, None].expand(-1, -1, V), -A.exp()[:, None, None].expand(H, V, K), A[:, None].expand(H, V), A[:, None].expand(H, V)]
-        return "mamba_ssm selective_state_update", lambda i: step(states[i], v, wide[0], wide[1], k, q, D=wide[2], dt_bias=wide[3], dt_softplus=True)
-    return None
+    H, V, K = v.shape[1], v.shape[2], q.shape[2]
+    wide = [g.to(BF)[:, :, None].expand(-1, -1, V), -A.exp()[:, None, None].expand(H, V, K), A[:, None].expand(H, V), A[:, None].expand(H, V)]
+    return "mamba_ssm selective_state_update", lambda i: step(states[i], v, wide[0], wide[1], k, q, D=wide[2], dt_bias=wide[3], dt_softplus=True)
 
 
 def graph_ms(f, n):
