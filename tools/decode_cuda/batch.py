@@ -178,3 +178,4 @@ def times():
                 torch.cuda.synchronize()
             print(prof.key_averages().table(sort_by="cuda_time_total", row_limit=16, max_name_column_width=60), flush=True)
         del g, graphs, b
+        torch.cuda.empty_cache()  # the next batch lies in memory as if it were alone

@@ -38,26 +38,41 @@ __device__ __forceinline__ Four four(const void* p, int64_t at) {
   return {low(w.x), high(w.x), low(w.y), high(w.y)};
 }
 
-// A warp, four channels a lane.
-__device__ __forceinline__ void prepare(const OryxBatchMix& a, int64_t n, int h, Prepared& to, int lane) {
+// What a head needs that the kernel before this one does not make. A warp, four channels a lane.
+struct Fixed {
+  Tail4 k_tail, v_tail;
+  float4 k_filters[4], v_filters[4], weight;
+  float A_log, bias;
+  __device__ __forceinline__ void load(const OryxBatchMix& a, int64_t n, int h, int lane) {
+    const int64_t D = a.H * kWidth, channel = h * kWidth + 4 * lane;
+    k_tail.load(a.k_tail, n * D + channel), v_tail.load(a.v_tail, n * D + channel);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      k_filters[i] = __ldg(reinterpret_cast<const float4*>(a.k_conv) + channel + i), v_filters[i] = __ldg(reinterpret_cast<const float4*>(a.v_conv) + channel + i);
+    }
+    weight = __ldg(reinterpret_cast<const float4*>(a.o_norm) + lane);
+    A_log = __ldg(a.A_log + h), bias = __ldg(a.dt_bias + h);
+  }
+};
+
+__device__ __forceinline__ void prepare(const OryxBatchMix& a, const Fixed& in, int64_t n, int h, Prepared& to, int lane) {
   const int64_t D = a.H * kWidth, channel = h * kWidth + 4 * lane;
   const bf16* projected = static_cast<const bf16*>(a.projected) + n * a.row;
   const Four k_raw = four(projected, channel), v_raw = four(projected, D + channel), gate = four(projected, 2 * D + channel), q = four(projected, 3 * D + channel);
-  Tail4 k_tail, v_tail;
-  k_tail.load(a.k_tail, n * D + channel), v_tail.load(a.v_tail, n * D + channel);
   const float write = __ldcg(a.narrow + n * 2 * a.H + h), step = __ldcg(a.narrow + (n * 2 + 1) * a.H + h);
-  const float4 weight = __ldg(reinterpret_cast<const float4*>(a.o_norm) + lane);
   const bool linear = a.modes[n] == 0;
   const int position = a.positions[n];
   const bool keeps = a.keys != nullptr && position < a.capacity;
+  const float4 weight = in.weight;
+  const Tail4 &k_tail = in.k_tail, &v_tail = in.v_tail;
   float k[4], v[4], kk = 0.0f, qq = 0.0f;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    k[i] = convolved(__ldg(reinterpret_cast<const float4*>(a.k_conv) + channel + i), k_tail.at(i, 0), k_tail.at(i, 1), k_tail.at(i, 2), k_raw.x[i]);
-    v[i] = convolved(__ldg(reinterpret_cast<const float4*>(a.v_conv) + channel + i), v_tail.at(i, 0), v_tail.at(i, 1), v_tail.at(i, 2), v_raw.x[i]);
+    k[i] = convolved(in.k_filters[i], k_tail.at(i, 0), k_tail.at(i, 1), k_tail.at(i, 2), k_raw.x[i]);
+    v[i] = convolved(in.v_filters[i], v_tail.at(i, 0), v_tail.at(i, 1), v_tail.at(i, 2), v_raw.x[i]);
     kk = fmaf(k[i], k[i], kk), qq = fmaf(q.x[i], q.x[i], qq);
   }
-  const float beta = sigmoid(write), g = log_decay(__ldg(a.A_log + h), step + __ldg(a.dt_bias + h));
+  const float beta = sigmoid(write), g = log_decay(in.A_log, step + in.bias);
   kk = rsqrtf(warp_sum(kk) + 1e-6f), qq = rsqrtf(warp_sum(qq) + 1e-6f) * 0.08838834764831845f;
   *reinterpret_cast<float4*>(to.k + 4 * lane) = make_float4(k[0], k[1], k[2], k[3]);
   *reinterpret_cast<float4*>(to.q + 4 * lane) = make_float4(q.x[0], q.x[1], q.x[2], q.x[3]);
@@ -90,14 +105,17 @@ __global__ void __launch_bounds__(kRingThreads, 1) mix_kernel(const __grid_const
   __syncthreads();
   launch_dependents();
   if (warp >= kMixWarps) {  // what the others need of each head
+    const int slot = warp - kMixWarps, H = static_cast<int>(a.H);
+    int unit = begin + slot * stride, turn = 0;
+    Fixed in;
+    if (unit < total) in.load(a, unit / H, unit % H, lane);
     wait_for_previous();
-    const int slot = warp - kMixWarps;
-    int turn = 0;
-    for (int unit = begin + slot * stride; unit < total; unit += kSlots * stride, ++turn) {
+    for (; unit < total; unit += kSlots * stride, ++turn) {
       if (turn > 0) barrier_wait(taken + 8 * slot, (turn - 1) & 1);
-      prepare(a, unit / static_cast<int>(a.H), unit % static_cast<int>(a.H), slots[slot], lane);
+      prepare(a, in, unit / H, unit % H, slots[slot], lane);
       __syncwarp();
       barrier_arrive_warp(ready + 8 * slot, lane);
+      if (const int next = unit + kSlots * stride; next < total) in.load(a, next / H, next % H, lane);
     }
     return;
   }
