@@ -8,6 +8,7 @@
 #include "oryx/common/random.h"
 #include "oryx/model/device.h"
 #include "oryx/train/options.h"
+#include "oryx/train/step_graph.h"
 #include "oryx/train/train_step.h"
 
 namespace oryx {
@@ -63,12 +64,13 @@ Json measure_steps(LanguageModel& model, Optimizer& optimizer, const std::string
   const at::Device device = model.device();
   const bool gpu = !device.is_cpu();
   RandomSource source(shape.rows, shape.tokens, model.config().vocab_size);
-  BatchFeed feed(source, schedule, model, {});
   StepOptions options;
   options.checkpoint_layers = o.checkpoint_layers;
+  const std::unique_ptr<StepGraphs> graphs = o.cuda_graph ? make_step_graphs(model, optimizer, options) : nullptr;
+  BatchFeed feed(source, schedule, model, {.pack = graphs != nullptr});
   if (gpu) reset_peak_device_memory(device);
   std::vector<StepResult> results;
-  const auto step = [&] { results.push_back(train_step(model, optimizer, feed, 1e-4, options)); };
+  const auto step = [&] { results.push_back(train_step(model, optimizer, feed, 1e-4, options, graphs.get())); };
   const Times times = gpu ? time_repeated_on(device, o.warmup, o.repeat, step) : time_repeated(o.warmup, o.repeat, step);
   double flops = 0, attention = 0;
   for (StepResult& r : results) {
@@ -94,6 +96,7 @@ Json measure_steps(LanguageModel& model, Optimizer& optimizer, const std::string
           {"peak_bytes", gpu ? peak_device_memory(device) : peak_memory()},
           {"mfu", flops / times.median() / kPeakFlops},
           {"attention_share", attention},
+          {"captured", graphs != nullptr && graphs->captured() > 0},
           {"flops_per_token", flops / tokens},
           {"first_loss", results.front().loss},
           {"last_loss", results.back().loss},
@@ -141,10 +144,11 @@ BenchResult bench_step(const StepBenchOptions& o) {
                           {"peak_bytes", "peak memory", cell_bytes()}};
   if (gpu) {
     result.table.columns.push_back({"mfu", "MFU", cell_percent()});
+    result.table.columns.push_back({"captured", "captured", cell_text()});
     result.note = mfu_note(result.table.rows);
   }
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedules", o.schedules}, {"device", o.device}, {"batch", o.batch_sizes},
-                    {"seq_len", o.seq_lens},    {"warmup", o.warmup},         {"repeat", o.repeat},       {"checkpoint_layers", o.checkpoint_layers}};
+                    {"seq_len", o.seq_lens},    {"warmup", o.warmup},         {"repeat", o.repeat},       {"checkpoint_layers", o.checkpoint_layers}, {"cuda_graph", o.cuda_graph}};
   return result;
 }
 

@@ -136,7 +136,17 @@ struct JoinRows : torch::autograd::Function<JoinRows> {
   static variable_list backward(AutogradContext*, variable_list grads) { return {grads[0], grads[0], at::Tensor()}; }
 };
 
+struct JoinWhere : torch::autograd::Function<JoinWhere> {
+  static at::Tensor forward(AutogradContext*, const at::Tensor& o, const at::Tensor& part, const at::Tensor& mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return at::where(mask.unsqueeze(-1).unsqueeze(-1), part, o);
+  }
+  static variable_list backward(AutogradContext*, variable_list grads) { return {grads[0], grads[0], at::Tensor()}; }
+};
+
 }  // namespace
+
+at::Tensor join_where(const at::Tensor& o, const at::Tensor& part, const at::Tensor& mask) { return JoinWhere::apply(o, part, mask); }
 
 at::Tensor join_rows(const at::Tensor& o, const at::Tensor& part, const at::Tensor& index) {
   if (!o.is_contiguous()) return o + part;

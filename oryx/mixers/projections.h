@@ -12,6 +12,8 @@ at::Tensor project(const at::Tensor& x, const at::Tensor& weight);
 // o with the rows `index` of `part` in their place; both [B, T, ...] and zero outside of their own rows, o's being the others. o is overwritten where nothing keeps it
 // for a backward pass: on a GPU, else the sum is made.
 at::Tensor join_rows(const at::Tensor& o, const at::Tensor& part, const at::Tensor& index);
+// The same where the rows are those at which `mask` [B, T] is true.
+at::Tensor join_where(const at::Tensor& o, const at::Tensor& part, const at::Tensor& mask);
 
 // Several such products of one x. In a backward pass on a GPU their shares of x's gradient are added up inside of the products (beta = 1) instead of
 // one by one in passes over memory.

@@ -212,13 +212,17 @@ const Routing& LanguageModel::routing_of(const ModelInput& input, size_t layer) 
   return r;
 }
 
-PreparedInput LanguageModel::prepared(const ModelInput& input) const {
-  const int64_t B = input.input_ids.size(0), T = input.input_ids.size(1);
-  const auto [low, high] = input.input_ids.aminmax();
+void LanguageModel::check_ids(const at::Tensor& ids) const {
+  const auto [low, high] = ids.aminmax();
   const int64_t lo = low.item<int64_t>(), hi = high.item<int64_t>();
   if (lo < 0 || hi >= config_.vocab_size) {
     fail("token id {} is outside of the model's vocabulary of {}; was the text encoded with another tokeniser?", lo < 0 ? lo : hi, config_.vocab_size);
   }
+}
+
+PreparedInput LanguageModel::prepared(const ModelInput& input) const {
+  const int64_t B = input.input_ids.size(0), T = input.input_ids.size(1);
+  check_ids(input.input_ids);
   PreparedInput ready;
   std::optional<at::Tensor> past, cu;
   if (input.state != nullptr) past = input.state->lengths_tensor();

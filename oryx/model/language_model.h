@@ -58,6 +58,8 @@ class LanguageModel : public Replay {
   // Does ahead of hidden() what needs the host: fills input.prepared and brings the routing's spans to the model's device, without waiting for it. For batches
   // without a state. Throws Error for token ids outside the vocabulary.
   void prepare(ModelInput& input) const;
+  // Throws Error for token ids outside the vocabulary.
+  void check_ids(const at::Tensor& ids) const;
   // -> final hidden states [B, T, D], normalised. Throws Error for token ids outside the vocabulary.
   at::Tensor hidden(const ModelInput& input) const;
   // hidden [..., D] -> logits [..., vocabulary]

@@ -17,6 +17,10 @@ namespace {
 // Tokens of the feed-forward at once without gradients: what stays near the processor; on a GPU, products large enough to fill it.
 constexpr int64_t kFeedForwardTokens = 2048, kFeedForwardTokensOnGpu = 8192;
 
+// On a GPU every token's query is projected in layers up to this wide, and where the whole product is at most so many multiply-adds: gathering rows and putting them
+// back takes as long there.
+constexpr int64_t kWholeQueryWidth = 512, kWholeQueryProduct = int64_t{1} << 33;
+
 bool has(const std::vector<std::string>& names, const std::string& name) {
   return std::find(names.begin(), names.end(), name) != names.end();
 }
@@ -236,10 +240,16 @@ at::Tensor MultiMixerLayer::places(const State& one, int64_t begin, int64_t end)
   return one.rows(index_, "mode", {begin}, {end})[0];
 }
 
+bool MultiMixerLayer::whole_queries(int64_t tokens, at::Device device) const {
+  if (std::all_of(queries_.begin(), queries_.end(), [](const Query& q) { return q.everywhere; })) return true;
+  return !device.is_cpu() && (config_.hidden_size <= kWholeQueryWidth || tokens * config_.hidden_size * config_.query_width() <= kWholeQueryProduct);
+}
+
 at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& tokens, const Projections& u) const {
   const int64_t B = u.input().size(0), T = u.input().size(1);
   // A gather and a scatter cost less than projecting tokens whose query nobody reads, where those are many.
-  if (query.everywhere || tokens.all || (u.input().is_cuda() && 2 * tokens.count > B * T)) return u(query.proj);
+  const bool many = u.input().is_cuda() && 2 * tokens.count > B * T;
+  if (query.everywhere || tokens.all || many || whole_queries(B * T, u.input().device())) return u(query.proj);
   const at::Tensor q = u.rows(query.proj, tokens.index);
   return at::zeros({B * T, q.size(-1)}, q.options()).index_copy_(0, tokens.index, q).view({B, T, -1});
 }
@@ -262,7 +272,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
   }
   if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_, u.device()), pass);
   std::vector<at::Tensor> outputs;  // [B, T, output heads, V] each
-  std::vector<at::Tensor> rows;     // of each: the tokens that it answers for, undefined for all
+  std::vector<const TokenSet*> rows;  // of each: the tokens that it answers for
   bool writable = false;            // the first output, by the others' rows
   std::map<std::string, at::Tensor> projected;
   for (size_t m = 0; m < mixers_.size(); ++m) {
@@ -298,7 +308,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
     const bool first = !combines_all() && mixers_[m]->advances_everywhere();
     writable |= first;
     outputs.insert(first ? outputs.begin() : outputs.end(), part);
-    rows.insert(first ? rows.begin() : rows.end(), tokens.index);
+    rows.insert(first ? rows.begin() : rows.end(), &tokens);
   }
   at::Tensor o;
   for (size_t i = 0; i < outputs.size(); ++i) {
@@ -308,8 +318,10 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
     if (!o.defined()) {
       // Where all look back (attention beside sliding_window) a copy is written over.
       o = outputs.size() > 1 && !writable && !combines_all() && at::GradMode::is_enabled() ? part.clone() : part;
+    } else if (combines_all() || rows[i]->all) {
+      o = o + part;
     } else {
-      o = combines_all() || !rows[i].defined() ? o + part : join_rows(o, part, rows[i]);
+      o = rows[i]->mask.defined() ? join_where(o, part, rows[i]->mask) : join_rows(o, part, rows[i]->index);
     }
   }
   if (combines_all()) o = o / static_cast<double>(outputs.size());

@@ -49,6 +49,9 @@ class MultiMixerLayer {
   // The mixer of each row [begin, end) of `one` by its place in mixer_names(): [end - begin] int8, undefined where there is no choice.
   at::Tensor places(const State& one, int64_t begin, int64_t end) const;
 
+  // True where each mixer's query is projected at every one of a batch's `tokens`, however few are the mixer's: the shapes of a pass then do not depend on the modes.
+  bool whole_queries(int64_t tokens, at::Device device) const;
+
   const std::vector<std::string>& mixer_names() const { return names_; }
   const Mixer& mixer(size_t m) const { return *mixers_[m]; }
   const LayerConfig& config() const { return config_; }

@@ -24,10 +24,15 @@ Routing::Routing(int64_t B, int64_t T, std::vector<std::string> mixers, std::vec
   TORCH_CHECK(at == B_ * T_, "routing: spans cover ", at, " of ", B_ * T_, " tokens");
 }
 
+Routing::Routing(int64_t B, int64_t T, LayerSets sets, at::Device device) : B_(B), T_(T) {
+  for (auto& [mixers, own] : sets) cache_.emplace(std::pair(device.str(), mixers), std::move(own));
+}
+
 const TokenSet& Routing::tokens(const std::vector<std::string>& layer_mixers, size_t m, at::Device device) const {
   const std::pair key(device.str(), layer_mixers);
   auto it = cache_.find(key);
   if (it == cache_.end()) {
+    TORCH_CHECK(!mixers_.empty(), "routing: nothing is known of the tokens of mixers ", layer_mixers, " on ", device);
     std::vector<TokenSet> sets = split(layer_mixers);
     for (TokenSet& set : sets) {
       if (set.all) continue;

@@ -18,7 +18,8 @@ struct TokenSet {
   bool all = true;
   int64_t count = 0;                // tokens
   std::optional<at::Tensor> spans;  // [n, 3] int32 (row, begin, end); absent: all
-  at::Tensor index;                 // [count] int64 into the flat [B * T] tokens; undefined: all
+  at::Tensor index;                 // [count] int64 into the flat [B * T] tokens; undefined: all, or see mask
+  at::Tensor mask;                  // [B, T] bool: true at the set's tokens; in place of index where the number of tokens is the device's alone (a captured step)
 };
 
 struct RoutedSpan {
@@ -32,6 +33,11 @@ class Routing {
   Routing(int64_t B, int64_t T, const std::string& mixer);
   // `spans` cover every token of every row exactly once, sorted by (row, begin).
   Routing(int64_t B, int64_t T, std::vector<std::string> mixers, std::vector<RoutedSpan> spans);
+
+  // A routing of which only token sets are known, and those on one device alone: by the layers' mixers, a set for each of them. tokens() gives them; nothing else of it
+  // may be asked for but rows() and length().
+  using LayerSets = std::map<std::vector<std::string>, std::vector<TokenSet>>;
+  Routing(int64_t B, int64_t T, LayerSets sets, at::Device device);
 
   // What mixer `m` of a layer with these mixers answers for. A token whose mixer the layer lacks goes to the layer's first.
   // Spans and index stand on `device`.

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include "oryx/model/routed_cost.h"
+#include "oryx/ops/cross_entropy/cross_entropy.h"
 
 namespace oryx {
 
@@ -23,6 +24,7 @@ BatchFeed::~BatchFeed() {
 
 FedBatch BatchFeed::draw() {
   const at::NoGradGuard no_grad;
+  const std::lock_guard drawing(drawing_);
   TrainBatch batch = source_.next();
   if (drawn_ % options_.accumulate == 0) sequence_ = 0;
   for (auto& piece : batch.pieces) {
@@ -36,12 +38,19 @@ FedBatch BatchFeed::draw() {
   fed.tokens = batch.input_ids.numel();
   fed.input.input_ids = batch.input_ids;
   fed.input.cu_seqlens = batch.cu_seqlens;
+  if (batch.cu_seqlens && !model_.device().is_cpu()) fed.input.cu_seqlens = padded_bounds(*batch.cu_seqlens);
   fed.input.routing = schedule_.route(batch.pieces, batch.input_ids.size(0), batch.input_ids.size(1));
   fed.attention_share = attention_share(model_.config(), fed.input.routing);
   fed.flops = pieces_flops(model_.config(), fed.input.routing, batch.pieces);
   fed.position = source_.position();
   fed.targets = batch.targets;  // checked and sent by the loss, without waiting
-  model_.prepare(fed.input);
+  if (!options_.pack) {
+    model_.prepare(fed.input);
+    return fed;
+  }
+  model_.check_ids(fed.input.input_ids);
+  ops::check_targets(fed.targets, model_.config().vocab_size);
+  fed.packed = pack_batch(model_, fed.input, fed.targets);
   return fed;
 }
 

@@ -12,6 +12,7 @@
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
 #include "oryx/train/batch_source.h"
+#include "oryx/train/packed_batch.h"
 
 namespace oryx {
 
@@ -19,11 +20,13 @@ struct FeedOptions {
   uint64_t seed = 0;       // of random modes
   int64_t first_step = 0;  // random modes are functions of (seed, step, sequence)
   int64_t accumulate = 1;  // batches a step
+  bool pack = false;       // for captured steps: FedBatch::packed in place of a prepared input
 };
 
 struct FedBatch {
   ModelInput input;
-  at::Tensor targets;  // [rows, tokens] int64
+  at::Tensor targets;  // [rows, tokens] int64 on the CPU
+  PackedBatch packed;  // the same on the model's device, where it was asked for
   int64_t tokens = 0;
   double attention_share = 0;  // of the tokens
   double flops = 0;            // of the model's forward pass, as docs/training.md counts them
@@ -41,6 +44,8 @@ class BatchFeed {
 
   // Throws what drawing it threw.
   FedBatch next();
+  // No batch is drawn, and nothing sent to the device, while the lock is held.
+  std::unique_lock<std::mutex> pause() { return std::unique_lock(drawing_); }
   // Of the source, behind the last batch that next() gave.
   const Json& position() const { return position_; }
 
@@ -56,7 +61,7 @@ class BatchFeed {
   uint64_t sequence_ = 0;  // counts through the batches of a step, so that no two sequences share their draws
   Json position_;
 
-  std::mutex mutex_;
+  std::mutex mutex_, drawing_;
   std::condition_variable changed_;
   std::deque<FedBatch> ready_;
   std::exception_ptr error_;

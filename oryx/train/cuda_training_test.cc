@@ -1,10 +1,12 @@
-// Training on a GPU: two runs from one seed are one, and they are the CPU's run within the rounding of bfloat16. Skipped, saying so, where there is no CUDA.
+// Training on a GPU: two runs from one seed are one, they are the CPU's run within the rounding of bfloat16, and captured steps are those that run kernel by kernel, bit for bit.
+// Skipped, saying so, where there is no CUDA.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <gtest/gtest.h>
 
 #include <filesystem>
 
+#include "oryx/common/error.h"
 #include "oryx/io/safetensors.h"
 #include "oryx/train/trainer.h"
 
@@ -24,8 +26,8 @@ class CudaTraining : public ::testing::Test {
     if (!folder_.empty()) fs::remove_all(folder_);
   }
 
-  // Losses of 12 steps with half of the chunks in attention, through the kernels for heads of 64.
-  std::vector<double> run(const std::string& out, const std::string& device) const {
+  // 12 steps with half of the chunks in attention, through the kernels for heads of 64.
+  TrainOptions options(const std::string& out, const std::string& device) const {
     TrainOptions o;
     o.model.vocab_size = 64;
     o.model.num_layers = 2;
@@ -43,17 +45,59 @@ class CudaTraining : public ::testing::Test {
     o.attention_share = 0.5;
     o.log_every = 1;
     o.validate_every = 0;
+    return o;
+  }
+
+  static std::unique_ptr<RecallBatches> recall() {
     RecallOptions r;
     r.pairs = 16;
     r.queries = 8;
     r.key_symbols = r.value_symbols = 24;
     r.filler_symbols = 8;
+    return std::make_unique<RecallBatches>(r, 8, 7);
+  }
+
+  // The losses of every step.
+  static std::vector<double> run(const TrainOptions& o, std::unique_ptr<BatchSource> source = recall(), TrainSummary* summary = nullptr) {
     TrainTask task;
-    task.source = std::make_unique<RecallBatches>(r, 8, 7);
-    train(o, task);
+    task.source = std::move(source);
+    task.validate = [](const LanguageModel& model, const std::vector<std::string>&) {
+      const at::NoGradGuard no_grad;
+      for (const int64_t rows : {3, 70}) {  // memory that comes and goes between two steps
+        ModelInput input;
+        input.input_ids = at::zeros({rows, 50}, at::kLong);
+        input.routing = {std::make_shared<Routing>(rows, 50, model.config().mixers().back())};
+        (void)model.loss(model.hidden(input), input.input_ids).loss.item<float>();
+      }
+      return std::vector<Json>();
+    };
+    const TrainSummary s = train(o, task);
+    if (summary != nullptr) *summary = s;
     std::vector<double> losses;
     for (const auto& line : RunFolder(o.out).rewind_metrics(100)) losses.push_back(line.at("loss").get<double>());
     return losses;
+  }
+  std::vector<double> run(const std::string& out, const std::string& device) const { return run(options(out, device)); }
+
+  // A run whose steps are captured against one whose steps are not.
+  template <typename Edit, typename Source>
+  void expect_captured(const std::string& name, Edit edit, Source source) const {
+    SCOPED_TRACE(name);
+    TrainOptions off = options(name + "-off", "cuda"), on = options(name + "-on", "cuda");
+    edit(off), edit(on);
+    off.cuda_graph = CudaGraph::kOff, on.cuda_graph = CudaGraph::kOn;
+    TrainSummary plain, captured;
+    const auto want = run(off, source(), &plain), found = run(on, source(), &captured);
+    EXPECT_EQ(want.size(), 12u);
+    EXPECT_EQ(want, found);
+    EXPECT_EQ(plain.captured, 0);
+    EXPECT_GE(captured.captured, 1);
+    expect_same(name + "-off", name + "-on");
+  }
+  void expect_same(const std::string& one, const std::string& other) const {
+    const auto a = tensors(one), b = tensors(other);
+    ASSERT_EQ(a.size(), b.size());
+    for (const auto& [name, t] : a) EXPECT_TRUE(at::equal(t, b.at(name))) << name;
   }
 
   std::map<std::string, at::Tensor> tensors(const std::string& out) const {
@@ -73,6 +117,91 @@ TEST_F(CudaTraining, TwoRunsFromOneSeedAreOne) {
   const auto one = tensors("one"), two = tensors("two");
   ASSERT_EQ(one.size(), two.size());
   for (const auto& [name, t] : one) EXPECT_TRUE(at::equal(t, two.at(name))) << name;
+}
+
+// Documents of random lengths in one row, their number another one in each batch.
+class PackedRecall : public BatchSource {
+ public:
+  explicit PackedRecall(std::unique_ptr<RecallBatches> inner) : inner_(std::move(inner)) {}
+  TrainBatch next() override {
+    TrainBatch b = inner_->next();
+    const int64_t tokens = b.input_ids.numel();
+    at::manual_seed(++given_);
+    std::vector<int32_t> cuts = {0};
+    for (int64_t n = 3 + at::randint(5, {}, at::kLong).item<int64_t>(); n > 0; --n) cuts.push_back(at::randint(1, tokens, {}, at::kLong).item<int32_t>());
+    cuts.push_back(static_cast<int32_t>(tokens));
+    std::sort(cuts.begin(), cuts.end());
+    TrainBatch out;
+    out.input_ids = b.input_ids.view({1, -1}), out.targets = b.targets.contiguous().view({1, -1});
+    out.cu_seqlens = at::tensor(cuts, at::kInt);
+    out.pieces = packed_pieces(*out.cu_seqlens, {});
+    return out;
+  }
+  Json position() const override { return {{"given", given_}, {"inner", inner_->position()}}; }
+  void seek(const Json& p) override { given_ = p.at("given").get<uint64_t>(), inner_->seek(p.at("inner")); }
+
+ private:
+  std::unique_ptr<RecallBatches> inner_;
+  uint64_t given_ = 0;
+};
+
+TEST_F(CudaTraining, CapturedStepsAreTheSameSteps) {
+  const auto nothing = [](TrainOptions&) {};
+  const auto packed = [] { return std::make_unique<PackedRecall>(recall()); };
+  expect_captured("mixed", nothing, recall);
+  expect_captured("packed", nothing, packed);
+  expect_captured("mamba2", [](TrainOptions& o) { o.model.layer_mixers = {{"mamba2", "attention"}}; }, packed);
+  expect_captured("attention", [](TrainOptions& o) { o.model.layer_mixers = {{"attention"}}; }, recall);
+  expect_captured("layers", [](TrainOptions& o) { o.model.layer_mixers = {{"gated_delta_net"}, {"gated_delta_net", "sliding_window", "attention"}}, o.schedule = "linear,attention@-40:"; }, recall);
+  expect_captured("accumulate", [](TrainOptions& o) { o.accumulate = 3; }, recall);
+  expect_captured("recomputed", [](TrainOptions& o) { o.checkpoint_layers = true, o.z_loss = 1e-4; }, packed);
+  // Validations and checkpoints between the steps, and few steps looked at.
+  expect_captured("validated", [](TrainOptions& o) { o.validate_every = 4, o.save_every = 3; }, recall);
+}
+
+TEST_F(CudaTraining, CapturedStepsGoOnWhereARunStopped) {
+  TrainOptions whole = options("whole", "cuda"), parts = options("parts", "cuda");
+  whole.cuda_graph = CudaGraph::kOff, parts.cuda_graph = CudaGraph::kOn;
+  whole.save_every = parts.save_every = 5, whole.keep_checkpoints = parts.keep_checkpoints = 10;
+  run(whole, std::make_unique<PackedRecall>(recall()));
+  run(parts, std::make_unique<PackedRecall>(recall()));
+  for (const char* name : {"step-000000010", "step-000000012"}) fs::remove_all(fs::path(parts.out) / "checkpoints" / name);
+  TrainSummary s;
+  run(parts, std::make_unique<PackedRecall>(recall()), &s);
+  EXPECT_EQ(s.step, 12);
+  EXPECT_GE(s.captured, 1);
+  expect_same("whole", "parts");
+}
+
+// A step that is not finite is skipped, on the device, in a captured step too.
+TEST_F(CudaTraining, CapturedStepsAreSkippedWhereNotFinite) {
+  for (const bool on : {false, true}) {
+    TrainOptions o = options(on ? "skips-on" : "skips-off", "cuda");
+    o.cuda_graph = on ? CudaGraph::kOn : CudaGraph::kOff;
+    o.steps = 9, o.lr = 1e30, o.warmup_steps = 0, o.clip = 0;  // the second step runs away
+    TrainTask task;
+    task.source = recall();
+    train(o, task);
+    int skipped = 0;
+    for (const auto& line : RunFolder(o.out).rewind_metrics(100)) skipped += line.at("kind") == "skipped";
+    EXPECT_GE(skipped, 5);
+  }
+  expect_same("skips-off", "skips-on");
+}
+
+TEST_F(CudaTraining, WhatCannotBeCapturedSaysSo) {
+  TrainOptions o = options("float32", "cuda");
+  o.precision = Precision::kFloat32, o.cuda_graph = CudaGraph::kAuto;
+  TrainSummary s;
+  run(o, recall(), &s);
+  EXPECT_EQ(s.captured, 0);
+  o.cuda_graph = CudaGraph::kOn, o.out += "-on";
+  try {
+    run(o);
+    FAIL() << "captured in float32";
+  } catch (const Error& e) {
+    EXPECT_STREQ(e.what(), "cuda_graph is on, but this model's steps cannot be captured: activations are float32 (precision=bfloat16); use cuda_graph=auto or off");
+  }
 }
 
 TEST_F(CudaTraining, LossesAreTheCpus) {

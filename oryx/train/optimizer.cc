@@ -38,7 +38,7 @@ void Optimizer::collect_gradients() {
   }
 }
 
-at::Tensor Optimizer::update(const at::Tensor& loss, double lr, double clip) {
+void Optimizer::update(const at::Tensor& loss, double lr, double clip) {
   ops::AdamwUpdate lists;
   for (size_t i = 0; i < parameters_.size(); ++i) {
     const at::Tensor g = gradient(i);
@@ -53,8 +53,11 @@ at::Tensor Optimizer::update(const at::Tensor& loss, double lr, double clip) {
   ops::AdamwOptions o = options_;
   o.lr = lr;
   ops::adamw_update(lists, control_, loss, o, clip);
-  return control_.narrow(0, 0, 4).clone();
 }
+
+void Optimizer::set_rate(double lr) { control_[ops::kAdamwRate].fill_(lr); }
+
+at::Tensor Optimizer::record() const { return control_.narrow(0, 0, 4).clone(); }
 
 int64_t Optimizer::steps() const { return on_device() ? static_cast<int64_t>(control_[3].item<double>()) : steps_; }
 

@@ -26,8 +26,12 @@ class Optimizer {
   void clear_gradients();
 
   // On a GPU: gradient norm, clipping and step in one, decided on the device, so that nothing waits for it; no step where norm or loss are not finite.
-  // Returns float64 [4] there: loss, norm, 1 where the step was taken else 0, steps taken so far. loss: float32, one value.
-  at::Tensor update(const at::Tensor& loss, double lr, double clip);
+  // loss: float32, one value. lr: kRateOnDevice takes what set_rate() laid down there last, also where the update was captured before.
+  static constexpr double kRateOnDevice = -1;
+  void update(const at::Tensor& loss, double lr, double clip);
+  void set_rate(double lr);
+  // Of the last update(): float64 [4] on the device: loss, norm, 1 where the step was taken else 0, steps taken so far.
+  at::Tensor record() const;
   bool on_device() const { return control_.defined(); }
 
   // Adds the gradients to sums in float32, which the next step takes instead, and clears them: for steps over several batches. Does nothing where the

@@ -19,6 +19,8 @@ void TrainOptions::describe(Fields& f) {
   f.add("precision", precision, "of activations and matrix products; parameters are float32 always",
         {{"float32", Precision::kFloat32}, {"bfloat16", Precision::kBfloat16}});
   f.add("device", device, "where the model runs: cpu, cuda or cuda:N (docs/cuda.md)");
+  f.add("cuda_graph", cuda_graph, "on a GPU each kind of step is captured once and then launched whole; auto: where it can be",
+        {{"auto", CudaGraph::kAuto}, {"on", CudaGraph::kOn}, {"off", CudaGraph::kOff}});
   f.add("checkpoint_layers", checkpoint_layers, "recompute each layer's activations in the backward pass: less memory, a third more time");
   f.add("lr", lr, "peak learning rate", above(0));
   f.add("min_lr_ratio", min_lr_ratio, "the cosine ends at this share of lr", between(0, 1));
@@ -43,7 +45,8 @@ void TrainOptions::describe(Fields& f) {
 
 void TrainOptions::validate() const {
   model.validate();
-  (void)parse_device(device);
+  const at::Device where = parse_device(device);
+  if (cuda_graph == CudaGraph::kOn && !where.is_cuda()) fail("cuda_graph is on, but device is '{}'; expected device=cuda, or cuda_graph=auto or off", device);
   if (beta1 >= 1 || beta2 >= 1) fail("beta1 is {} and beta2 is {}, expected both below 1", beta1, beta2);
   if (batch_size > INT32_MAX / seq_len) fail("batch_size {} x seq_len {} is more tokens than a batch can hold (2^31)", batch_size, seq_len);
   if (warmup_steps >= steps) fail("warmup_steps is {}, expected less than steps {}", warmup_steps, steps);

@@ -12,6 +12,7 @@
 namespace oryx {
 
 enum class Precision { kFloat32, kBfloat16 };
+enum class CudaGraph { kAuto, kOn, kOff };
 
 struct TrainOptions {
   std::string data, out;
@@ -21,6 +22,7 @@ struct TrainOptions {
   int64_t seed = 0;
   Precision precision = Precision::kFloat32;
   std::string device = "cpu";
+  CudaGraph cuda_graph = CudaGraph::kAuto;
   bool checkpoint_layers = false;
 
   double lr = 6e-4, min_lr_ratio = 0.1;

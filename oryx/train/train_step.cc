@@ -5,6 +5,8 @@
 
 #include <cmath>
 
+#include "oryx/train/step_graph.h"
+
 namespace oryx {
 
 void StepResult::read() {
@@ -15,26 +17,46 @@ void StepResult::read() {
   record.reset();
 }
 
-StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchFeed& feed, double lr, const StepOptions& options) {
-  StepResult result;
+at::Tensor add_gradients(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, const std::function<StepBatch(int64_t)>& batch) {
   optimizer.clear_gradients();
   const double weight = 1.0 / static_cast<double>(options.accumulate);
   at::Tensor total;
   for (int64_t i = 0; i < options.accumulate; ++i) {
-    FedBatch batch = feed.next();
-    batch.input.checkpoint_layers = options.checkpoint_layers;
-    const at::Tensor loss = model.loss(model.hidden(batch.input), batch.targets, options.z_loss).loss;
+    StepBatch b = batch(i);
+    b.input.checkpoint_layers = options.checkpoint_layers;
+    const at::Tensor loss = model.loss(model.hidden(b.input), b.targets, options.z_loss).loss;
     torch::autograd::backward({loss}, {at::full({}, weight, loss.options())});
     if (options.accumulate > 1) optimizer.collect_gradients();
     const at::Tensor part = loss.detach();
     total = total.defined() ? total + part : part;
-    result.tokens += batch.tokens;
-    result.attention_share += weight * batch.attention_share;
-    result.flops += 3 * batch.flops;
   }
-  if (options.accumulate > 1) total = total * weight;
+  return options.accumulate > 1 ? total * weight : total;
+}
+
+StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchFeed& feed, double lr, const StepOptions& options, StepGraphs* graphs) {
+  StepResult result;
+  const auto take = [&] {
+    FedBatch batch = feed.next();
+    result.tokens += batch.tokens;
+    result.attention_share += batch.attention_share / static_cast<double>(options.accumulate);
+    result.flops += 3 * batch.flops;
+    return batch;
+  };
+  std::vector<FedBatch> batches;
+  if (graphs != nullptr) {
+    for (int64_t i = 0; i < options.accumulate; ++i) batches.push_back(take());
+    if (graphs->run(batches, feed, lr)) {
+      result.record = optimizer.record();
+      return result;
+    }
+  }
+  const at::Tensor total = add_gradients(model, optimizer, options, [&](int64_t i) {
+    FedBatch b = batches.empty() ? take() : std::move(batches[static_cast<size_t>(i)]);
+    return StepBatch{std::move(b.input), std::move(b.targets)};
+  });
   if (optimizer.on_device()) {
-    result.record = optimizer.update(total, lr, options.clip);
+    optimizer.update(total, lr, options.clip);
+    result.record = optimizer.record();
     return result;
   }
   result.loss = total.item<double>();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
@@ -31,11 +32,20 @@ struct StepResult {
   at::Tensor record;  // on the device, until it is read: Optimizer::update
 };
 
-// Takes `options.accumulate` batches from the feed and steps.
-StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchFeed& feed, double lr, const StepOptions& options);
+class StepGraphs;
+
+// Takes `options.accumulate` batches from the feed and steps. graphs: of this model and these options, for a feed that packs; steps that it has captured are replayed.
+StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchFeed& feed, double lr, const StepOptions& options, StepGraphs* graphs = nullptr);
 
 // The same with batches drawn from `source`, and the result read. Random modes are functions of (seed, step, sequence).
 StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchSource& source, const ModelSchedule& schedule, double lr, uint64_t seed,
                       int64_t step, const StepOptions& options);
+
+struct StepBatch {
+  ModelInput input;
+  at::Tensor targets;
+};
+// The first half of a step: fills the gradients of the mean loss over the options' batches, and returns that loss.
+at::Tensor add_gradients(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, const std::function<StepBatch(int64_t)>& batch);
 
 }  // namespace oryx

@@ -13,6 +13,7 @@
 #include "oryx/data/dataset.h"
 #include "oryx/eval/perplexity.h"
 #include "oryx/train/lr_schedule.h"
+#include "oryx/train/step_graph.h"
 #include "oryx/train/train_step.h"
 
 namespace oryx {
@@ -64,13 +65,14 @@ class Run {
         model_((check_memory(options), folder_.lock(), new_model(options))),  // refused before the folder is made
         optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}),
         schedule_(options.model, options.training_schedule()) {
+    if (options.cuda_graph != CudaGraph::kOff) capture_steps();
     resume();
   }
 
   TrainSummary loop() {
     ProgressBar bar("train", options_.steps, "steps", step_);
     const double start = now();
-    feed_.emplace(*task_.source, schedule_, model_, FeedOptions{static_cast<uint64_t>(options_.seed), step_, options_.accumulate});
+    feed_.emplace(*task_.source, schedule_, model_, FeedOptions{static_cast<uint64_t>(options_.seed), step_, options_.accumulate, graphs_ != nullptr});
     begin_ = now();
     while (step_ < options_.steps && !summary_.interrupted) {
       one_step(bar);
@@ -87,10 +89,19 @@ class Run {
     bar.finish();
     summary_.step = step_;
     summary_.seconds = now() - start;
+    if (graphs_) summary_.captured = graphs_->captured();
     return summary_;
   }
 
  private:
+  StepOptions step_options() const { return {options_.accumulate, options_.clip, options_.z_loss, options_.checkpoint_layers}; }
+
+  void capture_steps() {
+    std::string why;
+    graphs_ = make_step_graphs(model_, optimizer_, step_options(), &why);
+    if (graphs_ == nullptr && options_.cuda_graph == CudaGraph::kOn) fail("cuda_graph is on, but this model's steps cannot be captured: {}; use cuda_graph=auto or off", why);
+  }
+
   void resume() {
     folder_.clean();
     const auto steps = folder_.checkpoints();
@@ -112,7 +123,7 @@ class Run {
 
   void one_step(ProgressBar& bar) {
     const double lr = cosine_with_warmup(step_ + 1, options_.lr, options_.warmup_steps, options_.steps, options_.min_lr_ratio);
-    StepResult r = train_step(model_, optimizer_, *feed_, lr, {options_.accumulate, options_.clip, options_.z_loss, options_.checkpoint_layers});
+    StepResult r = train_step(model_, optimizer_, *feed_, lr, step_options(), graphs_.get());
     ++step_;
     all_tokens_ += options_.accumulate * options_.batch_size * options_.seq_len;
     summary_.tokens += r.tokens;
@@ -205,6 +216,7 @@ class Run {
   RunFolder folder_;
   LanguageModel model_;
   Optimizer optimizer_;
+  std::unique_ptr<StepGraphs> graphs_;  // null: every step runs kernel by kernel
   ModelSchedule schedule_;
   int64_t step_ = 0, skipped_in_a_row_ = 0, tokens_ = 0, all_tokens_ = 0;
   double seconds_ = 0, begin_ = 0, flops_ = 0;  // of the steps since the last line

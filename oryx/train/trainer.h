@@ -33,6 +33,7 @@ struct TrainSummary {
   double seconds = 0;
   int64_t tokens = 0;      // of this call
   double last_loss = 0;
+  int64_t captured = 0;          // kinds of steps that were captured (cuda_graph)
   std::vector<Json> validation;  // the last one's results
 };
 

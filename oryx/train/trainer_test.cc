@@ -196,6 +196,20 @@ TEST_F(Training, SkipsStepsThatAreNotFinite) {
   EXPECT_EQ(optimizer.steps(), 0);
 }
 
+TEST_F(Training, CapturedStepsWantAGpu) {
+  TrainOptions o = options("captured", 3);
+  o.cuda_graph = CudaGraph::kOn;
+  try {
+    run(o);
+    FAIL() << "captured on the CPU";
+  } catch (const Error& e) {
+    EXPECT_STREQ(e.what(), "cuda_graph is on, but device is 'cpu'; expected device=cuda, or cuda_graph=auto or off");
+  }
+  EXPECT_FALSE(fs::exists(o.out));
+  o.cuda_graph = CudaGraph::kAuto;
+  EXPECT_EQ(run(o).captured, 0);
+}
+
 TEST_F(Training, OptionsNameWhatIsWrong) {
   auto message = [](const std::vector<std::string>& overrides) {
     try {
@@ -210,6 +224,8 @@ TEST_F(Training, OptionsNameWhatIsWrong) {
   EXPECT_THAT(message({"lr=-1"}), ::testing::HasSubstr("lr is -1"));
   EXPECT_THAT(message({"schedule=atention"}), ::testing::HasSubstr("attention"));
   EXPECT_THAT(message({"model.num_heads=3", "model.num_kv_heads=2"}), ::testing::HasSubstr("num_kv_heads"));
+  EXPECT_THAT(message({"cuda_graph=yes"}), ::testing::HasSubstr("cuda_graph"));
+  EXPECT_NO_THROW(load_train_options("", {"cuda_graph=off"}).validate());
   EXPECT_EQ(load_train_options("", {"preset=tiny-transformer"}).training_schedule(), "linear");
   EXPECT_EQ(load_train_options("", {R"(preset="tiny-transformer")"}).training_schedule(), "linear");
   EXPECT_EQ(load_train_options("", {"preset=tiny-transformer"}).validation_schedules(), (std::vector<std::string>{"attention"}));

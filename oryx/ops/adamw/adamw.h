@@ -34,8 +34,9 @@ struct AdamwUpdate {
   std::vector<bool> decays;
 };
 // control: float64 [kAdamwControl], zeros before the first step. After the call it holds loss, norm, 1 where the step was taken else 0, and the number of
-// steps taken (which is read: bias correction), and what is the kernels' own.
-constexpr int64_t kAdamwControl = 9;
+// steps taken (which is read: bias correction), and what is the kernels' own. options.lr below 0: the rate is control[kAdamwRate], so that a captured graph
+// takes another one at each replay.
+constexpr int64_t kAdamwControl = 10, kAdamwRate = 4;
 void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& options, double clip);
 
 // sqrt of the sum of all squares, accumulated in double in an order that does not depend on the number of threads.

@@ -68,6 +68,22 @@ TEST_F(CudaUpdate, IsTheStepThatTheHostDecides) {
   }
 }
 
+TEST_F(CudaUpdate, TakesTheRateThatLiesOnTheDevice) {
+  AdamwUpdate given = lists(), read;
+  for (auto [from, to] : {std::pair{&given.p, &read.p}, {&given.m, &read.m}, {&given.v, &read.v}, {&given.g, &read.g}, {&given.weight, &read.weight}}) {
+    for (const auto& t : *from) to->push_back(t.defined() ? t.clone() : t);
+  }
+  read.decays = given.decays;
+  const at::Tensor loss = at::full({}, 2.5f, given.p[0].options());
+  const at::Tensor one = at::zeros({kAdamwControl}, at::TensorOptions(at::kCUDA).dtype(at::kDouble)), two = one.clone();
+  for (const double lr : {0.1, 0.037}) {
+    adamw_update(given, one, loss, {.lr = lr}, 1);
+    two[kAdamwRate].fill_(lr);
+    adamw_update(read, two, loss, {.lr = -1}, 1);
+    for (size_t i = 0; i < read.p.size(); ++i) EXPECT_TRUE(at::equal(given.p[i], read.p[i])) << i;
+  }
+}
+
 TEST_F(CudaUpdate, NothingMovesWhereSomethingIsNotFinite) {
   for (const bool in_loss : {false, true}) {
     AdamwUpdate u = lists();

@@ -31,6 +31,8 @@ int64_t count_kept(const char* op, const at::Tensor& targets, int64_t classes, i
   return kept;
 }
 
+void check_targets(const at::Tensor& targets, int64_t classes, int64_t ignore_index) { count_kept("linear_cross_entropy", targets.contiguous(), classes, ignore_index); }
+
 namespace {
 
 using torch::autograd::AutogradContext;

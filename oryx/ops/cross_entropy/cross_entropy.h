@@ -28,6 +28,9 @@ struct CrossEntropyResult {
 CrossEntropyResult linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                                         int64_t ignore_index = -100, double z_coef = 0);
 
+// Throws what linear_cross_entropy throws for targets (int64 on the CPU, any shape) of which one is no class and not ignore_index: for who hands them over on the device.
+void check_targets(const at::Tensor& targets, int64_t classes, int64_t ignore_index = -100);
+
 // The same from logits [N, C] that exist already. Differentiable in logits.
 CrossEntropyResult cross_entropy(const at::Tensor& logits, const at::Tensor& targets, int64_t ignore_index = -100,
                                  double z_coef = 0);

@@ -119,12 +119,13 @@ __global__ void decide(const double* sum_of_squares, const float* loss, const __
   const bool taken = isfinite(norm) && isfinite(value);
   const double n = control->steps + (taken ? 1.0 : 0.0);
   control->loss = value, control->norm = norm, control->taken = taken ? 1.0 : 0.0, control->steps = n;
+  const double lr = r.lr < 0 ? control->lr : r.lr;
   OryxAdamwConstants& c = control->constants;
   c.grad_scale = static_cast<float>(r.clip > 0 && norm > r.clip ? r.clip / norm : 1.0);
-  c.keep = static_cast<float>(1 - r.lr * r.weight_decay);
+  c.keep = static_cast<float>(1 - lr * r.weight_decay);
   c.beta1 = static_cast<float>(r.beta1), c.one_less_beta1 = static_cast<float>(1 - r.beta1);
   c.beta2 = static_cast<float>(r.beta2), c.one_less_beta2 = static_cast<float>(1 - r.beta2);
-  c.step_size = static_cast<float>(r.lr / (1 - pow(r.beta1, n)));
+  c.step_size = static_cast<float>(lr / (1 - pow(r.beta1, n)));
   c.inverse_root = static_cast<float>(1 / sqrt(1 - pow(r.beta2, n)));
   c.eps = static_cast<float>(r.eps);
 }

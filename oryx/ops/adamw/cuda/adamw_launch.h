@@ -19,13 +19,14 @@ struct OryxAdamwTensor {
 struct OryxAdamwConstants {
   float grad_scale, keep, beta1, one_less_beta1, beta2, one_less_beta2, step_size, inverse_root, eps;
 };
-// A step decided on the device. Rates and clipping as in adamw.h; `clip` 0: none.
+// A step decided on the device. Rates and clipping as in adamw.h; `clip` 0: none; `lr` below 0: the control's.
 struct OryxAdamwRates {
   double lr, beta1, beta2, eps, weight_decay, clip;
 };
 // What oryx_adamw_control leaves on the device. taken: 0 where loss or norm are not finite, and nothing is to be updated.
 struct OryxAdamwControl {
   double loss, norm, taken, steps;  // steps: taken so far, this one included
+  double lr;                        // read where the rates have none
   struct OryxAdamwConstants constants;
 };
 // From the sum of squares of the gradients, the loss (float32; null: 0) and the steps taken before (control->steps, in place).

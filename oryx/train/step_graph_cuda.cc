@@ -1,0 +1,145 @@
+// Captured steps: forward, backward, gradient norm, clipping and AdamW of all of a step's batches in one graph.
+//
+// A graph reads its batches from memory of its own, which run() fills in front of each replay (packed_batch.h); the learning rate, the number of steps taken, and whether the
+// step is taken at all lie on the device anyway. All graphs share one pool: they run one behind the other, and of what one leaves only the parameters, moments and the
+// optimiser's record are read afterwards, which lie outside.
+#include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <map>
+#include <set>
+
+#include "oryx/common/error.h"
+#include "oryx/common/log.h"
+#include "oryx/ops/cuda/launch.h"
+#include "oryx/train/step_graph.h"
+
+namespace oryx {
+namespace {
+
+constexpr size_t kMostGraphs = 24;
+
+class CapturedGraph : public at::cuda::CUDAGraph {
+ public:
+  // What capture_end() leaves undone where the capture has failed, so that the process may go on without graphs.
+  void abandon() {
+    cudaGraph_t broken = nullptr;
+    if (cudaStreamEndCapture(capture_stream_.stream(), &broken) == cudaSuccess && broken != nullptr) (void)cudaGraphDestroy(broken);
+    (void)cudaGetLastError();
+    c10::cuda::CUDACachingAllocator::endAllocateToPool(capture_dev_, mempool_id_);
+    c10::cuda::CUDACachingAllocator::releasePool(capture_dev_, mempool_id_);
+  }
+};
+
+struct CapturedStep {
+  std::vector<at::Tensor> inputs;  // a batch each
+  std::unique_ptr<CapturedGraph> graph;
+};
+
+class CudaStepGraphs : public StepGraphs {
+ public:
+  CudaStepGraphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options) : model_(model), optimizer_(optimizer), options_(options), pool_(at::cuda::graph_pool_handle()), side_(c10::cuda::getStreamFromPool(false, model.device().index())) {}
+
+  bool run(const std::vector<FedBatch>& batches, BatchFeed& feed, double lr) override {
+    if (broken_) return false;
+    const c10::cuda::CUDAGuard guard(model_.device());
+    std::string key, kind;
+    for (const FedBatch& b : batches) {
+      if (!b.packed.layout->fixed_shapes) return gathers();
+      key += b.packed.layout->key + "\n", kind += b.packed.layout->kind + "\n";
+    }
+    auto it = steps_.find(key);
+    if (it == steps_.end()) {
+      // What kernels and libraries prepare when they first run, they prepare outside of a capture.
+      if (seen_.insert(kind).second || steps_.size() >= kMostGraphs) return by_kernels();
+      CapturedStep step;
+      if (!capture(batches, feed, step)) return false;
+      it = steps_.emplace(key, std::move(step)).first;
+    }
+    // What a step by kernels left to the allocator would stand beside the graphs' pool.
+    if (std::exchange(cached_, false)) c10::cuda::CUDACachingAllocator::emptyCache();
+    CapturedStep& step = it->second;
+    for (size_t i = 0; i < batches.size(); ++i) step.inputs[i].copy_(batches[i].packed.bytes, /*non_blocking=*/true);
+    optimizer_.set_rate(lr);
+    step.graph->replay();
+    return true;
+  }
+
+  int64_t captured() const override { return static_cast<int64_t>(steps_.size()); }
+
+ private:
+  bool gathers() {
+    if (!std::exchange(told_, true)) log::info("layers as wide as these gather each mixer's tokens, as many as a batch has: such steps run kernel by kernel (docs/training.md)");
+    return by_kernels();
+  }
+
+  bool by_kernels() {
+    cached_ = true;
+    return false;
+  }
+
+  bool capture(const std::vector<FedBatch>& batches, BatchFeed& feed, CapturedStep& step) {
+    const auto pause = feed.pause();
+    optimizer_.clear_gradients();
+    for (const FedBatch& b : batches) step.inputs.push_back(at::empty_like(b.packed.bytes));
+    step.graph = std::make_unique<CapturedGraph>();
+    ops::cuda::check("step graph", cudaDeviceSynchronize());
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    cached_ = false;
+    const c10::cuda::CUDAStreamGuard on(side_);
+    bool begun = false;
+    try {
+      step.graph->capture_begin(pool_, cudaStreamCaptureModeThreadLocal);
+      begun = true;
+      const at::Tensor loss = add_gradients(model_, optimizer_, options_, [&](int64_t i) {
+        const auto place = static_cast<size_t>(i);
+        UnpackedBatch batch = unpack_batch(*batches[place].packed.layout, step.inputs[place]);
+        return StepBatch{std::move(batch.input), std::move(batch.targets)};
+      });
+      optimizer_.update(loss, Optimizer::kRateOnDevice, options_.clip);
+      optimizer_.clear_gradients();  // their memory is the graph's
+    } catch (const std::exception& e) {
+      return give_up(step, begun, e.what());
+    }
+    try {
+      step.graph->capture_end();
+    } catch (const std::exception& e) {
+      return give_up(step, begun, e.what());
+    }
+    return true;
+  }
+
+  bool give_up(CapturedStep& step, bool begun, std::string_view why) {
+    broken_ = true;
+    if (begun) step.graph->abandon();
+    optimizer_.clear_gradients();
+    log::warn("a training step could not be captured in a CUDA graph ({}); steps run kernel by kernel from here on", why.substr(0, why.find('\n')));
+    return false;
+  }
+
+  LanguageModel& model_;
+  Optimizer& optimizer_;
+  StepOptions options_;
+  c10::MempoolId_t pool_;
+  c10::cuda::CUDAStream side_;  // of every capture: cuBLAS keeps a workspace for each stream that it has seen
+  std::map<std::string, CapturedStep> steps_;
+  std::set<std::string> seen_;  // kinds that have run
+  bool broken_ = false, cached_ = false, told_ = false;
+};
+
+std::unique_ptr<StepGraphs> make_cuda_step_graphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, std::string* why) {
+  const auto* properties = at::cuda::getDeviceProperties(model.device().index());
+  if (properties->major != 9) {
+    *why = fmt::format("{}: the kernels are for Hopper", properties->name);
+    return nullptr;
+  }
+  return std::make_unique<CudaStepGraphs>(model, optimizer, options);
+}
+
+const bool kStepGraphsRegistered = detail::register_step_graphs(make_cuda_step_graphs);
+
+}  // namespace
+}  // namespace oryx
