@@ -4,7 +4,7 @@ import math
 import token_tables
 from results import CORE, RETRIEVAL_MODES, TITLE, mean, modes, spread
 
-COLOURS = {"transformer": "#3565a8", "gdn": "#c2571a", "oryx-gdn": "#2b8a4b", "mamba2": "#8a5a9e", "oryx-mamba2": "#a8892b"}
+COLOURS = {"transformer": "#3565a8", "attention-alone": "#7aa3d8", "gdn": "#c2571a", "oryx-gdn": "#2b8a4b", "mamba2": "#8a5a9e", "oryx-mamba2": "#a8892b", "oryx-mamba2-query-conv": "#d9c16a"}
 
 
 def svg(title, x_label, y_label, series, log_x=False, width=720, height=380, zero=True):
@@ -112,6 +112,6 @@ def pictures(r):
                     ms.append((("Oryx %d%%" % round(100 * share_)) if model == "oryx-gdn" else TITLE[model], ["#2b8a4b", "#7cc08f", "#145a2d", "#3565a8", "#c2571a"][len(ms) % 5], ps))
     if ms:
         out["prefill"] = svg("Reading a prompt: time a token", "tokens of the prompt", "microseconds a token", ms, log_x=True)
-    for name, (title, x_label, y_label, series, log_x) in token_tables.curves(r).items():
-        out[name] = svg(title, x_label, y_label, series, log_x=log_x)
+    for name, (title, x_label, y_label, series, log_x, zero) in token_tables.curves(r).items():
+        out[name] = svg(title, x_label, y_label, series, log_x=log_x, zero=zero)
     return out

@@ -1,13 +1,13 @@
 """What run.py measured, read and put together: imported by tables.py."""
 import glob, json, lzma, os, re
 
-CORE = ["transformer", "gdn", "oryx-gdn", "mamba2", "oryx-mamba2"]
-TITLE = {"transformer": "Transformer", "gdn": "Gated DeltaNet", "mamba2": "Mamba-2", "oryx-gdn": "Oryx-GDN", "oryx-mamba2": "Oryx-Mamba-2",
+CORE = ["transformer", "attention-alone", "gdn", "oryx-gdn", "mamba2", "oryx-mamba2", "oryx-mamba2-query-conv"]
+TITLE = {"transformer": "Transformer", "attention-alone": "Attention alone in Oryx's layer", "gdn": "Gated DeltaNet", "mamba2": "Mamba-2", "oryx-gdn": "Oryx-GDN", "oryx-mamba2": "Oryx-Mamba-2", "oryx-mamba2-query-conv": "Oryx-Mamba-2 with query convolution",
          "inter-layer": "inter-layer hybrid (3 Gated DeltaNet : 1 attention)", "intra-layer": "intra-layer hybrid (mean of both)"}
-BASELINE = {"oryx-gdn": "gdn", "oryx-mamba2": "mamba2"}
+BASELINE = {"oryx-gdn": "gdn", "oryx-mamba2": "mamba2", "oryx-mamba2-query-conv": "mamba2"}
 LM = [("lambada", "acc"), ("hellaswag", "acc_norm"), ("piqa", "acc_norm"), ("arc_easy", "acc"), ("arc_challenge", "acc_norm"), ("openbookqa", "acc_norm"), ("winogrande", "acc"), ("boolq", "acc")]
 MIXED_LM = "random(attention=0.1;chunk=64)"
-RETRIEVAL_MODES = {"oryx-gdn": ["linear", "question", "attention"], "oryx-mamba2": ["linear", "question", "attention"]}
+RETRIEVAL_MODES = {m: ["linear", "question", "attention"] for m in BASELINE}
 
 
 def round_floats(x):
@@ -52,6 +52,19 @@ def load(path):
     return round_floats(groups)
 
 
+class Values(list):
+    """A value a seed."""
+
+    def __init__(self, of):  # {seed: value}
+        super().__init__(of[s] for s in sorted(of))
+        self.of = of
+
+
+def pairs(*values):
+    """Those of the seeds that all have."""
+    return [[v.of[s] for v in values] for s in sorted(set.intersection(*(set(v.of) for v in values)))]
+
+
 class Results:
     def __init__(self, data):
         self.data = data
@@ -69,12 +82,12 @@ class Results:
 
     def values(self, model, task, schedule, key, where=lambda r: True):
         """A value a seed: the mean over the rows that are asked for."""
-        out = []
+        out = {}
         for run in self.seeds(model):
             rows = [r[key] for r in self.rows(run, task, schedule) if where(r)]
             if rows:
-                out.append(sum(rows) / len(rows))
-        return out
+                out[int(run.rsplit("-seed", 1)[1])] = sum(rows) / len(rows)
+        return Values(out)
 
 
 def mean(v):
@@ -94,8 +107,12 @@ def shown(v, scale=1.0, digits=1, sign=False):
 
 
 def minus(a, b):
-    n = min(len(a), len(b))
-    return [a[i] - b[i] for i in range(n)]
+    return [x - y for x, y in pairs(a, b)]
+
+
+def above(a, b):
+    """In %, seed by seed: those of one seed have seen the same data."""
+    return [100 * (x / y - 1) for x, y in pairs(a, b)]
 
 
 def table(head, rows):
@@ -103,7 +120,7 @@ def table(head, rows):
 
 
 def modes(model):
-    return ["linear", "attention"] if model.startswith("oryx") else [{"transformer": "attention"}.get(model, "linear")]
+    return ["linear", "attention"] if model.startswith("oryx") else ["attention" if model in ("transformer", "attention-alone") else "linear"]
 
 
 def named(model, mode):

@@ -4,7 +4,7 @@
     tables.py RESULTS PAGE.md...             RESULTS: WORK/results of run.py, several as core=WORK/results,ablations=WORK2/results, or a file that --gather wrote
     tables.py RESULTS --gather FILE.json.xz  all results in one file, to be kept
 
-In the page each pair of lines `<!-- table: NAME GROUP -->` and `<!-- end -->` holds one table (of the group `core` where none is named), which is replaced; the text around stays.
+In the page each pair of lines `<!-- table: NAME GROUP -->` and `<!-- end -->` holds one table (of the group `core` where none is named), which is replaced; the text around stays. GROUP+GROUP is a table of several.
 Tables whose name begins with `sweep_` are of a file that `oryx sweep` wrote beside the page, FOLDER/GROUP.json.
 Pictures are written where the page shows them (![...](FOLDER/GROUP-NAME.svg)). Figures are means over seeds, with half the distance from the least to the largest behind ±.
 """
@@ -13,7 +13,7 @@ import json, lzma, math, os, re, sys
 sys.dont_write_bytecode = True
 import pictures
 import token_tables
-from results import (BASELINE, CORE, LM, MIXED_LM, RETRIEVAL_MODES, TITLE, Results, human, load, mean, minus, modes, named, parameters, share, shown, table)
+from results import (BASELINE, CORE, LM, MIXED_LM, RETRIEVAL_MODES, TITLE, Results, Values, above, human, load, mean, minus, modes, named, pairs, parameters, share, shown, table)
 
 
 def t_models(r):
@@ -29,32 +29,38 @@ def t_models(r):
 
 
 def t_perplexity(r):
-    rows = []
+    """`linear` of a model with one mode is that mode (Results.rows)."""
+    rows, control = [], r.values("attention-alone", "perplexity", "attention", "perplexity")
     for m in CORE:
         for s in modes(m) + (["random(attention=0.1;chunk=256)", "random(attention=0.25;chunk=256)"] if m.startswith("oryx") else []):
             v = r.values(m, "perplexity", s, "perplexity")
             if not v:
                 continue
             base = r.values("transformer" if s == "attention" else BASELINE.get(m, m), "perplexity", s, "perplexity")
-            against = "-" if not m.startswith("oryx") or not base else shown([100 * (a / b - 1) for a, b in zip(v, base)], sign=True) + "%"
-            rows.append([TITLE[m] if len(modes(m)) == 1 else TITLE[m] + ", `" + s + "`", share(r.values(m, "perplexity", s, "attention_share")), shown(v, digits=2), against])
-    return table(["model, schedule", "attention tokens", "test perplexity", "against its baseline"], rows)
+            against = ["-" if m in (*BASELINE.values(), "transformer") or not pairs(v, base) else shown(above(v, base), sign=True) + "%"]
+            if control:
+                against.append(shown(above(v, control), sign=True) + "%" if m.startswith("oryx") and s == "attention" else "-")
+            rows.append([TITLE[m] if len(modes(m)) == 1 else TITLE[m] + ", `" + s + "`", share(r.values(m, "perplexity", s, "attention_share")), shown(v, digits=2)] + against)
+    return table(["model, schedule", "attention tokens", "test perplexity", "against its baseline"] + ["against attention alone in this layer"] * bool(control), rows)
 
 
 def t_curves(r):
     """Held-out perplexity in the course of training: each mode against its baseline, at the same step of the same seed."""
-    curve = lambda run: {(v["step"], {"gated_delta_net": "linear", "mamba2": "linear"}.get(v["schedule"], v["schedule"])): v["perplexity"] for v in r.runs[run]["metrics"] if v["kind"] == "validation"}
-    tokens = lambda run: {v["step"]: v["tokens"] for v in r.runs[run]["metrics"] if v["kind"] == "train"}
-    rows = []
-    steps = []
-    for m in ("oryx-gdn", "oryx-mamba2"):
-        for mode in ("linear", "attention"):
-            base = "transformer" if mode == "attention" else BASELINE[m]
-            pairs = [(curve(a), curve(b)) for a, b in zip(r.seeds(m), r.seeds(base))]
-            if not pairs:
+    def curve(m):
+        linear = {"gated_delta_net": "linear", "mamba2": "linear"}
+        return {int(run.rsplit("-seed", 1)[1]): {(v["step"], linear.get(v["schedule"], v["schedule"])): v["perplexity"] for v in r.runs[run]["metrics"] if v["kind"] == "validation"}
+                for run in r.seeds(m)}
+
+    rows, steps = [], []
+    for m in BASELINE:
+        for mode, base in (("linear", BASELINE[m]), ("attention", "transformer"), ("attention", "attention-alone")):
+            a, b = curve(m), curve(base)
+            seeds = sorted(set(a) & set(b))
+            if not seeds:
                 continue
-            steps = sorted({s for s, k in pairs[0][0] if k == mode})[:8]
-            rows.append([TITLE[m] + ", " + mode + ", against " + TITLE[base]] + [shown([100 * (a[(s, mode)] / b[(s, "linear")] - 1) for a, b in pairs], sign=True) + "%" for s in steps])
+            steps = sorted({s for s, k in a[seeds[0]] if k == mode})[:8]
+            of = lambda c, s: c[(s, mode)] if (s, mode) in c else c[(s, "linear")]
+            rows.append([TITLE[m] + ", " + mode + ", against " + TITLE[base]] + [shown([100 * (of(a[n], s) / of(b[n], s) - 1) for n in seeds], sign=True) + "%" for s in steps])
     run = r.seeds("oryx-mamba2")[0]
     c = r.runs[run]["config"]
     return table(["held-out perplexity after"] + ["%.0fM tokens" % (s * c["batch_size"] * c["seq_len"] / 1e6) for s in steps], rows)
@@ -71,13 +77,12 @@ def t_lm(r):
                 each.append(v)
             if not all(each):
                 continue
-            n = min(len(v) for v in each)
-            average = [mean([v[i] for v in each]) for i in range(n)]
+            average = Values({n: mean([v.of[n] for v in each]) for n in set.intersection(*(set(v.of) for v in each))})
             base = "transformer" if s == "attention" else BASELINE.get(m, m)
             b = [r.values(base, task, "linear", key) for task, key in LM]
             against = "-"
             if m.startswith("oryx") and all(b):
-                against = shown([average[i] - mean([v[i] for v in b]) for i in range(min(n, min(len(v) for v in b)))], 100, sign=True)
+                against = shown(minus(average, Values({n: mean([v.of[n] for v in b]) for n in set.intersection(*(set(v.of) for v in b))})), 100, sign=True)
             rows.append([named(m, s), share(r.values(m, "hellaswag", s, "attention_share")), *cells, shown(average, 100), against])
     return table(["model, mode", "attention"] + [t for t, _ in LM] + ["mean", "against its baseline, points"], rows)
 
@@ -93,8 +98,8 @@ def long_needles(row):
 def retrieval_columns(r, m, s):
     recall = "queries" if s == "question" else s
     real = [r.values(m, t, s, "contains") for t in ("squad", "nq")]
-    n = min(len(v) for v in real)
-    return {"squad": real[0], "nq": real[1], "real": [mean([v[i] for v in real]) for i in range(n)], "needle": r.values(m, "needle", s, "accuracy", short_needles),
+    both = Values({n: mean([v.of[n] for v in real]) for n in set(real[0].of) & set(real[1].of)})
+    return {"squad": real[0], "nq": real[1], "real": both, "needle": r.values(m, "needle", s, "accuracy", short_needles),
             "long": r.values(m, "needle", s, "accuracy", long_needles), "recall": r.values(m, "recall", recall, "accuracy")}
 
 
@@ -111,16 +116,44 @@ def t_retrieval(r):
 
 def t_retrieval_gaps(r):
     rows, keys = [], ["real", "needle", "long", "recall"]
-    t = retrieval_columns(r, "transformer", "attention")
-    for m in ("oryx-gdn", "oryx-mamba2"):
+    for m in BASELINE:
         c = retrieval_columns(r, m, "question")
         b = retrieval_columns(r, BASELINE[m], "linear")
         if any(c.values()) and any(b.values()):
             rows.append([TITLE[m] + ", question in attention, minus " + TITLE[BASELINE[m]]] + [shown(minus(c[k], b[k]), 100, sign=True) for k in keys])
-        if any(c.values()) and any(t.values()):
-            rows.append([TITLE[m] + ", question in attention, minus Transformer"] + [shown(minus(c[k], t[k]), 100, sign=True) for k in keys])
+        for other in ("transformer", "attention-alone"):
+            t = retrieval_columns(r, other, "attention")
+            if any(c.values()) and any(t.values()):
+                rows.append([TITLE[m] + ", question in attention, minus " + TITLE[other].replace("Attention", "attention")] + [shown(minus(c[k], t[k]), 100, sign=True) for k in keys])
     rows.append(["the paper, 1.4B: minus linear baseline", "at least +8.6", "at least +38.6", "", ""])
     return table(["points", "SQuAD and NQ", "needle, to 2,048 tokens", "needle, 4,096", "recall"], rows)
+
+
+SETS = {"core": "first set", "retrieval": "second set", "third": "second set", "questions": "third set"}
+
+
+def j_each_seed(groups):
+    """Mixed inference minus what it is held against, every seed of several groups beside the others."""
+    columns, rows = [], []
+    for group, r in groups:
+        columns += [(group, r, n) for n in sorted({int(run.rsplit("-seed", 1)[1]) for run in r.runs})]
+    of = {}
+    for group, r in groups:
+        for m in CORE:
+            for s in RETRIEVAL_MODES.get(m, modes(m)):
+                of[group, m, s] = retrieval_columns(r, m, s)
+    for key, title in (("needle", "needle, to 2,048 tokens"), ("real", "SQuAD and NQ"), ("recall", "recall")):
+        for m in BASELINE:
+            others = [(BASELINE[m], "linear", TITLE[BASELINE[m]]), ("transformer", "attention", TITLE["transformer"]), ("attention-alone", "attention", "attention alone in this layer"), (m, "attention", "itself wholly in attention")]
+            for other, mode, name in others:
+                cells = []
+                for group, _, n in columns:
+                    a, b = of[group, m, "question"][key], of[group, other, mode][key]
+                    cells.append(100 * (a.of[n] - b.of[n]) if n in a.of and n in b.of else None)
+                have = [c for c in cells if c is not None]
+                if have:
+                    rows.append(["%s: %s minus %s" % (title, TITLE[m], name)] + ["-" if c is None else "%+.1f" % c for c in cells] + ["%d of %d" % (sum(c > 0 for c in have), len(have))])
+    return table(["points"] + ["%s, seed %d" % (SETS[group], n) for group, _, n in columns] + ["above 0"], rows)
 
 
 def t_needle(r):
@@ -180,7 +213,7 @@ def t_schedules(r):
             v = r.values(m, "perplexity", s, "perplexity")
             lin, att = r.values(m, "perplexity", "linear", "perplexity"), r.values(m, "perplexity", "attention", "perplexity")
             p = mean(r.values(m, "perplexity", s, "attention_share")) if v else 0
-            between = [100 * (a / math.exp((1 - p) * math.log(l) + p * math.log(t)) - 1) for a, l, t in zip(v, lin, att)]
+            between = [100 * (a / math.exp((1 - p) * math.log(l) + p * math.log(t)) - 1) for a, l, t in pairs(v, lin, att)]
             cells += [shown(v, digits=2), shown(between, digits=2, sign=True) + "%" if v else "-"]
         rows.append(["`" + s + "`", share(r.values("oryx-gdn", "perplexity", s, "attention_share"))] + cells)
     return table(["schedule", "attention tokens", "Oryx-GDN", "against its pure modes", "Oryx-Mamba-2", "against its pure modes"], rows)
@@ -203,7 +236,7 @@ def t_ablations(r):
         cells = []
         for s in schedules[:1] if single else schedules:
             v, base = r.values(m, "perplexity", s, "perplexity"), r.values("oryx-gdn", "perplexity", s, "perplexity")
-            cells.append(shown(v) if m == "oryx-gdn" or single else "%.1f (%s%%)" % (mean(v), shown([100 * (a / b - 1) for a, b in zip(v, base)], sign=True)))
+            cells.append(shown(v) if m == "oryx-gdn" or single else "%.1f (%s%%)" % (mean(v), shown(above(v, base), sign=True)))
         if single:
             cells = ["-", cells[0] + " (its only mode)", "-"]
         run = r.seeds(m)[0]
@@ -236,6 +269,7 @@ def t_decode(r):
     return table(["model, mode"] + ["ms a token behind {:,}".format(n) for n in contexts] + ["bytes it reads / bandwidth, ms", "state at {:,}".format(contexts[-1]), "of it recurrent"], rows)
 
 
+JOINT = {k[2:]: f for k, f in globals().items() if k.startswith("j_")}  # of several groups
 TABLES = {k[2:]: f for module in (globals(), vars(token_tables)) for k, f in module.items() if k.startswith("t_")}
 
 
@@ -252,6 +286,8 @@ def fill(page, groups):
             if name in known and os.path.exists(source):
                 return "<!-- table: %s %s -->\n%s\n<!-- end -->" % (name, group, known[name](json.load(open(source))))
             sys.exit("%s: no table '%s' of %s; known: %s" % (page, name, source, ", ".join(known)))
+        if "+" in group and name in JOINT and all(g in groups for g in group.split("+")):
+            return "<!-- table: %s %s -->\n%s\n<!-- end -->" % (name, group, JOINT[name]([(g, groups[g]) for g in group.split("+")]))
         if name not in TABLES or group not in groups:
             sys.exit("%s: no table '%s' of '%s'; known: %s, of %s" % (page, name, group, ", ".join(sorted(TABLES)), ", ".join(groups)))
         made = TABLES[name](groups[group])
@@ -259,7 +295,7 @@ def fill(page, groups):
             made = made.replace(" (one seed)", "")  # the page says so of the whole group
         return "<!-- table: %s -->\n%s\n<!-- end -->" % (name + (" " + m.group(2) if m.group(2) else ""), made)
 
-    text = re.sub(r"<!-- table: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", block, text, flags=re.S)
+    text = re.sub(r"<!-- table: (\w+)(?: ([\w+]+))? -->\n.*?<!-- end -->", block, text, flags=re.S)
     open(page, "w").write(text)
     drawn = {"%s-%s" % (group, name): svg for group, r in groups.items() for name, svg in pictures.pictures(r).items()}
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+\.svg)\)", text):

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "oryx/ops/span_attention/span_attention.h"
 
@@ -56,41 +57,58 @@ Part over_far(const SinkAttention& a, int64_t n, int64_t sequences, int64_t begi
   return *part;
 }
 
-// Queries [begin, end) of each row, which may hold several sequences.
-Part over_far(const SinkAttention& a, int64_t begin, int64_t end) {
-  if (!a.cu_seqlens) return over_far(a, 0, a.q.size(0), begin, end - begin);
-  const at::Tensor bounds = a.cu_seqlens->to(at::kLong).cpu();
-  std::vector<at::Tensor> o, lse;
-  for (int64_t n = 0; n + 1 < bounds.numel(); ++n) {
-    const int64_t lo = std::max(begin, bounds[n].item<int64_t>()), hi = std::min(end, bounds[n + 1].item<int64_t>());
-    if (lo >= hi) continue;
-    const Part part = over_far(a, n, 1, lo, hi - lo);
-    o.push_back(part.o);
-    lse.push_back(part.lse);
-  }
-  return {at::cat(o, 1), at::cat(lse, 1)};
-}
-
 // Tokens that are wanted: those of some span, and the range that holds them all in every row.
 struct Wanted {
   int64_t begin, end;
-  at::Tensor mask;  // [B, Tq] bool; undefined: all
+  at::Tensor mask;   // [B, Tq] bool; undefined: all
+  at::Tensor spans;  // on the CPU; undefined: all
 };
 
 Wanted wanted_queries(const SinkAttention& a) {
-  Wanted w{0, a.q.size(1), {}};
+  Wanted w{0, a.q.size(1), {}, {}};
   if (!a.spans) return w;
-  const at::Tensor s = a.spans->cpu();
+  w.spans = a.spans->cpu();
   w.mask = at::zeros({a.q.size(0), a.q.size(1)}, at::kBool);
-  const auto span = s.accessor<int32_t, 2>();
+  const auto span = w.spans.accessor<int32_t, 2>();
   std::swap(w.begin, w.end);
-  for (int64_t i = 0; i < s.size(0); ++i) {
+  for (int64_t i = 0; i < w.spans.size(0); ++i) {
     w.mask[span[i][0]].narrow(0, span[i][1], span[i][2] - span[i][1]).fill_(true);
     w.begin = std::min<int64_t>(w.begin, span[i][1]);
     w.end = std::max<int64_t>(w.end, span[i][2]);
   }
   w.mask = w.mask.to(a.q.device());
   return w;
+}
+
+// The range of a packed row's queries [begin, end) that holds those wanted.
+std::pair<int64_t, int64_t> wanted_between(const Wanted& w, int64_t begin, int64_t end) {
+  if (!w.spans.defined()) return {begin, end};
+  int64_t lo = end, hi = begin;
+  const auto span = w.spans.accessor<int32_t, 2>();
+  for (int64_t i = 0; i < w.spans.size(0); ++i) {
+    const int64_t from = std::max<int64_t>(begin, span[i][1]), to = std::min<int64_t>(end, span[i][2]);
+    if (from >= to) continue;
+    lo = std::min(lo, from);
+    hi = std::max(hi, to);
+  }
+  return {lo, hi};
+}
+
+// The queries of w of each row, which may hold several sequences: those that nobody wants, far from the others of their sequence, see nothing.
+Part over_far(const SinkAttention& a, const Wanted& w) {
+  const int64_t count = w.end - w.begin;
+  if (!a.cu_seqlens) return over_far(a, 0, a.q.size(0), w.begin, count);
+  const at::Tensor bounds = a.cu_seqlens->to(at::kLong).cpu();
+  const auto options = a.q.options().dtype(a.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  Part all{at::zeros({a.q.size(0), count, a.q.size(2), a.v.size(3)}, options), at::full({a.q.size(0), count, a.q.size(2)}, -std::numeric_limits<double>::infinity(), options)};
+  for (int64_t n = 0; n + 1 < bounds.numel(); ++n) {
+    const auto [lo, hi] = wanted_between(w, bounds[n].item<int64_t>(), bounds[n + 1].item<int64_t>());
+    if (lo >= hi) continue;
+    const Part part = over_far(a, n, 1, lo, hi - lo);
+    all.o.narrow(1, lo - w.begin, hi - lo).copy_(part.o);
+    all.lse.narrow(1, lo - w.begin, hi - lo).copy_(part.lse);
+  }
+  return all;
 }
 
 }  // namespace
@@ -105,7 +123,7 @@ at::Tensor sink_attention(const SinkAttention& a) {
   const Wanted wanted = wanted_queries(a);
   const int64_t count = wanted.end - wanted.begin;
   if (count <= 0) return o;  // zeros
-  const Part far = over_far(a, wanted.begin, wanted.end);
+  const Part far = over_far(a, wanted);
   const at::Tensor near = lse.narrow(1, wanted.begin, count), all = at::logaddexp(near, far.lse);
   at::Tensor both = o.narrow(1, wanted.begin, count).to(far.o.scalar_type()) * (near - all).exp().unsqueeze(-1) + far.o * (far.lse - all).exp().unsqueeze(-1);
   if (!wanted.mask.defined()) return both.to(a.q.scalar_type());
