@@ -61,23 +61,25 @@ def t_shares(r):
     return table(["tokens in attention"] + ["%g%%" % (100 * n) for n in all_shares], rows)
 
 
-def budgets(r):
-    return sorted({int(t.rsplit("-", 1)[1]) for run in r.runs.values() for t in run["tasks"] if re.fullmatch(r"kv-write-\d+", t)})
+def budgets(r, kind="kv"):
+    return sorted({int(t.rsplit("-", 1)[1]) for run in r.runs.values() for t in run["tasks"] if re.fullmatch(kind + r"-write-\d+", t)})
+
+
+def rows_kept(r, kind, budget):
+    """Chosen rows, the first ones and the window together."""
+    written = next(run["tasks"][t]["options"]["kv"] for run in r.runs.values() for t in run["tasks"] if t == "%s-write-%d" % (kind, budget))
+    return sum(int(x) for x in re.fullmatch(r"write:budget=(\d+),first=(\d+),window=(\d+)", written).groups())
 
 
 def kib(r, m, task):
     """KiB of keys and values: the state's bytes beyond those of a state that keeps none."""
-    v, none = r.values(m, task, "", "state_bytes"), r.values(m, "kv-drop", "", "state_bytes")
+    v, none = r.values(m, task, "", "state_bytes"), r.values(m, task.split("-")[0] + "-drop", "", "state_bytes")
     return (mean(v) - mean(none)) / 1024 if v and none else 0.0
 
 
 def t_kv(r):
     """Found, and nats a token of the answer, by rows kept: with the last 8 tokens and the answer in attention."""
-    sizes, rows, counts = budgets(r), [], []
-    options = {t: run["tasks"][t]["options"]["kv"] for run in r.runs.values() for t in run["tasks"] if t.startswith("kv-")}
-    for b in sizes:
-        budget, first, window = (int(x) for x in re.fullmatch(r"write:budget=(\d+),first=(\d+),window=(\d+)", options["kv-write-%d" % b]).groups())
-        counts.append("%d" % (budget + first + window))
+    sizes, rows = budgets(r), []
 
     def cell(m, task):
         found, nats = r.values(m, task, "", "accuracy"), r.values(m, task, "", "nats")
@@ -90,11 +92,25 @@ def t_kv(r):
         for by, title, _ in KEPT:
             ends = [cell(m, t) for t in ("kv-drop", "kv-keep")] if by == KEPT[0][0] else ["", ""]
             rows.append([title, ends[0], *[cell(m, "kv-%s-%d" % (by, b)) for b in sizes], ends[1]])
-    return table(["rows kept", "none (wholly linear)"] + counts + ["all"], rows)
+    return table(["rows kept", "none (wholly linear)"] + ["%d" % rows_kept(r, "kv", b) for b in sizes] + ["all"], rows)
+
+
+def t_text(r):
+    """Perplexity of text wholly in attention, by rows kept."""
+    sizes, rows = budgets(r, "text"), []
+    cell = lambda m, task: shown(r.values(m, task, "", "perplexity"), digits=2)
+    for m in VARIANTS:
+        if not r.values(m, "text-keep", "", "perplexity"):
+            continue
+        rows.append(["%s: KiB of keys and values" % TITLE[m], "0"] + ["{:,.0f}".format(kib(r, m, "text-write-%d" % b)) for b in sizes] + ["{:,.0f}".format(kib(r, m, "text-keep"))])
+        for by, title, _ in KEPT[::-1]:
+            ends = [cell(m, t) for t in ("text-drop", "text-keep")] if by == KEPT[-1][0] else ["", ""]
+            rows.append([title, ends[0], *[cell(m, "text-%s-%d" % (by, b)) for b in sizes], ends[1]])
+    return table(["rows kept", "none (wholly linear)"] + ["%d" % rows_kept(r, "text", b) for b in sizes] + ["all"], rows)
 
 
 def curves(r):
-    """Pictures: name to title, labels of x and y, series and whether x is logarithmic."""
+    """Pictures: name to title, labels of x and y, series, whether x is logarithmic and whether y begins at 0."""
     out = {}
     for m in VARIANTS:
         series = []
@@ -109,22 +125,20 @@ def curves(r):
             if v and series:
                 series.append((name, colour, [(100 * mean(r.values(m, "policies", s, "attention_share")), 100 * mean(v), 100 * spread(v), "")]))
         if series:
-            out["shares-" + m] = ("%s: needles of 1,024 tokens by tokens in attention" % TITLE[m], "tokens in attention, %", "% found", series, True)
-        series = []
-        for by, title, colour in KEPT:
-            ps = []
-            for b in budgets(r):
-                v = r.values(m, "kv-%s-%d" % (by, b), "", "nats")
-                if v:
-                    ps.append((kib(r, m, "kv-%s-%d" % (by, b)), mean(v), spread(v), ""))
-            if ps:
-                series.append((title, colour, ps))
-        for task, title, colour in (("kv-keep", "all rows", "#145a2d"), ("kv-drop", "none, wholly linear", "#888")):
-            v = r.values(m, task, "", "nats")
-            if v and series:
-                series.append((title, colour, [(kib(r, m, task), mean(v), spread(v), "")]))
-        if series:
-            out["kv-" + m] = ("%s: needles of 1,024 tokens by bytes of keys and values" % TITLE[m], "KiB of keys and values of one sequence at its end", "nats a token of the answer", series, False)
+            out["shares-" + m] = ("%s: needles of 1,024 tokens by tokens in attention" % TITLE[m], "tokens in attention, %", "% found", series, True, True)
+        for kind, key, what, y in (("kv", "nats", "needles of 1,024 tokens", "nats a token of the answer"), ("text", "perplexity", "text, wholly in attention,", "perplexity")):
+            series = []
+            for by, title, colour in KEPT:
+                at = [("%s-%s-%d" % (kind, by, b), r.values(m, "%s-%s-%d" % (kind, by, b), "", key)) for b in budgets(r, kind)]
+                ps = [(kib(r, m, task), mean(v), spread(v), "") for task, v in at if v]
+                if ps:
+                    series.append((title, colour, ps))
+            for task, title, colour in (("-keep", "all rows", "#145a2d"), ("-drop", "none, wholly linear", "#888")):
+                v = r.values(m, kind + task, "", key)
+                if v and series:
+                    series.append((title, colour, [(kib(r, m, kind + task), mean(v), spread(v), "")]))
+            if series:
+                out["%s-%s" % (kind, m)] = ("%s: %s by bytes of keys and values" % (TITLE[m], what), "KiB of keys and values of one sequence at its end", y, series, False, kind == "kv")
     return out
 
 
@@ -163,12 +177,6 @@ def sweep_kv(sweep):
     return table(["rows"] + [l.split()[0] for l in labels], [sizes] + rows)
 
 
-def sweep_text(sweep):
-    at, labels, rows = sweep_curve_rows(sweep, "kv", 2)
-    ends = [["all rows"] + [ranged(at["all rows", ""], 2)] * len(labels), ["none, wholly linear"] + [ranged(at["none (wholly linear)", ""], 2)] * len(labels)]
-    return table(["perplexity"] + labels, rows + ends)
-
-
 def sweep_switches(sweep):
     rows, draws = [], {}
     for x in sweep["rows"]:
@@ -186,4 +194,4 @@ def sweep_switches(sweep):
     return table(["switch points", "correct", "tokens in attention"], drawn + rows)
 
 
-SWEEPS = {k: f for k, f in globals().items() if k in ("sweep_points", "sweep_shares", "sweep_kv", "sweep_text", "sweep_switches")}
+SWEEPS = {k: f for k, f in globals().items() if k in ("sweep_points", "sweep_shares", "sweep_kv", "sweep_switches")}
