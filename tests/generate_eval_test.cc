@@ -151,6 +151,7 @@ TEST_F(GenerateEval, GenerateBadInput) {
   expect_error(generate({"--prompt", "a", "--temperature", "-1"}), "temperature is -1, expected");
   expect_error(generate({"--prompt", "a", "--top-p", "0"}), "top_p is 0, expected");
   expect_error(generate({"--prompt", "a", "--max-new-tokens", "0"}), "max_new_tokens is 0");
+  expect_error(generate({"--prompt", "a", "--seed", "99999999999999999999"}), "--seed: '99999999999999999999', expected an integer that fits into 64 bits");
   expect_error(generate({"--prompt", "a", "--max-new-tokens", "2000000000"}), "of memory are free");
   expect_error(generate({"--prompt", "a", "--schedule", "atention"}), "Did you mean 'attention'?");
   expect_error(generate({"--prompt", "\xff"}), "UTF-8");

@@ -56,6 +56,7 @@ TEST_F(RefusedEarly, TheDemosSecondPart) {
   EXPECT_FALSE(std::filesystem::exists(folder_ / "demo"));
 }
 
+TEST_F(RefusedEarly, AStepBeyondABatch) { expect_line({"bench", "step", "tiny", "--batch", "1073741824", "--seq", "1073741824"}, "is more tokens than a batch can hold"); }
 TEST_F(RefusedEarly, APassBeyondTheMemory) { expect_line({"bench", "forward", "1.4b", "--lengths", "1024,1000000000"}, "a pass over 1000000000 tokens needs about"); }
 
 TEST_F(RefusedEarly, APromptThatIsNoText) {

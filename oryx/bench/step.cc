@@ -1,6 +1,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cstdint>
 
 #include "oryx/bench/bench.h"
 #include "oryx/bench/measure.h"
@@ -55,7 +56,11 @@ std::vector<StepShape> shapes_of(const StepBenchOptions& o) {
     }
   }
   std::vector<StepShape> shapes;
-  for (size_t i = 0; i < n; ++i) shapes.push_back({at(o.batch_sizes, i), at(o.seq_lens, i)});
+  for (size_t i = 0; i < n; ++i) {
+    shapes.push_back({at(o.batch_sizes, i), at(o.seq_lens, i)});
+    const auto& [rows, tokens] = shapes.back();
+    if (rows > INT32_MAX / tokens) fail("a batch of {} x {} is more tokens than a batch can hold (2^31)", rows, tokens);
+  }
   return shapes;
 }
 

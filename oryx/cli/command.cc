@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <cstdio>
 #include <new>
 #include <system_error>
@@ -47,6 +48,17 @@ void write(std::string_view text) {
 
 void flush() {
   if (std::fflush(stdout) != 0) output_failed(errno);
+}
+
+CLI::Validator integer(int64_t least) {
+  CLI::Validator check;
+  check.operation([least](std::string& text) {
+    int64_t value = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (error == std::errc() && end == text.data() + text.size() && value >= least) return std::string();
+    return fmt::format("'{}', expected an integer{} that fits into 64 bits", text, least == INT64_MIN ? "" : fmt::format(" of at least {}", least));
+  });
+  return check;
 }
 
 namespace {
@@ -154,6 +166,17 @@ bool is_out_of_memory(const c10::Error& e) {
          std::string_view(e.what()).find("can't allocate memory") != std::string_view::npos;
 }
 
+// "DefaultCPUAllocator: can't allocate memory: you tried to allocate 16000000000 bytes. Error code 12 ..." in a user's words.
+std::string about_memory(const std::string& line) {
+  constexpr std::string_view kAsked = "you tried to allocate ";
+  const size_t at = line.find(kAsked);
+  if (at == std::string::npos) return line;
+  double bytes = 0;
+  const char* digits = line.data() + at + kAsked.size();
+  if (std::from_chars(digits, line.data() + line.size(), bytes).ec != std::errc()) return line;
+  return human_bytes(bytes) + " were asked for at once; use fewer or shorter inputs, or a smaller model";
+}
+
 // Runs `f` and turns what it throws into a line and an exit code.
 template <typename F>
 int guarded(F&& f) {
@@ -170,7 +193,7 @@ int guarded(F&& f) {
     return report(1, "out of memory");
   } catch (const c10::Error& e) {
     const std::string line = first_line(e.what_without_backtrace());
-    return is_out_of_memory(e) ? report(1, "out of memory: " + line) : report(2, "internal error: " + line);
+    return is_out_of_memory(e) ? report(1, "out of memory: " + about_memory(line)) : report(2, "internal error: " + line);
   } catch (const std::system_error& e) {
     if (e.code() == std::errc::broken_pipe) return 141;
     return report(1, e.what());

@@ -19,6 +19,7 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -51,6 +52,9 @@ template <typename... Args>
 void print(fmt::format_string<Args...> format, Args&&... args) {
   write(fmt::format(format, std::forward<Args>(args)...));
 }
+
+// A check for integers of at least `least`. Without one CLI11 takes the nearest that 64 bits hold of what they do not.
+CLI::Validator integer(int64_t least = INT64_MIN);
 
 // Parses the arguments (without the program's name) and runs the command; returns the exit code. Errors are printed:
 // 0 done, 1 the user's error, 2 an internal error, 130 interrupted, 141 the reader of standard output is gone.

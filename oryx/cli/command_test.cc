@@ -17,6 +17,7 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::EndsWith;
 using ::testing::StartsWith;
 
 struct ThrowOptions {
@@ -48,6 +49,10 @@ ORYX_COMMAND(group, "a command with commands", [](CLI::App& app) {
   CLI::App* train = app.add_subcommand("train", "train it");
   train->add_option("--size", *n, "the size")->required();
   train->callback([n] { print("size {}\n", *n); });
+  auto big = std::make_shared<int64_t>(0);
+  CLI::App* count = app.add_subcommand("count", "count it");
+  count->add_option("--n", *big, "how many")->check(integer(0));
+  count->callback([big] { print("n {}\n", *big); });
   app.add_subcommand("show", "show it")->callback([] { print("shown\n"); });
 });
 
@@ -101,7 +106,14 @@ TEST(Commands, ThrownErrorsBecomeOneLine) {
 TEST(Commands, LibtorchOutOfMemory) {
   const Outcome o = run({"zthrow", "torch_memory"});
   EXPECT_EQ(o.code, 1);
-  EXPECT_THAT(own_lines(o.err), ElementsAre(StartsWith("oryx: error: out of memory: "))) << o.err;
+  EXPECT_THAT(own_lines(o.err), ElementsAre(AllOf(StartsWith("oryx: error: out of memory: "), EndsWith("TiB were asked for at once; use fewer or shorter inputs, or a smaller model")))) << o.err;
+}
+
+TEST(Commands, IntegersThatDoNotFitAreRefused) {
+  EXPECT_EQ(run({"group", "count", "--n", "9223372036854775807"}).out, "n 9223372036854775807\n");
+  for (const char* n : {"9223372036854775808", "-1", "1e3", "3x"}) {
+    expect_error({"group", "count", "--n=" + std::string(n)}, 1, fmt::format("--n: '{}', expected an integer of at least 0 that fits into 64 bits; see oryx group count --help", n));
+  }
 }
 
 TEST(Commands, ClosedOutputIsQuiet) {
@@ -134,7 +146,7 @@ TEST(Commands, UnknownNamesAreNamedWithTheNearest) {
 
 TEST(Commands, MissingPartsAreNamed) {
   expect_error({}, 1, "no command given; expected one of: group, zthrow; see oryx --help");
-  expect_error({"group"}, 1, "oryx group is given no command; expected one of: train, show; see oryx group --help");
+  expect_error({"group"}, 1, "oryx group is given no command; expected one of: train, count, show; see oryx group --help");
   expect_error({"group", "train"}, 1, "--size is required; see oryx group train --help");
   const Outcome o = run({"group", "train", "--size", "many"});
   EXPECT_EQ(o.code, 1);

@@ -91,7 +91,7 @@ ORYX_COMMAND(data, "turn text into token files, or look into them", [](CLI::App&
       ->type_name("PATTERN")
       ->allow_extra_args(false)
       ->excludes(share);
-  building->add_option("--seed", b->dataset.seed, "of the choice of held-out documents (default: 0)")->type_name("N");
+  building->add_option("--seed", b->dataset.seed, "of the choice of held-out documents (default: 0)")->type_name("N")->check(integer(0));
   building->add_flag("--compress", b->compress, "write zstd blocks instead of plain arrays");
   building->add_flag("--overwrite", b->dataset.overwrite, "replace a data set that is there already");
   building->callback([b] { build_data(*b); });

@@ -89,7 +89,7 @@ void run_demo(const DemoArguments& a) {
 ORYX_COMMAND(demo, "the main job in a few minutes: recall by mode, then a small text model", [](CLI::App& app) {
   auto a = std::make_shared<DemoArguments>();
   app.add_option("overrides", a->overrides, "key=value: options of the recall task (see --keys)");
-  app.add_option("--text", a->text, "folder of text for the second part (default: this one)")->type_name("DIR");
+  app.add_option("--text", a->text, "folder of text for the second part (default: the current folder)")->type_name("DIR");
   app.add_option("--out", a->out, "where reports and models go (default: runs/demo)")->type_name("DIR");
   app.add_option("--json", a->json, "write the recall figures here")->type_name("FILE");
   app.add_option("--only", a->only, "recall or text");

@@ -115,10 +115,18 @@ void generate_text(GenerateArguments o) {
   const std::vector<int32_t> ids = o.session.empty() ? loaded.tokenizer->encode_prompt(prompt) : loaded.tokenizer->encode(prompt);
   for (const int32_t id : o.generate.from_end.ids) decoder.add(id);
   for (const int32_t id : ids) decoder.add(id);
-  const Generated out = generate(*loaded.model, schedule, ids, o.generate, [&](int32_t id) {
-    show(decoder.add(id));
-    return true;
-  });
+  const Generated out = [&] {
+    try {
+      return generate(*loaded.model, schedule, ids, o.generate, [&](int32_t id) {
+        show(decoder.add(id));
+        return true;
+      });
+    } catch (const Error&) {
+      if (!o.json && !text.empty() && !text.ends_with('\n')) write("\n");  // its line is not the text's
+      flush();
+      throw;
+    }
+  }();
   if (!saved) show(decoder.finish());  // half a character at the end of a session comes whole with what follows
   if (o.json) {
     const Json json = {{"prompt", prompt}, {"text", text},       {"ids", out.ids}, {"stop", to_string(out.stop)},
@@ -142,13 +150,13 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   auto* prompt = app.add_option("--prompt", o->prompt, "the text to go on with (default: standard input)")->type_name("TEXT");
   app.add_option("--prompt-file", o->prompt_file, "a file that holds it")->type_name("FILE")->excludes(prompt);
   app.add_option("--schedule", o->schedule, "which mixer processes which token (docs/modes.md; default: linear)");
-  app.add_option("--max-new-tokens", o->generate.max_new_tokens, "stop after so many")->type_name("N")->capture_default_str();
+  app.add_option("--max-new-tokens", o->generate.max_new_tokens, "stop after so many")->type_name("N")->check(integer())->capture_default_str();
   app.add_option("--temperature", o->generate.sampling.temperature, "0: always the likeliest token")->capture_default_str();
-  app.add_option("--top-k", o->generate.sampling.top_k, "draw from so many likeliest tokens (0: all)")->type_name("N")->capture_default_str();
+  app.add_option("--top-k", o->generate.sampling.top_k, "draw from so many likeliest tokens (0: all)")->type_name("N")->check(integer())->capture_default_str();
   app.add_option("--top-p", o->generate.sampling.top_p, "draw from the fewest likeliest tokens with this probability together")->capture_default_str();
   app.add_option("--min-p", o->generate.sampling.min_p, "leave out tokens less likely than this times the likeliest")->capture_default_str();
-  app.add_option("--seed", o->generate.sampling.seed, "of the draws, and of a random schedule")->type_name("N")->capture_default_str();
-  app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory")->type_name("N")->capture_default_str();
+  app.add_option("--seed", o->generate.sampling.seed, "of the draws, and of a random schedule")->type_name("N")->check(integer())->capture_default_str();
+  app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory")->type_name("N")->check(integer())->capture_default_str();
   auto* session = app.add_option("--session", o->session, "go on from a session that was saved: the prompt, which may be empty, comes behind what it holds")->type_name("FILE");
   app.add_option("--save-session", o->save_session, "save prompt and text there at the end, or at Ctrl-C, to go on from")->type_name("FILE");
   app.add_option("--kv", o->kv, "keys and values: keep, drop, bounded:F+W (those of the first F and the last W tokens), or rows chosen by a policy, as surprise:budget=256 (docs/state.md)")

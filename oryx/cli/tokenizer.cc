@@ -103,11 +103,11 @@ ORYX_COMMAND(tokenizer, "train a tokeniser, or encode and decode with one", [](C
   auto t = std::make_shared<TokenizerTrainArguments>();
   CLI::App* training = app.add_subcommand("train", "learn a SentencePiece BPE model from text");
   add_text_options(*training, t->text, t->source);
-  training->add_option("--vocab-size", t->training.vocab_size, "pieces to learn (default: 32000)")->type_name("N");
+  training->add_option("--vocab-size", t->training.vocab_size, "pieces to learn (default: 32000)")->type_name("N")->check(integer());
   training->add_option("--out", t->out, "the model file to write")->required()->type_name("FILE");
   training->add_option("--sample", t->sample_mib, "MiB of text to learn from, drawn from all of it (default: 32)")
       ->type_name("MIB");
-  training->add_option("--seed", t->training.seed, "of that draw (default: 1)")->type_name("N");
+  training->add_option("--seed", t->training.seed, "of that draw (default: 1)")->type_name("N")->check(integer(0));
   training->callback([t] { train_tokenizer(*t); });
 
   auto e = std::make_shared<TokenizerUseArguments>();

@@ -14,6 +14,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/file_operations.h"
+#include "oryx/common/progress.h"
 
 namespace oryx {
 
@@ -332,6 +333,11 @@ uint64_t available_memory() {
   }
   used -= std::min(used, cached);
   return std::min(available, limit > used ? limit - used : 0);
+}
+
+void expect_memory(double bytes, std::string_view what) {
+  const auto free = static_cast<double>(available_memory());
+  if (bytes > free) fail("{} takes {}, but only {} of memory are free", what, human_bytes(bytes), human_bytes(free));
 }
 
 }  // namespace oryx

@@ -104,5 +104,7 @@ void remove_temporaries(const std::filesystem::path& folder, std::string_view na
 
 // Bytes of memory this process can still take: the smaller of what the system and its control group leave.
 uint64_t available_memory();
+// Throws Error ("WHAT takes 3.00 GiB, but only 1.00 GiB of memory are free") when they are fewer. Before an allocation that the system might grant and not be able to keep.
+void expect_memory(double bytes, std::string_view what);
 
 }  // namespace oryx

@@ -129,10 +129,12 @@ double TrainLoader::epochs() const {
 EvalReader::EvalReader(std::shared_ptr<const TokenFile> file, const EvalOptions& options)
     : file_(std::move(file)), options_(options) {
   TORCH_CHECK(options.seq_len > 0, "EvalReader: windows of ", options.seq_len);
-  options_.tokens_per_batch = std::max(options_.tokens_per_batch, options_.seq_len);
-  bool any = false;
-  for (uint64_t i = 0; i < file_->documents() && !any; ++i) any = file_->document_size(i) > 1;
-  if (!any) fail("{}: no document has two tokens; there is nothing to score", file_->path());
+  uint64_t longest = 0;
+  for (uint64_t i = 0; i < file_->documents(); ++i) longest = std::max(longest, file_->document_size(i));
+  if (longest < 2) fail("{}: no document has two tokens; there is nothing to score", file_->path());
+  // Memory for a batch is taken whole: not for more than the file can fill.
+  options_.seq_len = std::min(options_.seq_len, static_cast<int64_t>(longest));
+  options_.tokens_per_batch = std::min(std::max(options_.tokens_per_batch, options_.seq_len), static_cast<int64_t>(file_->tokens()));
 }
 
 bool EvalReader::at_end() {

@@ -225,5 +225,13 @@ TEST_F(LoaderTest, EvalReaderStopsAfterTheDocumentThatReachesTheLimit) {
   EXPECT_LT(file->document_begin(last) - last, 200u);
 }
 
+TEST_F(LoaderTest, EvalWindowsLongerThanTheFileTakeNoMemoryOfTheirLength) {
+  const auto file = make(40, 70);
+  EvalReader reader(file, {.seq_len = int64_t{1} << 50});
+  int64_t tokens = 0;
+  while (const auto b = reader.next()) tokens += b->input_ids.numel();
+  EXPECT_EQ(tokens, static_cast<int64_t>(file->tokens() - file->documents()));
+}
+
 }  // namespace
 }  // namespace oryx

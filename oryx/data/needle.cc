@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "oryx/common/error.h"
+#include "oryx/common/file.h"
 #include "oryx/common/random.h"
 #include "oryx/data/synthetic.h"
 
@@ -18,6 +19,7 @@ constexpr const char* kAdjectives[] = {"amber",  "silver", "crimson", "hollow", 
 constexpr const char* kNouns[] = {"lantern", "harbour", "orchard", "bridge", "compass", "anchor", "meadow", "chimney",
                                   "violin",  "saddle",  "tunnel",  "ledger", "kettle",  "timber", "paddle", "statue"};
 constexpr size_t kLongestSentence = 400;              // bytes; hay without full stops is cut at a space
+constexpr int64_t kSmallPrompt = int64_t{1} << 24;    // tokens of a prompt that needs no look at the memory
 constexpr uint64_t kLargestHay = uint64_t{16} << 20;  // bytes kept of the documents
 
 // Pieces that end behind a full stop, question or exclamation mark, or behind newlines; together they are `text`. A
@@ -86,6 +88,7 @@ NeedleTask::NeedleTask(const Tokenizer& tokenizer, NeedleKind kind, const std::v
 }
 
 NeedleExample NeedleTask::example(int64_t length, double depth, uint64_t seed, uint64_t index) const {
+  if (length > kSmallPrompt) expect_memory(16 * static_cast<double>(length), fmt::format("needle: a prompt of {} tokens", length));
   if (!(depth >= 0 && depth <= 1)) fail("needle: depth {}, expected 0 to 1", depth);
   CounterRng rng(seed, index);
   NeedleExample e;

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "oryx/common/error.h"
+#include "oryx/common/file.h"
 #include "oryx/common/random.h"
 #include "oryx/data/packing.h"
 #include "oryx/data/synthetic.h"
@@ -78,6 +79,10 @@ RecallExample recall_example(const RecallOptions& o, uint64_t seed, uint64_t ind
 }
 
 RecallBatch recall_batch(const RecallOptions& o, uint64_t seed, uint64_t first_index, int64_t batch_size) {
+  check(o);
+  if (const double tokens = static_cast<double>(batch_size) * static_cast<double>(o.tokens()); tokens > 1 << 24) {
+    expect_memory(32 * tokens, fmt::format("recall: a batch of {} sequences of {} tokens", batch_size, o.tokens()));
+  }
   RecallBatch batch{at::empty({batch_size, o.tokens()}, at::kLong), at::empty({batch_size, o.tokens()}, at::kLong),
                     at::empty({batch_size, o.queries}, at::kInt)};
   for (int64_t b = 0; b < batch_size; ++b) {

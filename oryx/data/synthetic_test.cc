@@ -104,6 +104,10 @@ std::vector<std::string> essays() {
   return out;
 }
 
+TEST(Recall, ABatchBeyondTheMemory) {
+  EXPECT_THAT(error_of([] { recall_batch({.length = int64_t{1} << 40}, 0, 0, 1024); }), HasSubstr("of memory are free"));
+}
+
 TEST(Needle, LengthDepthAndContent) {
   const auto tokenizer = make_byte_tokenizer();
   for (const char* name : {"noise", "essay_number", "essay_word"}) {
@@ -146,6 +150,7 @@ TEST(Needle, BadInput) {
   const NeedleTask task(*tokenizer, NeedleKind::noise);
   EXPECT_THAT(error_of([&] { task.example(50, 0.5, 0, 0); }), HasSubstr("a prompt of 50 tokens is too short"));
   EXPECT_THAT(error_of([&] { task.example(500, 1.5, 0, 0); }), HasSubstr("depth 1.5"));
+  EXPECT_THAT(error_of([&] { task.example(int64_t{1} << 50, 0.5, 0, 0); }), HasSubstr("of memory are free"));
 }
 
 }  // namespace

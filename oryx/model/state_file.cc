@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <charconv>
+#include <cstring>
 
 #include "oryx/common/error.h"
 #include "oryx/common/file.h"
