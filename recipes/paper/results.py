@@ -106,6 +106,10 @@ def shown(v, scale=1.0, digits=1, sign=False):
     return text + (" ± %.*f" % (digits, spread(v)) if len(v) > 1 else " (one seed)")
 
 
+def percent(v, digits=1):
+    return (shown(v, digits=digits, sign=True) + "%").replace(" (one seed)%", "% (one seed)")
+
+
 def minus(a, b):
     return [x - y for x, y in pairs(a, b)]
 

@@ -13,7 +13,7 @@ import json, lzma, math, os, re, sys
 sys.dont_write_bytecode = True
 import pictures
 import token_tables
-from results import (BASELINE, CORE, LM, MIXED_LM, RETRIEVAL_MODES, TITLE, Results, Values, above, human, load, mean, minus, modes, named, pairs, parameters, share, shown, table)
+from results import (BASELINE, CORE, LM, MIXED_LM, RETRIEVAL_MODES, TITLE, Results, Values, above, human, load, mean, minus, modes, named, pairs, parameters, percent, share, shown, table)
 
 
 def t_models(r):
@@ -37,9 +37,9 @@ def t_perplexity(r):
             if not v:
                 continue
             base = r.values("transformer" if s == "attention" else BASELINE.get(m, m), "perplexity", s, "perplexity")
-            against = ["-" if m in (*BASELINE.values(), "transformer") or not pairs(v, base) else shown(above(v, base), sign=True) + "%"]
+            against = ["-" if m in (*BASELINE.values(), "transformer") or not pairs(v, base) else percent(above(v, base))]
             if control:
-                against.append(shown(above(v, control), sign=True) + "%" if m.startswith("oryx") and s == "attention" else "-")
+                against.append(percent(above(v, control)) if m.startswith("oryx") and s == "attention" else "-")
             rows.append([TITLE[m] if len(modes(m)) == 1 else TITLE[m] + ", `" + s + "`", share(r.values(m, "perplexity", s, "attention_share")), shown(v, digits=2)] + against)
     return table(["model, schedule", "attention tokens", "test perplexity", "against its baseline"] + ["against attention alone in this layer"] * bool(control), rows)
 
@@ -60,7 +60,7 @@ def t_curves(r):
                 continue
             steps = sorted({s for s, k in a[seeds[0]] if k == mode})[:8]
             of = lambda c, s: c[(s, mode)] if (s, mode) in c else c[(s, "linear")]
-            rows.append([TITLE[m] + ", " + mode + ", against " + TITLE[base]] + [shown([100 * (of(a[n], s) / of(b[n], s) - 1) for n in seeds], sign=True) + "%" for s in steps])
+            rows.append([TITLE[m] + ", " + mode + ", against " + TITLE[base]] + [percent([100 * (of(a[n], s) / of(b[n], s) - 1) for n in seeds]) for s in steps])
     run = r.seeds("oryx-mamba2")[0]
     c = r.runs[run]["config"]
     return table(["held-out perplexity after"] + ["%.0fM tokens" % (s * c["batch_size"] * c["seq_len"] / 1e6) for s in steps], rows)
@@ -143,7 +143,7 @@ def j_each_seed(groups):
             for s in RETRIEVAL_MODES.get(m, modes(m)):
                 of[group, m, s] = retrieval_columns(r, m, s)
     for key, title in (("needle", "needle, to 2,048 tokens"), ("real", "SQuAD and NQ"), ("recall", "recall")):
-        for m in BASELINE:
+        for m in ("oryx-gdn", "oryx-mamba2"):
             others = [(BASELINE[m], "linear", TITLE[BASELINE[m]]), ("transformer", "attention", TITLE["transformer"]), ("attention-alone", "attention", "attention alone in this layer"), (m, "attention", "itself wholly in attention")]
             for other, mode, name in others:
                 cells = []
