@@ -88,7 +88,8 @@ def t_kv(r):
     for m in VARIANTS:
         if not r.values(m, "kv-keep", "", "accuracy"):
             continue
-        rows.append(["%s: KiB of keys and values" % TITLE[m], "0"] + ["{:,.0f}".format(kib(r, m, "kv-write-%d" % b)) for b in sizes] + ["{:,.0f}".format(kib(r, m, "kv-keep"))])
+        one = " (one seed)" if len(r.values(m, "kv-keep", "", "accuracy")) == 1 else ""
+        rows.append(["%s%s: KiB of keys and values" % (TITLE[m], one), "0"] + ["{:,.0f}".format(kib(r, m, "kv-write-%d" % b)) for b in sizes] + ["{:,.0f}".format(kib(r, m, "kv-keep"))])
         for by, title, _ in KEPT:
             ends = [cell(m, t) for t in ("kv-drop", "kv-keep")] if by == KEPT[0][0] else ["", ""]
             rows.append([title, ends[0], *[cell(m, "kv-%s-%d" % (by, b)) for b in sizes], ends[1]])
