@@ -36,28 +36,6 @@ __device__ __forceinline__ int head_pieces(const OryxDecodeStep& a) {
   return (a.vocab_size / kRows - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
 }
 
-// What the consumers read of a layer besides its pieces: each multiprocessor fetches what is its own, and a share of what all read.
-template <int kD>
-__device__ __forceinline__ void fetch_small(const OryxDecodeLayer& layer, int head, int rank) {
-  constexpr int H = kD / kWidth, kShare = kD * 4 / (H * kGroup);
-  const int channel = head * kWidth + rank * kSliceRows, lane = threadIdx.x & 31;
-  const auto at = [](const void* p, int64_t bytes) { return static_cast<const char*>(p) + bytes; };
-  switch (lane) {
-    case 0: fetch_ahead(at(layer.norm1, blockIdx.x * kShare), kShare); break;
-    case 1: fetch_ahead(at(layer.norm2, blockIdx.x * kShare), kShare); break;
-    case 2: fetch_ahead(at(layer.k_conv, channel * 16), kSliceRows * 16); break;
-    case 3: fetch_ahead(at(layer.v_conv, channel * 16), kSliceRows * 16); break;
-    case 4: fetch_ahead(at(layer.k_tail, channel * 6), kSliceRows * 6); break;
-    case 5: fetch_ahead(at(layer.v_tail, channel * 6), kSliceRows * 6); break;
-    case 6: fetch_ahead(at(layer.w_beta_decay, (static_cast<int64_t>(head) * kD + rank * (kD / kGroup)) * 4), kD / kGroup * 4); break;
-    case 7: fetch_ahead(at(layer.w_beta_decay, (static_cast<int64_t>(H + head) * kD + rank * (kD / kGroup)) * 4), kD / kGroup * 4); break;
-    case 8: fetch_ahead(layer.o_norm, kWidth * 4); break;
-    case 9: fetch_ahead(layer.A_log, H * 4); break;
-    case 10: fetch_ahead(layer.dt_bias, H * 4); break;
-    default: break;
-  }
-}
-
 template <int kD, int kF>
 __device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) {
   constexpr int H = kD / kWidth;
@@ -76,10 +54,7 @@ __device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) 
     if (lane < kTableWords) reinterpret_cast<uint64_t*>(s.layers + l % kLayersAhead)[lane] = word;
     __syncwarp();
   };
-  fetch_small<kD>(s.layers[0], head, rank);
   uint64_t pending = table_word(2);
-  if (a.num_layers > 1) fetch_small<kD>(s.layers[1], head, rank);
-  if (lane == 0) fetch_ahead(reinterpret_cast<const char*>(a.final_norm) + blockIdx.x * (kD * 4 / (H * kGroup)), kD * 4 / (H * kGroup));
   constexpr int kBlocks = H * kGroup;
   const auto columns = [&](const void* w, int tiles, int begin, int count) {
     const char* from = static_cast<const char*>(w);
@@ -93,7 +68,6 @@ __device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) 
     if (l > 0) {
       keep_word(l + 1, pending);
       pending = table_word(l + 2);
-      if (l + 1 < a.num_layers) fetch_small<kD>(s.layers[(l + 1) % kLayersAhead], head, rank);
     }
     const OryxDecodeLayer& layer = s.layers[l % kLayersAhead];
     const bool attention = s.modes[l] != 0;

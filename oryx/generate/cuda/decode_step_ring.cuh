@@ -174,8 +174,6 @@ struct Producer {
     ring.step();
   }
 };
-// Into L2.
-__device__ __forceinline__ void fetch_ahead(const void* src, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory"); }
 
 struct Consumer {
   Ring ring;
