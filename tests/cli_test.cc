@@ -66,6 +66,16 @@ TEST(Program, ThreadsMustBeAPositiveNumber) {
   }
 }
 
+// A command that leaves nothing by halves ends at once, here in the middle of reading its input.
+TEST(Program, CtrlCIsOneLine) {
+  const auto r = run_command({"bash", "-c",
+                              "d=$(mktemp -d); mkfifo $d/pipe; \"$0\" tokenizer encode byte < $d/pipe & exec 3> $d/pipe; rm -r $d; "
+                              "while kill -0 $! && ! grep -q '^SigCgt:.*[2367abef]$' /proc/$!/status; do sleep 0.005; done; kill -INT $!; wait $!",
+                              program_path()});
+  expect_one_line_error(r, 130);
+  EXPECT_EQ(r.err, "oryx: error: interrupted\n");
+}
+
 TEST(Program, FullDiskIsAnError) {
   const auto r = run({"--help"}, {.stdout_path = "/dev/full"});
   expect_one_line_error(r);

@@ -23,6 +23,18 @@ void save_transformer(const std::filesystem::path& folder) {
   save_model(m, folder);
 }
 
+TEST(ImportExport, CtrlCLeavesNothing) {
+  const TemporaryFolder folder;
+  ModelConfig c = preset("tiny-transformer");
+  c.vocab_size = 200000;  // 100 MB
+  save_model(LanguageModel(c), folder / "own");
+  const ProgramResult r = run_interrupted({"export", (folder / "own").string(), "--out", (folder / "hf").string()},
+                                          fmt::format("[ -e {}/.hf.partial-$! ]", folder.path().string()));
+  EXPECT_EQ(r.exit_code, 130);
+  EXPECT_EQ(r.err, "oryx: error: interrupted\n");
+  for (const auto& entry : std::filesystem::directory_iterator(folder.path())) EXPECT_EQ(entry.path().filename(), "own");
+}
+
 TEST(ImportExport, AnImportedModelIsInspectedEvaluatedAndGenerates) {
   const TemporaryFolder folder;
   save_transformer(folder / "own");

@@ -1,6 +1,7 @@
 // oryx export: a model's folder becomes a checkpoint that Hugging Face transformers loads.
 #include "oryx/cli/command.h"
 #include "oryx/cli/model_folder.h"
+#include "oryx/common/interrupt.h"
 #include "oryx/model/hf/convert.h"
 
 namespace oryx::cli {
@@ -12,6 +13,7 @@ struct ExportArguments {
 };
 
 void export_model(const ExportArguments& o) {
+  catch_interrupts();
   const Conversion done = export_checkpoint(model_folder(o.folder), o.out);
   print("{}: {} of {} layers, {} parameters in {} tensors\n", o.out, done.family, done.config.num_layers, done.parameters, done.tensors);
 }

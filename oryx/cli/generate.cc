@@ -127,7 +127,8 @@ void generate_text(GenerateArguments o) {
       throw;
     }
   }();
-  if (!saved) show(decoder.finish());  // half a character at the end of a session comes whole with what follows
+  // Half a character at the end of a session comes whole with what follows; an interrupt ends behind a whole one.
+  if (!saved && out.stop != StopReason::kInterrupted) show(decoder.finish());
   if (o.json) {
     const Json json = {{"prompt", prompt}, {"text", text},       {"ids", out.ids}, {"stop", to_string(out.stop)},
                        {"schedule", schedule.text()}, {"kv", kv_text(o.generate.state)}, {"stats", stats_json(out.stats)}};

@@ -1,5 +1,6 @@
 // oryx import: a published Hugging Face checkpoint becomes a model's folder.
 #include "oryx/cli/command.h"
+#include "oryx/common/interrupt.h"
 #include "oryx/model/hf/convert.h"
 
 namespace oryx::cli {
@@ -11,6 +12,7 @@ struct ImportArguments {
 };
 
 void import_model(const ImportArguments& o) {
+  catch_interrupts();
   const Conversion done = import_checkpoint(o.folder, o.out);
   print("{}: {} of {} layers, {} parameters in {} tensors\n", o.out, done.family, done.config.num_layers, done.parameters, done.tensors);
 }

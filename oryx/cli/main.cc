@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "oryx/cli/command.h"
+#include "oryx/common/interrupt.h"
 
 namespace {
 
@@ -23,5 +24,6 @@ int main(int argc, char** argv) {
   // A closed pipe shall be an error of the write that meets it, not the end of a training run.
   std::signal(SIGPIPE, SIG_IGN);
   keep_freed_memory();
+  const oryx::InterruptsEndAtOnce until_a_command_asks;  // those that leave something by halves catch interrupts themselves
   return oryx::cli::run_program({argv + 1, argv + argc});
 }

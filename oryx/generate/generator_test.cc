@@ -2,12 +2,14 @@
 #include "oryx/generate/generator.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "oryx/common/error.h"
 #include "oryx/common/random.h"
+#include "oryx/data/test_support.h"
 #include "oryx/data/tokenizer.h"
 #include "oryx/model/routed_cost.h"
 #include "oryx/model/state_file.h"
@@ -17,6 +19,7 @@
 namespace oryx {
 namespace {
 
+using test::error_of;
 using ::testing::HasSubstr;
 
 constexpr double kTolerance = 2e-5;  // float32, two small layers, different orders of summation
@@ -122,15 +125,36 @@ TEST(Generator, GoesOnFromASession) {
   }
 }
 
+// On a GPU: the last token of a session goes through the fused decoder like those before it.
+TEST(GeneratorCuda, GoesOnFromASessionAsIfItHadNeverBeenLeft) {
+  if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
+  ModelConfig c;
+  c.vocab_size = 320, c.num_layers = 2;
+  c.layer.hidden_size = 256, c.layer.num_heads = 2, c.layer.head_dim = 128, c.layer.intermediate_size = 512;
+  LanguageModel m(c, at::kBFloat16);
+  m.initialize(3);
+  m.to(at::kCUDA);
+  m.keep_copies();
+  const ModelSchedule schedule(c, "linear,attention@20:");
+  const auto prompt = prompt_of(17);
+  const test::TemporaryFolder folder;
+  const auto file = folder / "session.safetensors";
+  GenerateOptions o{.max_new_tokens = 8, .sampling = {.temperature = 1, .seed = 2}};
+  o.at_end = [&](const State& state, const TextEnd& end) { save_state(m, state, file, end); };
+  std::vector<int32_t> joined = generate(m, schedule, prompt, o).ids;
+  TextEnd end;
+  State left = load_state(m, file, 0, &end);
+  const auto rest = generate(m, schedule, {}, {.max_new_tokens = 9, .sampling = o.sampling, .from = &left, .from_end = end}).ids;
+  joined.insert(joined.end(), rest.begin(), rest.end());
+  o.max_new_tokens = 17;
+  EXPECT_EQ(joined, generate(m, schedule, prompt, o).ids);
+}
+
 TEST(Generator, ASessionWithoutAnEndWantsAPrompt) {
   const auto m = make_model(small_config());
   State state = m->make_state(1);
-  try {
-    generate(*m, ModelSchedule(m->config(), "linear"), {}, {.from = &state});
-    FAIL() << "went on from nothing";
-  } catch (const Error& e) {
-    EXPECT_THAT(e.what(), HasSubstr("the session does not hold what follows its text; give a prompt"));
-  }
+  EXPECT_THAT(error_of([&] { generate(*m, ModelSchedule(m->config(), "linear"), {}, {.from = &state}); }),
+              HasSubstr("the session does not hold what follows its text; give a prompt"));
 }
 
 TEST(Generator, ASessionIsNotSavedBeforeItsTextIsWhole) {
@@ -319,16 +343,6 @@ TEST(Generator, StreamedTextIsTheDecodedText) {
   streamed += decoder.finish();
   EXPECT_EQ(streamed, tokenizer->decode(out.ids));
   EXPECT_EQ(out.ids.size(), 200u);
-}
-
-template <typename F>
-std::string error_of(F f) {
-  try {
-    f();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "";
 }
 
 TEST(Generator, RefusesWhatExceedsMemoryBeforeAllocating) {

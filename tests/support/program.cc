@@ -92,4 +92,13 @@ ProgramResult run(const std::vector<std::string>& args, const ProgramOptions& op
   return run_command(command, options);
 }
 
+ProgramResult run_interrupted(const std::vector<std::string>& args, const std::string& when, double delay) {
+  const std::string script = "out=$(mktemp); \"$0\" \"$@\" > $out & "
+                             "while kill -0 $! && ! { grep -q '^SigCgt:.*[2367abef]$' /proc/$!/status && " + when + "; }; do sleep 0.005; done; "
+                             "sleep " + std::to_string(delay) + "; kill -INT $!; wait $!; code=$?; cat $out; rm $out; exit $code";
+  std::vector<std::string> command = {"bash", "-c", script, program_path()};
+  command.insert(command.end(), args.begin(), args.end());
+  return run_command(command);
+}
+
 }  // namespace oryx::test

@@ -21,6 +21,10 @@ struct ProgramOptions {
 
 ProgramResult run(const std::vector<std::string>& args, const ProgramOptions& options = {});
 
+// The same, with SIGINT as Ctrl-C sends it, `delay` seconds after the program catches it and the shell's condition `when` holds ($! is the program, $out a file that its
+// standard output goes to).
+ProgramResult run_interrupted(const std::vector<std::string>& args, const std::string& when, double delay = 0);
+
 // The same for any program, found in PATH when its name holds no slash.
 ProgramResult run_command(const std::vector<std::string>& command, const ProgramOptions& options = {});
 

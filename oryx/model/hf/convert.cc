@@ -8,6 +8,7 @@
 #include <map>
 
 #include "oryx/common/file.h"
+#include "oryx/common/interrupt.h"
 #include "oryx/common/options.h"
 #include "oryx/common/progress.h"
 #include "oryx/common/utf8.h"
@@ -102,6 +103,7 @@ void make_folder_whole(const fs::path& given, const std::function<void(const fs:
   try {
     make_folders(partial);
     fill(partial);
+    check_interrupt();
     rename_path(partial, out);
     placed = true;
     sync_folder(parent);
@@ -283,7 +285,10 @@ Conversion import_checkpoint(const fs::path& hf_folder, const fs::path& out) {
   Conversion done{plan.family.model_type, plan.config, 0, count_parameters(plan.config)};
   make_folder_whole(out, [&](const fs::path& folder) {
     NamedTensors tensors;
-    for (const auto& rule : plan.rules) take_apart(rule, files.load(rule.theirs), plan.shapes, tensors);
+    for (const auto& rule : plan.rules) {
+      check_interrupt();
+      take_apart(rule, files.load(rule.theirs), plan.shapes, tensors);
+    }
     done.tensors = static_cast<int64_t>(tensors.size());
     write_safetensors(folder / "model.safetensors", tensors, {{"format", "oryx"}});
     copy_companions(hf_folder, folder);
@@ -310,7 +315,10 @@ Conversion export_checkpoint(const fs::path& model_folder, const fs::path& out) 
 
   make_folder_whole(out, [&](const fs::path& folder) {
     NamedTensors tensors;
-    for (const auto& rule : rules) tensors.emplace_back(rule.theirs, put_together(rule, file, shapes));
+    for (const auto& rule : rules) {
+      check_interrupt();
+      tensors.emplace_back(rule.theirs, put_together(rule, file, shapes));
+    }
     write_safetensors(folder / "model.safetensors", tensors, {{"format", "pt"}});
     copy_companions(model_folder, folder);
     write_file(folder / "config.json", form.config_text);
