@@ -55,7 +55,7 @@ TEST(Rooms, FilesAreShort) {
   for (const auto& entry : fs::recursive_directory_iterator(test::source_path("oryx"))) {
     if (!entry.is_regular_file() || !is_source(entry.path())) continue;
     const std::string text = read_file(entry.path());
-    EXPECT_LE(std::count(text.begin(), text.end(), '\n'), 600) << entry.path();
+    EXPECT_LE(std::count(text.begin(), text.end(), '\n'), 500) << entry.path();
   }
 }
 

@@ -101,6 +101,16 @@ void set_mamba2(LayerConfig& l, const Mamba2Shape& s) {
   l.head_norm_groups = s.groups;
 }
 
+void set_gated_delta_net(LayerConfig& l, HfConfig& c) {
+  l.num_heads = l.num_kv_heads = c.integer("linear_num_key_heads");
+  l.num_value_heads = c.integer("linear_num_value_heads");
+  l.head_dim = c.integer("linear_key_head_dim");
+  l.value_head_dim = c.integer("linear_value_head_dim");
+  l.conv_kernel = c.integer("linear_conv_kernel_dim", 4);
+  l.conv_activation = "silu";
+  l.query_conv = true;
+}
+
 Mamba2Shape read_mamba2_shape(HfConfig& c) {
   const Mamba2Shape shape{c.integer("mamba_n_heads"), c.integer("mamba_d_head"), c.integer("mamba_n_groups"), c.integer("mamba_d_state")};
   check_mamba2_shape(c, shape, c.number("mamba_expand", 2), c.integer("hidden_size"));

@@ -65,6 +65,9 @@ struct Mamba2Shape {
   int64_t heads, head_dim, groups, state;
 };
 void set_mamba2(LayerConfig& l, const Mamba2Shape& shape);
+// The shape of a Gated DeltaNet layer: linear_num_key_heads, linear_num_value_heads, linear_key_head_dim, linear_value_head_dim, linear_conv_kernel_dim (4 unless said); its
+// convolution runs over queries too and ends in SiLU.
+void set_gated_delta_net(LayerConfig& l, HfConfig& c);
 // From mamba_n_heads, mamba_d_head, mamba_n_groups, mamba_d_state; mamba_expand and hidden_size must agree with them.
 Mamba2Shape read_mamba2_shape(HfConfig& c);
 // Throws unless heads x head_dim is expand x hidden_size.

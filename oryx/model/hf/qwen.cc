@@ -61,13 +61,7 @@ ModelConfig qwen_config(HfConfig& hf) {
   c.tie_word_embeddings = hf.flag("tie_word_embeddings", false);
   l.hidden_size = hf.integer("hidden_size");
   l.intermediate_size = feed_forward_width(hf, "intermediate_size");
-  l.num_heads = l.num_kv_heads = hf.integer("linear_num_key_heads");
-  l.num_value_heads = hf.integer("linear_num_value_heads");
-  l.head_dim = hf.integer("linear_key_head_dim");
-  l.value_head_dim = hf.integer("linear_value_head_dim");
-  l.conv_kernel = hf.integer("linear_conv_kernel_dim", 4);
-  l.conv_activation = "silu";
-  l.query_conv = true;
+  set_gated_delta_net(l, hf);
   l.norm_eps = hf.number("rms_norm_eps", 1e-6);
   l.zero_centred_norm = true;
   c.layer_overrides = attention_overrides(c, qwen_attention_layer(l, hf));

@@ -64,19 +64,6 @@ void for_pieces(const std::vector<Piece>& pieces, F&& f) {
   });
 }
 
-kernels::AdamwConstants constants_of(int64_t step, const AdamwOptions& o, double grad_scale) {
-  const double n = static_cast<double>(step);
-  kernels::AdamwConstants c{};
-  c.grad_scale = static_cast<float>(grad_scale);
-  c.keep = static_cast<float>(1 - o.lr * o.weight_decay);
-  c.beta1 = static_cast<float>(o.beta1), c.one_less_beta1 = static_cast<float>(1 - o.beta1);
-  c.beta2 = static_cast<float>(o.beta2), c.one_less_beta2 = static_cast<float>(1 - o.beta2);
-  c.step_size = static_cast<float>(o.lr / (1 - std::pow(o.beta1, n)));
-  c.inverse_root = static_cast<float>(1 / std::sqrt(1 - std::pow(o.beta2, n)));
-  c.eps = static_cast<float>(o.eps);
-  return c;
-}
-
 void adamw_cpu(at::TensorList p, at::TensorList g, at::TensorList m, at::TensorList v, int64_t step, double lr,
                double beta1, double beta2, double eps, double weight_decay, double grad_scale) {
   TORCH_CHECK(g.size() == p.size() && m.size() == p.size() && v.size() == p.size(), "adamw_step: lists of ", p.size(),
@@ -96,7 +83,7 @@ void adamw_cpu(at::TensorList p, at::TensorList g, at::TensorList m, at::TensorL
     second.push_back(v[i]);
     for (const at::Tensor& t : {p[i], m[i], v[i]}) t.unsafeGetTensorImpl()->bump_version();
   }
-  const kernels::AdamwConstants c = constants_of(step, options, grad_scale);
+  const kernels::AdamwConstants c = adamw_constants<kernels::AdamwConstants>(step, options, grad_scale);
   for_pieces(pieces_of(parameters), [&](int64_t, const Piece& piece) {
     const size_t i = piece.tensor;
     const int64_t b = piece.begin;

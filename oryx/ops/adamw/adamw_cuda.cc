@@ -1,7 +1,6 @@
 // AdamW on CUDA: hands the lists of tensors to the launchers of cuda/adamw.cu.
 #include <torch/library.h>
 
-#include <cmath>
 #include <vector>
 
 #include "oryx/ops/adamw/adamw_internal.h"
@@ -13,19 +12,6 @@ namespace {
 
 // The gradient as the launchers take it: contiguous, float32 or bfloat16.
 at::Tensor usable(const at::Tensor& g) { return cuda::as_parameter(g); }
-
-OryxAdamwConstants constants_of(int64_t step, const AdamwOptions& o, double grad_scale) {
-  const double n = static_cast<double>(step);
-  OryxAdamwConstants c{};
-  c.grad_scale = static_cast<float>(grad_scale);
-  c.keep = static_cast<float>(1 - o.lr * o.weight_decay);
-  c.beta1 = static_cast<float>(o.beta1), c.one_less_beta1 = static_cast<float>(1 - o.beta1);
-  c.beta2 = static_cast<float>(o.beta2), c.one_less_beta2 = static_cast<float>(1 - o.beta2);
-  c.step_size = static_cast<float>(o.lr / (1 - std::pow(o.beta1, n)));
-  c.inverse_root = static_cast<float>(1 / std::sqrt(1 - std::pow(o.beta2, n)));
-  c.eps = static_cast<float>(o.eps);
-  return c;
-}
 
 void adamw_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at::TensorList v, int64_t step, double lr, double beta1, double beta2,
                 double eps, double weight_decay, double grad_scale) {
@@ -51,7 +37,7 @@ void adamw_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at::Tensor
                        nullptr, p[i].numel(), cuda::kernel_dtype("adamw_step", d), 0});
     for (const at::Tensor& t : {p[i], m[i], v[i]}) t.unsafeGetTensorImpl()->bump_version();
   }
-  const OryxAdamwConstants constants = constants_of(step, options, grad_scale);
+  const OryxAdamwConstants constants = adamw_constants<OryxAdamwConstants>(step, options, grad_scale);
   cuda::check("adamw_step", oryx_adamw(tensors.data(), static_cast<int64_t>(tensors.size()), &constants, cuda::stream_of(p[0])));
 }
 

@@ -156,14 +156,6 @@ Gradients chunked_backward(const Problem& p, const Inputs& x, const Outputs& sav
   return d;
 }
 
-at::Tensor plain_step(const Problem& p, const Inputs& x, at::Tensor& state) {
-  const auto heads = [](const at::Tensor& y, int64_t n) { return y.repeat_interleave(n / y.size(1), 1); };
-  const at::Tensor q = heads(normalise(x.q, p.l2_eps).x, p.Ho) * p.scale;
-  const at::Tensor k = heads(normalise(x.k, p.l2_eps).x, p.Hs), v = heads(x.v, p.Hs);
-  state.mul_(rows(rows(x.g.exp())));
-  const at::Tensor written = rows(x.beta) * (v - at::matmul(state, rows(k)).squeeze(-1));
-  state.add_(rows(written) * k.unsqueeze(-2));
-  return at::matmul(state.unsqueeze(2), rows(q.unflatten(1, {p.Hs, p.groups}))).squeeze(-1).flatten(1, 2);
-}
+at::Tensor plain_step(const Problem& p, const Inputs& x, at::Tensor& state) { return delta_step(p, x, rows(rows(x.g.exp())), state); }
 
 }  // namespace oryx::ops::gated_delta

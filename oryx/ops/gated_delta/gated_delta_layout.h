@@ -86,6 +86,17 @@ inline at::Tensor gather_heads(const at::Tensor& x, int64_t n) {
 
 inline at::Tensor rows(const at::Tensor& c) { return c.unsqueeze(-1); }
 
+// One token of a delta rule: `decay`, that of the state [N, Hs, V, K], of a shape that broadcasts to it; the rest as gated_delta_step.
+inline at::Tensor delta_step(const Problem& p, const Inputs& x, const at::Tensor& decay, at::Tensor& state) {
+  const auto heads = [](const at::Tensor& y, int64_t n) { return y.repeat_interleave(n / y.size(1), 1); };
+  const at::Tensor q = heads(normalise(x.q, p.l2_eps).x, p.Ho) * p.scale;
+  const at::Tensor k = heads(normalise(x.k, p.l2_eps).x, p.Hs), v = heads(x.v, p.Hs);
+  state.mul_(decay);
+  const at::Tensor written = rows(x.beta) * (v - at::matmul(state, rows(k)).squeeze(-1));
+  state.add_(rows(written) * k.unsqueeze(-2));
+  return at::matmul(state.unsqueeze(2), rows(q.unflatten(1, {p.Hs, p.groups}))).squeeze(-1).flatten(1, 2);
+}
+
 // o and its gradient hold only wanted tokens.
 inline at::Tensor wanted_only(const Problem& p, const at::Tensor& o) {
   if (p.wanted.empty()) return o;

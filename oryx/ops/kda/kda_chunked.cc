@@ -215,14 +215,6 @@ Gradients chunked_backward(const Problem& p, const Inputs& in, const Outputs& sa
   return d;
 }
 
-at::Tensor plain_step(const Problem& p, const Inputs& x, at::Tensor& state) {
-  const auto heads = [](const at::Tensor& y, int64_t n) { return y.repeat_interleave(n / y.size(1), 1); };
-  const at::Tensor q = heads(normalise(x.q, p.l2_eps).x, p.Ho) * p.scale;
-  const at::Tensor k = heads(normalise(x.k, p.l2_eps).x, p.Hs), v = heads(x.v, p.Hs);
-  state.mul_(x.g.exp().unsqueeze(-2));
-  const at::Tensor written = rows(x.beta) * (v - at::matmul(state, rows(k)).squeeze(-1));
-  state.add_(rows(written) * k.unsqueeze(-2));
-  return at::matmul(state.unsqueeze(2), rows(q.unflatten(1, {p.Hs, p.groups}))).squeeze(-1).flatten(1, 2);
-}
+at::Tensor plain_step(const Problem& p, const Inputs& x, at::Tensor& state) { return delta_step(p, x, x.g.exp().unsqueeze(-2), state); }
 
 }  // namespace oryx::ops::kimi
