@@ -20,9 +20,14 @@ POINTERS = "q k v o_in d_o o lse dq dk dv spans cu_q cu_k key_lengths".split()
 SIZES = "B Tq Tk Hq Hk D n_spans N window processors".split()
 
 
+class FarKeys(ctypes.Structure):  # struct OryxFarKeys
+    _fields_ = [("k", P), ("v", P), ("k_stride", I64 * 3), ("v_stride", I64 * 3), ("keys", ctypes.c_int32)]
+
+
 class Arguments(ctypes.Structure):  # struct OryxSpanAttention
     _fields_ = ([(n, P) for n in POINTERS] + [(n, I64 * 3) for n in ("q_stride", "k_stride", "v_stride")]
-                + [(n, ctypes.c_int32) for n in SIZES] + [("scale", ctypes.c_float)])
+                + [(n, ctypes.c_int32) for n in SIZES] + [("scale", ctypes.c_float), ("first", FarKeys), ("between", FarKeys), ("positions", P), ("seen", P)]
+                + [(n, ctypes.c_int32) for n in ("far_window", "reach")])
 
 
 def load(path):
@@ -37,9 +42,9 @@ def load(path):
 
 
 class Case:
-    """One call of the operator: plan(), forward() and backward() on the current stream; every output and scratch poisoned."""
+    """One call of the operator: plan(), forward() and backward() on the current stream; every output and scratch poisoned. far: see far_case()."""
 
-    def __init__(self, lib, q, k, v, spans=None, cu=None, cuk=None, lengths=None, window=0, d_o=None, poison=True):
+    def __init__(self, lib, q, k, v, spans=None, cu=None, cuk=None, lengths=None, window=0, d_o=None, poison=True, far=None):
         B, Tq, Hq, D = q.shape
         self.lib, self.kept = lib, [q, k, v, spans, cu, cuk, lengths, d_o]
         ints = [None if t is None else torch.tensor(t, dtype=torch.int32, device=DEV) for t in (spans, cu, cuk, lengths)]
@@ -54,6 +59,17 @@ class Case:
         for name, t in (("q", q), ("k", k), ("v", v)):
             setattr(a, name, t.data_ptr())
             setattr(a, name + "_stride", (I64 * 3)(*t.stride()[:3]))
+        if far is not None:
+            self.kept.append(far)
+            for name in ("first", "between"):
+                if name not in far:
+                    continue
+                key, value = far[name]
+                f = getattr(a, name)
+                f.k, f.v, f.keys = key.data_ptr(), value.data_ptr(), key.shape[1]
+                f.k_stride, f.v_stride = (I64 * 3)(*key.stride()[:3]), (I64 * 3)(*value.stride()[:3])
+            a.positions, a.seen = far["positions"].data_ptr(), far["seen"].data_ptr() if "seen" in far else None
+            a.far_window, a.reach = window, far["reach"]
         a.o = a.o_in = self.o.data_ptr()
         a.dq, a.dk, a.dv = (t.data_ptr() for t in self.grads)
         a.d_o = None if d_o is None else d_o.data_ptr()
@@ -123,6 +139,60 @@ def random(*shape):
     return torch.randn(*shape, device=DEV).to(BF)
 
 
+def far_case(lengths, counts, Hq, Hk, D, first, window, reach=0, between=0, packed=False, spans=None):
+    """Arguments of Case for sequences of `lengths` tokens, whose last `counts` are queries: the window's keys, the first ones and `between` chosen ones, each seen for a
+    while; and the formula's values over all keys in float64."""
+    N, gen = len(lengths), torch.Generator().manual_seed(3)
+    q, k, v = random(sum(counts), Hq, D), random(sum(lengths), Hk, D), random(sum(lengths), Hk, D)
+    ends, starts = [sum(lengths[:n + 1]) for n in range(N)], [max(0, t - c - window + 1) for t, c in zip(lengths, counts)]
+    held = [t - s for t, s in zip(lengths, starts)]
+    last = [torch.full((N, max(held) + 5, Hk, D), float("nan"), device=DEV, dtype=BF) for _ in "kv"]
+    firsts = [torch.zeros(N, first, Hk, D, device=DEV, dtype=BF) for _ in "kv"]
+    chosen = [torch.ones(N, max(between, 1), Hk, D, device=DEV, dtype=BF) for _ in "kv"]
+    seen, want = torch.zeros(N, (between + 127) // 128 * 128, 2, dtype=torch.int32), []
+    for n, (length, count) in enumerate(zip(lengths, counts)):
+        begin, picked = ends[n] - length, []
+        if length > first:
+            picked = (first + torch.randperm(length - first, generator=gen)[:between]).sort().values.tolist()
+        for to, f, c, x in zip(last, firsts, chosen, (k, v)):
+            to[n, :held[n]] = x[begin + starts[n]:begin + length]
+            f[n, :min(first, length)] = x[begin:begin + min(first, length)]
+            c[n, :len(picked)] = x[begin + torch.tensor(picked, dtype=torch.long, device=DEV)]
+        t, s = torch.arange(length - count, length, device=DEV)[:, None], torch.arange(length, device=DEV)[None]
+        mask = (s < first) | (s > t - window)
+        for i, p in enumerate(picked):
+            seen[n, i, 0] = p + window
+            seen[n, i, 1] = 1 << 30 if i % 3 == 0 else p + window + int(torch.randint(0, 150, (1,), generator=gen))
+            if reach:
+                seen[n, i, 1] = min(int(seen[n, i, 1]), p + reach)
+            mask[:, p] |= ((t >= seen[n, i, 0]) & (t < seen[n, i, 1]))[:, 0]
+        mask &= s <= t
+        if reach:
+            mask &= s > t - reach
+        x = [y[begin:begin + length].double().repeat_interleave(Hq // Hk, 1) for y in (k, v)]
+        at = sum(counts[:n])
+        score = torch.einsum("qhd,khd->hqk", q[at:at + count].double(), x[0]) * D**-0.5
+        want.append(torch.einsum("hqk,khd->qhd", score.masked_fill(~mask, float("-inf")).softmax(-1), x[1]))
+    B = 1 if packed else N
+    want, positions = torch.cat(want).view(B, -1, Hq, D), torch.cat([torch.arange(t - c, t) for t, c in zip(lengths, counts)]).int().to(DEV).view(B, -1)
+    if spans is not None:
+        wanted = torch.zeros(B, want.shape[1], 1, 1, device=DEV)
+        for b, s, e in spans:
+            wanted[b, s:e] = 1
+        want = want * wanted
+    kw = dict(spans=spans, window=window, far=dict(positions=positions, reach=reach))
+    if first:
+        kw["far"]["first"] = firsts
+    if between:
+        kw["far"].update(between=chosen, seen=seen.to(DEV))
+    if packed:
+        kw.update(cu=[sum(counts[:n]) for n in range(N + 1)], cuk=[sum(held[:n]) for n in range(N + 1)])
+        last = [torch.cat([x[n, :held[n]] for n in range(N)])[None] for x in last]
+    else:
+        kw["lengths"] = held
+    return (q.view(B, -1, Hq, D), *last), kw, want
+
+
 def check(lib, backward):
     verdict, limits = Verdicts(), dict(o=1e-2, dq=2e-2, dk=2e-2, dv=2e-2)
 
@@ -143,6 +213,16 @@ def check(lib, backward):
             found.append([c.o, *(c.grads if backward else [])])
         want = reference(q, k, v, d_o=d_o if backward else None, **kw)
         verdict.errors(name, errors(found[0], want), limits, all(torch.equal(x, y) for x, y in zip(*found)))
+
+    def far(name, *shape, **more):
+        inputs, kw, want = far_case(*shape, **more)
+        found = []
+        for _ in range(2):
+            c = Case(lib, *inputs, **kw)
+            c.forward()
+            torch.cuda.synchronize()
+            found.append(c.o)
+        verdict.errors(name, errors(found[:1], [want]), limits, torch.equal(*found))
     for D in (128, 64):
         for T in (128, 1, 63, 100, 257, 1000):
             one(f"D{D} T{T}", 2, T, 2, 2, D)
@@ -166,6 +246,14 @@ def check(lib, backward):
             t[0, 300:] = float("nan")
             t[1, 413:] = float("nan")
         d_o = random(2, 50, 2, D)
+        for name, *shape in (("first keys", [900, 777], [300, 300], 2, 2, D, 200, 130), ("first keys, one query", [900, 777], [1, 1], 4, 2, D, 64, 100),
+                             ("first keys, short texts", [150, 90], [90, 90], 2, 2, D, 200, 20), ("first keys and many heads", [3000], [1000], 16, 4, D, 64, 1024)):
+            far(f"D{D} {name}", *shape)
+        far(f"D{D} first keys, packed, spans", [300, 1, 500, 64, 513], [200, 1, 0, 63, 300], 4, 2, D, 33, 50, packed=True, spans=[(0, 150, 260), (0, 400, 564)])
+        far(f"D{D} first keys, reach", [600, 900], [550, 550], 2, 2, D, 140, 60, reach=170)
+        far(f"D{D} keys between", [3000, 700], [640, 640], 4, 2, D, 10, 70, between=600)
+        far(f"D{D} keys between, packed, spans", [500, 30, 2, 800], [100, 30, 0, 250], 2, 2, D, 0, 20, between=140, packed=True, spans=[(0, 0, 140), (0, 200, 380)])
+        far(f"D{D} keys between, reach", [1500], [600], 2, 2, D, 9, 50, reach=300, between=300)
         c = Case(lib, q, k, v, lengths=[300, 413], d_o=d_o)
         c.forward()
         if backward:

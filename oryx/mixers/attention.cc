@@ -96,11 +96,9 @@ class Attention : public Mixer {
     const int64_t longest = cache.lengths.max().item<int64_t>();
     const at::Tensor keys = cache.keys.narrow(1, 0, longest);      // [N, longest, Hk, K]
     const at::Tensor values = cache.values.narrow(1, 0, longest);  // [N, longest, Hk, V]
+    if (cache.window > 0) return over_window(q, rotate(keys, k_norm_, cache.positions.narrow(1, 0, longest)), values, in);
     // Made where they are read: a copy from the host would wait for all that the device still has to do.
-    at::Tensor positions = at::arange(longest, at::device(q.device()).dtype(at::kInt)).expand({N, longest});
-    if (cache.window > 0) positions = positions + cache.starts.to(q.device()).unsqueeze(1);
-    const at::Tensor k = rotate(keys, k_norm_, positions);
-    if (cache.window > 0) return over_window(q, k, values, in);
+    const at::Tensor k = rotate(keys, k_norm_, at::arange(longest, at::device(q.device()).dtype(at::kInt)).expand({N, longest}));
     if (!in.sequences.cu_seqlens) {
       return ops::span_attention(q, k, values, in.spans, {}, {}, cache.lengths, window(), scale());
     }
@@ -119,13 +117,15 @@ class Attention : public Mixer {
       vs.push_back(v[n].narrow(0, 0, length));
       bounds.push_back(bounds.back() + static_cast<int32_t>(length));
     }
-    return {at::cat(ks).unsqueeze(0), at::cat(vs).unsqueeze(0), at::tensor(bounds, at::kInt).to(k.device())};
+    return {at::cat(ks).unsqueeze(0), at::cat(vs).unsqueeze(0), there(at::tensor(bounds, at::kInt), k.device())};
   }
+
+  // A copy from pinned memory does not wait for what a GPU still has to do.
+  static at::Tensor there(const at::Tensor& x, at::Device device) { return device.is_cuda() ? x.pin_memory().to(device, /*non_blocking=*/true) : x; }
 
   // Over a bounded state: k and v are the last rows, k rotated.
   at::Tensor over_window(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const MixerInput& in) const {
     const auto& cache = *in.cache;
-    const int64_t N = k.size(0), first = cache.first_keys.size(1);
     ops::SinkAttention a{.q = q,
                          .k = k,
                          .v = v,
@@ -134,13 +134,12 @@ class Attention : public Mixer {
                          .window = cache.window,
                          .scale = scale()};
     a.reach = window();
-    a.sink_k =
-        rotate(cache.first_keys, k_norm_, at::arange(first, at::device(q.device()).dtype(at::kInt)).expand({N, first}));
+    a.sink_k = cache.first_keys.size(1) > 0 ? rotate(cache.first_keys, k_norm_, cache.first_positions) : cache.first_keys;
     a.sink_v = cache.first_values;
-    a.key_lengths = cache.lengths;
+    a.key_lengths = cache.lengths_there;
     if (cache.kept_keys.defined()) {
-      const at::Tensor positions = cache.kept_positions.to(q.device());
-      a.between = ops::KeysBetween{rotate(cache.kept_keys, k_norm_, positions), cache.kept_values, positions, cache.kept_from.to(q.device()), cache.kept_until.to(q.device())};
+      const at::Tensor keys = rotate(cache.kept_keys, k_norm_, there(cache.kept_positions, q.device()));
+      a.between = ops::KeysBetween{keys, cache.kept_values, cache.kept_positions, cache.kept_from, cache.kept_until};
     }
     if (!in.sequences.cu_seqlens) return ops::sink_attention(a);
     const auto [ks, vs, cu_k] = side_by_side(k, v, cache.lengths);

@@ -32,6 +32,8 @@ struct KeyValueCache {
   // A bounded state (RowWindow): query t sees token s when s < first or s > t - window. The rows above are then the last ones only.
   int64_t window = 0;                    // 0: every row, and the two below are undefined
   at::Tensor starts = {};                     // [N] int32 on the CPU: the position of row 0
+  // Where the keys are, int32, the same in all layers: of the rows [N, rows] and of the first rows [N, first]; and the lengths.
+  at::Tensor positions = {}, first_positions = {}, lengths_there = {};
   at::Tensor first_keys = {}, first_values = {};  // [N, first, Hk, K or V]: zeros behind a sequence's own
   // Rows between, that are kept by choice (KeptRows): query t sees token kept_positions when kept_from <= t < kept_until. Undefined where none are.
   at::Tensor kept_keys = {}, kept_values = {};                            // [N, kept, Hk, K or V]; finite

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -17,12 +18,19 @@
 
 namespace oryx {
 
+// Where the rows stand that layers read of a bounded state: the same in all of them (KeyValueCache).
+struct RowPlaces {
+  at::Tensor lengths, starts;                            // on the CPU
+  at::Tensor positions, first_positions, lengths_there;  // where the rows are
+};
+
 // What the layers of one forward pass share.
 struct ForwardPass {
   Sequences sequences;
   std::vector<int64_t> cu_seqlens;  // host copy, empty when not packed
   State* state = nullptr;
   bool refill = false;  // the state holds these tokens' rows already
+  std::optional<RowPlaces> places;  // made by the first layer that wants them
   // Called with each linear mixer's Mixer::surprise() when set; the pass must have no state.
   std::function<void(const at::Tensor&)> surprise;
   // Called with ("mixer_out" or "hidden", layer, tensor [B, T, D]) when set: for tests and probes.
@@ -76,8 +84,8 @@ class MultiMixerLayer {
 
   bool combines_all() const { return config_.combine == "mean"; }
   const KeyValueGroup& group_of(size_t mixer) const { return groups_[config_.share_kv ? 0 : mixer]; }
-  KeyValueCache past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const ForwardPass& pass) const;
-  KeyValueCache bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts, const ForwardPass& pass) const;
+  KeyValueCache past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, ForwardPass& pass) const;
+  KeyValueCache bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts, ForwardPass& pass) const;
   void add_kept(const KeyValueGroup& group, const std::vector<int64_t>& begins, const ForwardPass& pass, KeyValueCache& cache) const;
   bool choose_rows(const Projections& u, const std::vector<KeyValues>& kvs, ForwardPass& pass) const;
   at::Tensor keep(const std::string& slot, const at::Tensor& rows, ForwardPass& pass) const;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "oryx/model/device.h"
 #include "oryx/model/layer.h"
 
 namespace oryx {
@@ -16,9 +17,20 @@ std::vector<int64_t> new_tokens(const ForwardPass& pass, int64_t T) {
   return counts;
 }
 
+// Of sequences whose rows begin at `begins`, `lengths` of them each, and of their `first` first rows.
+RowPlaces row_places(const std::vector<int64_t>& begins, const std::vector<int64_t>& lengths, int64_t first, at::Device device) {
+  const auto ints = [](const std::vector<int64_t>& x) { return at::tensor(x, at::kLong).to(at::kInt); };
+  const auto N = static_cast<int64_t>(begins.size()), rows = *std::max_element(lengths.begin(), lengths.end());
+  const auto there = at::device(device).dtype(at::kInt);
+  RowPlaces p{ints(lengths), ints(begins), {}, at::arange(first, there).expand({N, first}), {}};
+  p.positions = N == 1 ? at::arange(begins[0], begins[0] + rows, there).unsqueeze(0) : to_device(p.starts.unsqueeze(1) + at::arange(rows, at::kInt), device);
+  p.lengths_there = to_device(p.lengths, device);
+  return p;
+}
+
 }  // namespace
 
-KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const ForwardPass& pass) const {
+KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, ForwardPass& pass) const {
   const State& state = *pass.state;
   const std::vector<int64_t> counts = new_tokens(pass, k.size(1));
   int64_t longest = 0;
@@ -30,7 +42,7 @@ KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, cons
 
 // The last window - 1 rows of the past and those of this call, and the first rows.
 KeyValueCache MultiMixerLayer::bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts,
-                                       const ForwardPass& pass) const {
+                                       ForwardPass& pass) const {
   const State& state = *pass.state;
   const RowWindow& bound = state.options().bound;
   const size_t N = counts.size();
@@ -69,8 +81,11 @@ KeyValueCache MultiMixerLayer::bounded(const KeyValueGroup& group, const at::Ten
     for (size_t n = 0; n < N; ++n) rows[static_cast<int64_t>(n)].narrow(0, firsts[n], rows.size(1) - firsts[n]).zero_();
     return rows;
   };
-  const auto ints = [](const std::vector<int64_t>& x) { return at::tensor(x, at::kLong).to(at::kInt); };
-  KeyValueCache cache{of("keys", k), of("values", v), ints(held), bound.window, ints(begins), first("keys"), first("values")};
+  if (!pass.places) pass.places = row_places(begins, held, *std::max_element(firsts.begin(), firsts.end()), k.device());
+  const RowPlaces& places = *pass.places;
+  KeyValueCache cache{of("keys", k), of("values", v), places.lengths, bound.window, places.starts};
+  cache.positions = places.positions, cache.first_positions = places.first_positions, cache.lengths_there = places.lengths_there;
+  cache.first_keys = first("keys"), cache.first_values = first("values");
   if (state.kept().on()) add_kept(group, begins, pass, cache);
   return cache;
 }

@@ -1,6 +1,8 @@
 #include "oryx/ops/span_attention/sink_attention.h"
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +10,7 @@
 #include <utility>
 
 #include "oryx/ops/span_attention/span_attention.h"
+#include "oryx/ops/span_attention/span_attention_internal.h"
 
 namespace oryx::ops {
 
@@ -49,8 +52,9 @@ Part over_far(const SinkAttention& a, int64_t n, int64_t sequences, int64_t begi
   }
   if (a.between) {
     const KeysBetween& b = *a.between;
-    at::Tensor hidden = (of(b.from).unsqueeze(1) > t) | (of(b.until).unsqueeze(1) <= t);
-    if (a.reach > 0) hidden = hidden | (of(b.positions).unsqueeze(1) <= t - a.reach);
+    const auto ints = [&](const at::Tensor& x) { return of(x).to(q.device()).unsqueeze(1); };
+    at::Tensor hidden = (ints(b.from) > t) | (ints(b.until) <= t);
+    if (a.reach > 0) hidden = hidden | (ints(b.positions) <= t - a.reach);
     const Part more = over_keys(q, of(b.k), of(b.v), hidden, a);
     part = part ? joined(*part, more) : more;
   }
@@ -111,14 +115,44 @@ Part over_far(const SinkAttention& a, const Wanted& w) {
   return all;
 }
 
+// As the dispatcher knows the operator.
+at::Tensor sink_attention_op(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& sink_k, const at::Tensor& sink_v, const at::Tensor& positions,
+                             const std::optional<at::Tensor>& between_k, const std::optional<at::Tensor>& between_v, const std::optional<at::Tensor>& between_positions,
+                             const std::optional<at::Tensor>& between_from, const std::optional<at::Tensor>& between_until, const std::optional<at::Tensor>& spans,
+                             const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& cu_seqlens_k, const std::optional<at::Tensor>& key_lengths,
+                             int64_t window, int64_t reach, std::optional<double> scale) {
+  return sink_attention_any(sink_arguments(q, k, v, sink_k, sink_v, positions, between_k, between_v, between_positions, between_from, between_until, spans, cu_seqlens,
+                                           cu_seqlens_k, key_lengths, window, reach, scale));
+}
+
 }  // namespace
+
+SinkAttention sink_arguments(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& sink_k, const at::Tensor& sink_v, const at::Tensor& positions,
+                             const std::optional<at::Tensor>& between_k, const std::optional<at::Tensor>& between_v, const std::optional<at::Tensor>& between_positions,
+                             const std::optional<at::Tensor>& between_from, const std::optional<at::Tensor>& between_until, const std::optional<at::Tensor>& spans,
+                             const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& cu_seqlens_k, const std::optional<at::Tensor>& key_lengths,
+                             int64_t window, int64_t reach, std::optional<double> scale) {
+  SinkAttention a{.q = q, .k = k, .v = v, .sink_k = sink_k, .sink_v = sink_v, .positions = positions};
+  if (between_k) a.between = KeysBetween{*between_k, between_v.value(), between_positions.value(), between_from.value(), between_until.value()};
+  a.spans = spans, a.cu_seqlens = cu_seqlens, a.cu_seqlens_k = cu_seqlens_k, a.key_lengths = key_lengths;
+  a.window = window, a.reach = reach, a.scale = scale;
+  return a;
+}
 
 at::Tensor sink_attention(const SinkAttention& a) {
   TORCH_CHECK(a.window > 0 && a.reach >= 0, "sink_attention: a window of ", a.window, ", a reach of ", a.reach);
   const bool inside = a.reach > 0 && a.reach <= a.window;  // what a query sees lies in the window
-  if (inside || (a.sink_k.size(1) == 0 && !a.between)) {
+  const bool between = a.between && a.between->k.size(1) > 0;
+  if (inside || (a.sink_k.size(1) == 0 && !between)) {
     return span_attention(a.q, a.k, a.v, a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths, inside ? a.reach : a.window, a.scale);
   }
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::sink_attention", "").typed<decltype(sink_attention_op)>();
+  const auto of = [&](at::Tensor KeysBetween::*x) { return between ? std::optional<at::Tensor>((*a.between).*x) : std::nullopt; };
+  return op.call(a.q, a.k, a.v, a.sink_k, a.sink_v, a.positions, of(&KeysBetween::k), of(&KeysBetween::v), of(&KeysBetween::positions), of(&KeysBetween::from),
+                 of(&KeysBetween::until), a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths, a.window, a.reach, a.scale);
+}
+
+at::Tensor sink_attention_any(const SinkAttention& a) {
   const auto [o, lse] = span_attention_with_denominators(a.q, a.k, a.v, a.spans, a.cu_seqlens, a.cu_seqlens_k, a.key_lengths, a.window, a.scale);
   const Wanted wanted = wanted_queries(a);
   const int64_t count = wanted.end - wanted.begin;
@@ -135,3 +169,11 @@ at::Tensor sink_attention(const SinkAttention& a) {
 }
 
 }  // namespace oryx::ops
+
+TORCH_LIBRARY_FRAGMENT(oryx, m) {
+  m.def(
+      "sink_attention(Tensor q, Tensor k, Tensor v, Tensor sink_k, Tensor sink_v, Tensor positions, Tensor? between_k=None, Tensor? between_v=None, "
+      "Tensor? between_positions=None, Tensor? between_from=None, Tensor? between_until=None, Tensor? spans=None, Tensor? cu_seqlens=None, Tensor? cu_seqlens_k=None, "
+      "Tensor? key_lengths=None, int window=1, int reach=0, float? scale=None) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(oryx, CPU, m) { m.impl("sink_attention", oryx::ops::sink_attention_op); }

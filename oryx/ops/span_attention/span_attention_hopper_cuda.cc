@@ -1,5 +1,6 @@
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "oryx/ops/cuda/launch.h"
@@ -13,13 +14,6 @@ int attribute(const at::Tensor& x, cudaDeviceAttr which) {
   int value = 0;
   cuda::check("span_attention", cudaDeviceGetAttribute(&value, which, x.device().index()));
   return value;
-}
-
-// Elements of a head side by side, all else at multiples of 16 bytes.
-at::Tensor aligned(const at::Tensor& x) {
-  bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int i = 0; i < 3; ++i) fits = fits && (x.size(i) == 1 || (x.stride(i) % 8 == 0 && x.stride(i) > 0));
-  return fits ? x : x.contiguous();
 }
 
 void strides_of(const at::Tensor& x, int64_t (&to)[3]) {
@@ -46,11 +40,30 @@ OryxSpanAttention launch_arguments(const AttentionArguments& a) {
   return p;
 }
 
+OryxFarKeys far_keys(const at::Tensor& k, const at::Tensor& v) {
+  OryxFarKeys r{};
+  if (!k.defined() || k.size(1) == 0) return r;
+  r.k = k.const_data_ptr(), r.v = v.const_data_ptr(), r.keys = static_cast<int32_t>(k.size(1));
+  strides_of(k, r.k_stride), strides_of(v, r.v_stride);
+  return r;
+}
+
 at::Tensor bytes(const at::Tensor& like, size_t n) {
   return at::empty({static_cast<int64_t>(n)}, like.options().dtype(at::kByte));
 }
 
 }  // namespace
+
+at::Tensor hopper_aligned(const at::Tensor& x) {
+  bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int i = 0; i < 3; ++i) fits = fits && (x.size(i) == 1 || (x.stride(i) % 8 == 0 && x.stride(i) > 0));
+  return fits ? x : x.contiguous();
+}
+
+at::Tensor ints_on(const at::Tensor& x, at::Device device) {
+  const at::Tensor ints = x.to(at::kInt).contiguous();
+  return ints.is_cpu() && ints.numel() > 0 ? ints.pin_memory().to(device, /*non_blocking=*/true) : ints.to(device);
+}
 
 bool hopper_serves(const AttentionArguments& a) {
   const int64_t D = a.q.size(3);
@@ -61,20 +74,25 @@ bool hopper_serves(const AttentionArguments& a) {
 
 AttentionArguments hopper_arguments(const AttentionArguments& a) {
   AttentionArguments r = a;
-  r.q = aligned(a.q), r.k = aligned(a.k), r.v = aligned(a.v);
+  r.q = hopper_aligned(a.q), r.k = hopper_aligned(a.k), r.v = hopper_aligned(a.v);
   for (auto* x : {&r.spans, &r.cu_seqlens, &r.cu_seqlens_k, &r.key_lengths}) {
-    if (!*x) continue;
-    // From the host through pinned memory: the copy does not wait for what the device still has to do.
-    const at::Tensor ints = (*x)->to(at::kInt).contiguous();
-    *x = ints.is_cpu() && ints.numel() > 0 ? ints.pin_memory().to(a.q.device(), /*non_blocking=*/true) : ints.to(a.q.device());
+    if (*x) *x = ints_on(**x, a.q.device());
   }
   // No spans at all is not the absence of spans, which is how the kernels would read a null pointer.
   if (r.spans && r.spans->numel() == 0) r.spans = at::zeros({1, 3}, r.spans->options());
   return r;
 }
 
-HopperAttention hopper_forward(const AttentionArguments& a, bool want_lse) {
+HopperAttention hopper_forward(const AttentionArguments& a, bool want_lse, const HopperFarKeys* far) {
   OryxSpanAttention p = launch_arguments(a);
+  if (far != nullptr) {
+    p.first = far_keys(far->first_k, far->first_v), p.between = far_keys(far->between_k, far->between_v);
+    p.positions = far->positions.const_data_ptr<int32_t>();
+    if (p.between.keys > 0) p.seen = far->seen.const_data_ptr<int32_t>();
+    // Beyond every position is without end.
+    const auto tokens = [](int64_t n) { return static_cast<int32_t>(std::min<int64_t>(n, 1 << 30)); };
+    p.far_window = tokens(far->window), p.reach = tokens(far->reach);
+  }
   HopperAttention r;
   r.o = at::empty(a.q.sizes(), a.q.options());
   p.o = r.o.mutable_data_ptr();

@@ -12,10 +12,14 @@
 //
 // Which block takes a tile when depends on time, but no sum does: the bits of the result do not vary. Tiles that were split leave partial results;
 // whoever finishes the last piece adds them up, in the order of the keys. The copying warpgroup's idle warps zero the rows of o outside spans meanwhile.
+//
+// Far keys (a sequence's first ones, and keys between, span_attention_launch.h) are blocks in front of a tile's others: the same loop over other tensor maps, with masks of
+// their own. They are a form of the kernel of their own (kFar), so that the other one carries none of it.
 #include "oryx/ops/cuda/dependent_launch.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_encode.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_products.cuh"
+#include "oryx/ops/span_attention/cuda/span_attention_softmax.cuh"
 
 namespace oryx::span_attention_cuda {
 namespace {
@@ -23,10 +27,16 @@ namespace {
 constexpr int kStages = 2, kThreads = 384;
 constexpr int kWorkers = 256;  // threads of the two warpgroups that compute
 
-struct Work {  // an item, as the copying thread hands it out
+struct Work {  // an item, as the copying thread hands it out; first_block: as if the far blocks stood side by side in front of the tile's own
   int count, slot, shift, head, first_block, blocks, part, split, keys, pieces, first_part, row, key_head, k_begin;
+  int begin, far, start, sequence;  // kFar: the item's first block among all of the tile, Tile::far, the position of key 0
 };
-constexpr int kWorkWords = 11;  // of which the warpgroups read so many
+constexpr int kWorkWords = 11, kFarWords = 4;  // of which the warpgroups read so many
+
+// k and v of the last keys, the first ones and those between.
+struct Maps {
+  CUtensorMap k[3], v[3];
+};
 
 struct Arguments {
   Plan plan;
@@ -38,6 +48,8 @@ struct Arguments {
   int Tq, Tk, Hq, group, queries, window;
   float scale;
   bool zero;
+  const int32_t *positions, *seen;  // kFar, and the rest too
+  int first_keys, between_blocks, far_window, reach;
 };
 
 template <int D>
@@ -48,6 +60,7 @@ struct Layout {
   static constexpr int kBytes = kBarriers + 8 * (4 * kStages + 4) + 1024;
 };
 
+template <bool kFar>
 __device__ Work make_work(const Arguments& a, int item, int whole) {
   Piece piece{item, 0, -1, 0, 0, 1, 0, 0};
   if (item >= whole) piece = a.plan.pieces[item - whole];
@@ -55,12 +68,17 @@ __device__ Work make_work(const Arguments& a, int item, int whole) {
   const Tile t = a.plan.tiles[u.tile];
   const Sequence s = a.plan.sequences[t.sequence];
   const int blocks = piece.blocks < 0 ? t.blocks : piece.blocks;
-  return {t.count,     t.slot, s.shift - s.q_begin, u.head,      t.first_block + piece.begin, blocks,           piece.part,
-          piece.split, s.keys, piece.pieces,        piece.first, s.row,                       u.head / a.group, s.k_begin};
+  Work w{t.count,     t.slot, s.shift - s.q_begin, u.head,      t.first_block + piece.begin, blocks,           piece.part,
+         piece.split, s.keys, piece.pieces,        piece.first, s.row,                       u.head / a.group, s.k_begin};
+  if constexpr (kFar) {
+    w.first_block -= t.all_far();
+    w.begin = piece.begin, w.far = static_cast<int>(t.far), w.start = a.positions[s.q_begin] - s.shift, w.sequence = t.sequence;
+  }
+  return w;
 }
 
-template <int D>
-__device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CUtensorMap* v_map, uint32_t base) {
+template <int D, bool kFar>
+__device__ void copy_loop(const Arguments& a, const Maps& maps, uint32_t base) {
   using L = Layout<D>;
   const uint32_t k_full = base + L::kBarriers, k_empty = k_full + 8 * kStages, v_full = k_empty + 8 * kStages, v_empty = v_full + 8 * kStages;
   const uint32_t work_full = v_empty + 8 * kStages, work_empty = work_full + 16;
@@ -69,11 +87,12 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
   const auto claim = [&](int round) {
     const int item = round == 0 ? blockIdx.x : atomicAdd(&a.plan.counts->next_item, 1), ring = round % 2;
     Work w{};
-    if (item < items) w = make_work(a, item, whole);
+    if (item < items) w = make_work<kFar>(a, item, whole);
     if (round >= 2) barrier_wait(work_empty + 8 * ring, (round / 2 - 1) & 1);
-    const int words[kWorkWords] = {w.count, w.slot, w.shift, w.head, w.first_block, w.blocks, w.part, w.split, w.keys, w.pieces, w.first_part};
+    const int words[kWorkWords + kFarWords] = {w.count, w.slot,   w.shift,      w.head,  w.first_block, w.blocks, w.part,    w.split,
+                                               w.keys,  w.pieces, w.first_part, w.begin, w.far,         w.start,  w.sequence};
 #pragma unroll
-    for (int i = 0; i < kWorkWords; ++i) store_shared4(base + L::kWork + 64 * ring + 4 * i, words[i]);
+    for (int i = 0; i < kWorkWords + (kFar ? kFarWords : 0); ++i) store_shared4(base + L::kWork + 64 * ring + 4 * i, words[i]);
     barrier_arrive(work_full + 8 * ring);
     return w;
   };
@@ -84,16 +103,22 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
     for (int i = 0; i < w.blocks; ++i, ++at) {
       // Some blocks early: reading the plan takes as long as a block, and the next queries are loaded before this item ends.
       if (i == max(0, w.blocks - 3)) next = claim(round + 1);
-      const int stage = at % kStages, token = w.k_begin + (w.first_block + i) * kKeys;
+      const int stage = at % kStages;
+      int token = w.k_begin + (w.first_block + i) * kKeys, row = w.row, source = 0;
+      if constexpr (kFar) {
+        const int block = w.begin + i, firsts = w.far & 0xffff, far = firsts + static_cast<int>(static_cast<uint32_t>(w.far) >> 16);
+        if (block < far) source = block < firsts ? 1 : 2, token = (block < firsts ? block : block - firsts) * kKeys, row = w.sequence;
+      }
+      const CUtensorMap *k_map = maps.k + source, *v_map = maps.v + source;
       const uint32_t parity = (at / kStages - 1) & 1;
       if (at >= kStages) barrier_wait(k_empty + 8 * stage, parity);
       barrier_expect(k_full + 8 * stage, L::kMatrix);
       for (int j = 0; j < L::kPanels; ++j)
-        tensor_load(base + L::kK + stage * L::kMatrix + j * L::kPanel, k_map, k_full + 8 * stage, 64 * j, w.key_head, token, w.row);
+        tensor_load(base + L::kK + stage * L::kMatrix + j * L::kPanel, k_map, k_full + 8 * stage, 64 * j, w.key_head, token, row);
       if (at >= kStages) barrier_wait(v_empty + 8 * stage, parity);
       barrier_expect(v_full + 8 * stage, L::kMatrix);
       for (int j = 0; j < L::kPanels; ++j)
-        tensor_load(base + L::kV + stage * L::kMatrix + j * L::kPanel, v_map, v_full + 8 * stage, 64 * j, w.key_head, token, w.row);
+        tensor_load(base + L::kV + stage * L::kMatrix + j * L::kPanel, v_map, v_full + 8 * stage, 64 * j, w.key_head, token, row);
     }
     w = next;
   }
@@ -124,52 +149,17 @@ __device__ __forceinline__ void add_values(float (&o)[D / 2], const uint32_t (&p
   wgmma_commit();
 }
 
-// Keys outside of [first, last], counted from the thread's first column, are not seen.
-__device__ __forceinline__ void hide(float (&s)[64], const int (&first)[2], const int (&last)[2]) {
-#pragma unroll
-  for (int j = 0; j < 16; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int key = 8 * j + i % 2;
-      if (key > last[i / 2] || key < first[i / 2]) s[4 * j + i] = -INFINITY;
-    }
-}
-
-// s becomes exp2(c (s - m)); m and the thread's share l of the denominators move on; returns what O is to be multiplied with.
-__device__ __forceinline__ void softmax(float (&s)[64], float (&m)[2], float (&l)[2], float (&factor)[2], float c) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float top = m[h];
-#pragma unroll
-    for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    const float shift = top == -INFINITY ? 0.f : top * c;
-    factor[h] = exp2_fast(m[h] * c - shift);
-    m[h] = top;
-    float sum = 0.f;
-#pragma unroll
-    for (int j = 0; j < 16; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float& x = s[4 * j + 2 * h + i];
-        x = exp2_fast(fmaf(x, c, -shift));
-        sum += x;
-      }
-    l[h] = l[h] * factor[h] + sum;
-  }
-}
-
 // An item as a warpgroup sees it. All but `last` is the same for all lanes, which the compiler must know to keep products in flight.
 struct Item {
   int count, slot, head, first_block, blocks, part, split, keys, pieces, first_part;
+  int begin, far, start, sequence;  // as in Work
   int low_key, high_key;  // the keys of the warpgroup's first and last query
   int last[2];            // of the thread's two rows
   __device__ int mine(int group) const { return min(64, count - 64 * group); }  // slots of the warpgroup
 };
 
 // Takes the next item and starts loading its queries.
-template <int D>
+template <int D, bool kFar>
 __device__ __forceinline__ Item take_item(const Arguments& a, uint32_t base, int round, int group, int row, int thread) {
   using L = Layout<D>;
   const uint32_t work_full = base + L::kBarriers + 8 * 4 * kStages, work = base + L::kWork + round % 2 * 64;
@@ -178,6 +168,7 @@ __device__ __forceinline__ Item take_item(const Arguments& a, uint32_t base, int
   Item x;
   x.count = field(0), x.slot = field(1) + 64 * group, x.head = field(3), x.first_block = field(4), x.blocks = field(5), x.part = field(6);
   x.split = field(7), x.keys = field(8), x.pieces = field(9), x.first_part = field(10);
+  if constexpr (kFar) x.begin = field(11), x.far = field(12), x.start = field(13), x.sequence = field(14);
   const int shift = field(2), mine = x.mine(group);
   __syncwarp();
   barrier_arrive_warp(work_full + 16 + 8 * (round % 2), thread % 32);
@@ -199,9 +190,8 @@ __device__ __forceinline__ Item take_item(const Arguments& a, uint32_t base, int
   return x;
 }
 
-template <int D>
-__global__ void __launch_bounds__(kThreads, 1)
-    forward_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map, const __grid_constant__ Arguments a) {
+template <int D, bool kFar>
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
   using L = Layout<D>;
   extern __shared__ char raw_shared[];
   const uint32_t base = (smem_address(raw_shared) + 1023) & ~1023u;
@@ -227,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp >= kWorkers / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");  // 40 x 128 + 232 x 256 are the registers that the block was started with
     if (warp == kWorkers / 32) {
-      if (lane == 0) copy_loop<D>(a, &k_map, &v_map, base);
+      if (lane == 0) copy_loop<D, kFar>(a, maps, base);
     } else if (a.zero) {
       zero_rows(a, a.Hq * D * 2, (warp - kWorkers / 32 - 1) * gridDim.x + blockIdx.x, 3 * gridDim.x, lane);
     }
@@ -239,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (group == 1) barrier_arrive_named(2, kWorkers);  // the first turn is the first warpgroup's
 
   int at = 0;  // key blocks so far
-  Item item = take_item<D>(a, base, 0, group, row, thread);
+  Item item = take_item<D, kFar>(a, base, 0, group, row, thread);
   for (int round = 0; item.count > 0; ++round) {
     const int mine = item.mine(group), blocks = item.blocks, first_block = item.first_block;
     const bool both = item.count > 64;
@@ -252,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         barrier_arrive_warp(v_empty + 8 * stage, lane);
       }
       named_barrier(4 + group, 128);  // nobody loads queries where another warp still reads results
-      item = take_item<D>(a, base, round + 1, group, row, thread);
+      item = take_item<D, kFar>(a, base, round + 1, group, row, thread);
       continue;
     }
     const uint32_t own_q = base + L::kQ + round % 2 * L::kMatrix + group * 64 * 128;  // the warpgroup's 64 rows of each panel
@@ -272,9 +262,32 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t p[32];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.f;
+    const int firsts = kFar ? item.far & 0xffff : 0, far = kFar ? firsts + static_cast<int>(static_cast<uint32_t>(item.far) >> 16) - item.begin : 0;
+    const auto hide_far = [&](int n) {
+      const int block = item.begin + n, low = item.low_key + item.start, high = item.high_key + item.start;
+      const int t[2] = {item.last[0] + item.start, item.last[1] + item.start};
+      if (block < firsts) {
+        const int key = block * kKeys;
+        if (key + kKeys <= min(a.first_keys, low - a.far_window + 1) && (a.reach == 0 || key > high - a.reach)) return;
+        int f[2], e[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          e[h] = min(a.first_keys - 1, t[h] - a.far_window) - key - column;
+          f[h] = a.reach > 0 ? t[h] - a.reach + 1 - key - column : INT_MIN;
+        }
+        hide(s, f, e);
+        return;
+      }
+      const int between = item.sequence * a.between_blocks + block - firsts;
+      const SeenBlock bounds = a.plan.seen[between];
+      if (bounds.all_from > low || bounds.all_until <= high)
+        hide_between(s, reinterpret_cast<const int4*>(a.seen + (static_cast<int64_t>(between) * kKeys + column) * 2), t);
+    };
     const auto soften = [&](int n) {
       const int key = (first_block + n) * kKeys;
-      if (key + kKeys > whole_until || key < whole_from) {
+      if (kFar && n < far) {
+        hide_far(n);
+      } else if (key + kKeys > whole_until || key < whole_from) {
         const int f[2] = {a.window > 0 ? first[0] - n * kKeys : INT_MIN, a.window > 0 ? first[1] - n * kKeys : INT_MIN};
         const int e[2] = {last[0] - n * kKeys, last[1] - n * kKeys};
         hide(s, f, e);
@@ -332,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       keep(p);
       wgmma_fence();
       add_values<D>(o, p, base + L::kV + stage * L::kMatrix);
-      next = take_item<D>(a, base, round + 1, group, row, thread);
+      next = take_item<D, kFar>(a, base, round + 1, group, row, thread);
       wgmma_wait<0>();
       keep(o);
       barrier_arrive_warp(v_empty + 8 * stage, lane);
@@ -411,7 +424,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int D>
+template <int D, bool kFar>
 int launch(const OryxSpanAttention& p, void* memory, void* scratch, cudaStream_t stream) {
   Arguments a{};
   a.plan = layout(p, memory);
@@ -420,12 +433,19 @@ int launch(const OryxSpanAttention& p, void* memory, void* scratch, cudaStream_t
   a.slots = slots(p);
   a.Tq = p.Tq, a.Tk = p.Tk, a.Hq = p.Hq, a.group = p.Hq / p.Hk, a.queries = p.B * p.Tq, a.window = p.window, a.scale = p.scale;
   a.zero = p.spans != nullptr;
-  CUtensorMap k_map{}, v_map{};
-  cudaError_t status = encode(&k_map, p.k, p.k_stride, p.B, p.Tk, p.Hk, D, kKeys);
-  if (status == cudaSuccess) status = encode(&v_map, p.v, p.v_stride, p.B, p.Tk, p.Hk, D, kKeys);
-  if (status == cudaSuccess) status = cudaFuncSetAttribute(forward_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<D>::kBytes);
+  a.positions = p.positions, a.seen = p.seen, a.first_keys = p.first.keys, a.between_blocks = between_blocks(p), a.far_window = p.far_window, a.reach = p.reach;
+  Maps maps{};
+  cudaError_t status = encode(&maps.k[0], p.k, p.k_stride, p.B, p.Tk, p.Hk, D, kKeys);
+  if (status == cudaSuccess) status = encode(&maps.v[0], p.v, p.v_stride, p.B, p.Tk, p.Hk, D, kKeys);
+  for (int i = 1; i < 3; ++i) {
+    const OryxFarKeys& far = i == 1 ? p.first : p.between;
+    if (!kFar || far.keys == 0) continue;
+    if (status == cudaSuccess) status = encode(&maps.k[i], far.k, far.k_stride, p.N, far.keys, p.Hk, D, kKeys);
+    if (status == cudaSuccess) status = encode(&maps.v[i], far.v, far.v_stride, p.N, far.keys, p.Hk, D, kKeys);
+  }
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(forward_kernel<D, kFar>, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout<D>::kBytes);
   if (status != cudaSuccess) return status;
-  return ops::cuda::launch_after(forward_kernel<D>, dim3(p.processors), kThreads, Layout<D>::kBytes, stream, k_map, v_map, a);
+  return ops::cuda::launch_after(forward_kernel<D, kFar>, dim3(p.processors), kThreads, Layout<D>::kBytes, stream, maps, a);
 }
 
 }  // namespace
@@ -437,5 +457,6 @@ extern "C" size_t oryx_span_attention_forward_bytes(const OryxSpanAttention* p) 
   return static_cast<size_t>(max_parts(*p)) * kTile * (p->D + 8) * sizeof(float);
 }
 extern "C" int oryx_span_attention_forward(const OryxSpanAttention* p, void* plan, void* scratch, cudaStream_t stream) {
-  return p->D == 64 ? launch<64>(*p, plan, scratch, stream) : launch<128>(*p, plan, scratch, stream);
+  if (p->positions != nullptr) return p->D == 64 ? launch<64, true>(*p, plan, scratch, stream) : launch<128, true>(*p, plan, scratch, stream);
+  return p->D == 64 ? launch<64, false>(*p, plan, scratch, stream) : launch<128, false>(*p, plan, scratch, stream);
 }

@@ -14,6 +14,13 @@
 #include <cstddef>
 #include <cstdint>
 
+// Keys beside the last ones, of each sequence [N, keys, Hk, D]: bfloat16 as k and v, finite. keys 0: none.
+struct OryxFarKeys {
+  const void *k, *v;
+  int64_t k_stride[3], v_stride[3];
+  int32_t keys;
+};
+
 struct OryxSpanAttention {
   const void *q, *k, *v;             // bfloat16; the strides below, in elements; heads' elements dense
   const void *o_in, *d_o;            // backward: [B, Tq, Hq, D] dense
@@ -27,6 +34,12 @@ struct OryxSpanAttention {
   int32_t window;                    // 0: unlimited
   int32_t processors;                // multiprocessors of the device
   float scale;                       // > 0
+  // The forward pass alone: a sequence's first keys, of which the query at position t sees s when s <= t - far_window and (reach == 0 or s > t - reach), and keys between,
+  // of which it sees i when seen[n][i][0] <= t < seen[n][i][1]. k and v are then a sequence's last keys.
+  OryxFarKeys first, between;
+  const int32_t* positions;  // [B, Tq], of the queries in their sequences, consecutive; with first keys or keys between
+  const int32_t* seen;       // [N, between.keys up to a multiple of 128, 2]; 16-byte aligned
+  int32_t far_window, reach;
 };
 
 extern "C" {

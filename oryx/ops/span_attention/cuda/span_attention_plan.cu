@@ -1,4 +1,6 @@
 // One block that turns spans and bounds into work (span_attention_plan.cuh).
+#include <climits>
+
 #include "oryx/ops/cuda/dependent_launch.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_plan.cuh"
 
@@ -96,8 +98,58 @@ __device__ Sequence sequence_of(const OryxSpanAttention& p, int s) {
   return r;
 }
 
+// Bounds of the blocks of keys between, a warp each.
+__device__ void bound_seen(const OryxSpanAttention& p, const Plan& plan) {
+  const int lane = threadIdx.x % 32, blocks = p.N * ((p.between.keys + kKeys - 1) / kKeys);
+  const int2* seen = reinterpret_cast<const int2*>(p.seen);
+#pragma unroll 1
+  for (int b = threadIdx.x / 32; b < blocks; b += kThreads / 32) {
+    SeenBlock s{INT_MAX, INT_MIN, INT_MIN, INT_MAX};
+#pragma unroll
+    for (int i = 0; i < kKeys / 32; ++i) {
+      const int2 x = seen[static_cast<int64_t>(b) * kKeys + 32 * i + lane];
+      s.all_from = max(s.all_from, x.x), s.all_until = min(s.all_until, x.y);
+      if (x.x < x.y) s.from = min(s.from, x.x), s.until = max(s.until, x.y);
+    }
+    s = {__reduce_min_sync(~0u, s.from), __reduce_max_sync(~0u, s.until), __reduce_max_sync(~0u, s.all_from), __reduce_min_sync(~0u, s.all_until)};
+    if (lane == 0) plan.seen[b] = s;
+  }
+}
+
+// The blocks of far keys that a tile of queries at positions [low, high] sees.
+__device__ uint32_t far_blocks(const OryxSpanAttention& p, const Plan& plan, int sequence, int low, int high) {
+  const int end = min(p.first.keys, high - p.far_window + 1);  // of first keys
+  const bool any = end > 0 && (p.reach == 0 || end - 1 > low - p.reach);
+  const uint32_t firsts = any ? (end + kKeys - 1) / kKeys : 0;
+  const int blocks = (p.between.keys + kKeys - 1) / kKeys;
+  int between = blocks;
+#pragma unroll 1
+  for (; between > 0; --between) {
+    const SeenBlock s = plan.seen[sequence * blocks + between - 1];
+    if (s.from <= high && s.until > low) break;
+  }
+  return firsts | static_cast<uint32_t>(between) << 16;
+}
+
 constexpr int kSharedSequences = 256, kSharedTiles = 2048;
+constexpr int kShort = 32;     // key blocks of a short unit, on average
+constexpr int kPieceCost = 3;  // what beginning and ending a piece takes, in blocks
 constexpr int kBins = 64;  // of pieces by length
+
+// Key blocks of a piece where `units` units, fewer than processors, of `total` blocks are cut at the same keys: two pieces a processor, whose reads of the same keys and values
+// meet in the L2 cache. Where units are short, beginning and ending a piece weighs more than idle processors: the cut that needs least of rounds times pieces then.
+__device__ int piece_length(int total, int units, int processors) {
+  int best = max(kMinPiece, (total + 2 * processors - 1) / (2 * processors));
+  const int length = units > 0 ? (total + units - 1) / units : 0;
+  if (length > kShort) return best;
+  const auto cost = [&](int pieces) { return (units * pieces + processors - 1) / processors * ((length + pieces - 1) / pieces + kPieceCost); };
+  int most = max(1, (length + best - 1) / best), chosen = most;
+#pragma unroll 1
+  for (int pieces = most - 1; pieces > 0; --pieces) {
+    if (cost(pieces) <= cost(chosen)) chosen = pieces;
+  }
+  return chosen == most ? best : (length + chosen - 1) / chosen;
+}
 
 // Of a block of keys of a tile: a warpgroup alone takes four fifths of the time of two.
 __device__ int block_cost(const Tile& t) { return t.count > kTile / 2 ? 5 : 4; }
@@ -114,6 +166,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   Sequence* const sequences = plan.sequences;
   if (in_shared) plan.mask = shared_marks, plan.before = reinterpret_cast<int*>(shared_marks + (queries + 31) / 16 * 16);
   if (p.N <= kSharedSequences) plan.sequences = shared_sequences;
+  if (p.between.keys > 0) bound_seen(p, plan);
   if (!all) {
 #pragma unroll 1
     for (int i = tid; i < (queries + 31) / 16; i += kThreads) reinterpret_cast<uint4*>(plan.mask)[i] = make_uint4(0, 0, 0, 0);
@@ -218,6 +271,11 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
     const int first = position(x.slot), last = position(x.slot + x.count - 1);
     x.first_block = p.window > 0 ? max(0, first - p.window + 1) / kKeys : 0;
     x.blocks = last / kKeys + 1 - x.first_block;
+    if (p.positions != nullptr) {
+      const int start = p.positions[r.q_begin] - r.shift;  // the position of key 0
+      x.far = far_blocks(p, plan, s, start + first, start + last);
+      x.blocks += x.all_far();
+    }
     x.row_tile = p.cu_q != nullptr ? 0 : r.tile;
     x.row_tiles = p.cu_q != nullptr ? tiles : (r.count + kTile - 1) / kTile;
     plan.unsorted[t] = own = x;
@@ -251,7 +309,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
   }
   const Scan cost = block_scan(make_int3(length * weight, length, 0));
   const bool aligned = whole < 2 * p.processors;
-  const int share = max(1, (cost.total.x + p.processors - 1) / p.processors), piece = max(kMinPiece, (cost.total.y + 2 * p.processors - 1) / (2 * p.processors));
+  const int share = max(1, (cost.total.x + p.processors - 1) / p.processors);
+  const int piece = piece_length(cost.total.y, units - whole, p.processors);
   const auto for_each_piece = [&](auto f) {
     int begin = 0;
     if (aligned) {

@@ -1,6 +1,7 @@
 // The plan of span_attention's Hopper kernels: its parts in memory and how a kernel reads its work from them.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 #include "oryx/ops/span_attention/cuda/span_attention_launch.h"
@@ -21,7 +22,11 @@ struct alignas(16) Sequence {
 
 struct alignas(16) Tile {
   int sequence, slot, count, first_block;
-  int blocks, row_tile, row_tiles, pad;  // row_tile, row_tiles: the tiles of its batch row, in the sorted list
+  int blocks, row_tile, row_tiles;  // row_tile, row_tiles: the tiles of its batch row, in the sorted list
+  uint32_t far;                     // of the blocks those in front of first_block: of first keys, and, times 2^16, of keys between
+
+  __host__ __device__ int firsts() const { return static_cast<int>(far & 0xffff); }
+  __host__ __device__ int all_far() const { return static_cast<int>((far & 0xffff) + (far >> 16)); }
 };
 
 struct alignas(16) KeyBlock {
@@ -32,6 +37,11 @@ struct alignas(16) KeyBlock {
 struct alignas(16) Piece {
   int unit, begin, blocks, part;  // part: where the partial result goes
   int split, pieces, first, pad;  // the unit's place among those that are split, its pieces, the part of the first; pieces 1: the unit is whole
+};
+
+// Of a block of keys between: when the first is seen first and the last one last, and from when until when all are.
+struct alignas(16) SeenBlock {
+  int from, until, all_from, all_until;
 };
 
 struct Counts {
@@ -50,6 +60,7 @@ struct Plan {
   int* rows;      // [slots]
   int* before;    // computed queries before every 16th query row
   uint8_t* mask;  // [B * Tq], with spans only
+  SeenBlock* seen;  // [N][blocks of keys between]
   int sequence_count;
   int head_group; // query heads whose tiles run together, so that their keys and values stay in the L2 cache
   size_t bytes;
@@ -61,6 +72,7 @@ inline int64_t slots(const OryxSpanAttention& p) {
 }
 inline int64_t max_tiles(const OryxSpanAttention& p) { return static_cast<int64_t>(p.B) * p.Tq / kTile + p.N; }
 inline int64_t max_blocks(const OryxSpanAttention& p) { return (static_cast<int64_t>(p.B) * p.Tk) / kKeys + p.N; }
+inline int between_blocks(const OryxSpanAttention& p) { return (p.between.keys + kKeys - 1) / kKeys; }
 inline int max_parts(const OryxSpanAttention& p) { return 4 * p.processors; }
 
 inline Plan layout(const OryxSpanAttention& p, void* memory) {
@@ -81,6 +93,7 @@ inline Plan layout(const OryxSpanAttention& p, void* memory) {
   take(r.arrived, 2 * p.processors);
   take(r.blocks, max_blocks(p));
   take(r.rows, slots(p));
+  if (p.between.keys > 0) take(r.seen, static_cast<size_t>(p.N) * between_blocks(p));
   if (p.spans != nullptr) {
     take(r.before, q / 16 + 2);
     take(r.mask, (q + 31) / 16 * 16);
