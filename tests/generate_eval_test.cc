@@ -147,6 +147,13 @@ TEST_F(GenerateEval, InterruptEndsTheTextCleanly) {
   EXPECT_THAT(r.err, StartsWith("oryx: error: interrupted after "));
 }
 
+TEST_F(GenerateEval, AReaderThatLeavesIsNoError) {
+  const auto r = run_command({"bash", "-c", "\"$0\" generate \"$1\" --tokenizer byte --threads 1 --prompt a --temperature 1 --max-new-tokens 2000 | head -c 1 > /dev/null; echo ${PIPESTATUS[0]}",
+                              test::program_path(), model().string()});
+  EXPECT_EQ(r.out, "141\n");
+  EXPECT_EQ(r.err, "");
+}
+
 TEST_F(GenerateEval, GenerateBadInput) {
   expect_error(generate({"--prompt", "a", "--temperature", "-1"}), "temperature is -1, expected");
   expect_error(generate({"--prompt", "a", "--top-p", "0"}), "top_p is 0, expected");

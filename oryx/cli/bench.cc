@@ -68,7 +68,7 @@ void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(cons
 
 void add_model(CLI::App& app, BenchModel& model) {
   app.add_option("MODEL", model.preset, "SIZE or SIZE-VARIANT (130m, 130m-transformer), or a training config (configs/1.3b-gdn.json)")->required();
-  app.add_option("--dtype", model.precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+  app.add_option("--dtype,--precision", model.precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
 }
 
 void add_model(CLI::App& app, BenchModel& model, std::string& schedule) {
@@ -113,7 +113,7 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   CLI::App& prefill = *app.add_subcommand("prefill", "time and memory of reading a prompt against its share of tokens in attention");
   auto p = std::make_shared<PrefillBenchOptions>();
   prefill.add_option("MODEL", p->model.preset, "SIZE or SIZE-VARIANT (130m, 130m-mamba2), or a training config")->required();
-  prefill.add_option("--dtype", p->model.precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
+  prefill.add_option("--dtype,--precision", p->model.precision, "of activations")->check(CLI::IsMember({"float32", "bfloat16"}))->capture_default_str();
   prefill.add_option("--device", p->model.device, "cpu, cuda or cuda:N")->capture_default_str();
   add_list(prefill, "--lengths", p->lengths, "tokens of the prompt");
   prefill.add_option("--shares", p->shares, "percent of its tokens in attention")

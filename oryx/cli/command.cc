@@ -128,6 +128,13 @@ std::string first_line(std::string_view text) { return std::string(text.substr(0
   fail("{}; see {} --help", one_line(e.what()), full_name(inner));
 }
 
+// The help of a command does not list what all of them take.
+void name_common_options(CLI::App& app) {
+  const auto inner = app.get_subcommands([](const CLI::App*) { return true; });
+  for (CLI::App* s : inner) name_common_options(*s);
+  if (inner.empty()) app.footer("As every command: --threads N, CPU threads to use (default: all cores)");
+}
+
 void parse_and_run(std::vector<std::string> arguments) {
   CLI::App app("Multi-mixer language models: softmax attention and linear recurrences that share one set of weights.",
                "oryx");
@@ -138,7 +145,11 @@ void parse_and_run(std::vector<std::string> arguments) {
          "--threads", [](const int& n) { at::set_num_threads(n); }, "CPU threads to use (default: all cores)")
       ->check(CLI::Range(1, 4096))
       ->type_name("N");
-  for (const Command& c : commands()) c.setup(*app.add_subcommand(c.name, c.summary));
+  for (const Command& c : commands()) {
+    CLI::App* command = app.add_subcommand(c.name, c.summary);
+    c.setup(*command);
+    name_common_options(*command);
+  }
   std::reverse(arguments.begin(), arguments.end());  // CLI11 takes them from the back
   try {
     app.parse(std::move(arguments));
@@ -166,6 +177,8 @@ bool is_out_of_memory(const c10::Error& e) {
          std::string_view(e.what()).find("can't allocate memory") != std::string_view::npos;
 }
 
+constexpr int kOutputClosed = 141;
+
 // "DefaultCPUAllocator: can't allocate memory: you tried to allocate 16000000000 bytes. Error code 12 ..." in a user's words.
 std::string about_memory(const std::string& line) {
   constexpr std::string_view kAsked = "you tried to allocate ";
@@ -184,7 +197,7 @@ int guarded(F&& f) {
     f();
     return 0;
   } catch (const OutputClosed&) {
-    return 141;
+    return kOutputClosed;
   } catch (const Interrupted& e) {
     return report(130, e.what());
   } catch (const Error& e) {
@@ -195,7 +208,7 @@ int guarded(F&& f) {
     const std::string line = first_line(e.what_without_backtrace());
     return is_out_of_memory(e) ? report(1, "out of memory: " + about_memory(line)) : report(2, "internal error: " + line);
   } catch (const std::system_error& e) {
-    if (e.code() == std::errc::broken_pipe) return 141;
+    if (e.code() == std::errc::broken_pipe) return kOutputClosed;
     return report(1, e.what());
   } catch (const std::exception& e) {
     return report(2, "internal error: " + first_line(e.what()));
@@ -209,6 +222,7 @@ int guarded(F&& f) {
 int run_program(std::vector<std::string> arguments) {
   const int code = guarded([&] { parse_and_run(std::move(arguments)); });
   // What is still in the buffer may meet a full disk or a closed pipe; a result that was not written is no success.
+  if (code == kOutputClosed) return code;
   const int flushed = guarded([] {
     const bool failed_before = std::ferror(stdout) != 0;
     flush();

@@ -159,6 +159,7 @@ TEST(Commands, HelpIsTheInnermostCommands) {
   EXPECT_EQ(o.code, 0);
   EXPECT_THAT(o.out, HasSubstr("train it"));
   EXPECT_THAT(o.out, HasSubstr("--size"));
+  EXPECT_THAT(o.out, HasSubstr("As every command: --threads N"));
   EXPECT_EQ(o.err, "");
 }
 

@@ -241,20 +241,6 @@ std::string Fields::markdown() const {
   return out;
 }
 
-std::string Fields::help() const {
-  size_t width = 0;
-  std::vector<std::string> left;
-  for (const Field& f : fields_) {
-    left.push_back(fmt::format("  {}={}", f.key, f.get().dump()));
-    width = std::max(width, std::min<size_t>(left.back().size(), 40));
-  }
-  std::string out;
-  for (size_t i = 0; i < left.size(); ++i) {
-    out += fmt::format("{:<{}}  {} ({})\n", left[i], width, fields_[i].help, fields_[i].type);
-  }
-  return out;
-}
-
 Json read_json_file(const std::filesystem::path& path) {
   constexpr uint64_t kLargest = uint64_t{16} << 20;
   std::error_code error;  // what cannot be asked for its size is refused by read_file

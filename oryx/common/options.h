@@ -216,7 +216,6 @@ class Fields {
   void override_with(std::string_view assignment);
   Json dump() const;
   std::string markdown() const;  // | key | type | default | meaning |
-  std::string help() const;      // the same as aligned plain text
 
  private:
   void add_field(Field field);
@@ -281,12 +280,6 @@ template <class T>
 std::string options_table() {
   T defaults;
   return fields_of(defaults).markdown();
-}
-
-template <class T>
-std::string options_help() {
-  T defaults;
-  return fields_of(defaults).help();
 }
 
 }  // namespace oryx

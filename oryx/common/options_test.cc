@@ -217,7 +217,6 @@ TEST(Options, MarkdownTable) {
                  "| `resume` | boolean | `false` | go on \\| start anew |\n"));
   EXPECT_THAT(table, HasSubstr("| `precision` | one of float32, bfloat16 | `\"float32\"` | compute type |\n"));
   EXPECT_THAT(table, HasSubstr("| `optimizer.lr` | number above 0 | `0.0006` | peak learning rate |\n"));
-  EXPECT_THAT(options_help<RunOptions>(), HasSubstr("  optimizer.lr=0.0006"));
 }
 
 TEST(Options, DeclaringAKeyTwiceIsAnInternalError) {

@@ -121,11 +121,6 @@ void TrainLoader::seek(const LoaderPosition& position) {
   order_ = order;
 }
 
-double TrainLoader::epochs() const {
-  return static_cast<double>(position_.epoch) +
-         static_cast<double>(position_.document) / static_cast<double>(file_->documents());
-}
-
 EvalReader::EvalReader(std::shared_ptr<const TokenFile> file, const EvalOptions& options)
     : file_(std::move(file)), options_(options) {
   TORCH_CHECK(options.seq_len > 0, "EvalReader: windows of ", options.seq_len);

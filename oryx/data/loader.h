@@ -60,8 +60,6 @@ class TrainLoader {
   const LoaderPosition& position() const { return position_; }
   // Throws Error when the position is of other data or another seed.
   void seek(const LoaderPosition& position);
-  // Epochs done so far, with their fraction: for a progress line.
-  double epochs() const;
 
  private:
   void next_row(BatchBuilder* builder);  // nullptr: passes over a row of another rank

@@ -39,8 +39,6 @@ class SpanTable {
   double share(int64_t mixer) const {
     return total_ == 0 ? 0 : static_cast<double>(count(mixer)) / static_cast<double>(total_);
   }
-  // Every token of the batch, so that a kernel needs no spans.
-  bool covers_all(int64_t mixer) const { return count(mixer) == modes_.numel(); }
 
  private:
   std::vector<at::Tensor> spans_;  // by mixer

@@ -33,7 +33,6 @@ TEST(SpanTable, RowsOfWholeDocuments) {
   EXPECT_EQ(t.total(), 20);
   EXPECT_DOUBLE_EQ(t.share(1), 0.3);
   EXPECT_DOUBLE_EQ(t.share(2), 0.0);
-  EXPECT_FALSE(t.covers_all(0));
   EXPECT_TRUE(at::equal(t.modes()[1].slice(0, 5, 9), at::tensor({0, 0, 1, 1}, at::kInt)));
 }
 
@@ -46,7 +45,6 @@ TEST(SpanTable, PackedDocumentsAreRelativeToThemselves) {
 
 TEST(SpanTable, OneMixerForAll) {
   const auto t = SpanTable::build(Schedule::parse("attention", kTableMixers), row_pieces(3, 5, {}), 3, 5);
-  EXPECT_TRUE(t.covers_all(1));
   EXPECT_TRUE(at::equal(t.of(1), ints({{0, 0, 5}, {1, 0, 5}, {2, 0, 5}})));
 }
 
@@ -72,7 +70,6 @@ TEST(SpanTable, SequencesDrawTheirOwn) {
 TEST(SpanTable, TokensWithoutAPieceHaveNoMixer) {
   const auto t = SpanTable::build(Schedule::parse("attention", kTableMixers), {{0, 2, 3, 0, {.prompt_length = 3}}}, 1, 8);
   EXPECT_TRUE(at::equal(t.modes()[0], at::tensor({-1, -1, 1, 1, 1, -1, -1, -1}, at::kInt)));
-  EXPECT_FALSE(t.covers_all(1));
   EXPECT_DOUBLE_EQ(t.share(1), 1.0);
 }
 

@@ -67,6 +67,5 @@ std::shared_ptr<FixedPage> FixedPool::take() {
 
 int64_t FixedPool::page_bytes() const { return shelf_->bytes(); }
 int64_t FixedPool::pages() const { return shelf_->pages; }
-int64_t FixedPool::free_pages() const { return static_cast<int64_t>(shelf_->free.size()); }
 
 }  // namespace oryx

@@ -29,7 +29,6 @@ class FixedPool {
 
   int64_t page_bytes() const;
   int64_t pages() const;       // that exist, free ones included
-  int64_t free_pages() const;
 
  private:
   struct Shelf;
