@@ -31,7 +31,7 @@ bench: configure
 	@$(BUILD)/oryx_bench
 
 format:
-	@git ls-files '*.cc' '*.h' '*.cu' | xargs clang-format -i
+	@git clang-format --force --extensions cc,h,cu,cuh
 
 clean:
 	rm -rf build
