@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,7 +36,8 @@ struct StepBenchOptions {
   std::vector<int64_t> batch_sizes = {2}, seq_lens = {512};  // pairs: as many of one as of the other, or one of either for all
   int64_t warmup = 2, repeat = 5;
   bool checkpoint_layers = false;
-  bool cuda_graph = true;  // on a GPU replay captured steps where they can be captured, as training does; captured during the warm-up of 2 or more steps
+  // On a GPU replay captured steps where they can be captured; where not given, where training does by itself. They are captured during the warm-up, if it has 2 steps or more.
+  std::optional<bool> cuda_graph;
 };
 // A full training step: forward, loss, backward, clipping, AdamW. One row for each shape and schedule, of one and the same model, so that a mixture stands beside its parts: batch,
 // seq_len, step_ms (median), min_ms, cpu_ms (of the processor, all threads), tokens_per_second, gflops (three times the forward's, over the median), peak_bytes (on a GPU of its

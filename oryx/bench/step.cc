@@ -71,7 +71,7 @@ Json measure_steps(LanguageModel& model, Optimizer& optimizer, const std::string
   RandomSource source(shape.rows, shape.tokens, model.config().vocab_size);
   StepOptions options;
   options.checkpoint_layers = o.checkpoint_layers;
-  const std::unique_ptr<StepGraphs> graphs = o.cuda_graph ? make_step_graphs(model, optimizer, options) : nullptr;
+  const std::unique_ptr<StepGraphs> graphs = o.cuda_graph.value_or(worth_capturing(model.config(), shape.rows * shape.tokens)) ? make_step_graphs(model, optimizer, options) : nullptr;
   BatchFeed feed(source, schedule, model, {.pack = graphs != nullptr});
   if (gpu) reset_peak_device_memory(device);
   std::vector<StepResult> results;
@@ -153,7 +153,7 @@ BenchResult bench_step(const StepBenchOptions& o) {
     result.note = mfu_note(result.table.rows);
   }
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"schedules", o.schedules}, {"device", o.device}, {"batch", o.batch_sizes},
-                    {"seq_len", o.seq_lens},    {"warmup", o.warmup},         {"repeat", o.repeat},       {"checkpoint_layers", o.checkpoint_layers}, {"cuda_graph", o.cuda_graph}};
+                    {"seq_len", o.seq_lens},    {"warmup", o.warmup},         {"repeat", o.repeat},       {"checkpoint_layers", o.checkpoint_layers}, {"cuda_graph", o.cuda_graph ? Json(*o.cuda_graph) : Json("auto")}};
   return result;
 }
 

@@ -97,7 +97,8 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   add_list(step, "--batch", s->batch_sizes, "rows; several (8,2) with as many lengths, or one");
   add_list(step, "--seq,--seq-len", s->seq_lens, "tokens of a row");
   step.add_flag("--checkpoint-layers", s->checkpoint_layers, "compute each layer's activations again in the backward pass");
-  step.add_flag("--cuda-graph,!--no-cuda-graph", s->cuda_graph, "on a GPU: captured steps, as training replays them (default); --no-cuda-graph: kernel by kernel");
+  step.add_flag_function("--cuda-graph,!--no-cuda-graph", [s](int64_t count) { s->cuda_graph = count > 0; },
+                         "on a GPU: captured steps wherever they can be; --no-cuda-graph: kernel by kernel; neither: as training does");
   add_count(step, "--repeat", s->repeat, "steps that are timed");
   add_count(step, "--warmup", s->warmup, "steps before them", 0);
   finish(step, s, bench_step);

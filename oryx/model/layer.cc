@@ -17,7 +17,7 @@ namespace {
 // Tokens of the feed-forward at once without gradients: what stays near the processor; on a GPU, products large enough to fill it.
 constexpr int64_t kFeedForwardTokens = 2048, kFeedForwardTokensOnGpu = 8192;
 
-// On a GPU every token's query is projected in layers up to this wide, and where the whole product is at most so many multiply-adds: gathering rows and putting them
+// On a GPU, without a state, every token's query is projected in layers up to this wide, and where the whole product is at most so many multiply-adds: gathering rows and putting them
 // back takes as long there.
 constexpr int64_t kWholeQueryWidth = 512, kWholeQueryProduct = int64_t{1} << 33;
 
@@ -249,7 +249,7 @@ at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& to
   const int64_t B = u.input().size(0), T = u.input().size(1);
   // A gather and a scatter cost less than projecting tokens whose query nobody reads, where those are many.
   const bool many = u.input().is_cuda() && 2 * tokens.count > B * T;
-  if (query.everywhere || tokens.all || many || whole_queries(B * T, u.input().device())) return u(query.proj);
+  if (query.everywhere || tokens.all || many) return u(query.proj);
   const at::Tensor q = u.rows(query.proj, tokens.index);
   return at::zeros({B * T, q.size(-1)}, q.options()).index_copy_(0, tokens.index, q).view({B, T, -1});
 }
@@ -275,6 +275,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
   std::vector<const TokenSet*> rows;  // of each: the tokens that it answers for
   bool writable = false;            // the first output, by the others' rows
   std::map<std::string, at::Tensor> projected;
+  const bool whole = state == nullptr && whole_queries(B * T, u.device());  // a prompt's piece in one mode spends nothing on the other's queries
   for (size_t m = 0; m < mixers_.size(); ++m) {
     const TokenSet& tokens = combines_all() ? kEverything : routing.tokens(names_, m, u.device());
     const bool idle = !combines_all() && tokens.count == 0;
@@ -285,7 +286,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
     if (auto it = projected.find(query.name); it != projected.end()) {
       q = it->second;
     } else {
-      q = project_query(query, tokens, reads);
+      q = whole ? reads(query.proj) : project_query(query, tokens, reads);
       if (query.everywhere) projected.emplace(query.name, q);
     }
     if (query.conv.defined()) q = convolve(q, query.conv, query.conv_bias, names_[m] + ".q_conv", pass);

@@ -22,10 +22,27 @@ BatchFeed::~BatchFeed() {
   if (thread_.joinable()) thread_.join();
 }
 
+// On a GPU all batches of a step are drawn before the first is given.
+BatchFeed::Drawn BatchFeed::draw_next() {
+  if (group_.empty()) {
+    const int64_t n = options_.pack || !model_.device().is_cpu() ? options_.accumulate : 1;
+    documents_ = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      TrainBatch batch = source_.next();
+      if (batch.cu_seqlens) documents_ = std::max(documents_, document_room(batch.cu_seqlens->numel() - 1));
+      group_.push_back({std::move(batch), source_.position()});
+    }
+  }
+  Drawn next = std::move(group_.front());
+  group_.pop_front();
+  return next;
+}
+
 FedBatch BatchFeed::draw() {
   const at::NoGradGuard no_grad;
   const std::lock_guard drawing(drawing_);
-  TrainBatch batch = source_.next();
+  Drawn drawn = draw_next();
+  TrainBatch& batch = drawn.batch;
   if (drawn_ % options_.accumulate == 0) sequence_ = 0;
   for (auto& piece : batch.pieces) {
     piece.context.seed = options_.seed;
@@ -38,11 +55,11 @@ FedBatch BatchFeed::draw() {
   fed.tokens = batch.input_ids.numel();
   fed.input.input_ids = batch.input_ids;
   fed.input.cu_seqlens = batch.cu_seqlens;
-  if (batch.cu_seqlens && !model_.device().is_cpu()) fed.input.cu_seqlens = padded_bounds(*batch.cu_seqlens);
+  if (batch.cu_seqlens && (options_.pack || !model_.device().is_cpu())) fed.input.cu_seqlens = padded_bounds(*batch.cu_seqlens, documents_);
   fed.input.routing = schedule_.route(batch.pieces, batch.input_ids.size(0), batch.input_ids.size(1));
   fed.attention_share = attention_share(model_.config(), fed.input.routing);
   fed.flops = pieces_flops(model_.config(), fed.input.routing, batch.pieces);
-  fed.position = source_.position();
+  fed.position = std::move(drawn.position);
   fed.targets = batch.targets;  // checked and sent by the loss, without waiting
   if (!options_.pack) {
     model_.prepare(fed.input);
@@ -50,7 +67,8 @@ FedBatch BatchFeed::draw() {
   }
   model_.check_ids(fed.input.input_ids);
   ops::check_targets(fed.targets, model_.config().vocab_size);
-  fed.packed = pack_batch(model_, fed.input, fed.targets);
+  fed.packed = pack_batch(model_, fed.input, fed.targets, spans_);
+  spans_ = std::max(spans_, fed.packed.layout->spans);
   return fed;
 }
 

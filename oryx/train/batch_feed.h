@@ -50,6 +50,11 @@ class BatchFeed {
   const Json& position() const { return position_; }
 
  private:
+  struct Drawn {
+    TrainBatch batch;
+    Json position;  // of the source behind it
+  };
+  Drawn draw_next();
   FedBatch draw();
   void work();
 
@@ -58,6 +63,9 @@ class BatchFeed {
   const LanguageModel& model_;
   FeedOptions options_;
   int64_t ahead_, drawn_ = 0;
+  std::deque<Drawn> group_;     // the rest of a step's batches, where they are filled up alike
+  int64_t documents_ = 0;       // to so many
+  int64_t spans_ = 0;           // the most room for spans that a batch took: others take it too, which changes nothing but that fewer layouts come up
   uint64_t sequence_ = 0;  // counts through the batches of a step, so that no two sequences share their draws
   Json position_;
 

@@ -154,6 +154,7 @@ TEST_F(CudaTraining, CapturedStepsAreTheSameSteps) {
   expect_captured("attention", [](TrainOptions& o) { o.model.layer_mixers = {{"attention"}}; }, recall);
   expect_captured("layers", [](TrainOptions& o) { o.model.layer_mixers = {{"gated_delta_net"}, {"gated_delta_net", "sliding_window", "attention"}}, o.schedule = "linear,attention@-40:"; }, recall);
   expect_captured("accumulate", [](TrainOptions& o) { o.accumulate = 3; }, recall);
+  expect_captured("accumulate-packed", [](TrainOptions& o) { o.accumulate = 2; }, packed);
   expect_captured("recomputed", [](TrainOptions& o) { o.checkpoint_layers = true, o.z_loss = 1e-4; }, packed);
   // Validations and checkpoints between the steps, and few steps looked at.
   expect_captured("validated", [](TrainOptions& o) { o.validate_every = 4, o.save_every = 3; }, recall);

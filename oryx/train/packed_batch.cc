@@ -16,13 +16,6 @@ namespace {
 
 constexpr int64_t kPackedAlignment = 256;  // bytes
 
-// 1, 2, 3, 4, 6, 8, 12, 16 ...: the least of them that is n or more.
-int64_t rounded_up(int64_t n) {
-  int64_t size = 1;
-  while (size < n) size = size < 2 ? size + 1 : (size & (size - 1)) == 0 ? size / 2 * 3 : size / 3 * 4;
-  return size;
-}
-
 // Room for n spans: empty ones cost next to nothing, another layout a capture.
 int64_t span_room(int64_t n) {
   int64_t room = 64;
@@ -30,7 +23,7 @@ int64_t span_room(int64_t n) {
   return room;
 }
 
-BatchLayout layout_of(const LanguageModel& model, const ModelInput& input) {
+BatchLayout layout_of(const LanguageModel& model, const ModelInput& input, int64_t least_spans) {
   using Share = BatchLayout::Group::Share;
   BatchLayout l;
   l.rows = input.input_ids.size(0), l.tokens = input.input_ids.size(1);
@@ -57,7 +50,7 @@ BatchLayout layout_of(const LanguageModel& model, const ModelInput& input) {
     }
     l.groups.push_back(std::move(group));
   }
-  l.spans = most > 0 ? span_room(most) : 0;
+  l.spans = most > 0 ? span_room(std::max(most, least_spans)) : 0;
   const auto take = [&](int64_t bytes) {
     const int64_t at = l.bytes;
     l.bytes += (bytes + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
@@ -84,15 +77,21 @@ BatchLayout layout_of(const LanguageModel& model, const ModelInput& input) {
 
 }  // namespace
 
-at::Tensor padded_bounds(const at::Tensor& cu_seqlens) {
-  const int64_t values = cu_seqlens.numel(), room = rounded_up(values - 1) + 1;
-  return values == room ? cu_seqlens : at::cat({cu_seqlens, cu_seqlens.narrow(0, values - 1, 1).expand({room - values})});
+int64_t document_room(int64_t documents) {
+  int64_t room = 1;
+  while (room < documents) room = room < 2 ? room + 1 : (room & (room - 1)) == 0 ? room / 2 * 3 : room / 3 * 4;
+  return room;
 }
 
-PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, const at::Tensor& targets) {
+at::Tensor padded_bounds(const at::Tensor& cu_seqlens, int64_t documents) {
+  const int64_t values = cu_seqlens.numel();
+  return values > documents ? cu_seqlens : at::cat({cu_seqlens, cu_seqlens.narrow(0, values - 1, 1).expand({documents + 1 - values})});
+}
+
+PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, const at::Tensor& targets, int64_t least_spans) {
   using Share = BatchLayout::Group::Share;
   const at::NoGradGuard no_grad;
-  auto layout = std::make_shared<BatchLayout>(layout_of(model, input));
+  auto layout = std::make_shared<BatchLayout>(layout_of(model, input, least_spans));
   const BatchLayout& l = *layout;
   const bool on_gpu = !model.device().is_cpu();
   at::Tensor bytes = at::empty({l.bytes}, at::TensorOptions(at::kByte).pinned_memory(on_gpu));

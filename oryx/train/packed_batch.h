@@ -12,9 +12,11 @@
 
 namespace oryx {
 
-// Bounds of packed documents with empty documents behind the last, so that there are 1, 2, 3, 4, 6, 8, 12, 16, 24 ... of them: cu_seqlens int32 [N + 1] on the CPU. How kernels
-// cut a batch into work depends on N, and so do the last bits of what they add: on a GPU every step's batches are padded, captured or not.
-at::Tensor padded_bounds(const at::Tensor& cu_seqlens);
+// The least of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that is no less than `documents`: to how many documents packed batches are filled up. How kernels cut a batch into work depends on
+// their number, and so do the last bits of what they add: on a GPU every step's batches are filled up, captured or not, all of a step to the same number.
+int64_t document_room(int64_t documents);
+// cu_seqlens (int32 [N + 1] on the CPU) with empty documents behind the last, `documents` in all.
+at::Tensor padded_bounds(const at::Tensor& cu_seqlens, int64_t documents);
 
 struct BatchLayout {
   // Layers whose mixers have these names under one routing.
@@ -40,8 +42,8 @@ struct PackedBatch {
   at::Tensor bytes;  // [layout->bytes] uint8 on the model's device
 };
 
-// input as ModelInput takes it, without a state and on the CPU; targets int64 like its ids.
-PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, const at::Tensor& targets);
+// input as ModelInput takes it, without a state and on the CPU; targets int64 like its ids. least_spans: room for so many spans of each mixer at least.
+PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, const at::Tensor& targets, int64_t least_spans = 0);
 
 struct UnpackedBatch {
   ModelInput input;

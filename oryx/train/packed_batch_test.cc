@@ -8,6 +8,7 @@
 
 #include "oryx/data/loader.h"
 #include "oryx/model/scheduling.h"
+#include "oryx/train/batch_feed.h"
 
 namespace oryx {
 namespace {
@@ -25,7 +26,7 @@ ModelConfig packed_model(bool share_query) {
 }
 
 std::vector<int64_t> bounds_of(std::vector<int32_t> cu) {
-  const at::Tensor padded = padded_bounds(at::tensor(cu, at::kInt)).to(at::kLong);
+  const at::Tensor padded = padded_bounds(at::tensor(cu, at::kInt), document_room(static_cast<int64_t>(cu.size()) - 1)).to(at::kLong);
   return {padded.data_ptr<int64_t>(), padded.data_ptr<int64_t>() + padded.numel()};
 }
 
@@ -59,7 +60,7 @@ TEST(PackedBatch, IsTheBatch) {
     std::vector<ModePiece> pieces;
     if (c.packed) {
       input.input_ids = at::randint(40, {1, 30}, at::kLong);
-      input.cu_seqlens = padded_bounds(at::tensor(std::vector<int32_t>{0, 7, 8, 19, 25, 30}, at::kInt));
+      input.cu_seqlens = padded_bounds(at::tensor(std::vector<int32_t>{0, 7, 8, 19, 25, 30}, at::kInt), 8);
       pieces = packed_pieces(at::tensor(std::vector<int32_t>{0, 7, 8, 19, 25, 30}, at::kInt), {});
     } else {
       input.input_ids = at::randint(40, {3, 10}, at::kLong);
@@ -110,6 +111,52 @@ TEST(PackedBatch, OneLayoutServesManyBatches) {
   }
   EXPECT_EQ(keys.size(), 1u);
   EXPECT_EQ(kinds.size(), 1u);
+}
+
+// Rows of documents, their number another one in each batch.
+class VaryingDocuments : public BatchSource {
+ public:
+  TrainBatch next() override {
+    TrainBatch b;
+    b.input_ids = at::full({1, 60}, given_ % 40, at::kLong), b.targets = b.input_ids;
+    std::vector<int32_t> cu = {0};
+    for (int32_t n = 3 + static_cast<int32_t>(given_ * 5 % 17); n > 0; --n) cu.push_back(cu.back() + 2);
+    cu.back() = 60;
+    ++given_;
+    b.cu_seqlens = at::tensor(cu, at::kInt);
+    b.pieces = packed_pieces(*b.cu_seqlens, {});
+    return b;
+  }
+  Json position() const override { return {{"given", given_}}; }
+  void seek(const Json&) override {}
+
+ private:
+  int64_t given_ = 0;
+};
+
+TEST(PackedBatch, AStepsBatchesAreFilledUpAlike) {
+  const ModelConfig config = packed_model(true);
+  const LanguageModel model(config);
+  const ModelSchedule schedule(config, "random(attention=0.5;chunk=1)");
+  VaryingDocuments packs, plain;
+  BatchFeed fed(packs, schedule, model, {.accumulate = 3, .pack = true}, 2), one_by_one(plain, schedule, model, {.accumulate = 3});
+  std::set<int64_t> rooms;
+  for (int64_t step = 0; step < 4; ++step) {
+    std::vector<FedBatch> batches;
+    for (int i = 0; i < 3; ++i) {
+      batches.push_back(fed.next());
+      const FedBatch want = one_by_one.next();
+      EXPECT_EQ(fed.position(), one_by_one.position());  // not of what was drawn ahead
+      EXPECT_TRUE(at::equal(batches.back().input.input_ids, want.input.input_ids));
+      EXPECT_EQ(batches.back().attention_share, want.attention_share);
+      EXPECT_EQ(batches.back().flops, want.flops);
+    }
+    EXPECT_EQ(batches[0].packed.layout->bounds, batches[1].packed.layout->bounds);
+    EXPECT_EQ(batches[0].packed.layout->bounds, batches[2].packed.layout->bounds);
+    rooms.insert(batches[0].packed.layout->bounds - 1);
+  }
+  for (const int64_t room : rooms) EXPECT_EQ(room, document_room(room));
+  EXPECT_GT(rooms.size(), 1u);
 }
 
 }  // namespace

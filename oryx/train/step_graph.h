@@ -21,6 +21,9 @@ class StepGraphs {
   virtual int64_t captured() const = 0;  // graphs that are kept
 };
 
+// Where launching a step's kernels takes the host as long as they run, or longer: batches of up to 2^23 tokens x channels (on an H100's host; docs/benchmarks/2026-11-26-cuda-training.md).
+bool worth_capturing(const ModelConfig& config, int64_t tokens_per_batch);
+
 // Null, with the reason in *why when given, where this model's steps have kernels that ask the host. Model and optimiser must outlive it; nobody else fills gradients meanwhile.
 std::unique_ptr<StepGraphs> make_step_graphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, std::string* why = nullptr);
 

@@ -65,7 +65,8 @@ class Run {
         model_((check_memory(options), folder_.lock(), new_model(options))),  // refused before the folder is made
         optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}),
         schedule_(options.model, options.training_schedule()) {
-    if (options.cuda_graph != CudaGraph::kOff) capture_steps();
+    const bool worth = worth_capturing(options.model, options.batch_size * options.seq_len);
+    if (options.cuda_graph == CudaGraph::kOn || (options.cuda_graph == CudaGraph::kAuto && worth)) capture_steps();
     resume();
   }
 
