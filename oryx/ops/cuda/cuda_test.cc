@@ -345,6 +345,25 @@ TEST_F(Cuda, SpanAttentionRepeats) {
   }
 }
 
+// Plain causal attention goes by cuDNN, whose gradients may differ in their last bits from run to run; told to be deterministic it goes by our kernels.
+TEST_F(Cuda, SpanAttentionPlainRepeatsWhereAsked) {
+  const at::Tensor q = at::randn({2, 2048, 8, 128}, at::TensorOptions(at::kCUDA).dtype(at::kBFloat16)), up = at::randn_like(q);
+  const auto run = [&](bool deterministic) {
+    at::globalContext().setDeterministicCuDNN(deterministic);
+    Tensors x;
+    for (int i = 0; i < 3; ++i) x.push_back(q.roll(i, 1).requires_grad_(true));
+    const at::Tensor o = span_attention(x[0], x[1], x[2], {});
+    torch::autograd::backward({o}, {up});
+    at::globalContext().setDeterministicCuDNN(false);
+    return Tensors{o.detach(), x[0].grad(), x[1].grad(), x[2].grad()};
+  };
+  const Tensors a = run(true), b = run(true), c = run(false);
+  for (size_t i = 0; i < a.size(); ++i) {
+    EXPECT_TRUE(at::equal(a[i], b[i])) << i;
+    EXPECT_LT(((a[i] - c[i]).norm() / c[i].norm()).item<double>(), 1e-2) << i;
+  }
+}
+
 TEST_F(Cuda, CrossEntropy) {
   for (const int64_t classes : {2, 101, 5003, 40000}) {  // 40,000: more than a block's registers hold
     at::Tensor targets = at::randint(0, classes, {77}, at::kLong);

@@ -1,6 +1,6 @@
 // span_attention on CUDA: which code serves which arguments.
 //
-//   plain causal (bfloat16, K = V = 64 or 128, every query, as many keys)          cuDNN, through libtorch
+//   plain causal (bfloat16, K = V = 64 or 128, every query, as many keys)          cuDNN, through libtorch; under deterministicCuDNN() with gradients as the next
 //   spans, packing, lengths, windows (bfloat16, K = V = 64 or 128, on Hopper)      kernels of our own (cuda/)
 //   the same of other widths or chips (bfloat16, K = V <= 256)                     libtorch's flash attention over every query; rows outside
 //                                                                                  spans are cleared afterwards
@@ -9,6 +9,7 @@
 //
 // The first three read no device data on the host: spans and bounds out of range are the caller's fault there (the kernels of our own clip them).
 #include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
@@ -204,7 +205,9 @@ at::Tensor span_attention_cuda_autograd(const at::Tensor& q, const at::Tensor& k
   const c10::cuda::CUDAGuard device(q.device());
   const Arguments a{q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale};
   check(a);
-  if (is_plain(a)) return CudnnAttention::apply(q, k, v, scale);
+  // cuDNN adds gradients in no fixed order; where that is unwanted (torch.backends.cudnn.deterministic) our kernels, which do, take its place.
+  const bool fixed_order = at::globalContext().deterministicCuDNN() && hopper_serves(a);
+  if (is_plain(a) && !fixed_order) return CudnnAttention::apply(q, k, v, scale);
   if (hopper_serves(a)) return SpanAttentionHopper::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   if (is_flash(a) && !key_lengths) return FlashAttention::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, window, scale);
   return in_double(q, k, v, [&](const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
