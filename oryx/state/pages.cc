@@ -134,6 +134,23 @@ void RowStore::make_room(const std::vector<int64_t>& lengths, const std::vector<
   }
 }
 
+void RowStore::add_room(int64_t n, int64_t need) {
+  TORCH_CHECK(!bound_.on(), "state: room behind the rows of a bounded store");
+  Sequence& s = sequences_[static_cast<size_t>(n)];
+  const auto held = static_cast<int64_t>(s.pages.size()), pages = pages_of(need) - held;
+  if (specs_.empty() || pages <= 0) return;
+  const auto block = make_block(pages);
+  for (int64_t i = 0; i < pages; ++i) s.pages.push_back({held + i, std::make_shared<const Page>(Page{block, i * page_tokens_})});
+  find_runs(s);
+}
+
+void RowStore::take(RowStore& from, int64_t n) {
+  TORCH_CHECK(from.budget_ == budget_ && from.page_tokens_ == page_tokens_, "state: a sequence of another store");
+  if (specs_.empty()) specs_ = from.specs_, row_bytes_ = from.row_bytes_;
+  sequences_.push_back(std::move(from.sequences_[static_cast<size_t>(n)]));
+  from.sequences_[static_cast<size_t>(n)] = {};
+}
+
 std::array<int64_t, 4> RowStore::kept(int64_t begin, int64_t end) const {
   if (!bound_.on()) return {begin, end, end, end};
   const int64_t tail = std::min(end, std::max({begin, bound_.first, end - bound_.last}));

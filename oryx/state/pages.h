@@ -72,6 +72,10 @@ class RowStore {
   // Makes tokens [lengths[n], needs[n]) of each sequence n writable (of those that a bound will keep), with room for growth behind them (or none:
   // `exact`). Throws Error when the budget does not allow it; nothing has changed then.
   void make_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact);
+  // Pages for tokens up to `need` behind those that sequence n has, in a block of their own; no page moves. Not for a bounded store, whose pages move anyway.
+  void add_room(int64_t n, int64_t need);
+  // Takes sequence n of `from`, with its pages and its room, as this store's last one.
+  void take(RowStore& from, int64_t n);
   // rows [T, shape...] become tokens [begin, begin + T) of sequence n; under a bound only those that it keeps of begin + T tokens.
   void write(int64_t slot, int64_t n, int64_t begin, const at::Tensor& rows);
   // Tokens [begins[n], ends[n]) of all sequences: [N, longest, shape...], unspecified behind a sequence's own. A view where pages lie side by side,

@@ -110,6 +110,12 @@ void State::reserve(int64_t tokens) {
   rows_.make_room(lengths_, needs, /*exact=*/true);
 }
 
+void State::reserve_behind(int64_t tokens) {
+  TORCH_CHECK(sequences() == 1, "state: room behind ", sequences(), " sequences");
+  if (rows_.bound().on()) return reserve(tokens);
+  rows_.add_room(0, tokens);
+}
+
 void State::prepare(const std::vector<int64_t>& counts) {
   TORCH_CHECK(counts.size() == lengths_.size(), "state: ", counts.size(), " counts for ", lengths_.size(), " sequences");
   std::vector<int64_t> needs(lengths_);

@@ -129,6 +129,9 @@ class State {
 
   // Room for `tokens` tokens in all for each sequence, so that no later append moves rows.
   void reserve(int64_t tokens);
+  // The same for a state of one sequence, whose rows stay where they are: only room behind them is added, as memory of its own. A fork that shares the pages up to there
+  // then holds none of what is added.
+  void reserve_behind(int64_t tokens);
   // Makes sure, before anything is written, that `counts` tokens more by sequence fit: rows, checkpoints and ring. Throws Error when the
   // budget does not allow them.
   void prepare(const std::vector<int64_t>& counts);
@@ -170,6 +173,10 @@ class State {
   // A fork of every sequence, to be kept aside; restore() makes this state what it was then.
   State snapshot() const;
   void restore(const State& snapshot) { *this = snapshot.snapshot(); }
+  // Sequences of several states that were forked from one, side by side in a new state: picks[j] is (state, sequence) of its sequence j, each at most once; sequences that
+  // are not picked are dropped. Pages of rows move as they are, with what was reserved; recurrent slots and tails are copied. States with rows kept by choice cannot be
+  // regrouped, but for one that stays as it is.
+  static State regroup(std::vector<State> sources, const std::vector<std::pair<size_t, int64_t>>& picks);
 
   // Everything that save files hold, by name: recurrent slots, tails, rows up to the lengths, checkpoints; the ring is not kept.
   std::vector<std::pair<std::string, at::Tensor>> tensors() const;
