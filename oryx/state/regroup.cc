@@ -18,7 +18,7 @@ State State::regroup(std::vector<State> sources, const std::vector<std::pair<siz
   const auto N = static_cast<int64_t>(picks.size());
   RowStore rows(0, like.budget_, like.options_.device, like.rows_.page_tokens(), like.rows_.bound());
   for (const auto& [source, n] : picks) rows.take(sources[source].rows_, n);
-  State out(Empty{}, like, std::move(rows), KeptRows(), N);
+  State out(Empty{}, like, std::move(rows), like.kept_.fork(std::vector<int64_t>(picks.size(), 0)), N);
   // The old slots go with the sources: for a moment both stand, but no more sequences than before are charged for.
   for (State& s : sources) s.charge_ = Charge();
   out.charge_ = Charge(like.budget_, N * like.fixed_bytes());
