@@ -98,7 +98,7 @@ class KimiDeltaAttention : public Mixer {
   // f [B, T, V] -> g [B, T, Hs, K], at most 0.
   at::Tensor decay(const at::Tensor& f) const {
     // logaddexp: torch's softplus turns linear above 20.
-    const at::Tensor step = at::logaddexp(at::linear(f, f_up_proj_) + dt_bias_, at::zeros({}, dt_bias_.options()));
+    const at::Tensor step = at::logaddexp(project(f, f_up_proj_) + dt_bias_, at::zeros({}, dt_bias_.options()));
     return -A_log_.exp().unsqueeze(-1) * step.unflatten(-1, {config_.state_heads(), config_.head_dim});
   }
 

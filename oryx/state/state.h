@@ -173,10 +173,11 @@ class State {
   // A fork of every sequence, to be kept aside; restore() makes this state what it was then.
   State snapshot() const;
   void restore(const State& snapshot) { *this = snapshot.snapshot(); }
-  // Sequences of several states that were forked from one, side by side in a new state: picks[j] is (state, sequence) of its sequence j, each at most once; sequences that
-  // are not picked are dropped. Pages of rows move as they are, with what was reserved; recurrent slots and tails are copied. States with rows kept by choice cannot be
-  // regrouped, but for one that stays as it is.
-  static State regroup(std::vector<State> sources, const std::vector<std::pair<size_t, int64_t>>& picks);
+  // Sequences of several states that were forked from one, side by side in new states: targets[k][j] is (source, sequence) of sequence j of the k-th of them, each at most
+  // once; sequences that stand in no target are dropped. Pages of rows move as they are, with what was reserved; recurrent slots and tails are copied. A source that
+  // becomes a target whole is moved. States with rows kept by choice only move whole.
+  using SequencePlace = std::pair<size_t, int64_t>;
+  static std::vector<State> regroup(std::vector<State> sources, const std::vector<std::vector<SequencePlace>>& targets);
 
   // Everything that save files hold, by name: recurrent slots, tails, rows up to the lengths, checkpoints; the ring is not kept.
   std::vector<std::pair<std::string, at::Tensor>> tensors() const;
@@ -250,6 +251,7 @@ class State {
 
   struct Empty {};
   State(Empty, const State& like, RowStore rows, KeptRows kept, int64_t sequences);
+  static State joined(std::vector<State>& sources, const std::vector<SequencePlace>& places);
 
   StateOptions options_;
   std::shared_ptr<ByteBudget> budget_;
