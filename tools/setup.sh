@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 TORCH_VERSION=2.11.0
 PACKAGES=(build-essential cmake ninja-build ccache pkg-config python3-venv
-          libhwy-dev libsentencepiece-dev sentencepiece libpcre2-dev libutf8proc-dev libcli11-dev nlohmann-json3-dev libzstd-dev
+          libhwy-dev libsentencepiece-dev sentencepiece libpcre2-dev libutf8proc-dev libcli11-dev nlohmann-json3-dev libzstd-dev libcpp-httplib-dev
           libgtest-dev libgmock-dev libbenchmark-dev)
 
 say() { printf 'setup: %s\n' "$*" >&2; }
