@@ -24,7 +24,7 @@ at::Tensor unflat(const at::Tensor& y, const at::Tensor& x) {
 at::Tensor cast(const at::Tensor& weight, const at::Tensor& x) { return weight.scalar_type() == x.scalar_type() ? weight : weight.to(x.scalar_type()); }
 
 // Where few_rows_product() suits it stands in for the library's, so that a row's result does not depend on the rows beside it.
-at::Tensor linear(const at::Tensor& x, const at::Tensor& weight) { return ops::few_rows_suit(x, weight) ? ops::few_rows_product(x, weight) : at::linear(x, weight); }
+at::Tensor row_product(const at::Tensor& x, const at::Tensor& weight) { return ops::few_rows_suit(x, weight) ? ops::few_rows_product(x, weight) : at::linear(x, weight); }
 
 // The sum of the shares of one activation's gradient, [rows, in].
 struct Sink : torch::CustomClassHolder {
@@ -158,7 +158,7 @@ at::Tensor join_rows(const at::Tensor& o, const at::Tensor& part, const at::Tens
   return JoinRows::apply(o, part, index);
 }
 
-at::Tensor project(const at::Tensor& x, const at::Tensor& weight) { return linear(x, cast(weight, x)); }
+at::Tensor project(const at::Tensor& x, const at::Tensor& weight) { return row_product(x, cast(weight, x)); }
 
 Projections::Projections(const at::Tensor& x) : x_(x) {
   if (!at::GradMode::is_enabled() || !x.requires_grad()) return;
@@ -176,7 +176,7 @@ at::Tensor Projections::rows(const at::Tensor& weight, const at::Tensor& index) 
 
 at::Tensor Projections::wide(const at::Tensor& weight) const {
   if (collects()) return Product::apply(x_, weight, std::optional<at::Tensor>(), sink_, static_cast<int64_t>(Form::kWide));
-  return x_.is_cuda() && !at::GradMode::is_enabled() ? wide_product(x_, weight) : linear(x_.to(weight.scalar_type()), weight);
+  return x_.is_cuda() && !at::GradMode::is_enabled() ? wide_product(x_, weight) : row_product(x_.to(weight.scalar_type()), weight);
 }
 
 }  // namespace oryx

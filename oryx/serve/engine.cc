@@ -549,6 +549,11 @@ bool Engine::step() {
   return true;
 }
 
+void Engine::wait(double seconds) {
+  std::unique_lock lock(impl_->mutex);
+  impl_->wake.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return !impl_->queue.empty(); });
+}
+
 void Engine::run() {
   while (true) {
     if (step()) continue;

@@ -81,6 +81,8 @@ class Engine {
 
   // One round; false when there was nothing to do.
   bool step();
+  // Waits until there may be something to do, at most so long.
+  void wait(double seconds);
   // Rounds until close() was called and everything has ended.
   void run();
   // Nothing is accepted any more. With `abort` what runs or waits is cancelled.

@@ -1,0 +1,206 @@
+#include "oryx/serve/completion.h"
+
+#include <random>
+
+#include "oryx/common/utf8.h"
+
+namespace oryx::serve {
+
+namespace {
+
+const char* error_type(int status) {
+  if (status == 429) return "rate_limit_error";
+  return status >= 500 ? "server_error" : "invalid_request_error";
+}
+
+[[noreturn]] void wrong(const std::string& field, const Json& found, const char* expected) {
+  throw ApiError(400, fmt::format("{} is {}, expected {}", field, describe_json(found), expected), field);
+}
+
+// Reads the fields of a body, each by its name; what nobody asked for is an error.
+class Fields {
+ public:
+  explicit Fields(const Json& body) : body_(body) {}
+
+  // Null where it is absent or null.
+  const Json* find(const std::string& name) {
+    known_.push_back(name);
+    const auto it = body_.find(name);
+    return it == body_.end() || it->is_null() ? nullptr : &*it;
+  }
+  void integer(const std::string& name, int64_t& value, int64_t least) {
+    const Json* found = find(name);
+    if (found == nullptr) return;
+    const bool fits = found->is_number_integer() && !(found->is_number_unsigned() && found->get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
+    if (!fits || found->get<int64_t>() < least) wrong(name, *found, least == 0 ? "an integer of at least 0" : "an integer of at least 1");
+    value = found->get<int64_t>();
+  }
+  void number(const std::string& name, double& value) {
+    const Json* found = find(name);
+    if (found == nullptr) return;
+    if (!found->is_number()) wrong(name, *found, "a number");
+    value = found->get<double>();
+  }
+  void flag(const std::string& name, bool& value) {
+    const Json* found = find(name);
+    if (found == nullptr) return;
+    if (!found->is_boolean()) wrong(name, *found, "true or false");
+    value = found->get<bool>();
+  }
+  bool text(const std::string& name, std::string& value) {
+    const Json* found = find(name);
+    if (found == nullptr) return false;
+    if (!found->is_string()) wrong(name, *found, "a string");
+    value = found->get<std::string>();
+    return true;
+  }
+  // A field of the protocol whose only value served is `only` (or none).
+  void only(const std::string& name, const Json& only) {
+    const Json* found = find(name);
+    if (found != nullptr && *found != only) throw ApiError(400, fmt::format("{} is {}, which is not served; expected {} or nothing", name, describe_json(*found), only.dump()), name);
+  }
+  void finish() const {
+    for (const auto& [name, value] : body_.items()) {
+      if (std::find(known_.begin(), known_.end(), name) != known_.end()) continue;
+      const std::string hint = did_you_mean(name, known_);
+      throw ApiError(400, fmt::format("unknown field '{}'{}", shown(name), hint.empty() ? fmt::format("; expected {}", fmt::join(known_, ", ")) : hint), shown(name));
+    }
+  }
+
+ private:
+  const Json& body_;
+  std::vector<std::string> known_;
+};
+
+std::vector<int32_t> read_prompt(Fields& fields, const LanguageModel& model, const Tokenizer& tokenizer) {
+  const Json* prompt = fields.find("prompt");
+  if (prompt == nullptr) throw ApiError(400, "prompt is missing; expected a text or a list of token ids", "prompt");
+  if (prompt->is_string()) return tokenizer.encode_prompt(prompt->get<std::string>());
+  if (!prompt->is_array() || prompt->empty()) wrong("prompt", *prompt, "a text or a list of token ids");
+  std::vector<int32_t> ids;
+  for (const Json& id : *prompt) {
+    if (!id.is_number_integer()) wrong("prompt", id, "a text or a list of token ids; several prompts are several requests");
+    const bool known = (!id.is_number_unsigned() || id.get<uint64_t>() < (uint64_t{1} << 31)) && id.get<int64_t>() >= 0 && id.get<int64_t>() < model.config().vocab_size;
+    if (!known) throw ApiError(400, fmt::format("prompt: token id {} is outside of the model's vocabulary of {}", id.dump(), model.config().vocab_size), "prompt");
+    ids.push_back(id.get<int32_t>());
+  }
+  return ids;
+}
+
+std::vector<std::string> read_stops(Fields& fields) {
+  const Json* stop = fields.find("stop");
+  if (stop == nullptr) return {};
+  std::vector<std::string> stops;
+  for (const Json& s : stop->is_array() ? *stop : Json::array({*stop})) {
+    if (!s.is_string() || s.get<std::string>().empty()) wrong("stop", s, "a text, or a list of up to 16 texts, none empty");
+    stops.push_back(s.get<std::string>());
+  }
+  if (stops.size() > 16) throw ApiError(400, fmt::format("stop has {} texts, expected up to 16", stops.size()), "stop");
+  return stops;
+}
+
+Json usage(const Completion& request, const Ended& ended) {
+  const int64_t prompt = static_cast<int64_t>(request.prompt.size());
+  return {{"prompt_tokens", prompt},
+          {"completion_tokens", ended.new_tokens},
+          {"total_tokens", prompt + ended.new_tokens},
+          {"prompt_tokens_details", {{"cached_tokens", ended.reused_tokens}}}};
+}
+
+}  // namespace
+
+ApiError::ApiError(int status, const std::string& message, std::string param, std::string code)
+    : Error(message), status_(status), param_(std::move(param)), code_(std::move(code)) {}
+
+Json ApiError::json() const {
+  const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
+  return {{"error", {{"message", replace_invalid_utf8(what())}, {"type", error_type(status_)}, {"param", or_null(param_)}, {"code", or_null(code_)}}}};
+}
+
+Completion parse_completion(const std::string& text, const LanguageModel& model, const Tokenizer& tokenizer, const CompletionDefaults& defaults) {
+  Json body;
+  try {
+    body = parse_json(text, "the request's body");
+  } catch (const Error& e) {
+    throw ApiError(400, e.what());
+  }
+  if (!body.is_object()) throw ApiError(400, fmt::format("the request's body is {}, expected an object with a prompt", describe_json(body)));
+  Fields fields(body);
+  Completion c;
+  std::string name = defaults.model, schedule = defaults.schedule, ignored;
+  if (fields.text("model", name) && name != defaults.model) {
+    throw ApiError(404, fmt::format("the model '{}' is not served here; expected '{}'", shown(name), defaults.model), "model", "model_not_found");
+  }
+  // The sampling of the protocol: temperature 1 unless said, and another draw each time without a seed.
+  c.sampling.temperature = 1;
+  c.sampling.seed = static_cast<int64_t>(std::random_device{}());
+  fields.number("temperature", c.sampling.temperature);
+  fields.number("top_p", c.sampling.top_p);
+  fields.number("min_p", c.sampling.min_p);
+  fields.integer("top_k", c.sampling.top_k, 0);
+  fields.integer("seed", c.sampling.seed, 0);
+  fields.integer("max_tokens", c.max_tokens, 1);
+  fields.flag("stream", c.stream);
+  if (const Json* options = fields.find("stream_options")) {
+    if (!options->is_object()) wrong("stream_options", *options, "an object");
+    Fields inner(*options);
+    inner.flag("include_usage", c.include_usage);
+    inner.finish();
+  }
+  fields.text("user", ignored);
+  fields.only("n", 1);
+  fields.only("best_of", 1);
+  fields.only("echo", false);
+  fields.only("logprobs", 0);
+  fields.only("suffix", "");
+  fields.only("presence_penalty", 0);
+  fields.only("frequency_penalty", 0);
+  fields.only("logit_bias", Json::object());
+  fields.text("schedule", schedule);
+  c.stops = read_stops(fields);
+  const bool has_prompt = body.contains("prompt");
+  if (!has_prompt) {
+    (void)fields.find("prompt");
+    fields.finish();  // a misspelt prompt is said as such
+  }
+  try {
+    c.prompt = read_prompt(fields, model, tokenizer);
+    fields.finish();
+    c.sampling.validate();
+  } catch (const ApiError&) {
+    throw;
+  } catch (const Error& e) {
+    throw ApiError(400, e.what());
+  }
+  try {
+    c.schedule = std::make_shared<ModelSchedule>(model.config(), schedule);
+  } catch (const Error& e) {
+    throw ApiError(400, e.what(), "schedule");
+  } catch (const Json::exception&) {
+    throw ApiError(400, fmt::format("schedule is {}, expected a schedule or the JSON form of one a layer", describe_json(Json(schedule))), "schedule");
+  }
+  return c;
+}
+
+Json CompletionAnswer::chunk(const std::string& text, const std::string& reason) const {
+  const Json choice = {{"text", text}, {"index", 0}, {"logprobs", nullptr}, {"finish_reason", reason.empty() ? Json() : Json(reason)}};
+  return {{"id", id}, {"object", "text_completion"}, {"created", created}, {"model", model}, {"choices", Json::array({choice})}};
+}
+
+Json CompletionAnswer::whole(const std::string& text, const std::string& reason, const Completion& request, const Ended& ended) const {
+  Json json = chunk(text, reason);
+  json["usage"] = usage(request, ended);
+  json["oryx"] = {{"schedule", request.schedule->text()}, {"seed", request.sampling.seed}, {"attention_share", ended.attention_share}};
+  return json;
+}
+
+Json CompletionAnswer::usage_chunk(const Completion& request, const Ended& ended) const {
+  Json json = chunk("", "");
+  json["choices"] = Json::array();
+  json["usage"] = usage(request, ended);
+  return json;
+}
+
+std::string finish_reason(Outcome outcome) { return outcome == Outcome::kLength ? "length" : "stop"; }
+
+}  // namespace oryx::serve

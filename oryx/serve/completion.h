@@ -1,0 +1,58 @@
+// The body of POST /v1/completions (OpenAI's text completions and a few fields more), its answers and its errors. No HTTP here.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "oryx/common/error.h"
+#include "oryx/common/json.h"
+#include "oryx/data/tokenizer.h"
+#include "oryx/serve/engine.h"
+
+namespace oryx::serve {
+
+// An answer with an error: its HTTP status, and what OpenAI's error objects hold.
+class ApiError : public Error {
+ public:
+  ApiError(int status, const std::string& message, std::string param = "", std::string code = "");
+  int status() const { return status_; }
+  Json json() const;  // {"error": {"message", "type", "param", "code"}}
+
+ private:
+  int status_;
+  std::string param_, code_;
+};
+
+struct CompletionDefaults {
+  std::string model;     // its name, the only one that is served
+  std::string schedule;  // of requests that name none
+};
+
+struct Completion {
+  std::vector<int32_t> prompt;
+  std::shared_ptr<const ModelSchedule> schedule;
+  SamplingOptions sampling;
+  int64_t max_tokens = 16;
+  std::vector<std::string> stops;
+  bool stream = false, include_usage = false;
+};
+
+// Throws ApiError: 400 for what is wrong in the body, 404 for another model.
+Completion parse_completion(const std::string& body, const LanguageModel& model, const Tokenizer& tokenizer, const CompletionDefaults& defaults);
+
+// The objects of an answer. `id` and `created` are those of the request.
+struct CompletionAnswer {
+  std::string id, model;
+  int64_t created = 0;
+  // A piece of a stream, or the whole: finish_reason "" is null.
+  Json chunk(const std::string& text, const std::string& finish_reason) const;
+  Json whole(const std::string& text, const std::string& finish_reason, const Completion& request, const Ended& ended) const;
+  // The last piece of a stream with stream_options.include_usage: no choices, but usage.
+  Json usage_chunk(const Completion& request, const Ended& ended) const;
+};
+
+// "stop" for an end of text or a stop string, "length".
+std::string finish_reason(Outcome outcome);
+
+}  // namespace oryx::serve

@@ -1,0 +1,274 @@
+#include "oryx/serve/http.h"
+
+#include <httplib.h>
+#include <sys/socket.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <thread>
+
+#include "oryx/common/interrupt.h"
+#include "oryx/common/log.h"
+#include "oryx/serve/text.h"
+
+namespace oryx::serve {
+
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr auto kPoll = 50ms;                    // between looks at what does not wake: a gone client, Ctrl-C
+constexpr size_t kLongestBody = size_t{1} << 26;  // bytes: tokens of a long prompt as numbers
+
+std::string dumped(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
+
+// One request between the thread that runs the model and the one that answers.
+class Channel {
+ public:
+  Channel(const Tokenizer& tokenizer, const Completion& request) : text_(tokenizer, request.prompt, request.stops) {}
+
+  bool add(int32_t id) {
+    const std::string piece = text_.add(id);
+    const std::lock_guard lock(mutex_);
+    pieces_ += piece;
+    begun_ = true;
+    wake_.notify_all();
+    return !text_.stopped();
+  }
+  void end(const Ended& ended) {
+    const std::string piece = text_.finish();
+    const std::lock_guard lock(mutex_);
+    pieces_ += piece;
+    ended_ = ended;
+    wake_.notify_all();
+  }
+  // Waits a moment for news -> the text that has come since.
+  std::string take(bool& over) {
+    std::unique_lock lock(mutex_);
+    wake_.wait_for(lock, kPoll, [this] { return ended_.has_value() || !pieces_.empty(); });
+    over = ended_.has_value();
+    return std::exchange(pieces_, "");
+  }
+  void wait_for_begin() {
+    std::unique_lock lock(mutex_);
+    wake_.wait(lock, [this] { return ended_.has_value() || begun_; });
+  }
+  // Waits a moment for the end.
+  bool wait_for_end() {
+    std::unique_lock lock(mutex_);
+    return wake_.wait_for(lock, kPoll, [this] { return ended_.has_value(); });
+  }
+  // Behind the end.
+  const Ended& ended() const { return *ended_; }
+  bool is_over() {
+    const std::lock_guard lock(mutex_);
+    return ended_.has_value();
+  }
+
+ private:
+  TextStream text_;  // of the thread that runs the model
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::string pieces_;
+  std::optional<Ended> ended_;
+  bool begun_ = false;
+};
+
+void answer(httplib::Response& res, const ApiError& e) {
+  res.status = e.status();
+  if (e.status() == 429) res.set_header("Retry-After", "1");
+  res.set_content(dumped(e.json()), "application/json");
+}
+
+ApiError error_of(const Ended& ended) {
+  if (ended.outcome == Outcome::kCancelled) return ApiError(503, "the request was cut off: the server stops");
+  return ApiError(500, ended.error);
+}
+
+bool failed(const Ended& ended) { return ended.outcome == Outcome::kFailed || ended.outcome == Outcome::kCancelled; }
+
+}  // namespace
+
+struct HttpServer::Impl {
+  Engine& engine;
+  const LanguageModel& model;
+  const Tokenizer& tokenizer;
+  HttpOptions options;
+  httplib::Server server;
+  int port = 0;
+  int64_t started = std::time(nullptr);
+  std::atomic<int64_t> open{0};  // completions that are being answered
+  std::atomic<bool> closing{false};
+
+  Impl(Engine& e, const LanguageModel& m, const Tokenizer& t, const HttpOptions& o) : engine(e), model(m), tokenizer(t), options(o) {
+    const auto threads = static_cast<size_t>(engine.options().max_running + engine.options().max_queue + 16);
+    server.new_task_queue = [threads] { return new httplib::ThreadPool(threads); };
+    server.set_payload_max_length(kLongestBody);
+    server.set_tcp_nodelay(true);
+    // The library's default lets a second server listen on the same port.
+    server.set_socket_options([](int socket) {
+      const int yes = 1;
+      ::setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    });
+    server.set_error_handler([](const httplib::Request& req, httplib::Response& res) {
+      if (!res.body.empty()) return;
+      if (res.status == 404) return answer(res, ApiError(404, fmt::format("{} {} is not served; expected POST /v1/completions, GET /v1/models, /health or /metrics", req.method, req.path)));
+      if (res.status == 413) return answer(res, ApiError(413, fmt::format("the request's body is longer than {} bytes", kLongestBody)));
+      answer(res, ApiError(res.status, "the request cannot be read as HTTP/1.1"));
+    });
+    server.set_exception_handler([](const httplib::Request&, httplib::Response& res, std::exception_ptr e) {
+      try {
+        std::rethrow_exception(std::move(e));
+      } catch (const ApiError& error) {
+        answer(res, error);
+      } catch (const std::exception& error) {
+        answer(res, ApiError(500, error.what()));
+      }
+    });
+    server.Post("/v1/completions", [this](const httplib::Request& req, httplib::Response& res) { complete(req.body, res); });
+    server.Get("/v1/models", [this](const httplib::Request&, httplib::Response& res) {
+      const Json one = {{"id", options.defaults.model}, {"object", "model"}, {"created", started}, {"owned_by", "oryx"}};
+      res.set_content(dumped({{"object", "list"}, {"data", Json::array({one})}}), "application/json");
+    });
+    server.Get("/health", [this](const httplib::Request&, httplib::Response& res) {
+      res.status = closing ? 503 : 200;
+      res.set_content(closing ? R"({"status": "closing"})" : R"({"status": "ok"})", "application/json");
+    });
+    server.Get("/metrics", [this](const httplib::Request&, httplib::Response& res) { res.set_content(prometheus_text(engine.stats()), "text/plain; version=0.0.4"); });
+    port = options.port == 0 ? server.bind_to_any_port(options.host) : server.bind_to_port(options.host, options.port) ? options.port : -1;
+    if (port < 0) {
+      fail("cannot listen on {}:{}: {}; is another server there? Give another --port (0: any that is free) or --host", options.host, options.port, std::strerror(errno));
+    }
+  }
+
+  // A request in the engine. When nobody wants its answer any more, it is cancelled.
+  struct Open {
+    Impl& impl;
+    Completion request;
+    CompletionAnswer answer;
+    std::shared_ptr<Channel> channel;
+    int64_t id = 0;
+    bool done = false;  // the last bytes were handed over
+
+    Open(Impl& i, Completion r) : impl(i), request(std::move(r)), channel(std::make_shared<Channel>(impl.tokenizer, request)) { ++impl.open; }
+    ~Open() {
+      if (id > 0 && !channel->is_over()) impl.engine.cancel(id);
+      --impl.open;
+    }
+  };
+
+  void complete(const std::string& body, httplib::Response& res) {
+    if (closing) throw ApiError(503, "the server stops; nothing more is accepted");
+    const auto o = std::make_shared<Open>(*this, parse_completion(body, model, tokenizer, options.defaults));
+    Request r;
+    r.prompt = o->request.prompt;
+    r.schedule = o->request.schedule;
+    r.sampling = o->request.sampling;
+    r.max_tokens = o->request.max_tokens;
+    r.eos_id = tokenizer.eos_id();
+    r.vocab_size = tokenizer.vocab_size();
+    r.on_token = [channel = o->channel](int32_t id) { return channel->add(id); };
+    r.on_end = [channel = o->channel](const Ended& ended) { channel->end(ended); };
+    try {
+      o->id = engine.submit(std::move(r));
+    } catch (const Busy& e) {
+      throw ApiError(closing ? 503 : 429, e.what());
+    } catch (const Error& e) {
+      throw ApiError(400, e.what());
+    }
+    o->answer = {fmt::format("cmpl-{}", o->id), options.defaults.model, std::time(nullptr)};
+    return o->request.stream ? stream(o, res) : whole(o, res);
+  }
+
+  // Server-sent events. Between them the library looks whether the client is there.
+  void stream(const std::shared_ptr<Open>& o, httplib::Response& res) {
+    res.set_header("Cache-Control", "no-cache");
+    res.set_chunked_content_provider("text/event-stream", [o](size_t, httplib::DataSink& sink) {
+      bool over = false;
+      const std::string text = o->channel->take(over);
+      std::string events;
+      const auto event = [&](const Json& json) { events += "data: " + dumped(json) + "\n\n"; };
+      if (!text.empty()) event(o->answer.chunk(text, ""));
+      if (over) {
+        const Ended& ended = o->channel->ended();
+        if (failed(ended)) {
+          event(error_of(ended).json());
+        } else {
+          event(o->answer.chunk("", finish_reason(ended.outcome)));
+          if (o->request.include_usage) event(o->answer.usage_chunk(o->request, ended));
+        }
+        events += "data: [DONE]\n\n";
+      }
+      if (!events.empty() && !sink.write(events.data(), events.size())) return false;
+      if (over) sink.done();
+      return true;
+    });
+  }
+
+  // The status is known with the first token; from there on the library looks whether the client is there.
+  void whole(const std::shared_ptr<Open>& o, httplib::Response& res) {
+    o->channel->wait_for_begin();
+    const auto body = [o] {
+      bool over = false;
+      const std::string text = o->channel->take(over);
+      const Ended& ended = o->channel->ended();
+      return dumped(failed(ended) ? error_of(ended).json() : o->answer.whole(text, finish_reason(ended.outcome), o->request, ended));
+    };
+    if (o->channel->wait_for_end()) {
+      if (failed(o->channel->ended())) throw error_of(o->channel->ended());
+      return res.set_content(body(), "application/json");
+    }
+    res.set_chunked_content_provider("application/json", [o, body](size_t, httplib::DataSink& sink) {
+      if (!o->channel->wait_for_end()) return true;
+      const std::string text = body();
+      if (!sink.write(text.data(), text.size())) return false;
+      sink.done();
+      return true;
+    });
+  }
+
+  int64_t run() {
+    std::thread listener([this] { server.listen_after_bind(); });
+    std::exception_ptr error;
+    int64_t cut_off = 0;
+    try {
+      std::optional<std::chrono::steady_clock::time_point> end;
+      bool aborted = false;
+      while (true) {
+        if (interrupted() && !end) {
+          const EngineStats s = engine.stats();
+          log::info("stopping: {} requests run and {} wait; they have {:g} s (Ctrl-C again ends at once)", s.running, s.queued, options.grace_seconds);
+          closing = true;
+          end = std::chrono::steady_clock::now() + std::chrono::milliseconds(static_cast<int64_t>(1e3 * options.grace_seconds));
+        }
+        if (end && !aborted && std::chrono::steady_clock::now() >= *end) {
+          const EngineStats s = engine.stats();
+          cut_off = s.running + s.queued;
+          engine.close(/*abort=*/true);
+          aborted = true;
+        }
+        if (engine.step()) continue;
+        if (end && engine.stats().queued == 0 && open == 0) break;
+        engine.wait(std::chrono::duration<double>(kPoll).count());
+      }
+    } catch (...) {
+      error = std::current_exception();
+      engine.close(true);
+    }
+    server.stop();
+    listener.join();
+    if (error) std::rethrow_exception(error);
+    return cut_off;
+  }
+};
+
+HttpServer::HttpServer(Engine& engine, const LanguageModel& model, const Tokenizer& tokenizer, const HttpOptions& options)
+    : impl_(std::make_unique<Impl>(engine, model, tokenizer, options)) {}
+HttpServer::~HttpServer() = default;
+int HttpServer::port() const { return impl_->port; }
+int64_t HttpServer::run() { return impl_->run(); }
+
+}  // namespace oryx::serve
