@@ -97,5 +97,247 @@ TEST(ServeEngine, AnyInterleavingIsEachAlone) {
   }
 }
 
+std::unique_ptr<LanguageModel> oryx_model() { return test::make(test::small({{"gated_delta_net", "attention"}})); }
+
+// A prompt that begins with a kept one starts there, and gives what a fresh engine gives; modes are part of what is equal.
+TEST(ServeEngine, ReusesAPrefixInTheSameModesOnly) {
+  const auto m = oryx_model();
+  CounterRng rng(3);
+  const auto prompt = random_prompt(rng, 61, 70);
+  auto longer = prompt, other = prompt;
+  longer.resize(100, 7);
+  other[40] = (other[40] + 1) % 61;
+  const EngineOptions o{.piece = 16, .keep_every = 16, .state_budget = 1 << 24};
+  Engine engine(*m, o);
+  const auto ask = [&](const std::vector<int32_t>& ids, const char* schedule, int64_t reused) {
+    Text text;
+    const Request r = request_of(*m, ids, schedule, 6, text, {.temperature = 1, .seed = 9});
+    engine.submit(r);
+    run_all(engine);
+    EXPECT_EQ(text.ids, alone(*m, r, o.piece)) << schedule;
+    EXPECT_EQ(text.ended->reused_tokens, reused) << schedule;
+  };
+  ask(prompt, "linear", 0);
+  EXPECT_EQ(engine.stats().prefixes, 4);
+  ask(prompt, "linear", 64);
+  ask(longer, "linear", 64);
+  ask(other, "linear", 32);
+  ask(prompt, "attention", 0);
+  ask(longer, "attention", 64);
+  ask(longer, "linear,attention@-20:", 80);   // tokens 80 to 99 are in attention
+  ask(longer, "linear,attention@-21:", 64);
+  ask(longer, "linear,attention@50:", 48);
+  ask({prompt.begin(), prompt.begin() + 64}, "linear", 48);  // the last token runs in any case
+  const EngineStats s = engine.stats();
+  EXPECT_EQ(s.prefix_hits + s.prefix_misses, 10);
+  EXPECT_EQ(s.tokens_read + s.tokens_reused, 70 + 70 + 100 + 70 + 70 + 100 + 100 + 100 + 100 + 64);
+}
+
+// Bytes are as predicted, never above the budget, and all come back; what cannot fit is refused at once, what can later waits.
+TEST(ServeEngine, TheBudgetHoldsAndEverythingComesBack) {
+  const auto m = oryx_model();
+  CounterRng rng(5);
+  for (const char* kv : {"keep", "bounded:4+24"}) {
+    SCOPED_TRACE(kv);
+    EngineOptions o{.max_running = 6, .piece = 16, .keep_every = 32};
+    set_kv(o.state, kv);
+    o.state_budget = 1 << 30;
+    const int64_t one = Engine(*m, o).predicted_bytes(100);
+    o.state_budget = 3 * one;
+    Engine engine(*m, o);
+    std::vector<Text> texts(9);
+    std::vector<Request> requests;
+    int64_t most = 0;
+    for (Text& text : texts) {
+      requests.push_back(request_of(*m, random_prompt(rng, 61, 80), "attention@prompt,linear@gen", 20, text));
+      engine.submit(requests.back());
+    }
+    while (engine.step()) {
+      EXPECT_LE(engine.stats().used_bytes(), o.state_budget);
+      most = std::max(most, engine.stats().running);
+    }
+    EXPECT_GE(most, 2);
+    EXPECT_LE(most, 3);
+    for (size_t i = 0; i < texts.size(); ++i) {
+      ASSERT_TRUE(texts[i].ended.has_value());
+      EXPECT_EQ(texts[i].ended->error, "");
+      EXPECT_EQ(texts[i].ids, alone(*m, requests[i], o.piece, o.state)) << i;
+    }
+    const EngineStats s = engine.stats();
+    EXPECT_EQ(s.recurrent_bytes, 0);
+    EXPECT_EQ(s.running, 0);
+    if (s.prefixes == 0) EXPECT_EQ(s.used_bytes(), 0);
+    Text text;
+    try {
+      engine.submit(request_of(*m, random_prompt(rng, 61, 80), "linear", std::string(kv) == "keep" ? 400 : 2000000000, text));
+      if (std::string(kv) == "keep") FAIL() << "a request that can never fit was taken";
+      engine.close(true);
+      run_all(engine);
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), HasSubstr("but the whole budget is"));
+    }
+  }
+}
+
+TEST(ServeEngine, WithoutKeptPrefixesNothingStays) {
+  const auto m = oryx_model();
+  CounterRng rng(6);
+  Engine engine(*m, {.max_running = 3, .piece = 8, .keep_every = 0, .state_budget = 1 << 24});
+  std::vector<Text> texts(5);
+  for (Text& text : texts) engine.submit(request_of(*m, random_prompt(rng, 61, 30), "linear,attention@-3:", 5, text));
+  run_all(engine);
+  EXPECT_EQ(engine.stats().used_bytes(), 0);
+  EXPECT_EQ(engine.stats().prefix_hits, 0);
+}
+
+TEST(ServeEngine, CancelledRequestsEndAtOnceAndFreeTheirBytes) {
+  const auto m = oryx_model();
+  CounterRng rng(8);
+  Engine engine(*m, {.max_running = 2, .piece = 8, .keep_every = 0, .state_budget = 1 << 24});
+  std::vector<Text> texts(4);
+  std::vector<int64_t> ids;
+  std::vector<Request> requests;
+  for (Text& text : texts) requests.push_back(request_of(*m, random_prompt(rng, 61, 40), "linear", 30, text));
+  for (const Request& r : requests) ids.push_back(engine.submit(r));
+  while (texts[0].ids.size() < 3) engine.step();
+  engine.cancel(ids[0]);  // writes
+  engine.cancel(ids[2]);  // waits
+  engine.step();
+  EXPECT_EQ(texts[0].ended->outcome, Outcome::kCancelled);
+  EXPECT_EQ(texts[2].ended->outcome, Outcome::kCancelled);
+  EXPECT_TRUE(texts[2].ids.empty());
+  while (engine.stats().running < 2 || !texts[3].ids.empty()) engine.step();
+  engine.cancel(ids[3]);  // reads
+  engine.step();
+  EXPECT_EQ(texts[3].ended->outcome, Outcome::kCancelled);
+  run_all(engine);
+  EXPECT_EQ(texts[1].ids, alone(*m, requests[1], 8));
+  EXPECT_EQ(engine.stats().used_bytes(), 0);
+  EXPECT_EQ(engine.stats().cancelled, 3);
+  engine.cancel(ids[1]);  // has ended: nothing happens
+  EXPECT_FALSE(engine.step());
+}
+
+// A text goes on by a token between any two pieces of a long prompt, and prompts are read in turns.
+TEST(ServeEngine, ARunningTextWaitsForOnePieceAtMost) {
+  const auto m = oryx_model();
+  CounterRng rng(9);
+  Engine engine(*m, {.max_running = 4, .piece = 8, .keep_every = 0, .state_budget = 1 << 24});
+  Text text, long_text, short_text;
+  engine.submit(request_of(*m, random_prompt(rng, 61, 5), "linear", 40, text));
+  engine.step();
+  engine.submit(request_of(*m, random_prompt(rng, 61, 200), "linear", 2, long_text));
+  engine.submit(request_of(*m, random_prompt(rng, 61, 16), "linear", 2, short_text));
+  while (!text.ended) {
+    const size_t tokens = text.ids.size();
+    const int64_t read = engine.stats().tokens_read;
+    engine.step();
+    EXPECT_EQ(text.ids.size(), tokens + 1);
+    EXPECT_LE(engine.stats().tokens_read - read, 8);
+    if (short_text.ended) EXPECT_FALSE(long_text.ended && text.ids.size() < 20) << "the long prompt was read first";
+  }
+  EXPECT_TRUE(short_text.ended.has_value());
+  run_all(engine);
+  EXPECT_EQ(long_text.ended->outcome, Outcome::kLength);
+}
+
+TEST(ServeEngine, EndsByEosAndByTheCallback) {
+  const auto m = oryx_model();
+  CounterRng rng(10);
+  const EngineOptions o{.piece = 8, .keep_every = 8, .state_budget = 1 << 24};
+  Text text, again, stopped;
+  Request r = request_of(*m, random_prompt(rng, 61, 20), "linear", 30, text, {.temperature = 1, .seed = 2});
+  Engine engine(*m, o);
+  engine.submit(r);
+  run_all(engine);
+  ASSERT_EQ(text.ids.size(), 30u);
+  const auto eos = std::find_if(text.ids.begin() + 5, text.ids.end(), [&](int32_t id) { return std::find(text.ids.begin(), text.ids.begin() + 5, id) == text.ids.begin() + 5; });
+  ASSERT_NE(eos, text.ids.end());
+  Request until = request_of(*m, r.prompt, "linear", 30, again, r.sampling);
+  until.eos_id = *eos;
+  engine.submit(until);
+  Request until_three = request_of(*m, r.prompt, "linear", 30, stopped, r.sampling);
+  until_three.on_token = [&](int32_t id) {
+    stopped.ids.push_back(id);
+    return stopped.ids.size() < 3;
+  };
+  engine.submit(until_three);
+  run_all(engine);
+  EXPECT_EQ(again.ids, std::vector<int32_t>(text.ids.begin(), eos));
+  EXPECT_EQ(again.ended->outcome, Outcome::kEos);
+  EXPECT_EQ(again.ended->new_tokens, static_cast<int64_t>(again.ids.size()) + 1);
+  EXPECT_EQ(stopped.ids, std::vector<int32_t>(text.ids.begin(), text.ids.begin() + 3));
+  EXPECT_EQ(stopped.ended->outcome, Outcome::kStopped);
+}
+
+TEST(ServeEngine, RefusesInOneLine) {
+  const auto m = oryx_model();
+  EngineOptions o{.max_running = 1, .max_queue = 1, .piece = 8, .keep_every = 0, .state_budget = 1 << 24};
+  set_kv(o.state, "drop");
+  Engine engine(*m, o);
+  Text text;
+  const auto refused = [&](const Request& r, const char* line) {
+    try {
+      engine.submit(r);
+      FAIL() << line;
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), HasSubstr(line));
+    }
+  };
+  const std::vector<int32_t> prompt(20, 1);
+  refused(request_of(*m, {}, "linear", 5, text), "the prompt is empty");
+  refused(request_of(*m, {61}, "linear", 5, text), "token id 61 is outside of the model's vocabulary of 61");
+  refused(request_of(*m, prompt, "linear", 0, text), "max_tokens is 0");
+  refused(request_of(*m, prompt, "linear", 5, text, {.temperature = -1}), "temperature is -1");
+  refused(request_of(*m, prompt, "attention", 5, text), "looks back at tokens whose keys and values this server drops");
+  refused(request_of(*m, prompt, "linear,surprise(attention=0.1)", 5, text), "wants to know the whole prompt");
+  for (int i = 0; i < 2; ++i) engine.submit(request_of(*m, prompt, "attention@:8,linear@8:", 5, text));
+  EXPECT_THROW(engine.submit(request_of(*m, prompt, "linear", 5, text)), Busy);
+  EXPECT_EQ(engine.stats().refused, 7);
+  const auto bad = [&](EngineOptions options, const char* line) {
+    try {
+      Engine never(*m, options);
+      FAIL() << line;
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), HasSubstr(line));
+    }
+  };
+  bad({.piece = 16, .keep_every = 24, .state_budget = 1 << 24}, "keep_every is 24, expected 0 or a multiple of piece, 16");
+  bad({.state_budget = 100}, "an empty one takes");
+  EngineOptions chosen{.state_budget = 1 << 24};
+  set_kv(chosen.state, "random:budget=8");
+  bad(chosen, "are not served");
+}
+
+// submit(), cancel() and stats() from other threads while one runs the model.
+TEST(ServeEngine, IsFedFromManyThreads) {
+  const auto m = oryx_model();
+  const EngineOptions o{.max_running = 4, .max_queue = 100, .piece = 16, .keep_every = 16, .state_budget = 1 << 24};
+  Engine engine(*m, o);
+  std::vector<Text> texts(12);
+  std::vector<Request> requests;
+  CounterRng rng(11);
+  for (Text& text : texts) requests.push_back(request_of(*m, random_prompt(rng, 61, 1 + rng.below(50)), "linear,attention@-4:", 8, text));
+  std::thread model([&] { engine.run(); });
+  std::vector<std::thread> clients;
+  for (int k = 0; k < 3; ++k) {
+    clients.emplace_back([&, k] {
+      for (size_t i = static_cast<size_t>(k); i < requests.size(); i += 3) {
+        const int64_t id = engine.submit(requests[i]);
+        if (i % 4 == 3) engine.cancel(id);
+        (void)engine.stats();
+      }
+    });
+  }
+  for (auto& c : clients) c.join();
+  engine.close(false);
+  model.join();
+  for (size_t i = 0; i < texts.size(); ++i) {
+    ASSERT_TRUE(texts[i].ended.has_value());
+    if (texts[i].ended->outcome == Outcome::kCancelled) continue;
+    EXPECT_EQ(texts[i].ids, alone(*m, requests[i], o.piece)) << i;
+  }
+}
+
 }  // namespace
 }  // namespace oryx::serve

@@ -1,0 +1,119 @@
+// What a request's body may hold, and text up to a stop string.
+#include "oryx/serve/completion.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "oryx/model/test_support.h"
+#include "oryx/serve/text.h"
+
+namespace oryx::serve {
+namespace {
+
+using ::testing::HasSubstr;
+
+class CompletionBody : public ::testing::Test {
+ protected:
+  CompletionBody() : tokenizer_(make_byte_tokenizer()) {
+    ModelConfig c = test::small({{"gated_delta_net", "attention"}});
+    c.vocab_size = tokenizer_->vocab_size();
+    model_ = std::make_unique<LanguageModel>(c);
+  }
+  Completion parse(const std::string& body) const { return parse_completion(body, *model_, *tokenizer_, {"tiny", "attention@prompt,linear@gen"}); }
+  void refuses(const std::string& body, const char* line, int status = 400) const {
+    try {
+      parse(body);
+      ADD_FAILURE() << body;
+    } catch (const ApiError& e) {
+      EXPECT_EQ(e.status(), status) << body;
+      EXPECT_THAT(e.what(), HasSubstr(line)) << body;
+      EXPECT_EQ(e.json()["error"]["message"], e.what());
+      EXPECT_EQ(e.json()["error"]["type"], "invalid_request_error");
+    }
+  }
+
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::unique_ptr<LanguageModel> model_;
+};
+
+TEST_F(CompletionBody, IsRead) {
+  const Completion c = parse(R"({"model": "tiny", "prompt": "ab", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 3, "stop": "x", "stream": true,
+    "stream_options": {"include_usage": true}, "schedule": "linear,attention@-2:", "user": "me", "n": 1, "logprobs": null, "logit_bias": {}, "frequency_penalty": 0.0})");
+  EXPECT_EQ(c.prompt, (std::vector<int32_t>{256, 'a', 'b'}));
+  EXPECT_EQ(c.schedule->text(), "linear,attention@-2:");
+  EXPECT_EQ(c.max_tokens, 7);
+  EXPECT_EQ(c.sampling.seed, 3);
+  EXPECT_EQ(c.sampling.top_k, 4);
+  EXPECT_EQ(c.stops, std::vector<std::string>{"x"});
+  EXPECT_TRUE(c.stream && c.include_usage);
+  const Completion least = parse(R"({"prompt": [1, 2], "stop": ["a", "b"], "seed": null})");
+  EXPECT_EQ(least.prompt, (std::vector<int32_t>{1, 2}));
+  EXPECT_EQ(least.schedule->text(), "attention@prompt,linear@gen");
+  EXPECT_EQ(least.sampling.temperature, 1);
+  EXPECT_EQ(least.max_tokens, 16);
+}
+
+TEST_F(CompletionBody, IsRefusedInOneLine) {
+  refuses("", "the request's body: not valid JSON");
+  refuses(R"({"prompt": )", "not valid JSON");
+  refuses("[1]", "expected an object with a prompt");
+  refuses("{}", "prompt is missing");
+  refuses(R"({"promt": "a"})", "unknown field 'promt'. Did you mean 'prompt'?");
+  refuses(R"({"prompt": "a", "tempreature": 1})", "Did you mean 'temperature'?");
+  refuses(R"({"prompt": "a", "prompt": "b"})", "stands twice");
+  refuses(R"({"prompt": 5})", "prompt is 5, expected a text or a list of token ids");
+  refuses(R"({"prompt": ["a", "b"]})", "several prompts are several requests");
+  refuses(R"({"prompt": [257]})", "token id 257 is outside of the model's vocabulary of 257");
+  refuses(R"({"prompt": [-1]})", "token id -1 is outside");
+  refuses(R"({"prompt": [18446744073709551615]})", "is outside");
+  refuses(R"({"prompt": "a", "max_tokens": 0})", "max_tokens is 0, expected an integer of at least 1");
+  refuses(R"({"prompt": "a", "max_tokens": "7"})", "max_tokens is \"7\" (a string)");
+  refuses(R"({"prompt": "a", "max_tokens": 18446744073709551615})", "max_tokens is 18446744073709551615");
+  refuses(R"({"prompt": "a", "temperature": -0.5})", "temperature is -0.5");
+  refuses(R"({"prompt": "a", "top_p": 0})", "top_p is 0");
+  refuses(R"({"prompt": "a", "stream": 1})", "stream is 1, expected true or false");
+  refuses(R"({"prompt": "a", "stream_options": {"usage": true}})", "unknown field 'usage'");
+  refuses(R"({"prompt": "a", "stop": ""})", "none empty");
+  refuses(R"({"prompt": "a", "n": 2})", "n is 2, which is not served; expected 1 or nothing");
+  refuses(R"({"prompt": "a", "schedule": "atention"})", "Did you mean 'attention'?");
+  refuses(R"({"prompt": "a", "schedule": "{"})", "schedule");
+  refuses(R"({"prompt": "a", "model": "huge"})", "the model 'huge' is not served here; expected 'tiny'", 404);
+}
+
+TEST(ServeText, StopStringsAreNeverShown) {
+  const auto tokenizer = make_byte_tokenizer();
+  for (const std::string text : {"one two STOP three", "SSTSTOSTOP", "ends with ST", "no end", "STOP"}) {
+    TextStream stream(*tokenizer, {}, {"STOP", "halt"});
+    std::string shown_text;
+    for (const char c : text) {
+      if (!stream.stopped()) shown_text += stream.add(static_cast<uint8_t>(c));
+      EXPECT_EQ(shown_text.find("STOP"), std::string::npos);
+    }
+    shown_text += stream.finish();
+    EXPECT_EQ(shown_text, text.substr(0, text.find("STOP"))) << text;
+    EXPECT_EQ(stream.stopped(), text.find("STOP") != std::string::npos);
+  }
+}
+
+TEST(ServeText, GivesWholeCharacters) {
+  const auto tokenizer = make_byte_tokenizer();
+  const std::string text = "a\xc3\xa9\xe2\x82\xac";
+  TextStream stream(*tokenizer, {}, {"\xe2\x82\xacX"});
+  std::vector<std::string> pieces;
+  for (const char c : text) pieces.push_back(stream.add(static_cast<uint8_t>(c)));
+  EXPECT_EQ(pieces, (std::vector<std::string>{"a", "", "\xc3\xa9", "", "", ""}));  // the last one may begin a stop string
+  EXPECT_EQ(stream.finish(), "\xe2\x82\xac");
+}
+
+TEST(ServeMetrics, AreCumulative) {
+  EngineStats s;
+  for (const double t : {0.0004, 0.002, 1000.0}) s.first_token.add(t);
+  const std::string text = prometheus_text(s);
+  EXPECT_THAT(text, HasSubstr("oryx_time_to_first_token_seconds_bucket{le=\"0.0005\"} 1\n"));
+  EXPECT_THAT(text, HasSubstr("oryx_time_to_first_token_seconds_bucket{le=\"0.002\"} 2\n"));
+  EXPECT_THAT(text, HasSubstr("oryx_time_to_first_token_seconds_bucket{le=\"+Inf\"} 3\n"));
+  EXPECT_THAT(text, HasSubstr("oryx_time_to_first_token_seconds_count 3\n"));
+}
+
+}  // namespace
+}  // namespace oryx::serve
