@@ -1,4 +1,4 @@
-// oryx bench step|forward|prefill|decode|state|attention: how fast and how large models are on this machine.
+// oryx bench step|forward|prefill|decode|state|serve|attention: how fast and how large models are on this machine.
 #include "oryx/bench/bench.h"
 
 #include "oryx/bench/measure.h"
@@ -148,6 +148,26 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   state.add_flag("--keep-rows", t->keep_rows, "keep rows also where no mixer looks back");
   add_count(state, "--repeat", t->repeat, "runs of each action");
   finish(state, t, bench_state);
+
+  CLI::App& serve = *app.add_subcommand("serve", "load on the serving engine: time to the first token, between tokens, tokens a second, bytes of states");
+  auto v = std::make_shared<ServeBenchOptions>();
+  add_model(serve, v->model);
+  serve.add_option("--device", v->model.device, "cpu, cuda or cuda:N")->capture_default_str();
+  serve.add_option("--schedule", v->schedules, "modes of the requests (docs/modes.md); several, each with its own --schedule: a row each")
+      ->capture_default_str()->expected(1)->allow_extra_args(false)->take_all()->type_name("TEXT");
+  add_list(serve, "--running", v->running, "requests side by side at most; each a row");
+  add_count(serve, "--requests", v->requests, "requests");
+  serve.add_option("--rate", v->rate, "arrivals a second, at random; 0: all at once")->check(CLI::Range(0.0, 1e6))->capture_default_str();
+  add_count(serve, "--prompt-least", v->prompt_least, "tokens of a prompt at least, behind what it shares");
+  add_count(serve, "--prompt-most", v->prompt_most, "and at most");
+  add_count(serve, "--shared", v->shared, "tokens that the prompts of a group begin with; 0: none", 0);
+  add_count(serve, "--groups", v->groups, "groups of prompts that begin alike");
+  add_count(serve, "--new-tokens", v->new_tokens, "tokens of each answer");
+  add_count(serve, "--piece", v->piece, "tokens of a prompt read at once");
+  add_count(serve, "--keep-every", v->keep_every, "keep prefixes at multiples of so many tokens; 0: none", 0);
+  serve.add_option("--state-budget", v->state_budget, "memory for states (default: a quarter of what is free)")->transform(CLI::AsSizeValue(false))->type_name("BYTES");
+  serve.add_option("--kv", v->kv, "keys and values: keep, drop, or bounded:F+W (docs/state.md)")->capture_default_str()->type_name("POLICY");
+  finish(serve, v, bench_serve);
 
   CLI::App& attention = *app.add_subcommand("attention", "time of span attention against the attended area");
   auto a = std::make_shared<AttentionBenchOptions>();

@@ -1,0 +1,149 @@
+// Load on the serving engine.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <thread>
+
+#include "oryx/bench/bench.h"
+#include "oryx/bench/measure.h"
+#include "oryx/common/error.h"
+#include "oryx/common/interrupt.h"
+#include "oryx/common/random.h"
+#include "oryx/model/device.h"
+#include "oryx/serve/engine.h"
+
+namespace oryx {
+
+namespace {
+
+struct Arrival {
+  double second;
+  std::vector<int32_t> prompt;
+};
+
+std::vector<Arrival> draw_arrivals(const ServeBenchOptions& o, int64_t vocab) {
+  CounterRng rng(31);
+  const auto draw = [&](int64_t tokens) {
+    std::vector<int32_t> ids(static_cast<size_t>(tokens));
+    for (auto& id : ids) id = static_cast<int32_t>(rng.below(static_cast<uint64_t>(vocab)));
+    return ids;
+  };
+  std::vector<std::vector<int32_t>> shared;
+  for (int64_t g = 0; g < o.groups; ++g) shared.push_back(draw(o.shared));
+  std::vector<Arrival> all;
+  double second = 0;
+  for (int64_t i = 0; i < o.requests; ++i) {
+    if (o.rate > 0) second -= std::log(1 - rng.uniform()) / o.rate;
+    std::vector<int32_t> prompt = shared[static_cast<size_t>(rng.below(static_cast<uint64_t>(o.groups)))];
+    const auto own = draw(o.prompt_least + static_cast<int64_t>(rng.below(static_cast<uint64_t>(o.prompt_most - o.prompt_least + 1))));
+    prompt.insert(prompt.end(), own.begin(), own.end());
+    all.push_back({second, std::move(prompt)});
+  }
+  return all;
+}
+
+double quantile(std::vector<double> values, double q) {
+  if (values.empty()) return 0;
+  std::sort(values.begin(), values.end());
+  return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1) + 0.5)];
+}
+
+Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std::vector<Arrival>& arrivals, const std::string& text, int64_t running) {
+  serve::EngineOptions options{.max_running = running, .max_queue = o.requests, .piece = o.piece, .keep_every = o.keep_every, .state_budget = o.state_budget};
+  set_kv(options.state, o.kv);
+  serve::Engine engine(model, options);
+  const auto schedule = std::make_shared<const ModelSchedule>(model.config(), text);
+  std::vector<double> first, between;
+  std::string error;
+  const auto start = std::chrono::steady_clock::now();
+  const auto now = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
+  size_t next = 0;
+  int64_t prompt_tokens = 0, recurrent = 0, prefix = 0, rows = 0;
+  while (true) {
+    check_interrupt();
+    for (; next < arrivals.size() && arrivals[next].second <= now(); ++next) {
+      serve::Request r;
+      r.prompt = arrivals[next].prompt;
+      r.schedule = schedule;
+      r.max_tokens = o.new_tokens;
+      prompt_tokens += static_cast<int64_t>(r.prompt.size());
+      const auto last = std::make_shared<double>(-1);
+      r.on_token = [&, last, arrived = now()](int32_t) {
+        const double t = now();
+        *last < 0 ? first.push_back(t - arrived) : between.push_back(t - *last);
+        *last = t;
+        return true;
+      };
+      r.on_end = [&](const serve::Ended& ended) {
+        if (!ended.error.empty()) error = ended.error;
+      };
+      engine.submit(std::move(r));
+    }
+    const bool busy = engine.step();
+    const serve::EngineStats s = engine.stats();
+    recurrent = std::max(recurrent, s.recurrent_bytes);
+    prefix = std::max(prefix, s.prefix_bytes);
+    rows = std::max(rows, s.row_bytes);
+    if (busy) continue;
+    if (next == arrivals.size()) break;
+    std::this_thread::sleep_for(std::chrono::duration<double>(std::min(0.01, std::max(0.0, arrivals[next].second - now()))));
+  }
+  if (!error.empty()) fail("{}", error);
+  const double seconds = now();
+  const serve::EngineStats s = engine.stats();
+  return {{"schedule", text},
+          {"running", running},
+          {"first_ms", 1e3 * quantile(first, 0.5)},
+          {"first_p95_ms", 1e3 * quantile(first, 0.95)},
+          {"between_ms", 1e3 * quantile(between, 0.5)},
+          {"between_p95_ms", 1e3 * quantile(between, 0.95)},
+          {"read_per_second", static_cast<double>(s.tokens_read) / seconds},
+          {"written_per_second", static_cast<double>(s.tokens_written) / seconds},
+          {"reused", static_cast<double>(s.tokens_reused) / static_cast<double>(prompt_tokens)},
+          {"batch", s.decode_passes > 0 ? static_cast<double>(s.decode_rows) / static_cast<double>(s.decode_passes) : 0},
+          {"recurrent_bytes", recurrent},
+          {"prefix_bytes", prefix},
+          {"row_bytes", rows},
+          {"prefixes", s.prefixes},
+          {"seconds", seconds}};
+}
+
+}  // namespace
+
+BenchResult bench_serve(const ServeBenchOptions& o) {
+  if (o.prompt_most < o.prompt_least) fail("--prompt-most is {}, expected at least --prompt-least, {}", o.prompt_most, o.prompt_least);
+  const ModelConfig config = o.model.config();
+  for (const std::string& text : o.schedules) (void)ModelSchedule(config, text);
+  const at::Device device = parse_device(o.model.device);
+  LanguageModel model(config, o.model.compute());
+  model.initialize(0);
+  model.to(device);
+  if (!device.is_cpu()) model.keep_copies();
+  const std::vector<Arrival> arrivals = draw_arrivals(o, config.vocab_size);
+  BenchResult result;
+  for (const std::string& text : o.schedules) {
+    for (const int64_t running : o.running) result.table.rows.push_back(serve_row(model, o, arrivals, text, running));
+  }
+  result.table.columns = {{"schedule", "schedule", cell_text()},
+                          {"running", "side by side", cell_text()},
+                          {"first_ms", "first ms", cell_fixed(1)},
+                          {"first_p95_ms", "95%", cell_fixed(1)},
+                          {"between_ms", "between ms", cell_fixed(2)},
+                          {"between_p95_ms", "95%", cell_fixed(2)},
+                          {"read_per_second", "read/s", cell_fixed(0)},
+                          {"written_per_second", "written/s", cell_fixed(1)},
+                          {"reused", "reused", cell_percent()},
+                          {"batch", "batch", cell_fixed(2)},
+                          {"recurrent_bytes", "recurrent", cell_bytes()},
+                          {"prefix_bytes", "prefixes", cell_bytes()},
+                          {"row_bytes", "rows", cell_bytes()}};
+  result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"device", o.model.device}, {"requests", o.requests}, {"rate", o.rate},
+                    {"prompt", {o.prompt_least, o.prompt_most}}, {"shared", o.shared}, {"groups", o.groups}, {"new_tokens", o.new_tokens}, {"piece", o.piece},
+                    {"keep_every", o.keep_every}, {"kv", o.kv}};
+  return result;
+}
+
+}  // namespace oryx
