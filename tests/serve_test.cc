@@ -1,0 +1,223 @@
+// `oryx serve` as its clients see it: raw HTTP from Python's standard library, on a port that is free.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "oryx/common/file.h"
+#include "oryx/data/tokenizer.h"
+#include "oryx/model/checkpoint.h"
+#include "tests/support/folder.h"
+#include "tests/support/paths.h"
+#include "tests/support/program.h"
+
+namespace oryx::test {
+namespace {
+
+using ::testing::HasSubstr;
+
+// What every script begins with: start(...) -> a server, whose port is known when it listens.
+constexpr const char* kClient = R"(
+import http.client, json, re, signal, socket, subprocess, sys, threading, time
+program, model = sys.argv[1:3]
+class Server:
+    def __init__(self, *options):
+        command = [program, "serve", model, "--tokenizer", "byte", "--threads", "1", "--port", "0", "--state-budget", "64MiB", *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        line = self.process.stderr.readline()
+        found = re.search(r"http://127.0.0.1:(\d+)", line)
+        assert found, line + self.process.stderr.read()
+        self.port = int(found.group(1))
+    def ask(self, method, path, body=None, headers={}):
+        c = http.client.HTTPConnection("127.0.0.1", self.port)
+        c.request(method, path, body if body is None or isinstance(body, (str, bytes)) else json.dumps(body), headers)
+        r = c.getresponse()
+        return r, r.read().decode()
+    def complete(self, **body):
+        r, text = self.ask("POST", "/v1/completions", body)
+        return r.status, json.loads(text)
+    def stream(self, **body):  # -> the connection, its response: events are read by events()
+        c = http.client.HTTPConnection("127.0.0.1", self.port)
+        c.request("POST", "/v1/completions", json.dumps(dict(body, stream=True)))
+        return c, c.getresponse()
+    def metric(self, name):
+        return float(re.search("^" + re.escape(name) + " (.*)$", self.ask("GET", "/metrics")[1], re.M).group(1))
+    def wait_for(self, name, value):
+        while self.metric(name) != value: time.sleep(0.01)
+    def stop(self, *signals):
+        for s in signals or [signal.SIGINT]: self.process.send_signal(s)
+        return self.process.wait(), self.process.stderr.read()
+def events(response):
+    while True:
+        line = response.readline().decode().strip()
+        if not line: continue
+        assert line.startswith("data: "), line
+        if line == "data: [DONE]": return
+        yield json.loads(line[6:])
+)";
+
+class Serve : public ::testing::Test {
+ protected:
+  Serve() {
+    ModelConfig c = preset("tiny");
+    c.vocab_size = make_byte_tokenizer()->vocab_size();
+    LanguageModel m(c);
+    m.initialize(1);
+    save_model(m, folder_ / "tiny");
+  }
+  std::string path(const std::string& name) const { return (folder_ / name).string(); }
+
+  // A script that says "ok" at its end.
+  void passes(const std::string& script) const {
+    const auto r = run_command({"python3", "-c", std::string(kClient) + script, program_path(), path("tiny")});
+    EXPECT_EQ(r.exit_code, 0) << r.err;
+    EXPECT_EQ(r.out, "ok\n") << r.err;
+  }
+
+  TemporaryFolder folder_;
+};
+
+TEST_F(Serve, AnswersAsGenerateDoes) {
+  passes(R"(
+def generate(prompt, *options):
+    words = [program, "generate", model, "--tokenizer", "byte", "--threads", "1", "--prompt", prompt, "--max-new-tokens", "12", "--prefill-piece", "32", "--json", *options]
+    return json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+s = Server("--piece", "32", "--keep-every", "32")
+r, text = s.ask("GET", "/health")
+assert r.status == 200 and json.loads(text) == {"status": "ok"}
+r, text = s.ask("GET", "/v1/models")
+assert json.loads(text)["data"][0]["id"] == "tiny", text
+prompt = "Once upon a time there was a model that was served. " * 2
+greedy = generate(prompt)["text"]
+status, whole = s.complete(prompt=prompt, temperature=0, max_tokens=12)
+choice = whole["choices"][0]
+assert status == 200 and choice["text"] == greedy and choice["finish_reason"] == "length", (whole, greedy)
+assert whole["usage"]["prompt_tokens"] == 105 and whole["usage"]["completion_tokens"] == 12 and whole["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, whole
+# Again: from the kept prefix, streamed, and beside others in other modes.
+answers = {}
+def ask(i, schedule):
+    c, r = s.stream(prompt=prompt, temperature=0.8, seed=i, max_tokens=12, schedule=schedule, stream_options={"include_usage": True}, model="tiny")
+    answers[i] = list(events(r))
+schedules = ["linear", "attention", "attention@prompt,linear@gen", "linear,attention@-9:"]
+threads = [threading.Thread(target=ask, args=(i, t)) for i, t in enumerate(schedules)]
+for t in threads: t.start()
+for t in threads: t.join()
+for i, schedule in enumerate(schedules):
+    *chunks, last, usage = answers[i]
+    want = generate(prompt, "--temperature", "0.8", "--seed", str(i), "--schedule", schedule)["text"]
+    assert "".join(c["choices"][0]["text"] for c in chunks) == want, (schedule, want, chunks)
+    assert last["choices"][0]["finish_reason"] == "length" and usage["choices"] == [], answers[i]
+    assert usage["usage"]["total_tokens"] == 117
+assert answers[0][-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 96, answers[0][-1]
+# Up to a stop string.
+stop = greedy[4:6]
+status, whole = s.complete(prompt=prompt, temperature=0, max_tokens=12, stop=[stop])
+assert whole["choices"][0]["text"] == greedy[:greedy.index(stop)] and whole["choices"][0]["finish_reason"] == "stop", whole
+assert s.metric("oryx_tokens_reused_total") >= 192 and s.metric("oryx_requests_total{end=\"finished\"}") == 6
+assert s.metric("oryx_time_to_first_token_seconds_count") == 6
+code, err = s.stop()
+assert code == 0 and err.endswith("stopped; every request was answered\n"), (code, err)
+print("ok")
+)");
+}
+
+TEST_F(Serve, BadInputIsAnErrorObjectOfOneLine) {
+  passes(R"(
+s = Server("--max-running", "1", "--max-queue", "0")
+def refused(status, line, method="POST", path="/v1/completions", body=None):
+    r, text = s.ask(method, path, body)
+    error = json.loads(text)["error"]
+    assert r.status == status and line in error["message"] and "\n" not in error["message"] and set(error) == {"message", "type", "param", "code"}, (r.status, text)
+    return r, error
+refused(400, "not valid JSON", body="{\"prompt\": ")
+refused(400, "not valid JSON", body=b"{\"prompt\": \"\xff\"}")
+refused(400, "expected an object", body="[]")
+refused(400, "nested deeper", body="[" * 100000)
+refused(400, "Did you mean 'temperature'?", body={"prompt": "a", "temprature": 1})
+refused(400, "max_tokens is \"many\" (a string)", body={"prompt": "a", "max_tokens": "many"})
+refused(400, "Did you mean 'attention'?", body={"prompt": "a", "schedule": "linear,atention@3:"})
+r, error = refused(400, "but the whole budget is", body={"prompt": "a" * 1000, "max_tokens": 10000000})
+refused(404, "is not served here", body={"prompt": "a", "model": "another"})
+refused(404, "GET /v1/nothing is not served", "GET", "/v1/nothing")
+# What is no HTTP at all, and half a request.
+for junk in [b"\x00\x01\x02\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"]:
+    with socket.create_connection(("127.0.0.1", s.port)) as c: c.sendall(junk)
+# One runs, none may wait.
+c, r = s.stream(prompt="a", max_tokens=30000, schedule="linear")
+next(events(r))
+r2, error = refused(429, "try again later", body={"prompt": "b"})
+assert r2.getheader("Retry-After") == "1" and error["type"] == "rate_limit_error"
+# Its client goes: it is cancelled, and the place is free.
+r.close(); c.close()
+s.wait_for("oryx_requests_total{end=\"cancelled\"}", 1)
+s.wait_for("oryx_requests_running", 0)
+status, whole = s.complete(prompt="b", max_tokens=3)
+assert status == 200 and whole["usage"]["completion_tokens"] >= 1, whole
+# One that does not stream, too.
+c = http.client.HTTPConnection("127.0.0.1", s.port)
+c.request("POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 30000}))
+s.wait_for("oryx_requests_running", 1)
+c.close()
+s.wait_for("oryx_requests_total{end=\"cancelled\"}", 2)
+s.wait_for("oryx_state_bytes{part=\"recurrent\"}", 0)
+# The port is taken.
+other = subprocess.run([program, "serve", model, "--tokenizer", "byte", "--port", str(s.port)], capture_output=True, text=True)
+assert other.returncode == 1 and re.fullmatch(r"oryx: error: cannot listen on 127\.0\.0\.1:\d+: .*; is another server there\?.*\n", other.stderr), other
+assert s.stop(signal.SIGTERM)[0] == 0
+print("ok")
+)");
+}
+
+TEST_F(Serve, CtrlCFinishesWhatRuns) {
+  passes(R"(
+s = Server()
+c, r = s.stream(prompt="a", max_tokens=400)
+chunks = events(r)
+next(chunks)
+s.process.send_signal(signal.SIGINT)
+while s.ask("GET", "/health")[0].status != 503: time.sleep(0.01)
+status, error = s.complete(prompt="b")
+assert status == 503 and "stops" in error["error"]["message"], error
+last = list(chunks)[-1]
+assert last["choices"][0]["finish_reason"] in ("length", "stop"), last
+code, err = s.process.wait(), s.process.stderr.read()
+assert code == 0 and "every request was answered" in err, (code, err)
+
+s = Server("--grace", "0.1")
+c, r = s.stream(prompt="a", max_tokens=100000)
+chunks = events(r)
+next(chunks)
+s.process.send_signal(signal.SIGINT)
+last = list(chunks)[-1]
+assert "cut off" in last["error"]["message"], last
+code, err = s.process.wait(), s.process.stderr.read()
+assert code == 130 and "1 requests were cut off" in err, (code, err)
+
+s = Server("--grace", "1000")
+c, r = s.stream(prompt="a", max_tokens=100000)
+next(events(r))
+s.process.send_signal(signal.SIGINT)
+while s.ask("GET", "/health")[0].status != 503: time.sleep(0.01)
+s.process.send_signal(signal.SIGINT)
+assert s.process.wait() == -signal.SIGINT
+print("ok")
+)");
+}
+
+TEST_F(Serve, BadOptionsEndInOneLine) {
+  const auto line = [&](std::vector<std::string> options, const char* text) {
+    std::vector<std::string> words = {"serve", path("tiny"), "--tokenizer", "byte"};
+    words.insert(words.end(), options.begin(), options.end());
+    const auto r = run(words);
+    EXPECT_EQ(r.exit_code, 1);
+    EXPECT_THAT(r.err, HasSubstr(text));
+    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+  };
+  line({"--schedule", "atention"}, "Did you mean 'attention'?");
+  line({"--piece", "64", "--keep-every", "100"}, "keep_every is 100, expected 0 or a multiple of piece, 64");
+  line({"--kv", "surprise:budget=8"}, "are not served");
+  line({"--state-budget", "1KiB"}, "the budget of states is 1.0 KiB");
+  line({"--port", "70000"}, "--port");
+  line({"--host", "no.such.host.invalid", "--port", "0"}, "cannot listen on no.such.host.invalid");
+}
+
+}  // namespace
+}  // namespace oryx::test
