@@ -97,6 +97,58 @@ TEST(ServeEngine, AnyInterleavingIsEachAlone) {
   }
 }
 
+// One token of each of several sequences: bit for bit the logits of each alone, also after they were regrouped.
+TEST(ServeEngine, SideBySideIsBitForBitAlone) {
+  const at::NoGradGuard no_grad;
+  for (const auto& c : test::cases()) {
+    SCOPED_TRACE(c.name);
+    const auto m = test::make(c.config);
+    CounterRng rng(12);
+    const State root = m->make_state(1);
+    const auto run = [&](State& state, const std::vector<int64_t>& ids, const std::vector<int32_t>& modes, int64_t T) {
+      const auto N = state.sequences();
+      std::vector<std::vector<int32_t>> rows;
+      for (const int32_t mode : modes) rows.emplace_back(static_cast<size_t>(T), mode);
+      return test::run(*m, at::tensor(ids, at::kLong).view({N, T}), test::routing(c.config, rows, 0, T), &state);
+    };
+    constexpr size_t N = 5;
+    std::vector<State> alone, parts;
+    std::vector<int32_t> modes;
+    for (size_t n = 0; n < N; ++n) {
+      const auto T = static_cast<int64_t>(3 + rng.below(30));
+      std::vector<int64_t> ids;
+      for (int64_t t = 0; t < T; ++t) ids.push_back(static_cast<int64_t>(rng.below(61)));
+      modes.push_back(static_cast<int32_t>(rng.below(c.config.mixers().size())));
+      State state = root.fork({0});
+      run(state, ids, {modes.back()}, T);
+      alone.push_back(state.fork({0}));
+      parts.push_back(std::move(state));
+    }
+    std::vector<State::SequencePlace> places;
+    for (size_t n = 0; n < N; ++n) places.emplace_back(n, 0);
+    std::vector<State> groups = State::regroup(std::move(parts), {places});
+    std::vector<size_t> order(N);
+    for (size_t n = 0; n < N; ++n) order[n] = n;
+    for (int step = 0; step < 6; ++step) {
+      std::vector<int64_t> ids;
+      std::vector<int32_t> now;
+      for (const size_t n : order) {
+        ids.push_back(static_cast<int64_t>(rng.below(61)));
+        now.push_back(modes[n]);
+      }
+      const at::Tensor together = run(groups[0], ids, now, 1);
+      for (size_t j = 0; j < order.size(); ++j) {
+        const at::Tensor one = run(alone[order[j]], {ids[j]}, {now[j]}, 1);
+        EXPECT_TRUE(at::equal(together[static_cast<int64_t>(j)], one[0])) << "step " << step << ", sequence " << order[j] << ": " << (together[static_cast<int64_t>(j)] - one[0]).abs().max();
+      }
+      if (step == 2) {  // the second leaves, the others change places
+        groups = State::regroup(std::move(groups), {{{0, 4}, {0, 0}, {0, 3}, {0, 2}}});
+        order = {order[4], order[0], order[3], order[2]};
+      }
+    }
+  }
+}
+
 std::unique_ptr<LanguageModel> oryx_model() { return test::make(test::small({{"gated_delta_net", "attention"}})); }
 
 // A prompt that begins with a kept one starts there, and gives what a fresh engine gives; modes are part of what is equal.
@@ -157,7 +209,9 @@ TEST(ServeEngine, TheBudgetHoldsAndEverythingComesBack) {
       most = std::max(most, engine.stats().running);
     }
     EXPECT_GE(most, 2);
-    EXPECT_LE(most, 3);
+    if (std::string(kv) == "keep") {
+      EXPECT_LE(most, 3);  // under a bound what a request may need for a moment is kept free
+    }
     for (size_t i = 0; i < texts.size(); ++i) {
       ASSERT_TRUE(texts[i].ended.has_value());
       EXPECT_EQ(texts[i].ended->error, "");
@@ -166,7 +220,7 @@ TEST(ServeEngine, TheBudgetHoldsAndEverythingComesBack) {
     const EngineStats s = engine.stats();
     EXPECT_EQ(s.recurrent_bytes, 0);
     EXPECT_EQ(s.running, 0);
-    if (s.prefixes == 0) EXPECT_EQ(s.used_bytes(), 0);
+    EXPECT_EQ(s.prefix_bytes > 0, s.prefixes > 0);
     Text text;
     try {
       engine.submit(request_of(*m, random_prompt(rng, 61, 80), "linear", std::string(kv) == "keep" ? 400 : 2000000000, text));
@@ -234,7 +288,7 @@ TEST(ServeEngine, ARunningTextWaitsForOnePieceAtMost) {
     engine.step();
     EXPECT_EQ(text.ids.size(), tokens + 1);
     EXPECT_LE(engine.stats().tokens_read - read, 8);
-    if (short_text.ended) EXPECT_FALSE(long_text.ended && text.ids.size() < 20) << "the long prompt was read first";
+    EXPECT_TRUE(short_text.ended || !long_text.ended) << "the long prompt was read first";
   }
   EXPECT_TRUE(short_text.ended.has_value());
   run_all(engine);
