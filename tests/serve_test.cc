@@ -15,13 +15,14 @@ namespace {
 using ::testing::HasSubstr;
 
 // What every script begins with: start(...) -> a server, whose port is known when it listens.
-constexpr const char* kClient = R"(
-import http.client, json, re, signal, socket, subprocess, sys, threading, time
+constexpr const char* kClient = R"py(
+import atexit, http.client, json, re, signal, socket, subprocess, sys, threading, time
 program, model = sys.argv[1:3]
 class Server:
     def __init__(self, *options):
         command = [program, "serve", model, "--tokenizer", "byte", "--threads", "1", "--port", "0", "--state-budget", "64MiB", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        atexit.register(self.process.kill)
         line = self.process.stderr.readline()
         found = re.search(r"http://127.0.0.1:(\d+)", line)
         assert found, line + self.process.stderr.read()
@@ -52,7 +53,7 @@ def events(response):
         assert line.startswith("data: "), line
         if line == "data: [DONE]": return
         yield json.loads(line[6:])
-)";
+)py";
 
 class Serve : public ::testing::Test {
  protected:
@@ -76,7 +77,7 @@ class Serve : public ::testing::Test {
 };
 
 TEST_F(Serve, AnswersAsGenerateDoes) {
-  passes(R"(
+  passes(R"py(
 def generate(prompt, *options):
     words = [program, "generate", model, "--tokenizer", "byte", "--threads", "1", "--prompt", prompt, "--max-new-tokens", "12", "--prefill-piece", "32", "--json", *options]
     return json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
@@ -111,17 +112,19 @@ assert answers[0][-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 96, 
 stop = greedy[4:6]
 status, whole = s.complete(prompt=prompt, temperature=0, max_tokens=12, stop=[stop])
 assert whole["choices"][0]["text"] == greedy[:greedy.index(stop)] and whole["choices"][0]["finish_reason"] == "stop", whole
+status, error = s.complete(prompt=prompt, max_tokens=10000000)
+assert status == 400 and "but the whole budget is 63.9 MiB" in error["error"]["message"], error
 assert s.metric("oryx_tokens_reused_total") >= 192 and s.metric("oryx_requests_total{end=\"finished\"}") == 6
 assert s.metric("oryx_time_to_first_token_seconds_count") == 6
 code, err = s.stop()
 assert code == 0 and err.endswith("stopped; every request was answered\n"), (code, err)
 print("ok")
-)");
+)py");
 }
 
 TEST_F(Serve, BadInputIsAnErrorObjectOfOneLine) {
-  passes(R"(
-s = Server("--max-running", "1", "--max-queue", "0")
+  passes(R"py(
+s = Server("--max-running", "1", "--max-queue", "0", "--kv", "bounded:16+64")
 def refused(status, line, method="POST", path="/v1/completions", body=None):
     r, text = s.ask(method, path, body)
     error = json.loads(text)["error"]
@@ -134,14 +137,13 @@ refused(400, "nested deeper", body="[" * 100000)
 refused(400, "Did you mean 'temperature'?", body={"prompt": "a", "temprature": 1})
 refused(400, "max_tokens is \"many\" (a string)", body={"prompt": "a", "max_tokens": "many"})
 refused(400, "Did you mean 'attention'?", body={"prompt": "a", "schedule": "linear,atention@3:"})
-r, error = refused(400, "but the whole budget is", body={"prompt": "a" * 1000, "max_tokens": 10000000})
 refused(404, "is not served here", body={"prompt": "a", "model": "another"})
 refused(404, "GET /v1/nothing is not served", "GET", "/v1/nothing")
 # What is no HTTP at all, and half a request.
 for junk in [b"\x00\x01\x02\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"]:
     with socket.create_connection(("127.0.0.1", s.port)) as c: c.sendall(junk)
 # One runs, none may wait.
-c, r = s.stream(prompt="a", max_tokens=30000, schedule="linear")
+c, r = s.stream(prompt="a", max_tokens=30000, temperature=0)
 next(events(r))
 r2, error = refused(429, "try again later", body={"prompt": "b"})
 assert r2.getheader("Retry-After") == "1" and error["type"] == "rate_limit_error"
@@ -153,7 +155,7 @@ status, whole = s.complete(prompt="b", max_tokens=3)
 assert status == 200 and whole["usage"]["completion_tokens"] >= 1, whole
 # One that does not stream, too.
 c = http.client.HTTPConnection("127.0.0.1", s.port)
-c.request("POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 30000}))
+c.request("POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 30000, "temperature": 0}))
 s.wait_for("oryx_requests_running", 1)
 c.close()
 s.wait_for("oryx_requests_total{end=\"cancelled\"}", 2)
@@ -163,13 +165,13 @@ other = subprocess.run([program, "serve", model, "--tokenizer", "byte", "--port"
 assert other.returncode == 1 and re.fullmatch(r"oryx: error: cannot listen on 127\.0\.0\.1:\d+: .*; is another server there\?.*\n", other.stderr), other
 assert s.stop(signal.SIGTERM)[0] == 0
 print("ok")
-)");
+)py");
 }
 
 TEST_F(Serve, CtrlCFinishesWhatRuns) {
-  passes(R"(
-s = Server()
-c, r = s.stream(prompt="a", max_tokens=400)
+  passes(R"py(
+s = Server("--kv", "drop")
+c, r = s.stream(prompt="a", max_tokens=400, temperature=0)
 chunks = events(r)
 next(chunks)
 s.process.send_signal(signal.SIGINT)
@@ -181,8 +183,8 @@ assert last["choices"][0]["finish_reason"] in ("length", "stop"), last
 code, err = s.process.wait(), s.process.stderr.read()
 assert code == 0 and "every request was answered" in err, (code, err)
 
-s = Server("--grace", "0.1")
-c, r = s.stream(prompt="a", max_tokens=100000)
+s = Server("--grace", "0.1", "--kv", "drop")
+c, r = s.stream(prompt="a", max_tokens=100000, temperature=0)
 chunks = events(r)
 next(chunks)
 s.process.send_signal(signal.SIGINT)
@@ -191,15 +193,15 @@ assert "cut off" in last["error"]["message"], last
 code, err = s.process.wait(), s.process.stderr.read()
 assert code == 130 and "1 requests were cut off" in err, (code, err)
 
-s = Server("--grace", "1000")
-c, r = s.stream(prompt="a", max_tokens=100000)
+s = Server("--grace", "1000", "--kv", "drop")
+c, r = s.stream(prompt="a", max_tokens=100000, temperature=0)
 next(events(r))
 s.process.send_signal(signal.SIGINT)
 while s.ask("GET", "/health")[0].status != 503: time.sleep(0.01)
 s.process.send_signal(signal.SIGINT)
 assert s.process.wait() == -signal.SIGINT
 print("ok")
-)");
+)py");
 }
 
 TEST_F(Serve, BadOptionsEndInOneLine) {
@@ -214,7 +216,7 @@ TEST_F(Serve, BadOptionsEndInOneLine) {
   line({"--schedule", "atention"}, "Did you mean 'attention'?");
   line({"--piece", "64", "--keep-every", "100"}, "keep_every is 100, expected 0 or a multiple of piece, 64");
   line({"--kv", "surprise:budget=8"}, "are not served");
-  line({"--state-budget", "1KiB"}, "the budget of states is 1.0 KiB");
+  line({"--state-budget", "1KiB"}, "the budget of states is 1.00 KiB");
   line({"--port", "70000"}, "--port");
   line({"--host", "no.such.host.invalid", "--port", "0"}, "cannot listen on no.such.host.invalid");
 }

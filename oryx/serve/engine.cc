@@ -235,6 +235,7 @@ struct Engine::Impl {
         ++(run->length > 0 ? stats.prefix_hits : stats.prefix_misses);
         stats.tokens_reused += run->length;
         stats.queue_time.add(run->ended.queue_seconds);
+        ++stats.running;
       }
       reading.push_back(run.get());
       running.push_back(std::move(run));

@@ -108,6 +108,8 @@ struct HttpServer::Impl {
     server.new_task_queue = [threads] { return new httplib::ThreadPool(threads); };
     server.set_payload_max_length(kLongestBody);
     server.set_tcp_nodelay(true);
+    server.set_keep_alive_timeout(1);  // which a stop waits for, where a client keeps its connection
+    server.set_keep_alive_max_count(1000);
     // The library's default lets a second server listen on the same port.
     server.set_socket_options([](int socket) {
       const int yes = 1;
