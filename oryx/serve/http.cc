@@ -185,12 +185,13 @@ struct HttpServer::Impl {
     return o->request.stream ? stream(o, res) : whole(o, res);
   }
 
-  // Server-sent events. Between them the library looks whether the client is there.
+  // Server-sent events. Between them we look whether the client is there: writing alone would tell late, and not at all while a prompt is read.
   void stream(const std::shared_ptr<Open>& o, httplib::Response& res) {
     res.set_header("Cache-Control", "no-cache");
     res.set_chunked_content_provider("text/event-stream", [o](size_t, httplib::DataSink& sink) {
       bool over = false;
       const std::string text = o->channel->take(over);
+      if (!over && text.empty()) return sink.is_writable();
       std::string events;
       const auto event = [&](const Json& json) { events += "data: " + dumped(json) + "\n\n"; };
       if (!text.empty()) event(o->answer.chunk(text, ""));
@@ -210,7 +211,7 @@ struct HttpServer::Impl {
     });
   }
 
-  // The status is known with the first token; from there on the library looks whether the client is there.
+  // The status is known with the first token; from there on we look whether the client is there.
   void whole(const std::shared_ptr<Open>& o, httplib::Response& res) {
     o->channel->wait_for_begin();
     const auto body = [o] {
@@ -224,7 +225,7 @@ struct HttpServer::Impl {
       return res.set_content(body(), "application/json");
     }
     res.set_chunked_content_provider("application/json", [o, body](size_t, httplib::DataSink& sink) {
-      if (!o->channel->wait_for_end()) return true;
+      if (!o->channel->wait_for_end()) return sink.is_writable();
       const std::string text = body();
       if (!sink.write(text.data(), text.size())) return false;
       sink.done();
@@ -233,7 +234,12 @@ struct HttpServer::Impl {
   }
 
   int64_t run() {
-    std::thread listener([this] { server.listen_after_bind(); });
+    std::atomic<bool> deaf{false};
+    std::thread listener([&] {
+      server.listen_after_bind();
+      deaf = true;
+    });
+    while (!server.is_running() && !deaf) std::this_thread::sleep_for(1ms);  // stop() does nothing before
     std::exception_ptr error;
     int64_t cut_off = 0;
     try {
@@ -252,6 +258,7 @@ struct HttpServer::Impl {
           engine.close(/*abort=*/true);
           aborted = true;
         }
+        if (deaf) fail("the port {} was closed under the server; nothing can reach it any more", port);
         if (engine.step()) continue;
         if (end && engine.stats().queued == 0 && open == 0) break;
         engine.wait(std::chrono::duration<double>(kPoll).count());
