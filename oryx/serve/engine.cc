@@ -89,6 +89,7 @@ struct Engine::Run {
   std::optional<State> state;  // while the prompt is read; then in a batch
   PrefixTree::Keys keys;       // of the prompt's chunks
   int64_t length = 0;          // tokens that the state holds
+  int64_t read = 0;            // tokens of the prompt that ran through the model for it
   int32_t next = -1;           // sampled, not yet run
   double attention_tokens = 0;
   bool over = false;
@@ -204,8 +205,7 @@ struct Engine::Impl {
     } else {
       return false;
     }
-    run.length = run.ended.reused_tokens = reused;
-    run.attention_tokens = 0;
+    run.length = reused;
     // What later forks share stands in memory of its own, so that they do not hold the rest.
     for (size_t i = static_cast<size_t>(reused / std::max<int64_t>(1, options.keep_every)); i < run.keys.size() && !bounded(); ++i) {
       run.state->reserve_behind(static_cast<int64_t>(i + 1) * options.keep_every);
@@ -232,8 +232,6 @@ struct Engine::Impl {
       run->ended.queue_seconds = seconds_between(run->arrived, run->started);
       {
         const std::lock_guard lock(mutex);
-        ++(run->length > 0 ? stats.prefix_hits : stats.prefix_misses);
-        stats.tokens_reused += run->length;
         stats.queue_time.add(run->ended.queue_seconds);
         ++stats.running;
       }
@@ -248,7 +246,7 @@ struct Engine::Impl {
     if (run.over) return;
     run.over = true;
     run.state.reset();
-    const auto ran = static_cast<double>(run.length - run.ended.reused_tokens);
+    const auto ran = static_cast<double>(run.read + std::max<int64_t>(0, run.length - run.prompt()));
     run.ended.outcome = outcome;
     run.ended.error = std::move(error);
     run.ended.prompt_tokens = run.prompt();
@@ -282,12 +280,21 @@ struct Engine::Impl {
 
   void count(Run& run, const Routings& routings, int64_t tokens) { run.attention_tokens += oryx::attention_share(model.config(), routings) * static_cast<double>(tokens); }
 
+  // A prompt that began alike may have come further meanwhile: prompts of a kind that arrive together are read once.
+  void jump(Run& run) {
+    const PrefixTree::Node* node = run.keys.empty() ? nullptr : prefixes.find(run.keys);
+    if (node == nullptr || node->chunks * options.keep_every <= run.length) return;
+    run.state.reset();  // its bytes are enough for what takes its place
+    TORCH_CHECK(find_room(run), "serve: no room for a state in place of a larger one");
+  }
+
   void read_piece() {
     std::erase_if(reading, [](const Run* run) { return run->over; });
     if (reading.empty()) return;
     Run& run = *reading.front();
     reading.pop_front();
     try {
+      jump(run);
       const int64_t begin = run.length, n = std::min(options.piece, run.prompt() - begin);
       if (bounded()) make_room(region_bytes(run.total()));
       ModelInput input;
@@ -297,6 +304,7 @@ struct Engine::Impl {
       input.state = &*run.state;
       const at::Tensor last = model.hidden(input).squeeze(0).narrow(0, n - 1, 1);  // [1, D]
       run.length += n;
+      run.read += n;
       count(run, input.routing, n);
       {
         const std::lock_guard lock(mutex);
@@ -305,6 +313,12 @@ struct Engine::Impl {
       }
       keep_prefix(run);
       if (run.length < run.prompt()) return reading.push_back(&run);
+      run.ended.reused_tokens = run.prompt() - run.read;
+      {
+        const std::lock_guard lock(mutex);
+        ++(run.ended.reused_tokens > 0 ? stats.prefix_hits : stats.prefix_misses);
+        stats.tokens_reused += run.ended.reused_tokens;
+      }
       take_token(run, model.logits(last.clone()).squeeze(0).cpu());
     } catch (const std::exception& e) {
       end(run, Outcome::kFailed, e.what());

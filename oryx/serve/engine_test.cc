@@ -233,6 +233,27 @@ TEST(ServeEngine, TheBudgetHoldsAndEverythingComesBack) {
   }
 }
 
+// Prompts that begin alike and come together are read once: each begins where one of the others has come to.
+TEST(ServeEngine, PromptsThatComeTogetherAreReadOnce) {
+  const auto m = oryx_model();
+  CounterRng rng(13);
+  const auto shared = random_prompt(rng, 61, 64);
+  Engine engine(*m, {.max_running = 4, .piece = 16, .keep_every = 16, .state_budget = 1 << 24});
+  std::vector<Text> texts(4);
+  std::vector<Request> requests;
+  for (Text& text : texts) {
+    auto prompt = shared;
+    const auto own = random_prompt(rng, 61, 5);
+    prompt.insert(prompt.end(), own.begin(), own.end());
+    requests.push_back(request_of(*m, prompt, "linear,attention@-5:", 6, text));
+    engine.submit(requests.back());
+  }
+  run_all(engine);
+  for (size_t i = 0; i < texts.size(); ++i) EXPECT_EQ(texts[i].ids, alone(*m, requests[i], 16)) << i;
+  EXPECT_EQ(engine.stats().tokens_read, 64 + 4 * 5);
+  EXPECT_EQ(engine.stats().tokens_reused, 3 * 64);
+}
+
 TEST(ServeEngine, WithoutKeptPrefixesNothingStays) {
   const auto m = oryx_model();
   CounterRng rng(6);
