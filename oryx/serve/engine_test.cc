@@ -10,6 +10,7 @@
 
 #include "oryx/common/random.h"
 #include "oryx/generate/generator.h"
+#include "oryx/model/inspect.h"
 #include "oryx/model/test_support.h"
 
 namespace oryx::serve {
@@ -252,6 +253,28 @@ TEST(ServeEngine, PromptsThatComeTogetherAreReadOnce) {
   for (size_t i = 0; i < texts.size(); ++i) EXPECT_EQ(texts[i].ids, alone(*m, requests[i], 16)) << i;
   EXPECT_EQ(engine.stats().tokens_read, 64 + 4 * 5);
   EXPECT_EQ(engine.stats().tokens_reused, 3 * 64);
+}
+
+// Where no keys and values are kept a prefix costs its recurrent states and tails, however long it is.
+TEST(ServeEngine, PrefixesOfLinearTextsAreSmall) {
+  const auto m = oryx_model();
+  CounterRng rng(14);
+  EngineOptions o{.piece = 16, .keep_every = 32, .state_budget = 1 << 24};
+  set_kv(o.state, "drop");
+  Engine engine(*m, o);
+  const auto prompt = random_prompt(rng, 61, 200);
+  for (const int64_t reused : {0, 192}) {
+    Text text;
+    const Request r = request_of(*m, prompt, "linear", 5, text);
+    engine.submit(r);
+    run_all(engine);
+    EXPECT_EQ(text.ids, alone(*m, r, o.piece, o.state));
+    EXPECT_EQ(text.ended->reused_tokens, reused);
+  }
+  const EngineStats s = engine.stats();
+  EXPECT_EQ(s.prefixes, 6);
+  EXPECT_EQ(s.prefix_bytes, 6 * state_bytes(m->config(), 1000000, at::kFloat, o.state).total());
+  EXPECT_EQ(s.row_bytes, 0);
 }
 
 TEST(ServeEngine, WithoutKeptPrefixesNothingStays) {

@@ -266,6 +266,11 @@ struct HttpServer::Impl {
     } catch (...) {
       error = std::current_exception();
       engine.close(true);
+      // A round begins with what was cancelled: whoever waits for an answer hears of it, also when the round fails again.
+      try {
+        engine.step();
+      } catch (...) {
+      }
     }
     server.stop();
     listener.join();
