@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include "oryx/ops/few_rows/few_rows_kernels.h"
@@ -33,7 +32,7 @@ at::Tensor few_rows_cpu(const at::Tensor& x, const at::Tensor& weight) {
 
 bool few_rows_suit(const at::Tensor& x, const at::Tensor& weight) {
   return x.is_cpu() && weight.is_cpu() && x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && x.size(-1) > 0 && x.numel() <= kFewRows * x.size(-1) &&
-         weight.stride(1) == 1 && !(at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad()));
+         weight.stride(1) == 1 && !x.requires_grad() && !weight.requires_grad();
 }
 
 at::Tensor few_rows_product(const at::Tensor& x, const at::Tensor& weight) {

@@ -13,7 +13,8 @@ namespace oryx::ops {
 
 inline constexpr int64_t kFewRows = 16;
 
-// Whether few_rows_product() takes these: float32 on the CPU, at most kFewRows rows, rows of values side by side, and no gradient is wanted.
+// Whether few_rows_product() takes these: float32 on the CPU, at most kFewRows rows, rows of values side by side, and neither is part of what is trained (whether or not
+// gradients are recorded just now: a layer that runs again for its backward pass must give what it gave).
 bool few_rows_suit(const at::Tensor& x, const at::Tensor& weight);
 // x [..., in], weight [out, in] -> [..., out].
 at::Tensor few_rows_product(const at::Tensor& x, const at::Tensor& weight);

@@ -20,7 +20,7 @@ std::vector<SelftestCase> few_rows_cases(bool) {
   return all;
 }
 
-ORYX_SELFTEST(few_rows, few_rows_cases);
+ORYX_SELFTEST(few_rows_product, few_rows_cases);
 
 }  // namespace
 }  // namespace oryx::ops

