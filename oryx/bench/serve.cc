@@ -38,7 +38,8 @@ std::vector<Arrival> draw_arrivals(const ServeBenchOptions& o, int64_t vocab) {
   for (int64_t i = 0; i < o.requests; ++i) {
     if (o.rate > 0) second -= std::log(1 - rng.uniform()) / o.rate;
     std::vector<int32_t> prompt = shared[static_cast<size_t>(rng.below(static_cast<uint64_t>(o.groups)))];
-    const auto own = draw(o.prompt_least + static_cast<int64_t>(rng.below(static_cast<uint64_t>(o.prompt_most - o.prompt_least + 1))));
+    const auto own = draw(o.prompt_least +
+                          static_cast<int64_t>(rng.below(static_cast<uint64_t>(o.prompt_most - o.prompt_least + 1))));
     prompt.insert(prompt.end(), own.begin(), own.end());
     all.push_back({second, std::move(prompt)});
   }
@@ -51,8 +52,13 @@ double quantile(std::vector<double> values, double q) {
   return values[static_cast<size_t>(q * static_cast<double>(values.size() - 1) + 0.5)];
 }
 
-Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std::vector<Arrival>& arrivals, const std::string& text, int64_t running) {
-  serve::EngineOptions options{.max_running = running, .max_queue = o.requests, .piece = o.piece, .keep_every = o.keep_every, .state_budget = o.state_budget};
+Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std::vector<Arrival>& arrivals,
+               const std::string& text, int64_t running) {
+  serve::EngineOptions options{.max_running = running,
+                               .max_queue = o.requests,
+                               .piece = o.piece,
+                               .keep_every = o.keep_every,
+                               .state_budget = o.state_budget};
   set_kv(options.state, o.kv);
   serve::Engine engine(model, options);
   const auto schedule = std::make_shared<const ModelSchedule>(model.config(), text);
@@ -89,32 +95,35 @@ Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std
     rows = std::max(rows, s.row_bytes);
     if (busy) continue;
     if (next == arrivals.size()) break;
-    std::this_thread::sleep_for(std::chrono::duration<double>(std::min(0.01, std::max(0.0, arrivals[next].second - now()))));
+    std::this_thread::sleep_for(
+        std::chrono::duration<double>(std::min(0.01, std::max(0.0, arrivals[next].second - now()))));
   }
   if (!error.empty()) fail("{}", error);
   const double seconds = now();
   const serve::EngineStats s = engine.stats();
-  return {{"schedule", text},
-          {"running", running},
-          {"first_ms", 1e3 * quantile(first, 0.5)},
-          {"first_p95_ms", 1e3 * quantile(first, 0.95)},
-          {"between_ms", 1e3 * quantile(between, 0.5)},
-          {"between_p95_ms", 1e3 * quantile(between, 0.95)},
-          {"read_per_second", static_cast<double>(s.tokens_read) / seconds},
-          {"written_per_second", static_cast<double>(s.tokens_written) / seconds},
-          {"reused", static_cast<double>(s.tokens_reused) / static_cast<double>(prompt_tokens)},
-          {"batch", s.decode_passes > 0 ? static_cast<double>(s.decode_rows) / static_cast<double>(s.decode_passes) : 0},
-          {"recurrent_bytes", recurrent},
-          {"prefix_bytes", prefix},
-          {"row_bytes", rows},
-          {"prefixes", s.prefixes},
-          {"seconds", seconds}};
+  return {
+      {"schedule", text},
+      {"running", running},
+      {"first_ms", 1e3 * quantile(first, 0.5)},
+      {"first_p95_ms", 1e3 * quantile(first, 0.95)},
+      {"between_ms", 1e3 * quantile(between, 0.5)},
+      {"between_p95_ms", 1e3 * quantile(between, 0.95)},
+      {"read_per_second", static_cast<double>(s.tokens_read) / seconds},
+      {"written_per_second", static_cast<double>(s.tokens_written) / seconds},
+      {"reused", static_cast<double>(s.tokens_reused) / static_cast<double>(prompt_tokens)},
+      {"batch", s.decode_passes > 0 ? static_cast<double>(s.decode_rows) / static_cast<double>(s.decode_passes) : 0},
+      {"recurrent_bytes", recurrent},
+      {"prefix_bytes", prefix},
+      {"row_bytes", rows},
+      {"prefixes", s.prefixes},
+      {"seconds", seconds}};
 }
 
 }  // namespace
 
 BenchResult bench_serve(const ServeBenchOptions& o) {
-  if (o.prompt_most < o.prompt_least) fail("--prompt-most is {}, expected at least --prompt-least, {}", o.prompt_most, o.prompt_least);
+  if (o.prompt_most < o.prompt_least)
+    fail("--prompt-most is {}, expected at least --prompt-least, {}", o.prompt_most, o.prompt_least);
   const ModelConfig config = o.model.config();
   for (const std::string& text : o.schedules) (void)ModelSchedule(config, text);
   const at::Device device = parse_device(o.model.device);
@@ -140,9 +149,18 @@ BenchResult bench_serve(const ServeBenchOptions& o) {
                           {"recurrent_bytes", "recurrent", cell_bytes()},
                           {"prefix_bytes", "prefixes", cell_bytes()},
                           {"row_bytes", "rows", cell_bytes()}};
-  result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"device", o.model.device}, {"requests", o.requests}, {"rate", o.rate},
-                    {"prompt", {o.prompt_least, o.prompt_most}}, {"shared", o.shared}, {"groups", o.groups}, {"new_tokens", o.new_tokens}, {"piece", o.piece},
-                    {"keep_every", o.keep_every}, {"kv", o.kv}};
+  result.options = {{"preset", o.model.preset},
+                    {"dtype", o.model.precision},
+                    {"device", o.model.device},
+                    {"requests", o.requests},
+                    {"rate", o.rate},
+                    {"prompt", {o.prompt_least, o.prompt_most}},
+                    {"shared", o.shared},
+                    {"groups", o.groups},
+                    {"new_tokens", o.new_tokens},
+                    {"piece", o.piece},
+                    {"keep_every", o.keep_every},
+                    {"kv", o.kv}};
   return result;
 }
 

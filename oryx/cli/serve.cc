@@ -38,28 +38,56 @@ void serve_model(ServeArguments o) {
   serve::Engine engine(*loaded.model, o.engine);
   serve::HttpServer server(engine, *loaded.model, *loaded.tokenizer, o.http);
   catch_interrupts();
-  log::info("serving '{}' at http://{}:{}: up to {} requests side by side, {} of states", o.http.defaults.model, o.http.host, server.port(), engine.options().max_running,
+  log::info("serving '{}' at http://{}:{}: up to {} requests side by side, {} of states", o.http.defaults.model,
+            o.http.host, server.port(), engine.options().max_running,
             human_bytes(static_cast<double>(engine.options().state_budget)));
   const int64_t cut_off = server.run();
-  if (cut_off > 0) throw Interrupted(fmt::format("interrupted; {} requests were cut off after {:g} s", cut_off, o.http.grace_seconds));
+  if (cut_off > 0)
+    throw Interrupted(fmt::format("interrupted; {} requests were cut off after {:g} s", cut_off, o.http.grace_seconds));
   log::info("stopped; every request was answered");
 }
 
 ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completions)", [](CLI::App& app) {
   auto o = std::make_shared<ServeArguments>();
   o->model.add_to(app);
-  app.add_option("--host", o->http.host, "the address to listen on; 0.0.0.0 is all of this machine's, and there is no access control")->capture_default_str();
-  app.add_option("--port", o->http.port, "the port; 0: any that is free")->check(CLI::Range(0, 65535))->capture_default_str();
+  app.add_option("--host", o->http.host,
+                 "the address to listen on; 0.0.0.0 is all of this machine's, and there is no access control")
+      ->capture_default_str();
+  app.add_option("--port", o->http.port, "the port; 0: any that is free")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
   app.add_option("--name", o->name, "the model's name in requests and answers (default: its folder's)");
-  app.add_option("--schedule", o->http.defaults.schedule, "modes of requests that name none (docs/modes.md; default: linear)");
-  app.add_option("--state-budget", o->engine.state_budget, "memory for the states of requests and of kept prefixes, as 4GiB or 512MiB (default: a quarter of what is free)")
-      ->transform(CLI::AsSizeValue(false))->type_name("BYTES");
-  app.add_option("--max-running", o->engine.max_running, "requests that are read or written side by side")->check(CLI::Range(1, 4096))->capture_default_str()->type_name("N");
-  app.add_option("--max-queue", o->engine.max_queue, "requests that may wait; more are refused")->check(CLI::Range(0, 4096))->capture_default_str()->type_name("N");
-  app.add_option("--piece", o->engine.piece, "tokens of a prompt read at once: what a running text waits for at most")->check(CLI::Range(int64_t{1}, int64_t{1} << 20))->capture_default_str()->type_name("N");
-  app.add_option("--keep-every", o->engine.keep_every, "keep the states of prompts' beginnings at multiples of so many tokens, a multiple of --piece; 0: none")->capture_default_str()->type_name("N");
-  app.add_option("--kv", o->kv, "keys and values: keep, drop, or bounded:F+W (docs/state.md)")->type_name("POLICY")->capture_default_str();
-  app.add_option("--grace", o->http.grace_seconds, "seconds that running requests have after Ctrl-C")->check(CLI::Range(0.0, 86400.0))->capture_default_str()->type_name("S");
+  app.add_option("--schedule", o->http.defaults.schedule,
+                 "modes of requests that name none (docs/modes.md; default: linear)");
+  app.add_option("--state-budget", o->engine.state_budget,
+                 "memory for the states of requests and of kept prefixes, as 4GiB or 512MiB (default: a quarter of "
+                 "what is free)")
+      ->transform(CLI::AsSizeValue(false))
+      ->type_name("BYTES");
+  app.add_option("--max-running", o->engine.max_running, "requests that are read or written side by side")
+      ->check(CLI::Range(1, 4096))
+      ->capture_default_str()
+      ->type_name("N");
+  app.add_option("--max-queue", o->engine.max_queue, "requests that may wait; more are refused")
+      ->check(CLI::Range(0, 4096))
+      ->capture_default_str()
+      ->type_name("N");
+  app.add_option("--piece", o->engine.piece, "tokens of a prompt read at once: what a running text waits for at most")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
+      ->capture_default_str()
+      ->type_name("N");
+  app.add_option(
+         "--keep-every", o->engine.keep_every,
+         "keep the states of prompts' beginnings at multiples of so many tokens, a multiple of --piece; 0: none")
+      ->capture_default_str()
+      ->type_name("N");
+  app.add_option("--kv", o->kv, "keys and values: keep, drop, or bounded:F+W (docs/state.md)")
+      ->type_name("POLICY")
+      ->capture_default_str();
+  app.add_option("--grace", o->http.grace_seconds, "seconds that running requests have after Ctrl-C")
+      ->check(CLI::Range(0.0, 86400.0))
+      ->capture_default_str()
+      ->type_name("S");
   app.callback([o] { serve_model(*o); });
 });
 

@@ -31,8 +31,11 @@ class Fields {
   void integer(const std::string& name, int64_t& value, int64_t least) {
     const Json* found = find(name);
     if (found == nullptr) return;
-    const bool fits = found->is_number_integer() && !(found->is_number_unsigned() && found->get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
-    if (!fits || found->get<int64_t>() < least) wrong(name, *found, least == 0 ? "an integer of at least 0" : "an integer of at least 1");
+    const bool fits = found->is_number_integer() &&
+                      !(found->is_number_unsigned() &&
+                        found->get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
+    if (!fits || found->get<int64_t>() < least)
+      wrong(name, *found, least == 0 ? "an integer of at least 0" : "an integer of at least 1");
     value = found->get<int64_t>();
   }
   void number(const std::string& name, double& value) {
@@ -57,13 +60,20 @@ class Fields {
   // A field of the protocol whose only value served is `only` (or none).
   void only(const std::string& name, const Json& only) {
     const Json* found = find(name);
-    if (found != nullptr && *found != only) throw ApiError(400, fmt::format("{} is {}, which is not served; expected {} or nothing", name, describe_json(*found), only.dump()), name);
+    if (found != nullptr && *found != only)
+      throw ApiError(400,
+                     fmt::format("{} is {}, which is not served; expected {} or nothing", name, describe_json(*found),
+                                 only.dump()),
+                     name);
   }
   void finish() const {
     for (const auto& [name, value] : body_.items()) {
       if (std::find(known_.begin(), known_.end(), name) != known_.end()) continue;
       const std::string hint = did_you_mean(name, known_);
-      throw ApiError(400, fmt::format("unknown field '{}'{}", shown(name), hint.empty() ? fmt::format("; expected {}", fmt::join(known_, ", ")) : hint), shown(name));
+      throw ApiError(400,
+                     fmt::format("unknown field '{}'{}", shown(name),
+                                 hint.empty() ? fmt::format("; expected {}", fmt::join(known_, ", ")) : hint),
+                     shown(name));
     }
   }
 
@@ -79,9 +89,15 @@ std::vector<int32_t> read_prompt(Fields& fields, const LanguageModel& model, con
   if (!prompt->is_array() || prompt->empty()) wrong("prompt", *prompt, "a text or a list of token ids");
   std::vector<int32_t> ids;
   for (const Json& id : *prompt) {
-    if (!id.is_number_integer()) wrong("prompt", id, "a text or a list of token ids; several prompts are several requests");
-    const bool known = (!id.is_number_unsigned() || id.get<uint64_t>() < (uint64_t{1} << 31)) && id.get<int64_t>() >= 0 && id.get<int64_t>() < model.config().vocab_size;
-    if (!known) throw ApiError(400, fmt::format("prompt: token id {} is outside of the model's vocabulary of {}", id.dump(), model.config().vocab_size), "prompt");
+    if (!id.is_number_integer())
+      wrong("prompt", id, "a text or a list of token ids; several prompts are several requests");
+    const bool known = (!id.is_number_unsigned() || id.get<uint64_t>() < (uint64_t{1} << 31)) &&
+                       id.get<int64_t>() >= 0 && id.get<int64_t>() < model.config().vocab_size;
+    if (!known)
+      throw ApiError(400,
+                     fmt::format("prompt: token id {} is outside of the model's vocabulary of {}", id.dump(),
+                                 model.config().vocab_size),
+                     "prompt");
     ids.push_back(id.get<int32_t>());
   }
   return ids;
@@ -92,7 +108,8 @@ std::vector<std::string> read_stops(Fields& fields) {
   if (stop == nullptr) return {};
   std::vector<std::string> stops;
   for (const Json& s : stop->is_array() ? *stop : Json::array({*stop})) {
-    if (!s.is_string() || s.get<std::string>().empty()) wrong("stop", s, "a text, or a list of up to 16 texts, none empty");
+    if (!s.is_string() || s.get<std::string>().empty())
+      wrong("stop", s, "a text, or a list of up to 16 texts, none empty");
     stops.push_back(s.get<std::string>());
   }
   if (stops.size() > 16) throw ApiError(400, fmt::format("stop has {} texts, expected up to 16", stops.size()), "stop");
@@ -114,22 +131,29 @@ ApiError::ApiError(int status, const std::string& message, std::string param, st
 
 Json ApiError::json() const {
   const auto or_null = [](const std::string& text) { return text.empty() ? Json() : Json(text); };
-  return {{"error", {{"message", replace_invalid_utf8(what())}, {"type", error_type(status_)}, {"param", or_null(param_)}, {"code", or_null(code_)}}}};
+  return {{"error",
+           {{"message", replace_invalid_utf8(what())},
+            {"type", error_type(status_)},
+            {"param", or_null(param_)},
+            {"code", or_null(code_)}}}};
 }
 
-Completion parse_completion(const std::string& text, const LanguageModel& model, const Tokenizer& tokenizer, const CompletionDefaults& defaults) {
+Completion parse_completion(const std::string& text, const LanguageModel& model, const Tokenizer& tokenizer,
+                            const CompletionDefaults& defaults) {
   Json body;
   try {
     body = parse_json(text, "the request's body");
   } catch (const Error& e) {
     throw ApiError(400, e.what());
   }
-  if (!body.is_object()) throw ApiError(400, fmt::format("the request's body is {}, expected an object with a prompt", describe_json(body)));
+  if (!body.is_object())
+    throw ApiError(400, fmt::format("the request's body is {}, expected an object with a prompt", describe_json(body)));
   Fields fields(body);
   Completion c;
   std::string name = defaults.model, schedule = defaults.schedule, ignored;
   if (fields.text("model", name) && name != defaults.model) {
-    throw ApiError(404, fmt::format("the model '{}' is not served here; expected '{}'", shown(name), defaults.model), "model", "model_not_found");
+    throw ApiError(404, fmt::format("the model '{}' is not served here; expected '{}'", shown(name), defaults.model),
+                   "model", "model_not_found");
   }
   // The sampling of the protocol: temperature 1 unless said, and another draw each time without a seed.
   c.sampling.temperature = 1;
@@ -177,20 +201,31 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
   } catch (const Error& e) {
     throw ApiError(400, e.what(), "schedule");
   } catch (const Json::exception&) {
-    throw ApiError(400, fmt::format("schedule is {}, expected a schedule or the JSON form of one a layer", describe_json(Json(schedule))), "schedule");
+    throw ApiError(400,
+                   fmt::format("schedule is {}, expected a schedule or the JSON form of one a layer",
+                               describe_json(Json(schedule))),
+                   "schedule");
   }
   return c;
 }
 
 Json CompletionAnswer::chunk(const std::string& text, const std::string& reason) const {
-  const Json choice = {{"text", text}, {"index", 0}, {"logprobs", nullptr}, {"finish_reason", reason.empty() ? Json() : Json(reason)}};
-  return {{"id", id}, {"object", "text_completion"}, {"created", created}, {"model", model}, {"choices", Json::array({choice})}};
+  const Json choice = {
+      {"text", text}, {"index", 0}, {"logprobs", nullptr}, {"finish_reason", reason.empty() ? Json() : Json(reason)}};
+  return {{"id", id},
+          {"object", "text_completion"},
+          {"created", created},
+          {"model", model},
+          {"choices", Json::array({choice})}};
 }
 
-Json CompletionAnswer::whole(const std::string& text, const std::string& reason, const Completion& request, const Ended& ended) const {
+Json CompletionAnswer::whole(const std::string& text, const std::string& reason, const Completion& request,
+                             const Ended& ended) const {
   Json json = chunk(text, reason);
   json["usage"] = usage(request, ended);
-  json["oryx"] = {{"schedule", request.schedule->text()}, {"seed", request.sampling.seed}, {"attention_share", ended.attention_share}};
+  json["oryx"] = {{"schedule", request.schedule->text()},
+                  {"seed", request.sampling.seed},
+                  {"attention_share", ended.attention_share}};
   return json;
 }
 

@@ -1,4 +1,5 @@
-// The body of POST /v1/completions (OpenAI's text completions and a few fields more), its answers and its errors. No HTTP here.
+// The body of POST /v1/completions (OpenAI's text completions and a few fields more), its answers and its errors. No
+// HTTP here.
 #pragma once
 
 #include <optional>
@@ -39,7 +40,8 @@ struct Completion {
 };
 
 // Throws ApiError: 400 for what is wrong in the body, 404 for another model.
-Completion parse_completion(const std::string& body, const LanguageModel& model, const Tokenizer& tokenizer, const CompletionDefaults& defaults);
+Completion parse_completion(const std::string& body, const LanguageModel& model, const Tokenizer& tokenizer,
+                            const CompletionDefaults& defaults);
 
 // The objects of an answer. `id` and `created` are those of the request.
 struct CompletionAnswer {
@@ -47,7 +49,8 @@ struct CompletionAnswer {
   int64_t created = 0;
   // A piece of a stream, or the whole: finish_reason "" is null.
   Json chunk(const std::string& text, const std::string& finish_reason) const;
-  Json whole(const std::string& text, const std::string& finish_reason, const Completion& request, const Ended& ended) const;
+  Json whole(const std::string& text, const std::string& finish_reason, const Completion& request,
+             const Ended& ended) const;
   // The last piece of a stream with stream_options.include_usage: no choices, but usage.
   Json usage_chunk(const Completion& request, const Ended& ended) const;
 };

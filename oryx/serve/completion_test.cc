@@ -19,7 +19,9 @@ class CompletionBody : public ::testing::Test {
     c.vocab_size = tokenizer_->vocab_size();
     model_ = std::make_unique<LanguageModel>(c);
   }
-  Completion parse(const std::string& body) const { return parse_completion(body, *model_, *tokenizer_, {"tiny", "attention@prompt,linear@gen"}); }
+  Completion parse(const std::string& body) const {
+    return parse_completion(body, *model_, *tokenizer_, {"tiny", "attention@prompt,linear@gen"});
+  }
   void refuses(const std::string& body, const char* line, int status = 400) const {
     try {
       parse(body);
@@ -37,7 +39,8 @@ class CompletionBody : public ::testing::Test {
 };
 
 TEST_F(CompletionBody, IsRead) {
-  const Completion c = parse(R"({"model": "tiny", "prompt": "ab", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 3, "stop": "x", "stream": true,
+  const Completion c = parse(
+      R"({"model": "tiny", "prompt": "ab", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 3, "stop": "x", "stream": true,
     "stream_options": {"include_usage": true}, "schedule": "linear,attention@-2:", "user": "me", "n": 1, "logprobs": null, "logit_bias": {}, "frequency_penalty": 0.0})");
   EXPECT_EQ(c.prompt, (std::vector<int32_t>{256, 'a', 'b'}));
   EXPECT_EQ(c.schedule->text(), "linear,attention@-2:");
@@ -101,7 +104,8 @@ TEST(ServeText, GivesWholeCharacters) {
   TextStream stream(*tokenizer, {}, {"\xe2\x82\xacX"});
   std::vector<std::string> pieces;
   for (const char c : text) pieces.push_back(stream.add(static_cast<uint8_t>(c)));
-  EXPECT_EQ(pieces, (std::vector<std::string>{"a", "", "\xc3\xa9", "", "", ""}));  // the last one may begin a stop string
+  EXPECT_EQ(pieces,
+            (std::vector<std::string>{"a", "", "\xc3\xa9", "", "", ""}));  // the last one may begin a stop string
   EXPECT_EQ(stream.finish(), "\xe2\x82\xac");
 }
 

@@ -1,10 +1,13 @@
-// Many requests on one model: they join and leave at any token, share a budget of bytes for their states, and begin where a prompt that began alike was kept. No HTTP here.
+// Many requests on one model: they join and leave at any token, share a budget of bytes for their states, and begin
+// where a prompt that began alike was kept. No HTTP here.
 //
-// One thread runs the model (step() or run()); submit(), cancel() and stats() may be called from any. A step admits what fits, reads one piece of one prompt (in turns),
-// and writes one token of every request whose prompt is read, so that a running text never waits for more than one piece. Texts are written side by side, in one pass for
-// those of a kind (looking back at keys and values, or not).
+// One thread runs the model (step() or run()); submit(), cancel() and stats() may be called from any. A step admits
+// what fits, reads one piece of one prompt (in turns), and writes one token of every request whose prompt is read, so
+// that a running text never waits for more than one piece. Texts are written side by side, in one pass for those of a
+// kind (looking back at keys and values, or not).
 //
-// The tokens of a request do not depend on what else runs, ran before or is kept: docs/serving.md says where that holds to the last bit.
+// The tokens of a request do not depend on what else runs, ran before or is kept: docs/serving.md says where that holds
+// to the last bit.
 #pragma once
 
 #include <condition_variable>
@@ -25,12 +28,12 @@
 namespace oryx::serve {
 
 struct EngineOptions {
-  int64_t max_running = 8;    // requests that are read or written at once
-  int64_t max_queue = 64;     // requests that may wait
-  int64_t piece = 256;        // tokens of a prompt in one pass at most
-  int64_t keep_every = 256;   // prefixes are kept at multiples of it, which must be a multiple of piece; 0: none are
-  int64_t state_budget = 0;   // bytes for the states of requests and prefixes; 0: a quarter of the memory that is free
-  StateOptions state = {};    // what is kept of keys and values (set_kv)
+  int64_t max_running = 8;   // requests that are read or written at once
+  int64_t max_queue = 64;    // requests that may wait
+  int64_t piece = 256;       // tokens of a prompt in one pass at most
+  int64_t keep_every = 256;  // prefixes are kept at multiples of it, which must be a multiple of piece; 0: none are
+  int64_t state_budget = 0;  // bytes for the states of requests and prefixes; 0: a quarter of the memory that is free
+  StateOptions state = {};   // what is kept of keys and values (set_kv)
 
   // Throws Error.
   void validate() const;
@@ -55,7 +58,8 @@ struct Request {
   int64_t max_tokens = 16;
   int32_t eos_id = -1;     // ends the text and is not part of it; -1: nothing does
   int64_t vocab_size = 0;  // only tokens below are drawn; 0: all
-  // Called by the thread that runs the model, and must not wait: each new token (false: it was the last one), and the end, once for each request that was accepted.
+  // Called by the thread that runs the model, and must not wait: each new token (false: it was the last one), and the
+  // end, once for each request that was accepted.
   std::function<bool(int32_t id)> on_token = {};
   std::function<void(const Ended&)> on_end = {};
 };
@@ -68,12 +72,14 @@ class Busy : public Error {
 
 class Engine {
  public:
-  // The model must outlive the engine, and nobody else may run it meanwhile. Throws Error for bad options and a budget that the smallest request would not fit into.
+  // The model must outlive the engine, and nobody else may run it meanwhile. Throws Error for bad options and a budget
+  // that the smallest request would not fit into.
   Engine(const LanguageModel& model, const EngineOptions& options);
   ~Engine();
 
-  // -> the request's number. Throws Error for a request that could never run (no prompt, ids outside of the vocabulary, bad sampling options, more bytes than the whole
-  // budget, a schedule that looks back at what is dropped), Busy for one that could later.
+  // -> the request's number. Throws Error for a request that could never run (no prompt, ids outside of the vocabulary,
+  // bad sampling options, more bytes than the whole budget, a schedule that looks back at what is dropped), Busy for
+  // one that could later.
   int64_t submit(Request request);
   // It ends before its next token, unless it has ended.
   void cancel(int64_t id);

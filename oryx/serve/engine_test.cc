@@ -30,7 +30,8 @@ struct Text {
 };
 
 // A request that writes down what it gets.
-Request request_of(const LanguageModel& m, std::vector<int32_t> prompt, const std::string& schedule, int64_t max_tokens, Text& text, SamplingOptions sampling = {}) {
+Request request_of(const LanguageModel& m, std::vector<int32_t> prompt, const std::string& schedule, int64_t max_tokens,
+                   Text& text, SamplingOptions sampling = {}) {
   Request r;
   r.prompt = std::move(prompt);
   r.schedule = std::make_shared<ModelSchedule>(m.config(), schedule);
@@ -58,13 +59,21 @@ std::vector<int32_t> alone(const LanguageModel& m, const Request& r, int64_t pie
   return generate(m, *r.schedule, r.prompt, o).ids;
 }
 
-const std::vector<std::string> kTextSchedules = {"linear", "attention", "linear,attention@-5:", "attention@prompt,linear@gen", "linear,attention@gen", "random(attention=0.5;chunk=4)",
+const std::vector<std::string> kTextSchedules = {"linear",
+                                                 "attention",
+                                                 "linear,attention@-5:",
+                                                 "attention@prompt,linear@gen",
+                                                 "linear,attention@gen",
+                                                 "random(attention=0.5;chunk=4)",
                                                  "linear,attention@45:50"};
 
-// Any interleaving: requests of all kinds, submitted at random rounds, with and without a kept beginning, are each what generate() makes of them alone.
+// Any interleaving: requests of all kinds, submitted at random rounds, with and without a kept beginning, are each what
+// generate() makes of them alone.
 TEST(ServeEngine, AnyInterleavingIsEachAlone) {
   for (const auto& c : test::cases()) {
-    if (c.name != "oryx_gdn" && c.name != "oryx_mamba2" && c.name != "oryx_kda" && c.name != "transformer" && c.name != "inter_layer" && c.name != "intra_layer") continue;
+    if (c.name != "oryx_gdn" && c.name != "oryx_mamba2" && c.name != "oryx_kda" && c.name != "transformer" &&
+        c.name != "inter_layer" && c.name != "intra_layer")
+      continue;
     const auto m = test::make(c.config);
     for (const char* kv : {"keep", "bounded:3+9"}) {
       SCOPED_TRACE(fmt::format("{} {}", c.name, kv));
@@ -73,7 +82,8 @@ TEST(ServeEngine, AnyInterleavingIsEachAlone) {
       set_kv(o.state, kv);
       Engine engine(*m, o);
       const auto shared = random_prompt(rng, c.config.vocab_size, 40);
-      const bool choice = c.config.mixers().size() > 1 && c.config.layer.combine != "mean" && c.config.layer_mixers.size() == 1;
+      const bool choice =
+          c.config.mixers().size() > 1 && c.config.layer.combine != "mean" && c.config.layer_mixers.size() == 1;
       std::vector<Text> texts(14);
       std::vector<Request> requests;
       for (size_t i = 0; i < texts.size(); ++i) {
@@ -82,7 +92,8 @@ TEST(ServeEngine, AnyInterleavingIsEachAlone) {
         prompt.insert(prompt.end(), own.begin(), own.end());
         SamplingOptions sampling;
         if (i % 2 == 1) sampling = {.temperature = 0.9, .top_p = 0.95, .seed = static_cast<int64_t>(i)};
-        requests.push_back(request_of(*m, prompt, choice ? kTextSchedules[i % kTextSchedules.size()] : "linear", 1 + static_cast<int64_t>(rng.below(12)), texts[i], sampling));
+        requests.push_back(request_of(*m, prompt, choice ? kTextSchedules[i % kTextSchedules.size()] : "linear",
+                                      1 + static_cast<int64_t>(rng.below(12)), texts[i], sampling));
         engine.submit(requests.back());
         for (uint64_t n = rng.below(4); n > 0; --n) engine.step();
       }
@@ -140,7 +151,9 @@ TEST(ServeEngine, SideBySideIsBitForBitAlone) {
       const at::Tensor together = run(groups[0], ids, now, 1);
       for (size_t j = 0; j < order.size(); ++j) {
         const at::Tensor one = run(alone[order[j]], {ids[j]}, {now[j]}, 1);
-        EXPECT_TRUE(at::equal(together[static_cast<int64_t>(j)], one[0])) << "step " << step << ", sequence " << order[j] << ": " << (together[static_cast<int64_t>(j)] - one[0]).abs().max();
+        EXPECT_TRUE(at::equal(together[static_cast<int64_t>(j)], one[0]))
+            << "step " << step << ", sequence " << order[j] << ": "
+            << (together[static_cast<int64_t>(j)] - one[0]).abs().max();
       }
       if (step == 2) {  // the second leaves, the others change places
         groups = State::regroup(std::move(groups), {{{0, 4}, {0, 0}, {0, 3}, {0, 2}}});
@@ -152,7 +165,8 @@ TEST(ServeEngine, SideBySideIsBitForBitAlone) {
 
 std::unique_ptr<LanguageModel> oryx_model() { return test::make(test::small({{"gated_delta_net", "attention"}})); }
 
-// A prompt that begins with a kept one starts there, and gives what a fresh engine gives; modes are part of what is equal.
+// A prompt that begins with a kept one starts there, and gives what a fresh engine gives; modes are part of what is
+// equal.
 TEST(ServeEngine, ReusesAPrefixInTheSameModesOnly) {
   const auto m = oryx_model();
   CounterRng rng(3);
@@ -177,7 +191,7 @@ TEST(ServeEngine, ReusesAPrefixInTheSameModesOnly) {
   ask(other, "linear", 32);
   ask(prompt, "attention", 0);
   ask(longer, "attention", 64);
-  ask(longer, "linear,attention@-20:", 80);   // tokens 80 to 99 are in attention
+  ask(longer, "linear,attention@-20:", 80);  // tokens 80 to 99 are in attention
   ask(longer, "linear,attention@-21:", 64);
   ask(longer, "linear,attention@50:", 48);
   ask({prompt.begin(), prompt.begin() + 64}, "linear", 48);  // the last token runs in any case
@@ -186,7 +200,8 @@ TEST(ServeEngine, ReusesAPrefixInTheSameModesOnly) {
   EXPECT_EQ(s.tokens_read + s.tokens_reused, 70 + 70 + 100 + 70 + 70 + 100 + 100 + 100 + 100 + 64);
 }
 
-// Bytes are as predicted, never above the budget, and all come back; what cannot fit is refused at once, what can later waits.
+// Bytes are as predicted, never above the budget, and all come back; what cannot fit is refused at once, what can later
+// waits.
 TEST(ServeEngine, TheBudgetHoldsAndEverythingComesBack) {
   const auto m = oryx_model();
   CounterRng rng(5);
@@ -224,7 +239,8 @@ TEST(ServeEngine, TheBudgetHoldsAndEverythingComesBack) {
     EXPECT_EQ(s.prefix_bytes > 0, s.prefixes > 0);
     Text text;
     try {
-      engine.submit(request_of(*m, random_prompt(rng, 61, 80), "linear", std::string(kv) == "keep" ? 400 : 2000000000, text));
+      engine.submit(
+          request_of(*m, random_prompt(rng, 61, 80), "linear", std::string(kv) == "keep" ? 400 : 2000000000, text));
       if (std::string(kv) == "keep") FAIL() << "a request that can never fit was taken";
       engine.close(true);
       run_all(engine);
@@ -349,7 +365,9 @@ TEST(ServeEngine, EndsByEosAndByTheCallback) {
   engine.submit(r);
   run_all(engine);
   ASSERT_EQ(text.ids.size(), 30u);
-  const auto eos = std::find_if(text.ids.begin() + 5, text.ids.end(), [&](int32_t id) { return std::find(text.ids.begin(), text.ids.begin() + 5, id) == text.ids.begin() + 5; });
+  const auto eos = std::find_if(text.ids.begin() + 5, text.ids.end(), [&](int32_t id) {
+    return std::find(text.ids.begin(), text.ids.begin() + 5, id) == text.ids.begin() + 5;
+  });
   ASSERT_NE(eos, text.ids.end());
   Request until = request_of(*m, r.prompt, "linear", 30, again, r.sampling);
   until.eos_id = *eos;
@@ -400,7 +418,8 @@ TEST(ServeEngine, RefusesInOneLine) {
       EXPECT_THAT(e.what(), HasSubstr(line));
     }
   };
-  bad({.piece = 16, .keep_every = 24, .state_budget = 1 << 24}, "keep_every is 24, expected 0 or a multiple of piece, 16");
+  bad({.piece = 16, .keep_every = 24, .state_budget = 1 << 24},
+      "keep_every is 24, expected 0 or a multiple of piece, 16");
   bad({.state_budget = 100}, "an empty one takes");
   EngineOptions chosen{.state_budget = 1 << 24};
   set_kv(chosen.state, "random:budget=8");
@@ -415,7 +434,8 @@ TEST(ServeEngine, IsFedFromManyThreads) {
   std::vector<Text> texts(12);
   std::vector<Request> requests;
   CounterRng rng(11);
-  for (Text& text : texts) requests.push_back(request_of(*m, random_prompt(rng, 61, 1 + rng.below(50)), "linear,attention@-4:", 8, text));
+  for (Text& text : texts)
+    requests.push_back(request_of(*m, random_prompt(rng, 61, 1 + rng.below(50)), "linear,attention@-4:", 8, text));
   std::thread model([&] { engine.run(); });
   std::vector<std::thread> clients;
   for (int k = 0; k < 3; ++k) {

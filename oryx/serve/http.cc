@@ -20,7 +20,7 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr auto kPoll = 50ms;                    // between looks at what does not wake: a gone client, Ctrl-C
+constexpr auto kPoll = 50ms;                      // between looks at what does not wake: a gone client, Ctrl-C
 constexpr size_t kLongestBody = size_t{1} << 26;  // bytes: tokens of a long prompt as numbers
 
 std::string dumped(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
@@ -103,7 +103,8 @@ struct HttpServer::Impl {
   std::atomic<int64_t> open{0};  // completions that are being answered
   std::atomic<bool> closing{false};
 
-  Impl(Engine& e, const LanguageModel& m, const Tokenizer& t, const HttpOptions& o) : engine(e), model(m), tokenizer(t), options(o) {
+  Impl(Engine& e, const LanguageModel& m, const Tokenizer& t, const HttpOptions& o)
+      : engine(e), model(m), tokenizer(t), options(o) {
     const auto threads = static_cast<size_t>(engine.options().max_running + engine.options().max_queue + 16);
     server.new_task_queue = [threads] { return new httplib::ThreadPool(threads); };
     server.set_payload_max_length(kLongestBody);
@@ -117,8 +118,14 @@ struct HttpServer::Impl {
     });
     server.set_error_handler([](const httplib::Request& req, httplib::Response& res) {
       if (!res.body.empty()) return;
-      if (res.status == 404) return answer(res, ApiError(404, fmt::format("{} {} is not served; expected POST /v1/completions, GET /v1/models, /health or /metrics", req.method, req.path)));
-      if (res.status == 413) return answer(res, ApiError(413, fmt::format("the request's body is longer than {} bytes", kLongestBody)));
+      if (res.status == 404)
+        return answer(
+            res,
+            ApiError(404, fmt::format(
+                              "{} {} is not served; expected POST /v1/completions, GET /v1/models, /health or /metrics",
+                              req.method, req.path)));
+      if (res.status == 413)
+        return answer(res, ApiError(413, fmt::format("the request's body is longer than {} bytes", kLongestBody)));
       answer(res, ApiError(res.status, "the request cannot be read as HTTP/1.1"));
     });
     server.set_exception_handler([](const httplib::Request&, httplib::Response& res, std::exception_ptr e) {
@@ -130,19 +137,26 @@ struct HttpServer::Impl {
         answer(res, ApiError(500, error.what()));
       }
     });
-    server.Post("/v1/completions", [this](const httplib::Request& req, httplib::Response& res) { complete(req.body, res); });
+    server.Post("/v1/completions",
+                [this](const httplib::Request& req, httplib::Response& res) { complete(req.body, res); });
     server.Get("/v1/models", [this](const httplib::Request&, httplib::Response& res) {
-      const Json one = {{"id", options.defaults.model}, {"object", "model"}, {"created", started}, {"owned_by", "oryx"}};
+      const Json one = {
+          {"id", options.defaults.model}, {"object", "model"}, {"created", started}, {"owned_by", "oryx"}};
       res.set_content(dumped({{"object", "list"}, {"data", Json::array({one})}}), "application/json");
     });
     server.Get("/health", [this](const httplib::Request&, httplib::Response& res) {
       res.status = closing ? 503 : 200;
       res.set_content(closing ? R"({"status": "closing"})" : R"({"status": "ok"})", "application/json");
     });
-    server.Get("/metrics", [this](const httplib::Request&, httplib::Response& res) { res.set_content(prometheus_text(engine.stats()), "text/plain; version=0.0.4"); });
-    port = options.port == 0 ? server.bind_to_any_port(options.host) : server.bind_to_port(options.host, options.port) ? options.port : -1;
+    server.Get("/metrics", [this](const httplib::Request&, httplib::Response& res) {
+      res.set_content(prometheus_text(engine.stats()), "text/plain; version=0.0.4");
+    });
+    port = options.port == 0                                 ? server.bind_to_any_port(options.host)
+           : server.bind_to_port(options.host, options.port) ? options.port
+                                                             : -1;
     if (port < 0) {
-      fail("cannot listen on {}:{}: {}; is another server there? Give another --port (0: any that is free) or --host", options.host, options.port, std::strerror(errno));
+      fail("cannot listen on {}:{}: {}; is another server there? Give another --port (0: any that is free) or --host",
+           options.host, options.port, std::strerror(errno));
     }
   }
 
@@ -155,7 +169,10 @@ struct HttpServer::Impl {
     int64_t id = 0;
     bool done = false;  // the last bytes were handed over
 
-    Open(Impl& i, Completion r) : impl(i), request(std::move(r)), channel(std::make_shared<Channel>(impl.tokenizer, request)) { ++impl.open; }
+    Open(Impl& i, Completion r)
+        : impl(i), request(std::move(r)), channel(std::make_shared<Channel>(impl.tokenizer, request)) {
+      ++impl.open;
+    }
     ~Open() {
       if (id > 0 && !channel->is_over()) impl.engine.cancel(id);
       --impl.open;
@@ -185,7 +202,8 @@ struct HttpServer::Impl {
     return o->request.stream ? stream(o, res) : whole(o, res);
   }
 
-  // Server-sent events. Between them we look whether the client is there: writing alone would tell late, and not at all while a prompt is read.
+  // Server-sent events. Between them we look whether the client is there: writing alone would tell late, and not at all
+  // while a prompt is read.
   void stream(const std::shared_ptr<Open>& o, httplib::Response& res) {
     res.set_header("Cache-Control", "no-cache");
     res.set_chunked_content_provider("text/event-stream", [o](size_t, httplib::DataSink& sink) {
@@ -218,7 +236,8 @@ struct HttpServer::Impl {
       bool over = false;
       const std::string text = o->channel->take(over);
       const Ended& ended = o->channel->ended();
-      return dumped(failed(ended) ? error_of(ended).json() : o->answer.whole(text, finish_reason(ended.outcome), o->request, ended));
+      return dumped(failed(ended) ? error_of(ended).json()
+                                  : o->answer.whole(text, finish_reason(ended.outcome), o->request, ended));
     };
     if (o->channel->wait_for_end()) {
       if (failed(o->channel->ended())) throw error_of(o->channel->ended());
@@ -248,9 +267,11 @@ struct HttpServer::Impl {
       while (true) {
         if (interrupted() && !end) {
           const EngineStats s = engine.stats();
-          log::info("stopping: {} requests run and {} wait; they have {:g} s (Ctrl-C again ends at once)", s.running, s.queued, options.grace_seconds);
+          log::info("stopping: {} requests run and {} wait; they have {:g} s (Ctrl-C again ends at once)", s.running,
+                    s.queued, options.grace_seconds);
           closing = true;
-          end = std::chrono::steady_clock::now() + std::chrono::milliseconds(static_cast<int64_t>(1e3 * options.grace_seconds));
+          end = std::chrono::steady_clock::now() +
+                std::chrono::milliseconds(static_cast<int64_t>(1e3 * options.grace_seconds));
         }
         if (end && !aborted && std::chrono::steady_clock::now() >= *end) {
           const EngineStats s = engine.stats();
@@ -266,7 +287,8 @@ struct HttpServer::Impl {
     } catch (...) {
       error = std::current_exception();
       engine.close(true);
-      // A round begins with what was cancelled: whoever waits for an answer hears of it, also when the round fails again.
+      // A round begins with what was cancelled: whoever waits for an answer hears of it, also when the round fails
+      // again.
       try {
         engine.step();
       } catch (...) {
@@ -279,7 +301,8 @@ struct HttpServer::Impl {
   }
 };
 
-HttpServer::HttpServer(Engine& engine, const LanguageModel& model, const Tokenizer& tokenizer, const HttpOptions& options)
+HttpServer::HttpServer(Engine& engine, const LanguageModel& model, const Tokenizer& tokenizer,
+                       const HttpOptions& options)
     : impl_(std::make_unique<Impl>(engine, model, tokenizer, options)) {}
 HttpServer::~HttpServer() = default;
 int HttpServer::port() const { return impl_->port; }

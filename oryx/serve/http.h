@@ -22,8 +22,8 @@ class HttpServer {
   ~HttpServer();
 
   int port() const;
-  // Runs the model on this thread and answers on others until Ctrl-C; then nothing new is accepted, and what runs may end within the grace time. -> the requests that it
-  // cut off.
+  // Runs the model on this thread and answers on others until Ctrl-C; then nothing new is accepted, and what runs may
+  // end within the grace time. -> the requests that it cut off.
   int64_t run();
 
  private:

@@ -25,7 +25,8 @@ void add_histogram(std::string& out, const char* name, const char* help, const H
     sum += h.counts[static_cast<size_t>(i)];
     out += fmt::format("oryx_{}_bucket{{le=\"{:g}\"}} {}\n", name, Histogram::bound(i), sum);
   }
-  out += fmt::format("oryx_{0}_bucket{{le=\"+Inf\"}} {1}\noryx_{0}_sum {2}\noryx_{0}_count {1}\n", name, h.total, h.sum);
+  out +=
+      fmt::format("oryx_{0}_bucket{{le=\"+Inf\"}} {1}\noryx_{0}_sum {2}\noryx_{0}_count {1}\n", name, h.total, h.sum);
 }
 
 }  // namespace
@@ -35,10 +36,13 @@ std::string prometheus_text(const EngineStats& s) {
   add_value(out, "gauge", "requests_queued", "requests that wait for a place", s.queued);
   add_value(out, "gauge", "requests_running", "requests that are read or written", s.running);
   add_value(out, "counter", "requests_accepted_total", "requests that were taken in", s.accepted);
-  add_value(out, "counter", "requests_refused_total", "requests that were not, for a full queue or what they ask", s.refused);
+  add_value(out, "counter", "requests_refused_total", "requests that were not, for a full queue or what they ask",
+            s.refused);
   out += "# HELP oryx_requests_total requests by how they ended\n# TYPE oryx_requests_total counter\n";
-  out += fmt::format("oryx_requests_total{{end=\"finished\"}} {}\noryx_requests_total{{end=\"cancelled\"}} {}\noryx_requests_total{{end=\"failed\"}} {}\n", s.finished, s.cancelled,
-                     s.failed);
+  out += fmt::format(
+      "oryx_requests_total{{end=\"finished\"}} {}\noryx_requests_total{{end=\"cancelled\"}} "
+      "{}\noryx_requests_total{{end=\"failed\"}} {}\n",
+      s.finished, s.cancelled, s.failed);
   add_value(out, "counter", "tokens_read_total", "prompt tokens that ran through the model", s.tokens_read);
   add_value(out, "counter", "tokens_reused_total", "prompt tokens that a kept prefix spared", s.tokens_reused);
   add_value(out, "counter", "tokens_written_total", "tokens that were sampled", s.tokens_written);
@@ -48,8 +52,10 @@ std::string prometheus_text(const EngineStats& s) {
   add_value(out, "counter", "decode_passes_total", "passes of one token a sequence", s.decode_passes);
   add_value(out, "counter", "decode_rows_total", "sequences in them, summed", s.decode_rows);
   out += "# HELP oryx_state_bytes bytes of states by part\n# TYPE oryx_state_bytes gauge\n";
-  out += fmt::format("oryx_state_bytes{{part=\"recurrent\"}} {}\noryx_state_bytes{{part=\"prefix_recurrent\"}} {}\noryx_state_bytes{{part=\"rows\"}} {}\n", s.recurrent_bytes,
-                     s.prefix_bytes, s.row_bytes);
+  out += fmt::format(
+      "oryx_state_bytes{{part=\"recurrent\"}} {}\noryx_state_bytes{{part=\"prefix_recurrent\"}} "
+      "{}\noryx_state_bytes{{part=\"rows\"}} {}\n",
+      s.recurrent_bytes, s.prefix_bytes, s.row_bytes);
   add_value(out, "gauge", "state_budget_bytes", "bytes that states may take", s.budget_bytes);
   add_histogram(out, "queue_seconds", "from a request's arrival to its first pass", s.queue_time);
   add_histogram(out, "time_to_first_token_seconds", "from a request's arrival to its first token", s.first_token);

@@ -25,7 +25,8 @@ struct EngineStats {
   int64_t tokens_read = 0, tokens_reused = 0, tokens_written = 0;
   int64_t prefix_hits = 0, prefix_misses = 0, prefixes = 0;  // of admitted requests; states kept now
   int64_t passes = 0, decode_passes = 0, decode_rows = 0;    // through the model; sequences of decoding passes
-  // Bytes now: recurrent states and convolution tails of requests, the same of kept prefixes, pages of keys and values (shared ones once), the limit.
+  // Bytes now: recurrent states and convolution tails of requests, the same of kept prefixes, pages of keys and values
+  // (shared ones once), the limit.
   int64_t recurrent_bytes = 0, prefix_bytes = 0, row_bytes = 0, budget_bytes = 0;
   Histogram queue_time, first_token, between_tokens;
   int64_t used_bytes() const { return recurrent_bytes + prefix_bytes + row_bytes; }

@@ -1,7 +1,8 @@
 // States of prompts' beginnings, kept for prompts that begin alike.
 //
-// A kept state is a fork (oryx/state/state.h) of a running prompt's at a multiple of `every` tokens: its recurrent slots are its own, its rows shared with whoever holds
-// them too. What it may be used for is decided by equality, not by a hash: the same tokens in the same modes, layer by layer.
+// A kept state is a fork (oryx/state/state.h) of a running prompt's at a multiple of `every` tokens: its recurrent
+// slots are its own, its rows shared with whoever holds them too. What it may be used for is decided by equality, not
+// by a hash: the same tokens in the same modes, layer by layer.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,8 @@
 
 namespace oryx::serve {
 
-TextStream::TextStream(const Tokenizer& tokenizer, std::span<const int32_t> prompt, std::vector<std::string> stops) : decoder_(tokenizer), stops_(std::move(stops)) {
+TextStream::TextStream(const Tokenizer& tokenizer, std::span<const int32_t> prompt, std::vector<std::string> stops)
+    : decoder_(tokenizer), stops_(std::move(stops)) {
   for (const int32_t id : prompt) decoder_.add(id);
 }
 

@@ -10,7 +10,8 @@
 
 namespace oryx::serve {
 
-// Whole characters only, and nothing that may still turn out to be part of a stop string, which is not part of the text.
+// Whole characters only, and nothing that may still turn out to be part of a stop string, which is not part of the
+// text.
 class TextStream {
  public:
   // The prompt goes through the decoder too: the text begins behind it. The tokeniser must outlive the stream.

@@ -15,9 +15,11 @@ using V = hn::Vec<D>;
 // Rows of x in a tile: with four rows of w their sums fill the registers.
 constexpr int64_t kTileRows = HWY_MAX_BYTES >= 64 ? 4 : 2;
 
-// R rows of x times C rows of w. Each sum has one accumulator, which takes the vectors of k in order, whatever the tile.
+// R rows of x times C rows of w. Each sum has one accumulator, which takes the vectors of k in order, whatever the
+// tile.
 template <int R, int C>
-HWY_INLINE void tile(const float* HWY_RESTRICT x, int64_t x_stride, const float* HWY_RESTRICT w, int64_t w_stride, int64_t K, float* HWY_RESTRICT y, int64_t y_stride) {
+HWY_INLINE void tile(const float* HWY_RESTRICT x, int64_t x_stride, const float* HWY_RESTRICT w, int64_t w_stride,
+                     int64_t K, float* HWY_RESTRICT y, int64_t y_stride) {
   const D d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   V sums[R][C];
@@ -48,13 +50,16 @@ HWY_INLINE void tile(const float* HWY_RESTRICT x, int64_t x_stride, const float*
 }
 
 template <int C>
-HWY_INLINE void columns(const float* x, int64_t M, int64_t K, int64_t x_stride, const float* w, int64_t w_stride, float* y, int64_t y_stride) {
+HWY_INLINE void columns(const float* x, int64_t M, int64_t K, int64_t x_stride, const float* w, int64_t w_stride,
+                        float* y, int64_t y_stride) {
   int64_t m = 0;
-  for (; m + kTileRows <= M; m += kTileRows) tile<kTileRows, C>(x + m * x_stride, x_stride, w, w_stride, K, y + m * y_stride, y_stride);
+  for (; m + kTileRows <= M; m += kTileRows)
+    tile<kTileRows, C>(x + m * x_stride, x_stride, w, w_stride, K, y + m * y_stride, y_stride);
   for (; m < M; ++m) tile<1, C>(x + m * x_stride, x_stride, w, w_stride, K, y + m * y_stride, y_stride);
 }
 
-void FewRows(const float* x, int64_t M, int64_t K, int64_t x_stride, const float* w, int64_t w_stride, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+void FewRows(const float* x, int64_t M, int64_t K, int64_t x_stride, const float* w, int64_t w_stride, int64_t begin,
+             int64_t end, float* y, int64_t y_stride) {
   int64_t n = begin;
   for (; n + 4 <= end; n += 4) columns<4>(x, M, K, x_stride, w + n * w_stride, w_stride, y + n, y_stride);
   for (; n < end; ++n) columns<1>(x, M, K, x_stride, w + n * w_stride, w_stride, y + n, y_stride);
@@ -68,7 +73,8 @@ namespace oryx::ops::kernels {
 
 HWY_EXPORT(FewRows);
 
-void few_rows_product(const float* x, int64_t M, int64_t K, int64_t x_stride, const float* w, int64_t w_stride, int64_t begin, int64_t end, float* y, int64_t y_stride) {
+void few_rows_product(const float* x, int64_t M, int64_t K, int64_t x_stride, const float* w, int64_t w_stride,
+                      int64_t begin, int64_t end, float* y, int64_t y_stride) {
   HWY_DYNAMIC_DISPATCH(FewRows)(x, M, K, x_stride, w, w_stride, begin, end, y, y_stride);
 }
 

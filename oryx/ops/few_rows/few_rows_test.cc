@@ -13,7 +13,8 @@ TEST(FewRows, MatchesFloat64AtOddShapes) {
       for (const int64_t N : {1, 3, 4, 101}) {
         const at::Tensor x = at::randn({M, K}), w = at::randn({N, K});
         // Relative to the sum of magnitudes: a sum may cancel.
-        const at::Tensor error = (few_rows_product(x, w) - at::linear(x.to(at::kDouble), w.to(at::kDouble))).abs() / at::linear(x.to(at::kDouble).abs(), w.to(at::kDouble).abs());
+        const at::Tensor error = (few_rows_product(x, w) - at::linear(x.to(at::kDouble), w.to(at::kDouble))).abs() /
+                                 at::linear(x.to(at::kDouble).abs(), w.to(at::kDouble).abs());
         EXPECT_LE(error.max().item<double>(), 1e-6) << M << " " << K << " " << N;
       }
     }
@@ -28,7 +29,8 @@ TEST(FewRows, ARowDoesNotDependOnTheOthersNorOnThreads) {
     const at::Tensor all = few_rows_product(x, w);
     for (int64_t M = 1; M <= kFewRows; ++M) {
       at::set_num_threads(M % 2 == 0 ? 1 : 2);
-      EXPECT_TRUE(at::equal(few_rows_product(x.narrow(0, kFewRows - M, M), w), all.narrow(0, kFewRows - M, M))) << M << " of " << K;
+      EXPECT_TRUE(at::equal(few_rows_product(x.narrow(0, kFewRows - M, M), w), all.narrow(0, kFewRows - M, M)))
+          << M << " of " << K;
     }
   }
   at::set_num_threads(threads);

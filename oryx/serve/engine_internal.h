@@ -1,0 +1,149 @@
+// The insides of Engine, for its own files: engine.cc (admission and ends), reading.cc (prompts), writing.cc (texts,
+// side by side).
+#pragma once
+
+#include <chrono>
+#include <deque>
+#include <map>
+#include <set>
+#include <span>
+
+#include "oryx/model/inspect.h"
+#include "oryx/model/routed_cost.h"
+#include "oryx/serve/engine.h"
+#include "oryx/serve/prefix_tree.h"
+
+namespace oryx::serve {
+
+using Clock = std::chrono::steady_clock;
+
+inline double seconds_between(Clock::time_point a, Clock::time_point b) {
+  return std::chrono::duration<double>(b - a).count();
+}
+
+// Whether a token of this batch reads keys and values of others.
+bool looks_back(const LanguageModel& model, const Routings& routings);
+// Tokens and modes of a chunk of a prompt, exactly.
+std::string chunk_key(std::span<const int32_t> ids, const Routings& routings);
+
+struct Engine::Run {
+  int64_t id;
+  Request request;
+  Clock::time_point arrived, started, last_token;
+  std::optional<State> state;  // while the prompt is read; then in a batch
+  PrefixTree::Keys keys;       // of the prompt's chunks
+  int64_t length = 0;          // tokens that the state holds
+  int64_t read = 0;            // tokens of the prompt that ran through the model for it
+  int32_t next = -1;           // sampled, not yet run
+  double attention_tokens = 0;
+  bool over = false;
+  Ended ended;
+
+  int64_t prompt() const { return static_cast<int64_t>(request.prompt.size()); }
+  int64_t total() const { return prompt() + request.max_tokens; }
+  ModePiece piece(int64_t row, int64_t begin, int64_t count) const {
+    ModePiece p{.row = row, .column = 0, .length = count, .start = begin, .context = {}};
+    p.context.prompt_length = prompt();
+    p.context.seed = static_cast<uint64_t>(request.sampling.seed);
+    return p;
+  }
+  Routings route(int64_t begin, int64_t count) const {
+    return request.schedule->route({piece(0, begin, count)}, 1, count);
+  }
+};
+
+// Texts that are written side by side.
+struct Engine::Batch {
+  std::vector<Run*> runs;
+  State state;  // its sequence j is that of runs[j]
+};
+
+struct Engine::Impl {
+  const LanguageModel& model;
+  const EngineOptions& options;
+  // The empty state that all others are forked from: one budget counts them.
+  State root;
+  int64_t fixed = 0, page_bytes = 0;
+  PrefixTree prefixes;
+
+  // Of the thread that runs the model.
+  std::vector<std::unique_ptr<Run>> running;  // in the order of admission
+  std::deque<Run*> reading;                   // the first one's turn is next
+  std::vector<Batch> batches;
+
+  // Of all threads.
+  mutable std::mutex mutex;
+  std::condition_variable wake;
+  std::deque<std::unique_ptr<Run>> queue;
+  std::set<int64_t> cancelled;
+  bool closed = false;
+  int64_t next_id = 1;
+  EngineStats stats;
+
+  Impl(const LanguageModel& m, const EngineOptions& o) : model(m), options(o), root(m.make_state(1, o.state)) {
+    const StateBytes none = state_bytes(model.config(), 0, model.compute_dtype(), options.state);
+    fixed = none.recurrent + none.tails;
+    page_bytes = root.row_pool().page_bytes;
+    stats.budget_bytes = options.state.budget;
+  }
+
+  // ---- bytes
+
+  int64_t pages(int64_t tokens) const { return (tokens + options.state.page_tokens - 1) / options.state.page_tokens; }
+  bool bounded() const { return root.row_bound().on(); }
+  int64_t region_bytes(int64_t tokens) const {
+    return page_bytes * std::min(RowStore::region_pages(root.row_bound(), options.state.page_tokens), pages(tokens));
+  }
+  // Of a request of `tokens` tokens that begins at a kept prefix of `reused`. Under a bound a region may be replaced:
+  // both stand for a moment.
+  int64_t need(int64_t tokens, int64_t reused) const {
+    if (bounded()) return fixed + 2 * region_bytes(tokens);
+    return fixed + page_bytes * (pages(tokens) - reused / options.state.page_tokens);
+  }
+  int64_t left() const { return options.state.budget - root.budget().used(); }
+  // Drops kept prefixes, the least recently used first, until so many bytes are free.
+  bool make_room(int64_t bytes, const PrefixTree::Node* spared = nullptr) {
+    while (left() < bytes) {
+      if (!prefixes.drop_one(spared)) return false;
+    }
+    return true;
+  }
+
+  // ---- admission (engine.cc)
+
+  void check(const Request& r) const;
+  // A state for the run, with room for all its tokens: forked from the longest kept prefix, or fresh. False when the
+  // budget does not allow it now.
+  bool find_room(Run& run);
+  void admit();
+
+  // ---- the end of a request (engine.cc)
+
+  void end(Run& run, Outcome outcome, std::string error = {});
+  void take_cancellations();
+
+  // ---- reading (reading.cc)
+
+  void count(Run& run, const Routings& routings, int64_t tokens);
+  // A prompt that began alike may have come further meanwhile: prompts of a kind that arrive together are read once.
+  void jump(Run& run);
+  void read_piece();
+  void keep_prefix(Run& run);
+
+  // ---- writing (writing.cc)
+
+  // Draws the next token from logits [V] on the CPU, and says whether the request goes on.
+  void take_token(Run& run, const at::Tensor& all);
+  // Which requests are written side by side: those that look back apart from those that do not, in the order of their
+  // admission.
+  std::vector<std::vector<Run*>> grouped() const;
+  void form_batches();
+  void write_one(Batch& batch);
+  // Each row by its own schedule.
+  Routings route_rows(const std::vector<Run*>& runs) const;
+  void write_tokens();
+  // What has ended leaves, and with it its bytes.
+  void leave();
+};
+
+}  // namespace oryx::serve

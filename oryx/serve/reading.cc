@@ -1,0 +1,81 @@
+// Prompts, piece by piece and in turns.
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "oryx/serve/engine_internal.h"
+
+namespace oryx::serve {
+
+std::string chunk_key(std::span<const int32_t> ids, const Routings& routings) {
+  std::string key(reinterpret_cast<const char*>(ids.data()), ids.size_bytes());
+  const Routing* last = nullptr;
+  for (const auto& routing : routings) {
+    key += '|';
+    if (routing.get() == last) continue;
+    last = routing.get();
+    for (const RoutedSpan& s : routing->spans())
+      key += fmt::format("{}-{}:{};", s.begin, s.end, routing->mixers()[static_cast<size_t>(s.mixer)]);
+  }
+  return key;
+}
+
+void Engine::Impl::count(Run& run, const Routings& routings, int64_t tokens) {
+  run.attention_tokens += oryx::attention_share(model.config(), routings) * static_cast<double>(tokens);
+}
+
+void Engine::Impl::jump(Run& run) {
+  const PrefixTree::Node* node = run.keys.empty() ? nullptr : prefixes.find(run.keys);
+  if (node == nullptr || node->chunks * options.keep_every <= run.length) return;
+  run.state.reset();  // its bytes are enough for what takes its place
+  TORCH_CHECK(find_room(run), "serve: no room for a state in place of a larger one");
+}
+
+void Engine::Impl::read_piece() {
+  std::erase_if(reading, [](const Run* run) { return run->over; });
+  if (reading.empty()) return;
+  Run& run = *reading.front();
+  reading.pop_front();
+  try {
+    jump(run);
+    const int64_t begin = run.length, n = std::min(options.piece, run.prompt() - begin);
+    if (bounded()) make_room(region_bytes(run.total()));
+    ModelInput input;
+    const auto first = run.request.prompt.begin() + begin;
+    input.input_ids = at::tensor(std::vector<int64_t>(first, first + n), at::kLong).view({1, n});
+    input.routing = run.route(begin, n);
+    input.state = &*run.state;
+    const at::Tensor last = model.hidden(input).squeeze(0).narrow(0, n - 1, 1);  // [1, D]
+    run.length += n;
+    run.read += n;
+    count(run, input.routing, n);
+    {
+      const std::lock_guard lock(mutex);
+      ++stats.passes;
+      stats.tokens_read += n;
+    }
+    keep_prefix(run);
+    if (run.length < run.prompt()) return reading.push_back(&run);
+    run.ended.reused_tokens = run.prompt() - run.read;
+    {
+      const std::lock_guard lock(mutex);
+      ++(run.ended.reused_tokens > 0 ? stats.prefix_hits : stats.prefix_misses);
+      stats.tokens_reused += run.ended.reused_tokens;
+    }
+    take_token(run, model.logits(last.clone()).squeeze(0).cpu());
+  } catch (const std::exception& e) {
+    end(run, Outcome::kFailed, e.what());
+  }
+}
+
+void Engine::Impl::keep_prefix(Run& run) {
+  if (options.keep_every == 0 || run.length % options.keep_every != 0) return;
+  const auto chunks = static_cast<size_t>(run.length / options.keep_every);
+  if (chunks > run.keys.size() || prefixes.holds(run.keys, chunks)) return;
+  // A last, partly filled page is copied.
+  const int64_t bytes = fixed + (run.length % options.state.page_tokens > 0 ? page_bytes : 0);
+  if (!make_room(bytes)) return;
+  prefixes.keep(run.keys, chunks, run.state->fork({0}));
+}
+
+}  // namespace oryx::serve
