@@ -28,7 +28,7 @@ class Server:
         assert found, line + self.process.stderr.read()
         self.port = int(found.group(1))
     def ask(self, method, path, body=None, headers={}):
-        c = http.client.HTTPConnection("127.0.0.1", self.port)
+        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
         c.request(method, path, body if body is None or isinstance(body, (str, bytes)) else json.dumps(body), headers)
         r = c.getresponse()
         return r, r.read().decode()
@@ -36,13 +36,16 @@ class Server:
         r, text = self.ask("POST", "/v1/completions", body)
         return r.status, json.loads(text)
     def stream(self, **body):  # -> the connection, its response: events are read by events()
-        c = http.client.HTTPConnection("127.0.0.1", self.port)
+        c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
         c.request("POST", "/v1/completions", json.dumps(dict(body, stream=True)))
         return c, c.getresponse()
     def metric(self, name):
         return float(re.search("^" + re.escape(name) + " (.*)$", self.ask("GET", "/metrics")[1], re.M).group(1))
-    def wait_for(self, name, value):
-        while self.metric(name) != value: time.sleep(0.01)
+    def wait_for(self, name, value):  # at most a minute: what does not come says what there is, and does not hold up the suite
+        end = time.monotonic() + 60
+        while self.metric(name) != value:
+            assert time.monotonic() < end, (name, value, self.ask("GET", "/metrics")[1])
+            time.sleep(0.01)
     def stop(self, *signals):
         for s in signals or [signal.SIGINT]: self.process.send_signal(s)
         return self.process.wait(), self.process.stderr.read()
@@ -153,7 +156,8 @@ s.wait_for("oryx_requests_total{end=\"cancelled\"}", 1)
 s.wait_for("oryx_requests_running", 0)
 status, whole = s.complete(prompt="b", max_tokens=3)
 assert status == 200 and whole["usage"]["completion_tokens"] >= 1, whole
-# One that does not stream, too.
+# One that does not stream, too. (An answer may arrive a moment before its place is free.)
+s.wait_for("oryx_requests_running", 0)
 c = http.client.HTTPConnection("127.0.0.1", s.port)
 c.request("POST", "/v1/completions", json.dumps({"prompt": "a", "max_tokens": 30000, "temperature": 0}))
 s.wait_for("oryx_requests_running", 1)

@@ -20,9 +20,10 @@ struct ServeArguments {
   std::string kv = "keep", name;
 };
 
-// The folder's own name; of RUN/model the run's.
+// The folder's own name as it was given, not that of a checkpoint that RUN/model points to; of RUN/model the run's.
 std::string model_name(const std::string& folder) {
-  std::filesystem::path path = std::filesystem::weakly_canonical(folder);
+  std::filesystem::path path = std::filesystem::absolute(folder).lexically_normal();
+  if (!path.has_filename()) path = path.parent_path();  // behind a slash
   if (path.filename() == "model" && path.has_parent_path()) path = path.parent_path();
   return path.filename().string();
 }
@@ -34,7 +35,7 @@ void serve_model(ServeArguments o) {
   if (!loaded.tokenizer) fail("{}: has no tokeniser; give one with --tokenizer", loaded.name);
   const ModelSchedule schedule(loaded.model->config(), o.http.defaults.schedule);
   o.http.defaults.schedule = schedule.text();
-  o.http.defaults.model = o.name.empty() ? model_name(loaded.name) : o.name;
+  o.http.defaults.model = o.name.empty() ? model_name(o.model.folder) : o.name;
   serve::Engine engine(*loaded.model, o.engine);
   serve::HttpServer server(engine, *loaded.model, *loaded.tokenizer, o.http);
   catch_interrupts();
