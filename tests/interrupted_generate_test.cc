@@ -8,8 +8,7 @@
 
 #include "oryx/common/file.h"
 #include "oryx/common/random.h"
-#include "oryx/data/tokenizer.h"
-#include "oryx/model/checkpoint.h"
+#include "tests/support/byte_model.h"
 #include "tests/support/folder.h"
 #include "tests/support/paths.h"
 #include "tests/support/program.h"
@@ -21,13 +20,7 @@ using ::testing::AnyOf;
 
 class InterruptedGenerate : public ::testing::Test {
  protected:
-  InterruptedGenerate() {
-    ModelConfig c = preset("tiny");
-    c.vocab_size = make_byte_tokenizer()->vocab_size();
-    LanguageModel m(c);
-    m.initialize(1);
-    save_model(m, folder_ / "model");
-  }
+  InterruptedGenerate() { save_byte_model(folder_ / "model"); }
   std::string path(const std::string& name) const { return (folder_ / name).string(); }
 
   std::vector<std::string> command(const std::vector<std::string>& more) const {

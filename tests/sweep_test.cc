@@ -5,8 +5,7 @@
 #include "oryx/common/file.h"
 #include "oryx/common/json.h"
 #include "oryx/common/options.h"
-#include "oryx/data/tokenizer.h"
-#include "oryx/model/checkpoint.h"
+#include "tests/support/byte_model.h"
 #include "tests/support/folder.h"
 #include "tests/support/program.h"
 
@@ -26,14 +25,10 @@ void expect_sweep_error(const ProgramResult& r, const std::string& part) {
 
 TEST(SweepProgram, MakesTablesAndPictures) {
   const TemporaryFolder folder;
-  ModelConfig c = preset("tiny");
-  c.vocab_size = make_byte_tokenizer()->vocab_size();
   std::vector<std::string> models;
   for (const uint64_t seed : {1, 2}) {
-    LanguageModel m(c);
-    m.initialize(seed);
     const auto path = folder.path() / fmt::format("seed{}", seed);
-    save_model(m, path);
+    save_byte_model(path, seed);
     models.push_back(path.string());
   }
   const auto sweep = [&](const std::string& task, const std::vector<std::string>& more) {

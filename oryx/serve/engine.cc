@@ -157,6 +157,7 @@ void Engine::Impl::end(Run& run, Outcome outcome, std::string error) {
   {
     const std::lock_guard lock(mutex);
     ++(outcome == Outcome::kCancelled ? stats.cancelled : outcome == Outcome::kFailed ? stats.failed : stats.finished);
+    if (run.started != Clock::time_point{}) --stats.running;  // its place is free before anybody hears of the end
   }
   if (run.request.on_end) run.request.on_end(run.ended);
 }

@@ -2,6 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <initializer_list>
+#include <utility>
+
 namespace oryx::serve {
 
 void Histogram::add(double seconds) {
@@ -16,6 +19,13 @@ namespace {
 
 void add_value(std::string& out, const char* kind, const char* name, const char* help, int64_t value) {
   out += fmt::format("# HELP oryx_{0} {1}\n# TYPE oryx_{0} {2}\noryx_{0} {3}\n", name, help, kind, value);
+}
+
+// One value for each value of `label`.
+void add_values(std::string& out, const char* kind, const char* name, const char* help, const char* label,
+                std::initializer_list<std::pair<const char*, int64_t>> values) {
+  out += fmt::format("# HELP oryx_{0} {1}\n# TYPE oryx_{0} {2}\n", name, help, kind);
+  for (const auto& [which, value] : values) out += fmt::format("oryx_{}{{{}=\"{}\"}} {}\n", name, label, which, value);
 }
 
 void add_histogram(std::string& out, const char* name, const char* help, const Histogram& h) {
@@ -38,11 +48,8 @@ std::string prometheus_text(const EngineStats& s) {
   add_value(out, "counter", "requests_accepted_total", "requests that were taken in", s.accepted);
   add_value(out, "counter", "requests_refused_total", "requests that were not, for a full queue or what they ask",
             s.refused);
-  out += "# HELP oryx_requests_total requests by how they ended\n# TYPE oryx_requests_total counter\n";
-  out += fmt::format(
-      "oryx_requests_total{{end=\"finished\"}} {}\noryx_requests_total{{end=\"cancelled\"}} "
-      "{}\noryx_requests_total{{end=\"failed\"}} {}\n",
-      s.finished, s.cancelled, s.failed);
+  add_values(out, "counter", "requests_total", "requests by how they ended", "end",
+             {{"finished", s.finished}, {"cancelled", s.cancelled}, {"failed", s.failed}});
   add_value(out, "counter", "tokens_read_total", "prompt tokens that ran through the model", s.tokens_read);
   add_value(out, "counter", "tokens_reused_total", "prompt tokens that a kept prefix spared", s.tokens_reused);
   add_value(out, "counter", "tokens_written_total", "tokens that were sampled", s.tokens_written);
@@ -51,11 +58,8 @@ std::string prometheus_text(const EngineStats& s) {
   add_value(out, "gauge", "prefixes", "states of prompts' beginnings that are kept", s.prefixes);
   add_value(out, "counter", "decode_passes_total", "passes of one token a sequence", s.decode_passes);
   add_value(out, "counter", "decode_rows_total", "sequences in them, summed", s.decode_rows);
-  out += "# HELP oryx_state_bytes bytes of states by part\n# TYPE oryx_state_bytes gauge\n";
-  out += fmt::format(
-      "oryx_state_bytes{{part=\"recurrent\"}} {}\noryx_state_bytes{{part=\"prefix_recurrent\"}} "
-      "{}\noryx_state_bytes{{part=\"rows\"}} {}\n",
-      s.recurrent_bytes, s.prefix_bytes, s.row_bytes);
+  add_values(out, "gauge", "state_bytes", "bytes of states by part", "part",
+             {{"recurrent", s.recurrent_bytes}, {"prefix_recurrent", s.prefix_bytes}, {"rows", s.row_bytes}});
   add_value(out, "gauge", "state_budget_bytes", "bytes that states may take", s.budget_bytes);
   add_histogram(out, "queue_seconds", "from a request's arrival to its first pass", s.queue_time);
   add_histogram(out, "time_to_first_token_seconds", "from a request's arrival to its first token", s.first_token);

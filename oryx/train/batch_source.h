@@ -48,8 +48,6 @@ class RecallBatches : public BatchSource {
   RecallBatches(const RecallOptions& options, int64_t batch_size, uint64_t seed) : options_(options), batch_size_(batch_size), seed_(seed) {
     check(options_);
   }
-  // Changes the task's size from the next batch on (a curriculum).
-  void set_options(const RecallOptions& options) { options_ = options; }
   TrainBatch next() override;
   Json position() const override { return {{"index", index_}}; }
   void seek(const Json& position) override;
