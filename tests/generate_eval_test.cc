@@ -10,6 +10,7 @@
 #include "oryx/data/test_support.h"
 #include "oryx/data/tokenizer.h"
 #include "oryx/model/checkpoint.h"
+#include "tests/support/byte_model.h"
 #include "tests/support/paths.h"
 #include "tests/support/program.h"
 
@@ -28,6 +29,7 @@ class GenerateEval : public ::testing::Test {
     c.vocab_size = make_byte_tokenizer()->vocab_size() + 3;  // padded beyond the tokeniser
     LanguageModel m(c);
     m.initialize(1);
+    make_endless(m);
     save_model(m, model());
     make_folders(text());
     write_file(text() / "a.txt", "The first file.\nIt has two lines.\n");
@@ -139,7 +141,7 @@ TEST_F(GenerateEval, InterruptEndsTheTextCleanly) {
   // Waits for the first token, which is flushed as it comes.
   const auto r = run_command(
       {"bash", "-c",
-       "\"$0\" generate \"$1\" --tokenizer byte --threads 1 --prompt a --temperature 1 --max-new-tokens 100000 > "
+       "\"$0\" generate \"$1\" --tokenizer byte --threads 1 --prompt a --temperature 1 --top-k 3 --max-new-tokens 100000 > "
        "\"$2\" & "
        "while [ ! -s \"$2\" ]; do sleep 0.02; done; kill -INT $!; wait $!; echo \"code $?\"; tail -c 1 \"$2\" | wc -l",
        test::program_path(), model().string(), file("out.txt").string()});
@@ -148,7 +150,7 @@ TEST_F(GenerateEval, InterruptEndsTheTextCleanly) {
 }
 
 TEST_F(GenerateEval, AReaderThatLeavesIsNoError) {
-  const auto r = run_command({"bash", "-c", "\"$0\" generate \"$1\" --tokenizer byte --threads 1 --prompt a --temperature 1 --max-new-tokens 2000 | head -c 1 > /dev/null; echo ${PIPESTATUS[0]}",
+  const auto r = run_command({"bash", "-c", "\"$0\" generate \"$1\" --tokenizer byte --threads 1 --prompt a --temperature 1 --top-k 3 --max-new-tokens 100000 | head -c 1 > /dev/null; echo ${PIPESTATUS[0]}",
                               test::program_path(), model().string()});
   EXPECT_EQ(r.out, "141\n");
   EXPECT_EQ(r.err, "");

@@ -73,7 +73,7 @@ TEST_F(InterruptedGenerate, ASecondCtrlCEndsAtOnce) {
   write_file(path("session"), "of before");
   const auto words = command({"--prompt", "a", "--max-new-tokens", "100000", "--save-session", path("session")});
   std::vector<std::string> all = {"python3", "-c", R"(
-import fcntl, os, signal, subprocess, sys, time
+import fcntl, os, re, signal, subprocess, sys, time
 r, w = os.pipe()
 fcntl.fcntl(w, 1031, 4096)  # F_SETPIPE_SZ
 os.write(w, bytes(4096))
@@ -82,7 +82,8 @@ while not open(f"/proc/{p.pid}/syscall").read().startswith("1 0x1 "):
     assert p.poll() is None
     time.sleep(0.01)
 p.send_signal(signal.SIGINT)
-time.sleep(0.2)
+while int(re.search(r"SigCgt:\s*(\w+)", open(f"/proc/{p.pid}/status").read())[1], 16) & 1 << signal.SIGINT - 1:  # until it was taken: two that wait are one
+    time.sleep(0.01)
 print(p.poll())
 p.send_signal(signal.SIGINT)
 print(p.wait() == -signal.SIGINT)
