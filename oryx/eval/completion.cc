@@ -162,7 +162,7 @@ std::string CompletionTask::complete_alone(const EvalSubject& subject, const std
     if (!text.add(next)) break;
     if (i + 1 < max_new_tokens_) hidden = session.extend({&next, 1});
   }
-  count(subject, schedule, prompt, options.facts, 0, session.length(), cost);
+  count(subject, schedule, prompt, session.facts(), 0, session.length(), cost);
   return text.finish();
 }
 

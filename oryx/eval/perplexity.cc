@@ -19,7 +19,6 @@
 #include "oryx/eval/likelihood.h"
 #include "oryx/generate/facts.h"
 #include "oryx/model/routed_cost.h"
-#include "oryx/model/surprise.h"
 
 namespace oryx {
 
@@ -38,19 +37,13 @@ ModePiece window_piece(int64_t column, int64_t length, int64_t window, const Per
 // The scores of each window of a batch, where the schedule asks for them.
 class WindowFacts {
  public:
-  WindowFacts(const LanguageModel& model, const ModelSchedule& schedule, const EvalBatch& batch) : batch_(batch) {
-    if (!needs_surprise(schedule.needs())) return;
-    scores_ = token_surprise(model, batch.input_ids, batch.bounds.size() > 2 ? std::optional(batch.cu_seqlens) : std::nullopt);
-  }
-  std::shared_ptr<const TokenFacts> of(size_t window) const {
-    auto facts = std::make_shared<TokenFacts>();
-    if (!scores_.empty()) facts->surprise.assign(scores_.begin() + batch_.bounds[window], scores_.begin() + batch_.bounds[window + 1]);
-    return facts;
-  }
+  WindowFacts(const LanguageModel& model, const ModelSchedule& schedule, const EvalBatch& batch)
+      : batch_(batch), read_(model, schedule, batch.input_ids, batch.bounds, batch.targets) {}
+  std::shared_ptr<const TokenFacts> of(size_t window) const { return read_.of(batch_.bounds[window], batch_.bounds[window + 1]); }
 
  private:
   const EvalBatch& batch_;
-  std::vector<float> scores_;
+  ReadFacts read_;
 };
 
 // What windows cost, by length where the schedule gives the same spans every time.

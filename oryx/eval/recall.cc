@@ -18,7 +18,6 @@
 #include "oryx/model/inspect.h"
 #include "oryx/model/routed_cost.h"
 #include "oryx/model/scheduling.h"
-#include "oryx/model/surprise.h"
 
 namespace oryx {
 
@@ -148,20 +147,16 @@ RecallRouting::RecallRouting(RecallRouting&&) noexcept = default;
 
 const std::string& RecallRouting::text() const { return parts_->text; }
 
-bool RecallRouting::first_pass() const { return parts_->schedule && needs_surprise(parts_->schedule->needs()); }
+double RecallRouting::first_pass_flops(const ModelConfig& config, int64_t length) const { return parts_->schedule ? oryx::first_pass_flops(config, *parts_->schedule, length) : 0; }
 
 std::vector<std::shared_ptr<const TokenFacts>> RecallRouting::facts(const LanguageModel& model, const RecallBatch& batch) const {
   if (!parts_->schedule || parts_->schedule->needs().empty()) return {};
   const int64_t B = batch.input_ids.size(0), T = batch.input_ids.size(1);
-  std::vector<float> scores;
-  if (first_pass()) scores = token_surprise(model, batch.input_ids.reshape({1, B * T}), at::arange(0, (B + 1) * T, T, at::kInt));
+  std::vector<int32_t> bounds;
+  for (int64_t b = 0; b <= B; ++b) bounds.push_back(static_cast<int32_t>(b * T));
+  const ReadFacts read(model, *parts_->schedule, batch.input_ids.reshape({1, B * T}), bounds, batch.targets.reshape({1, B * T}));
   std::vector<std::shared_ptr<const TokenFacts>> all;
-  for (int64_t b = 0; b < B; ++b) {
-    auto facts = std::make_shared<TokenFacts>();
-    facts->parts = recall_parts(batch, b);
-    if (!scores.empty()) facts->surprise.assign(scores.begin() + b * T, scores.begin() + (b + 1) * T);
-    all.push_back(std::move(facts));
-  }
+  for (int64_t b = 0; b < B; ++b) all.push_back(read.of(b * T, (b + 1) * T, recall_parts(batch, b)));
   return all;
 }
 
@@ -207,7 +202,7 @@ RecallResult evaluate_recall(const LanguageModel& model, const RecallOptions& ta
     score(model, batch, routing, e.state, r);
     attention += oryx::attention_share(model.config(), routing) * static_cast<double>(B);
     flops += routed_flops(model.config(), routing) - saved_flops(model.config(), routing, e.state);
-    if (modes.first_pass()) flops += routed_flops(model.config(), RecallRouting(model.config(), "linear").route(batch, 0, 0, 0));
+    flops += static_cast<double>(B) * modes.first_pass_flops(model.config(), batch.input_ids.size(1));
     done += B;
     if (e.progress) e.progress(done, r.accuracy());
   }

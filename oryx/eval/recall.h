@@ -28,7 +28,7 @@ class RecallRouting {
   // What a schedule needs of a batch (ModelSchedule::needs), by row: the parts "question", the keys that are asked for, and "needle", the pairs that answer them; and the scores
   // of a first pass. Empty where it needs nothing.
   std::vector<std::shared_ptr<const TokenFacts>> facts(const LanguageModel& model, const RecallBatch& batch) const;
-  bool first_pass() const;  // whether facts() runs the model
+  double first_pass_flops(const ModelConfig& config, int64_t length) const;  // of a sequence, for facts()
   const std::string& text() const;
 
  private:

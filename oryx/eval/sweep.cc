@@ -22,6 +22,8 @@ void SweepOptions::describe(Fields& f) {
   f.add("window", window, "kv: last tokens that are always kept", at_least(1));
   f.add("chunks", chunks, "switches: tokens between switch points", at_least(1));
   f.add("draws", draws, "switches: random schedules for each", at_least(1));
+  f.add("routers", routers, "share: files of routers (oryx router train), in which {model} stands for the model's folder");
+  f.add("oracle", oracle, "share: the tokens at which attention gains most, measured in both modes");
   f.add("parts", parts, "the task's prompts have the parts question and needle");
 }
 
@@ -53,6 +55,11 @@ std::vector<SweepPoint> share_points(const SweepOptions& o) {
     add("last tokens", label, fmt::format("linear,attention@{}%:", std::lround(100 * (1 - s))));
     add("random tokens", label, fmt::format("random(attention={:g};chunk={})", s, o.chunk));
     add("most surprising", label, fmt::format("linear,surprise(attention={:g})", s));
+    for (const auto& file : o.routers) {
+      const std::string name = o.routers.size() == 1 ? "router" : fmt::format("router {}", std::filesystem::path(file).stem().string());
+      add(name, label, fmt::format("linear,router(attention={:g};file={})", s, file));
+    }
+    if (o.oracle) add("most gained (oracle)", label, fmt::format("linear,oracle(attention={:g})", s));
     if (!o.parts) continue;
     add("random and question", label, fmt::format("random(attention={:g};chunk={}){}", s, o.chunk, kWithQuestion));
     add("surprising and question", label, fmt::format("linear,surprise(attention={:g}){}", s, kWithQuestion));
@@ -122,6 +129,7 @@ std::string bracketed(const Fields& fields, const std::string& assignment) {
 
 namespace {
 
+constexpr std::string_view kModel = "{model}";
 constexpr const char* kMeasures[] = {"accuracy", "contains", "acc", "perplexity"};
 
 std::string measure_of(const Json& row) {
@@ -166,7 +174,9 @@ void run_sweep(SweepResult& result, const EvalSubject& subject, const std::strin
     for (const auto& o : overrides) fields.override_with(bracketed(fields, o));
     if (point.kv != "keep") fields.override_with("kv=" + point.kv);
     evaluation->validate();
-    const EvalTable table = evaluation->run(subject, {point.schedule});
+    std::string schedule = point.schedule;
+    if (const size_t at = schedule.find(kModel); at != std::string::npos) schedule.replace(at, kModel.size(), subject.name);
+    const EvalTable table = evaluation->run(subject, {schedule});
     check_finite(table);
     TORCH_CHECK(!table.rows.empty(), "sweep: the task gave no rows");
     result.measure = measure_of(table.rows[0]);

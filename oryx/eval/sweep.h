@@ -26,6 +26,8 @@ struct SweepOptions {
   std::vector<int64_t> chunks{1, 4, 16, 64, 256};                // of switches
   int64_t draws = 4;                                             // random schedules of each chunk
   bool parts = true;  // the task names its prompts' parts, question and needle
+  std::vector<std::string> routers;  // share: routers' files, {model} standing for the model's folder
+  bool oracle = false;               // share: the tokens at which attention gains most, as measured
 
   void describe(Fields& f);
   void validate() const;

@@ -72,11 +72,19 @@ MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece,
 Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options)
     : model_(model), schedule_(schedule), options_(options), plan_(checked_plan(model, options)), state_(model.make_state(1, options.state)) {
   state_.reserve(options_.tokens);
+  for (const auto& [need, head] : schedule.gain_heads()) {
+    check_head(model, *head, need.substr(need.find(':') + 1));
+    routers_.emplace_back(need, GainReader(model, head));
+  }
+  if (routers_.empty()) return;
+  routed_ = options_.facts ? std::make_shared<TokenFacts>(*options_.facts) : std::make_shared<TokenFacts>();
+  options_.facts = routed_;
 }
 
 Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state)
     : model_(model), schedule_(schedule), options_(resumed(options, state)), plan_(checked_plan(model, options_)), state_(std::move(state)) {
   TORCH_CHECK(state_.sequences() == 1, "session: a state of ", state_.sequences(), " sequences");
+  TORCH_CHECK(schedule.gain_heads().empty(), "session: a router wants the text from its beginning");
   length_ = state_.lengths()[0];
   TORCH_CHECK(length_ <= options_.tokens, "session: ", length_, " tokens held, room for ", options_.tokens);
   state_.reserve(options_.tokens);
@@ -85,11 +93,12 @@ Session::Session(const LanguageModel& model, const ModelSchedule& schedule, cons
 
 Session::Session(Session&& other) noexcept
     : model_(other.model_), schedule_(other.schedule_), options_(other.options_), plan_(other.plan_), state_(std::move(other.state_)), length_(other.length_),
-      attention_tokens_(other.attention_tokens_) {
+      attention_tokens_(other.attention_tokens_), routers_(std::move(other.routers_)), routed_(std::move(other.routed_)), last_hidden_(std::move(other.last_hidden_)) {
   other.fused_.reset();
 }
 
 void Session::trim(int64_t length) {
+  TORCH_CHECK(routers_.empty(), "session: a trim under a schedule with a router");
   state_.trim(0, length, model_);
   length_ = length;
   count_attention();
@@ -107,13 +116,35 @@ std::vector<std::shared_ptr<const Routing>> Session::route(int64_t start, int64_
   return schedule_.route({piece}, 1, count);
 }
 
+void Session::predict_gains(std::span<const int32_t> ids) {
+  const auto count = static_cast<int64_t>(ids.size());
+  for (auto& [need, reader] : routers_) {
+    std::vector<float>& gains = routed_->gains[need];
+    const int64_t known = std::clamp<int64_t>(static_cast<int64_t>(gains.size()) - length_, 0, count);
+    reader.pass(ids.first(static_cast<size_t>(known)));
+    TORCH_CHECK(count - known <= 1, "session: gains of ", count - known, " tokens at once");
+    if (known < count) gains.push_back(reader.next(ids.back(), last_hidden_));
+  }
+}
+
+int64_t Session::piece_at(int64_t left) const {
+  int64_t known = left;
+  for (const auto& [need, reader] : routers_) {
+    const auto found = routed_->gains.find(need);
+    known = std::min(known, (found == routed_->gains.end() ? 0 : static_cast<int64_t>(found->second.size())) - length_);
+  }
+  return std::min(options_.piece, std::max<int64_t>(1, known));
+}
+
 at::Tensor Session::run(std::span<const int32_t> ids) {
   const auto count = static_cast<int64_t>(ids.size());
+  predict_gains(ids);
   ModelInput input;
   input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, count});
   input.routing = route(length_, count);
   input.state = &state_;
   const at::Tensor hidden = model_.hidden(input).squeeze(0);  // [count, D]
+  if (!routers_.empty()) last_hidden_ = hidden[count - 1].clone();
   length_ += count;
   attention_tokens_ += oryx::attention_share(model_.config(), input.routing) * static_cast<double>(count);
   return hidden;
@@ -122,7 +153,9 @@ at::Tensor Session::run(std::span<const int32_t> ids) {
 at::Tensor Session::step(int32_t id) {
   TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
   at::NoGradGuard no_grad;
-  if (!asked_ && options_.fused && model_.device().is_cuda()) {
+  if (!routers_.empty() && options_.fused && model_.device().is_cuda()) {
+    log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: a router reads each token's hidden state (docs/modes.md)");
+  } else if (!asked_ && options_.fused && model_.device().is_cuda()) {
     std::string why;
     fused_ = make_fused_decoder(model_, state_, options_.tokens, &why);
     if (fused_ == nullptr) log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: {} (docs/generation.md)", why);
@@ -142,9 +175,10 @@ at::Tensor Session::extend(std::span<const int32_t> ids, int64_t keep) {
   TORCH_CHECK(length_ + count <= options_.tokens, "session: ", length_ + count, " tokens, reserved for ", options_.tokens);
   at::NoGradGuard no_grad;
   std::vector<at::Tensor> kept;
-  for (int64_t begin = 0; begin < count; begin += options_.piece) {
+  for (int64_t begin = 0, n = 0; begin < count; begin += n) {
     check_interrupt();
-    const int64_t n = std::min(options_.piece, count - begin);
+    n = std::min(options_.piece, count - begin);
+    if (!routers_.empty()) n = piece_at(count - begin);
     const at::Tensor hidden = run(ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(n)));
     const int64_t wanted = std::min(n, begin + n - (count - keep));  // of this piece
     // A copy: a view would hold the whole piece.

@@ -11,6 +11,7 @@
 #include "oryx/generate/fused_decoder.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
+#include "oryx/router/features.h"
 
 namespace oryx {
 
@@ -28,7 +29,7 @@ struct SessionOptions {
   int64_t piece = 1024;       // tokens of one pass at most: bounds the memory of a long prompt
   uint64_t seed = 0;          // of a random schedule
   StateOptions state = {};    // checkpoints, ring, rows, budget
-  std::shared_ptr<const TokenFacts> facts = {};  // what the schedule needs (ModelSchedule::needs)
+  std::shared_ptr<const TokenFacts> facts = {};  // what the schedule needs (ModelSchedule::needs) of the prompt; a router's gains behind it are the session's own work
   bool fused = true;          // step() on a GPU through the fused decoder (fused_decoder.h); where there is none for this model or device, one notice says why
 };
 
@@ -51,16 +52,22 @@ class Session {
   // one for this model and device, and without asking for interrupts.
   at::Tensor step(int32_t id);
 
-  // Forgets the tokens from `length` on (State::trim).
+  // Forgets the tokens from `length` on (State::trim). Not for a schedule with a router, which reads a text forwards.
   void trim(int64_t length);
 
   int64_t length() const { return length_; }
   const State& state() const { return state_; }
+  // The schedule's facts so far: those it was given and, of tokens behind the prompt, the gains that its routers predicted for them.
+  const std::shared_ptr<const TokenFacts>& facts() const { return options_.facts; }
   const MemoryPlan& plan() const { return plan_; }
   // Of all (token, layer) pairs so far, those that ran in the mixer `attention`.
   double attention_share() const { return length_ > 0 ? attention_tokens_ / static_cast<double>(length_) : 0; }
 
  private:
+  // Before tokens run: the gains of those that have none yet.
+  void predict_gains(std::span<const int32_t> ids);
+  // Of so many tokens that are left those that run at once: where a router decides behind what it was told of, one.
+  int64_t piece_at(int64_t left) const;
   at::Tensor run(std::span<const int32_t> ids);
   void count_attention();
   std::vector<std::shared_ptr<const Routing>> route(int64_t start, int64_t count) const;
@@ -74,6 +81,9 @@ class Session {
   double attention_tokens_ = 0;
   std::unique_ptr<FusedDecoder> fused_;  // made by the first step()
   bool asked_ = false;
+  std::vector<std::pair<std::string, GainReader>> routers_;  // by need
+  std::shared_ptr<TokenFacts> routed_;  // options_.facts, where there are routers
+  at::Tensor last_hidden_;              // [D], where there are routers
 };
 
 }  // namespace oryx

@@ -64,6 +64,12 @@ std::vector<std::string> ModelSchedule::needs() const {
   return all;
 }
 
+std::map<std::string, std::shared_ptr<const GainHead>> ModelSchedule::gain_heads() const {
+  std::map<std::string, std::shared_ptr<const GainHead>> all;
+  for (const auto& s : schedules_) all.merge(s.gain_heads());
+  return all;
+}
+
 bool ModelSchedule::is_random() const {
   return std::any_of(schedules_.begin(), schedules_.end(), [](const auto& s) { return s.is_random(); });
 }

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -30,6 +31,8 @@ class ModelSchedule {
   bool is_random() const;
   // What ModeContext::facts must hold (Schedule::needs).
   std::vector<std::string> needs() const;
+  // The heads of its routers, by need (Schedule::gain_heads).
+  std::map<std::string, std::shared_ptr<const GainHead>> gain_heads() const;
 
  private:
   std::string text_;

@@ -12,6 +12,9 @@ namespace {
 
 bool is_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_'; }
 
+// Of a policy's values: numbers, names and paths.
+bool is_value(char c) { return is_name(c) || c == '.' || c == '-' || c == '+' || c == '/' || c == '~'; }
+
 // What stands at `position`, as an error shows it: a whole word, or one sign.
 std::string found_at(std::string_view text, size_t position) {
   if (position >= text.size()) return "the end";
@@ -139,8 +142,7 @@ class ScheduleParser {
     }
     expect('=', "'='");
     a.value_position = at_;
-    while (at_ < text_.size() && (is_name(text_[at_]) || text_[at_] == '.' || text_[at_] == '-' || text_[at_] == '+'))
-      ++at_;
+    while (at_ < text_.size() && is_value(text_[at_])) ++at_;
     a.value = text_.substr(a.value_position, at_ - a.value_position);
     if (a.value.empty()) refuse(at_, fmt::format("a value for '{}'", a.key));
     return a;

@@ -70,6 +70,16 @@ std::optional<int64_t> PolicyArguments::integer(std::string_view key, int64_t le
   return std::nullopt;
 }
 
+std::optional<std::string> PolicyArguments::text(std::string_view key) {
+  known_.emplace_back(key);
+  for (Argument& a : arguments_) {
+    if (a.key != key) continue;
+    a.used = true;
+    return a.value;
+  }
+  return std::nullopt;
+}
+
 std::vector<std::pair<int32_t, double>> PolicyArguments::numbers_by_mixer(double least, double most) {
   known_.insert(known_.end(), mixers_.begin(), mixers_.end());
   std::vector<std::pair<int32_t, double>> found;

@@ -21,8 +21,10 @@ class ModePolicy {
   // Appends spans within [begin, end), in order and disjoint. Tokens left out stay with the schedule's earlier entries.
   virtual void assign(const ModeContext& context, int64_t begin, int64_t end, std::vector<ModeSpan>& spans) const = 0;
   virtual bool is_random() const { return false; }
-  // What ModeContext::facts must hold: "surprise", "part:NAME". A policy that finds it missing ends in an Error that says so.
+  // What ModeContext::facts must hold: "surprise", "part:NAME", "router:FILE", "oracle". A policy that finds it missing ends in an Error that says so.
   virtual std::vector<std::string> needs() const { return {}; }
+  // What predicts the gains of "router:FILE"; null where it needs none.
+  virtual std::shared_ptr<const GainHead> gain_head() const { return nullptr; }
 };
 
 // "key=value" pairs of a policy as they stand in the schedule's text. Every key must be asked for; what is wrong ends
@@ -48,6 +50,7 @@ class PolicyArguments {
         fail_(fail) {}
 
   std::optional<int64_t> integer(std::string_view key, int64_t least);
+  std::optional<std::string> text(std::string_view key);
   // Every key that is a mixer's name, with its value from least to most.
   std::vector<std::pair<int32_t, double>> numbers_by_mixer(double least, double most);
   std::vector<std::pair<int32_t, int64_t>> integers_by_mixer(int64_t least);

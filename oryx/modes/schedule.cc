@@ -120,6 +120,14 @@ std::vector<std::string> Schedule::needs() const {
   return {all.begin(), all.end()};
 }
 
+std::map<std::string, std::shared_ptr<const GainHead>> Schedule::gain_heads() const {
+  std::map<std::string, std::shared_ptr<const GainHead>> all;
+  for (const Entry& e : entries_) {
+    if (e.policy && e.policy->gain_head()) all.emplace(e.policy->needs().front(), e.policy->gain_head());
+  }
+  return all;
+}
+
 bool Schedule::is_random() const {
   return std::any_of(entries_.begin(), entries_.end(),
                      [](const Entry& e) { return e.policy && (e.policy->is_random() || !e.policy->needs().empty()); });

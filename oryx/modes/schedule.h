@@ -27,6 +27,7 @@
 
 namespace oryx {
 
+struct GainHead;
 class ModePolicy;
 
 // Tokens [begin, end) of a document in one mixer: an index into the mixers that the schedule was parsed for.
@@ -41,6 +42,8 @@ struct TokenFacts {
   std::map<std::string, std::vector<std::pair<int64_t, int64_t>>> parts;
   // Of each token, how badly a linear mixer's state predicts its value (oryx/model/surprise.h); empty: not known.
   std::vector<float> surprise;
+  // By what asks for it ("router:FILE", "oracle"): of each token, how many nats attention takes, or is predicted to take, off the loss of the prediction made at it.
+  std::map<std::string, std::vector<float>> gains;
 };
 
 // What a schedule is resolved for: one document of one training step or request.
@@ -75,6 +78,9 @@ class Schedule {
 
   // What TokenFacts must hold for it to be resolved: "surprise", "part:question"; sorted, each once.
   std::vector<std::string> needs() const;
+
+  // The heads that predict the gains of its needs "router:FILE", each need once.
+  std::map<std::string, std::shared_ptr<const GainHead>> gain_heads() const;
 
   // Whether another context could give other spans for the same prompt length (a policy draws at random).
   bool is_random() const;

@@ -87,7 +87,7 @@ TEST(Schedule, ErrorsShowPositionFoundAndExpected) {
   EXPECT_EQ(error_of("gated_delta_net,atention@-256:"),
             "schedule 'gated_delta_net,atention@-256:': position 17: found 'atention', expected a mixer "
             "(gated_delta_net, attention, "
-            "sliding_window) or a policy (last(...), part(...), periodic(...), random(...), surprise(...)). Did you mean 'attention'?");
+            "sliding_window) or a policy (last(...), oracle(...), part(...), periodic(...), random(...), router(...), surprise(...)). Did you mean 'attention'?");
   EXPECT_THAT(error_of(""), HasSubstr("schedule '': position 1: found the end, expected a mixer ("));
   EXPECT_THAT(error_of("attention,"), HasSubstr("position 11: found the end, expected a mixer"));
   EXPECT_THAT(error_of("random"), HasSubstr("position 1: found 'random', expected a mixer"));
@@ -114,7 +114,7 @@ TEST(Schedule, ErrorsShowPositionFoundAndExpected) {
 
 TEST(Schedule, ErrorsOfPolicies) {
   EXPECT_THAT(error_of("randon(attention=1)"),
-              HasSubstr("found 'randon', expected a policy: last, part, periodic, random, surprise. Did you mean 'random'?"));
+              HasSubstr("found 'randon', expected a policy: last, oracle, part, periodic, random, router, surprise. Did you mean 'random'?"));
   EXPECT_THAT(error_of("random()"), HasSubstr("position 8: found ')', expected key=value"));
   EXPECT_THAT(error_of("random(attention)"), HasSubstr("position 17: found ')', expected '='"));
   EXPECT_THAT(error_of("random(attention=)"), HasSubstr("position 18: found ')', expected a value for 'attention'"));

@@ -1,0 +1,64 @@
+// What a router knows of a token before the token runs in any mode: the final hidden state of the token before it, its embedding, and what stands in the text's tokens
+// alone (whether it, or the pair or triple that it ends, stood there before, and how far back).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "oryx/model/language_model.h"
+#include "oryx/modes/gain_head.h"
+
+namespace oryx {
+
+// 16 hexadecimal digits of config and of values out of every weight (not of the type of activations): cheap enough to be asked for each prompt, and another for another model.
+std::string router_identity(const LanguageModel& model);
+
+// Throws Error when the head was trained for another model. `file` is for the message.
+void check_head(const LanguageModel& model, const GainHead& head, const std::string& file);
+
+// A text's tokens one after the other -> of each what its past says.
+class TokenHistory {
+ public:
+  static constexpr int64_t kScalars = 8;
+  // The next token; writes kScalars - 1 numbers (the last one, its logit before it came, is the model's).
+  void next(int64_t id, float* out);
+
+ private:
+  struct Seen {
+    int64_t count = 0, last = 0;
+  };
+  std::unordered_map<int64_t, Seen> tokens_;
+  std::unordered_map<uint64_t, int64_t> pairs_, triples_;  // -> where it ended last
+  int64_t length_ = 0, before_ = -1, before_that_ = -1;
+};
+
+// Features of all tokens of packed texts: ids [T], bounds of the texts in them, hidden [T, D] (not read, and may be undefined, where the head reads tokens alone), of which
+// token t's are those of t - 1. -> [T, F] float32, CPU; F = 2 D + TokenHistory::kScalars.
+at::Tensor router_features(const LanguageModel& model, bool reads_hidden, std::span<const int64_t> ids, std::span<const int32_t> bounds, const at::Tensor& hidden);
+
+// The gains that a head predicts for packed texts [1, T]: by one reading in linear mode where it reads hidden states, by the tokens alone where not. bounds: 0, ..., T.
+std::vector<float> router_gains(const LanguageModel& model, const GainHead& head, const at::Tensor& input_ids, std::span<const int32_t> bounds);
+
+// The same, token by token: of a text that is being read or written.
+class GainReader {
+ public:
+  GainReader(const LanguageModel& model, std::shared_ptr<const GainHead> head) : model_(model), head_(std::move(head)) {}
+  // Tokens that need no gain, because it is known.
+  void pass(std::span<const int32_t> ids);
+  // The gain of the next token. `previous`: the hidden state [D] after the token before it (undefined at a text's beginning), in whichever mode that ran.
+  float next(int32_t id, const at::Tensor& previous);
+
+ private:
+  const LanguageModel& model_;
+  std::shared_ptr<const GainHead> head_;
+  TokenHistory history_;
+  int32_t before_ = -1;
+};
+
+}  // namespace oryx
