@@ -48,7 +48,7 @@ void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleE
   ModePiece piece{.row = 0, .column = 0, .length = tokens, .start = 0, .context = {}};
   piece.context.prompt_length = length;
   piece.context.seed = o.seed;
-  piece.context.facts = options.facts;
+  piece.context.facts = session.facts();
   r.cost.add(model, schedule.route({piece}, 1, tokens), tokens, o.state, first_pass_flops(model.config(), schedule, length));
   r.correct += at::equal(log_p.argmax(-1), wanted) ? 1 : 0;
   ++r.examples;
@@ -59,7 +59,7 @@ void score_needles(const LanguageModel& model, const Tokenizer& tokenizer, const
   const ModelSchedule schedule(model.config(), o.schedule == kQuestionSchedule ? "linear,part(attention=question),attention@gen" : o.schedule);
   std::vector<TokenPair> pairs;
   for (const NeedleExample& e : examples) {
-    pairs.push_back({e.ids, e.answer_ids, gather_facts(model, schedule, e.ids, needle_parts(e, needle_question_tokens(tokenizer, e)))});
+    pairs.push_back({e.ids, e.answer_ids, gather_facts(model, schedule, e.ids, needle_parts(e, needle_question_tokens(tokenizer, e)), e.answer_ids)});
     r.answer_tokens += static_cast<int64_t>(e.answer_ids.size());
     r.prompt_tokens += static_cast<int64_t>(e.ids.size());
   }
