@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "oryx/common/error.h"
+#include "oryx/ops/few_rows/few_rows.h"
 #include "oryx/ops/norm/norm.h"
 #include "oryx/ops/short_conv/short_conv.h"
 #include "oryx/ops/swiglu/swiglu.h"
@@ -334,14 +335,14 @@ at::Tensor MultiMixerLayer::gated(const at::Tensor& o, const Projections& u) con
   const LayerConfig& c = config_;
   const bool norm = c.head_norm && !combines_all();
   if (!c.gate) return norm ? ops::rms_norm(o, o_norm_, c.o_norm_eps()) : o;
-  const at::Tensor gate = u(g_proj_).view(o.sizes());
+  const at::Tensor flat = u(g_proj_), gate = flat.view(o.sizes());
   const bool sigmoid = c.gate_activation == "sigmoid";
   if (norm && c.head_norm_groups > 0) {
     return ops::gated_rms_norm(o.flatten(2), gate.flatten(2), o_norm_, c.o_norm_eps(), /*gate_first=*/true, c.head_norm_groups);
   }
   if (norm && !sigmoid) return ops::gated_rms_norm(o, gate, o_norm_, c.o_norm_eps(), c.gated_norm_order == "gate_first");
   const at::Tensor x = norm ? ops::rms_norm(o, o_norm_, c.o_norm_eps()) : o;
-  return sigmoid ? x * gate.sigmoid() : ops::swiglu(gate, x);
+  return sigmoid ? x * ops::rows_apart(flat).sigmoid().view(o.sizes()) : ops::swiglu(gate, x);
 }
 
 at::Tensor MultiMixerLayer::feed_forward(const at::Tensor& h) const {

@@ -21,4 +21,10 @@ bool few_rows_suit(const at::Tensor& x, const at::Tensor& weight);
 // x [..., in], weight [out, in] -> [..., out].
 at::Tensor few_rows_product(const at::Tensor& x, const at::Tensor& weight);
 
+// x [..., n] as it is, in memory where no row touches the next, if it is float32 on the CPU and has 2 to kFewRows rows. For the library's elementwise
+// functions (exp, log1p, sigmoid ...): they go over contiguous values in vectors and over what is left of them by other
+// code, which rounds otherwise, so that a value would depend on how many rows stand beside its own. Rows that do not
+// touch are gone over one by one.
+at::Tensor rows_apart(const at::Tensor& x);
+
 }  // namespace oryx::ops

@@ -36,6 +36,24 @@ TEST(FewRows, ARowDoesNotDependOnTheOthersNorOnThreads) {
   at::set_num_threads(threads);
 }
 
+// The widths are those at which vectors of 8 and of 16 values leave something over.
+TEST(FewRows, ElementwiseFunctionsOfRowsApart) {
+  at::manual_seed(5);
+  const at::Tensor zero = at::zeros({});
+  for (const int64_t n : {1, 3, 4, 8, 12, 20, 33, 100}) {
+    const at::Tensor x = at::randn({kFewRows, 1, n}) * 4;
+    for (int64_t M = 2; M <= kFewRows; ++M) {
+      const at::Tensor some = x.narrow(0, 0, M), apart = rows_apart(some);
+      EXPECT_TRUE(at::equal(apart, some));
+      const at::Tensor sigmoid = apart.sigmoid(), softplus = at::logaddexp(apart, zero);
+      for (int64_t i = 0; i < M; ++i) {
+        EXPECT_TRUE(at::equal(sigmoid[i], x[i].sigmoid())) << n << ", row " << i << " of " << M;
+        EXPECT_TRUE(at::equal(softplus[i], at::logaddexp(x[i], zero))) << n << ", row " << i << " of " << M;
+      }
+    }
+  }
+}
+
 TEST(FewRows, SuitsFloat32WithoutGradients) {
   const at::Tensor w = at::ones({3, 4});
   EXPECT_TRUE(few_rows_suit(at::ones({2, 8, 4}), w));

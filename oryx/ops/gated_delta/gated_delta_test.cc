@@ -1,4 +1,5 @@
 #include "oryx/ops/gated_delta/gated_delta.h"
+#include "oryx/ops/gated_delta/gates.h"
 
 #include <ATen/ATen.h>
 #include <gmock/gmock.h>
@@ -324,6 +325,21 @@ TEST(GatedDelta, BadInputIsRefusedInOneLine) {
                 gated_delta_step(t(one.q), t(one.k), t(one.v), t(one.g), t(one.beta), state);
               }),
               HasSubstr("gated_delta_step: the state is Float [1, 1, 4, 5]"));
+}
+
+// Sequences that are decoded side by side have the decays that each has alone, to the last bit.
+TEST(GatedDelta, GatesOfFewRowsDoNotDependOnEachOther) {
+  at::manual_seed(6);
+  for (const int64_t heads : {2, 4, 7, 16}) {
+    const at::Tensor A_log = at::randn({heads}), dt_bias = at::randn({heads}), ba = at::randn({16, 1, 2 * heads}) * 4;
+    for (const int64_t M : {2, 5, 16}) {
+      const auto [g, beta] = gated_delta_gates(ba.narrow(0, 0, M), A_log, dt_bias, 2);
+      for (int64_t i = 0; i < M; ++i) {
+        const auto [g1, beta1] = gated_delta_gates(ba.narrow(0, i, 1), A_log, dt_bias, 2);
+        EXPECT_TRUE(at::equal(g[i], g1[0]) && at::equal(beta[i], beta1[0])) << heads << " heads, row " << i << " of " << M;
+      }
+    }
+  }
 }
 
 }  // namespace

@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "oryx/ops/few_rows/few_rows.h"
+
 namespace oryx::ops {
 
 namespace {
@@ -46,10 +48,10 @@ struct Gates : torch::autograd::Function<Gates> {
 
 std::pair<at::Tensor, at::Tensor> gated_delta_gates_naive(const at::Tensor& ba, const at::Tensor& A_log, const at::Tensor& dt_bias, double strength) {
   const int64_t heads = A_log.numel();
-  at::Tensor beta = ba.narrow(-1, 0, heads).sigmoid();
+  at::Tensor beta = ba.narrow(-1, 0, heads).sigmoid();  // rows apart as they are
   if (strength != 1) beta = beta * strength;
   // logaddexp: torch's softplus turns linear above 20.
-  const at::Tensor step = at::logaddexp(ba.narrow(-1, heads, heads) + dt_bias, at::zeros({}, dt_bias.options()));
+  const at::Tensor step = at::logaddexp(rows_apart(ba.narrow(-1, heads, heads) + dt_bias), at::zeros({}, dt_bias.options()));
   return {-A_log.exp() * step, beta};
 }
 
