@@ -91,7 +91,7 @@ void score_batch(const LanguageModel& model, const ModelSchedule& schedule, cons
     ModePiece piece{.row = 0, .column = column, .length = static_cast<int64_t>(ids.size()) - column, .start = 0, .context = {}};
     piece.context.prompt_length = head;
     piece.context.seed = o.seed;
-    piece.context.sequence = i;
+    piece.context.sequence = o.first + i;
     piece.context.facts = p.facts;
     pieces.push_back(piece);
     ModePiece alone = piece;
@@ -127,7 +127,7 @@ void score_batch(const LanguageModel& model, const ModelSchedule& schedule, cons
       l.log_p += log_p[at];
       l.greedy = l.greedy && greedy[at];
     }
-    if (!std::isfinite(l.log_p)) fail("schedule '{}': the log-likelihood of example {} is {}; the model's weights are damaged or overflow", schedule.text(), i, l.log_p);
+    if (!std::isfinite(l.log_p)) fail("schedule '{}': the log-likelihood of example {} is {}; the model's weights are damaged or overflow", schedule.text(), o.first + i, l.log_p);
     out.push_back(l);
   }
 }

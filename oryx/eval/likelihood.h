@@ -46,7 +46,8 @@ double saved_flops(const ModelConfig& config, const std::vector<std::shared_ptr<
 
 struct LikelihoodOptions {
   int64_t batch_tokens = 4096;  // of one pass, packed; a longer sequence stands alone
-  uint64_t seed = 0;            // of random schedules; pair i is sequence i
+  uint64_t seed = 0;            // of random schedules; pair i is sequence first + i
+  uint64_t first = 0;           // of the pairs, where they are some of more
   StateOptions state = {};      // what is kept of keys and values; each sequence is read in one call, so rows may be chosen but not dropped altogether (drop_rows)
   std::function<void(int64_t pairs)> progress = {};
 };

@@ -54,22 +54,34 @@ void score(const LanguageModel& model, const Tokenizer& tokenizer, const NeedleE
   ++r.examples;
 }
 
-// The same of many examples, packed: all tokens of a prompt are read in one call, over a state where it does not keep everything.
-void score_needles(const LanguageModel& model, const Tokenizer& tokenizer, const std::vector<NeedleExample>& examples, const NeedleEvaluation& o, NeedleResult& r) {
+// The same of many examples, packed: all tokens of a prompt are read in one call, over a state where it does not keep everything. No more of them stand in memory
+// than one pass takes.
+void score_needles(const LanguageModel& model, const Tokenizer& tokenizer, const std::function<NeedleExample(int64_t)>& example, const NeedleEvaluation& o, NeedleResult& r) {
   const ModelSchedule schedule(model.config(), o.schedule == kQuestionSchedule ? "linear,part(attention=question),attention@gen" : o.schedule);
+  LikelihoodOptions options{.batch_tokens = o.batch_tokens, .seed = o.seed, .state = o.state};
   std::vector<TokenPair> pairs;
-  for (const NeedleExample& e : examples) {
+  int64_t together = 0;
+  const auto score_all = [&] {
+    options.first = static_cast<uint64_t>(r.examples);
+    for (const Likelihood& l : score_pairs(model, schedule, pairs, options, r.cost)) {
+      r.nll_sum -= l.log_p;
+      r.correct += l.greedy ? 1 : 0;
+      ++r.examples;
+    }
+    pairs.clear();
+    together = 0;
+    if (o.progress) o.progress(r.examples, r.accuracy());
+  };
+  for (int64_t i = 0; i < o.examples; ++i) {
+    const NeedleExample e = example(i);
+    const auto answer = static_cast<int64_t>(e.answer_ids.size()), tokens = static_cast<int64_t>(e.ids.size()) + answer - 1;
+    if (!pairs.empty() && together + tokens > o.batch_tokens) score_all();
     pairs.push_back({e.ids, e.answer_ids, gather_facts(model, schedule, e.ids, needle_parts(e, needle_question_tokens(tokenizer, e)), e.answer_ids)});
-    r.answer_tokens += static_cast<int64_t>(e.answer_ids.size());
+    together += tokens;
+    r.answer_tokens += answer;
     r.prompt_tokens += static_cast<int64_t>(e.ids.size());
   }
-  const LikelihoodOptions options{.batch_tokens = o.batch_tokens, .seed = o.seed, .state = o.state};
-  for (const Likelihood& l : score_pairs(model, schedule, pairs, options, r.cost)) {
-    r.nll_sum -= l.log_p;
-    r.correct += l.greedy ? 1 : 0;
-    ++r.examples;
-  }
-  if (o.progress) o.progress(r.examples, r.accuracy());
+  score_all();
 }
 
 }  // namespace
@@ -81,9 +93,7 @@ NeedleResult evaluate_needle(const LanguageModel& model, const Tokenizer& tokeni
   NeedleResult r;
   const auto example = [&](int64_t i) { return task.example(o.length, o.depth, o.seed, o.first_index + static_cast<uint64_t>(i)); };
   if (o.length <= o.batch_tokens && !o.state.drop_rows) {
-    std::vector<NeedleExample> examples;
-    for (int64_t i = 0; i < o.examples; ++i) examples.push_back(example(i));
-    score_needles(model, tokenizer, examples, o, r);
+    score_needles(model, tokenizer, example, o, r);
     return r;
   }
   for (int64_t i = 0; i < o.examples; ++i) {
@@ -149,6 +159,7 @@ class NeedleEvalTask : public EvalTask {
 
   void validate() const override {
     if (kinds_.empty()) fail("needle: no kind of haystack");
+    if (lengths_.empty() || depths_.empty()) fail("needle: no {}, expected at least one", lengths_.empty() ? "lengths" : "depths");
     (void)state();
   }
 

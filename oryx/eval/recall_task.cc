@@ -24,6 +24,7 @@ class RecallTask : public EvalTask {
   }
 
   void validate() const override {
+    if (pairs_.empty() || lengths_.empty()) fail("recall: no {}, expected at least one", pairs_.empty() ? "pairs" : "lengths");
     StateOptions options;
     set_kv(options, kv_);
   }

@@ -212,7 +212,10 @@ TEST(Needle, PackedPromptsGiveTheSame) {
     NeedleEvaluation o{.schedule = schedule, .length = 300, .depth = 0.4, .examples = 4, .seed = 3};
     const NeedleResult one = evaluate_needle(*m, *tokenizer, task, o);
     o.batch_tokens = 700;  // two a pass
+    std::vector<int64_t> done;
+    o.progress = [&](int64_t examples, double) { done.push_back(examples); };
     const NeedleResult packed = evaluate_needle(*m, *tokenizer, task, o);
+    EXPECT_THAT(done, testing::ElementsAre(2, 4)) << "said as each pass ends";
     EXPECT_EQ(packed.examples, 4);
     EXPECT_EQ(packed.answer_tokens, one.answer_tokens);
     EXPECT_EQ(packed.prompt_tokens, one.prompt_tokens);
@@ -222,6 +225,20 @@ TEST(Needle, PackedPromptsGiveTheSame) {
     EXPECT_NEAR(packed.cost.flops_per_token / one.cost.flops_per_token, 1, 1e-9) << schedule;
     EXPECT_NEAR(packed.cost.state_bytes, one.cost.state_bytes, 1) << schedule;
   }
+}
+
+// What a random schedule draws for a prompt does not depend on how many stand in a pass with it.
+TEST(Needle, PassesDoNotChangeWhatAPromptDraws) {
+  const auto tokenizer = make_byte_tokenizer();
+  const auto m = make_random(recall_config(tokenizer->vocab_size()));
+  const NeedleTask task(*tokenizer, NeedleKind::noise);
+  NeedleEvaluation o{.schedule = "random(attention=0.5;chunk=32)", .length = 300, .depth = 0.4, .examples = 4, .seed = 3};
+  o.batch_tokens = 1500;  // all in a pass
+  const NeedleResult together = evaluate_needle(*m, *tokenizer, task, o);
+  o.batch_tokens = 700;
+  const NeedleResult in_twos = evaluate_needle(*m, *tokenizer, task, o);
+  EXPECT_EQ(in_twos.cost.attention_share, together.cost.attention_share);
+  EXPECT_NEAR(in_twos.nll_sum / together.nll_sum, 1, 1e-5);
 }
 
 // Over states that bound keys and values too: each sequence has its own window and its own choice of rows.
