@@ -67,6 +67,17 @@ TEST(Program, ThreadsMustBeAPositiveNumber) {
 }
 
 // A command that leaves nothing by halves ends at once, here in the middle of reading its input.
+// Only of what it is told to: a value that is missing is no missing command.
+TEST(Program, HelpInOtherWords) {
+  EXPECT_EQ(run({"help"}).out, run({"--help"}).out);
+  EXPECT_EQ(run({"help", "tokenizer", "train"}).out, run({"tokenizer", "train", "--help"}).out);
+  const auto value = run({"--threads"}), key = run({"train", "--steps", "5"});
+  expect_one_line_error(value);
+  EXPECT_THAT(value.err, HasSubstr("--threads: 1 required"));
+  expect_one_line_error(key);
+  EXPECT_THAT(key.err, HasSubstr("unknown option '--steps' of oryx train; a key is written without dashes, steps=VALUE; see oryx train --help"));
+}
+
 TEST(Program, CtrlCIsOneLine) {
   const auto r = run_command({"bash", "-c",
                               "d=$(mktemp -d); mkfifo $d/pipe; \"$0\" tokenizer encode byte < $d/pipe & exec 3> $d/pipe; rm -r $d; "
@@ -80,6 +91,14 @@ TEST(Program, FullDiskIsAnError) {
   const auto r = run({"--help"}, {.stdout_path = "/dev/full"});
   expect_one_line_error(r);
   EXPECT_THAT(r.err, HasSubstr("standard output: cannot write: No space left on device"));
+}
+
+// Also where the disk is full in the middle of the output, and the buffer's rest meets it again at the end.
+TEST(Program, FullDiskIsOneErrorInTheMiddleToo) {
+  const auto r = run({"inspect", "1.4b", "--json", "--context", "1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24"}, {.stdout_path = "/dev/full"});
+  expect_one_line_error(r);
+  const auto streamed = run({"selftest", "--quick", "--only", "rope"}, {.stdout_path = "/dev/full"});
+  expect_one_line_error(streamed);
 }
 
 TEST(Program, ClosedPipeEndsQuietly) {

@@ -141,6 +141,12 @@ TEST_F(DataCommands, ARunWantsAFolderOfItsOwn) {
   expect_error({"train", "data=" + path("set"), "out=" + path("set")}, "set: is a data set; choose another folder for the run");
   expect_error({"train", "data=" + path("set"), "out=" + path("run"), "seq_len=100000000"}, "of memory are free");
   EXPECT_FALSE(std::filesystem::exists(folder_ / "run"));
+  write_file(folder_ / "file", "text");
+  expect_error({"train", "data=" + path("set"), "out=" + path("file")}, "file: is a file, expected a folder");
+  expect_error({"train", "--resume", path("set")}, "set: holds no training run");
+  make_folders(folder_ / "old");
+  write_file(folder_ / "old/config.json", "{}");
+  expect_error({"train", "--resume", path("old"), "out=elsewhere"}, "goes on in that folder: leave out=elsewhere out");
 }
 
 }  // namespace

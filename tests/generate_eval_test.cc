@@ -340,6 +340,8 @@ TEST_F(GenerateEval, EvalBadInput) {
   expect_error(eval("needle", {"--kind", "essay_nunber"}), "Did you mean 'essay_number'?");
   expect_error(eval("needle", {"--kind", "essay_word"}), "needs --hay");
   expect_error(eval("needle", {"--lengths", "20"}), "too short");
+  expect_error(eval("needle", {"--lengths", ""}), "needle: no lengths, expected at least one");
+  expect_error(eval("recall", {"--pairs", "[]"}), "recall: no pairs, expected at least one");
   expect_error(eval("needle", {"--kv", "bounded:4"}), "expected keep, drop or bounded:F+W");
   expect_error(eval("needle", {"--schedule", "part(attention=answer)", "--examples", "1"}), "known: needle, question");
   expect_error(eval("perplexity", {"--data", text().string(), "--schedule", "part(attention=question)"}), "not known here; known: none");

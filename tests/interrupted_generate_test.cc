@@ -72,7 +72,7 @@ TEST_F(InterruptedGenerate, AHalfReadPromptIsNotSaved) {
 TEST_F(InterruptedGenerate, ASecondCtrlCEndsAtOnce) {
   write_file(path("session"), "of before");
   const auto words = command({"--prompt", "a", "--max-new-tokens", "100000", "--save-session", path("session")});
-  std::vector<std::string> all = {"python3", "-c", R"(
+  std::vector<std::string> all = {"python3", "-c", R"py(
 import fcntl, os, re, signal, subprocess, sys, time
 r, w = os.pipe()
 fcntl.fcntl(w, 1031, 4096)  # F_SETPIPE_SZ
@@ -87,7 +87,7 @@ while int(re.search(r"SigCgt:\s*(\w+)", open(f"/proc/{p.pid}/status").read())[1]
 print(p.poll())
 p.send_signal(signal.SIGINT)
 print(p.wait() == -signal.SIGINT)
-)", program_path()};
+)py", program_path()};
   all.insert(all.end(), words.begin(), words.end());
   const auto r = run_command(all);
   EXPECT_EQ(r.out, "None\nTrue\n") << r.err;

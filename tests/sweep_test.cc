@@ -57,6 +57,9 @@ TEST(SweepProgram, MakesTablesAndPictures) {
   expect_sweep_error(sweep("needles", {"--set", "kv"}), "unknown task 'needles'");
   expect_sweep_error(sweep("needle", {"--option", "length=3"}), "length");
   expect_sweep_error(sweep("needle", {"--setting", "rows=4"}), "of which 8 are the window's");
+  const auto second = run({"sweep", "needle", models[0], (folder.path() / "none").string(), "--tokenizer", "byte", "--out", (folder.path() / "late").string()});
+  expect_sweep_error(second, "none: is no folder");
+  EXPECT_FALSE(std::filesystem::exists(folder.path() / "late")) << "refused before the first model is run";
   expect_sweep_error(run({"sweep"}), "wants a task and a model's folder");
   const auto keys = run({"sweep", "--keys"});
   EXPECT_EQ(keys.exit_code, 0);

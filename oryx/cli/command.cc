@@ -97,8 +97,10 @@ std::string about_unknown(const CLI::App& app, const std::string& argument) {
   if (argument.starts_with("-") && argument.size() > 1) {
     const std::string name = argument.substr(0, argument.find('='));
     const std::string hint = did_you_mean(name, option_names(app));
+    // Such a command has keys beside its options: `oryx train steps=5`.
+    const bool keys = hint.empty() && app.get_option_no_throw("overrides") != nullptr;
     return fmt::format("unknown option '{}' of {}{}", name, full_name(app),
-                       hint.empty() ? fmt::format("; see {} --help", full_name(app)) : hint);
+                       !hint.empty() ? hint : fmt::format("; {}see {} --help", keys ? fmt::format("a key is written without dashes, {}=VALUE; ", name.substr(name.find_first_not_of('-'))) : "", full_name(app)));
   }
   const std::vector<std::string> names = command_names(app);
   if (names.empty()) return fmt::format("unexpected argument '{}'; see {} --help", argument, full_name(app));
@@ -121,7 +123,7 @@ std::string first_line(std::string_view text) { return std::string(text.substr(0
   const std::vector<std::string> unknown = app.remaining(true);
   if (!unknown.empty()) throw Error(about_unknown(inner, unknown.front()));
   const std::vector<std::string> names = command_names(inner);
-  if (!names.empty()) {
+  if (!names.empty() && dynamic_cast<const CLI::RequiredError*>(&e) != nullptr) {
     fail("{} is given no command; expected one of: {}; see {} --help", full_name(inner), fmt::join(names, ", "),
          full_name(inner));
   }
@@ -149,6 +151,10 @@ void parse_and_run(std::vector<std::string> arguments) {
     CLI::App* command = app.add_subcommand(c.name, c.summary);
     c.setup(*command);
     name_common_options(*command);
+  }
+  if (!arguments.empty() && arguments.front() == "help") {  // as `git help` and others have it
+    arguments.erase(arguments.begin());
+    arguments.emplace_back("--help");
   }
   std::reverse(arguments.begin(), arguments.end());  // CLI11 takes them from the back
   try {
@@ -221,14 +227,17 @@ int guarded(F&& f) {
 
 int run_program(std::vector<std::string> arguments) {
   const int code = guarded([&] { parse_and_run(std::move(arguments)); });
-  // What is still in the buffer may meet a full disk or a closed pipe; a result that was not written is no success.
   if (code == kOutputClosed) return code;
-  const int flushed = guarded([] {
+  if (code != 0) {  // said already, in one line
+    std::fflush(stdout);
+    return code;
+  }
+  // What is still in the buffer may meet a full disk or a closed pipe; a result that was not written is no success.
+  return guarded([] {
     const bool failed_before = std::ferror(stdout) != 0;
     flush();
     if (failed_before) fail("standard output: an earlier write failed");
   });
-  return code != 0 ? code : flushed;
 }
 
 }  // namespace oryx::cli

@@ -33,14 +33,21 @@ void ModelArguments::add_to(CLI::App& app) {
   app.add_option("--device", device, "where the model runs: cpu, cuda or cuda:N")->capture_default_str();
 }
 
+void check_model_folder(const fs::path& path) {
+  const fs::path folder = model_folder(path);
+  std::error_code ignored;
+  if (!fs::is_directory(folder, ignored)) fail("{}: is no folder, expected one with config.json and model.safetensors", folder.string());
+  if (!fs::exists(folder / "config.json", ignored)) {
+    fail("{}: holds no config.json; expected a model's folder, or a training run with a folder 'model'", folder.string());
+  }
+}
+
 LoadedModel load(const ModelArguments& a) {
   LoadedModel out;
   const at::Device device = parse_device(a.device);
   const fs::path folder = model_folder(a.folder);
   out.name = folder.string();
-  if (std::error_code ignored; fs::is_directory(folder, ignored) && !fs::exists(folder / "config.json", ignored)) {
-    fail("{}: holds no config.json; expected a model's folder, or a training run with a folder 'model'", out.name);
-  }
+  check_model_folder(folder);
   const fs::path tokenizer = a.tokenizer.empty() ? tokenizer_folder(folder, a.folder) : fs::path(a.tokenizer);
   if (!tokenizer.empty()) out.tokenizer = load_tokenizer(tokenizer);
   out.model = load_model(folder, a.precision == "bfloat16" ? at::kBFloat16 : at::kFloat);

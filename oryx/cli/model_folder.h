@@ -30,6 +30,9 @@ struct LoadedModel {
 // The folder of the model itself: RUN/model for a training run, else `path`.
 std::filesystem::path model_folder(const std::filesystem::path& path);
 
+// Throws Error where load() would find no model, for commands that come to it late.
+void check_model_folder(const std::filesystem::path& path);
+
 // Throws Error for a damaged folder, and when tokeniser and model do not fit together.
 LoadedModel load(const ModelArguments& arguments);
 

@@ -30,6 +30,7 @@ void sweep(const SweepArguments& a) {
     const auto more = sweep_points(set, o);
     points.insert(points.end(), more.begin(), more.end());
   }
+  for (const auto& folder : a.models) check_model_folder(folder);  // before the first is run, not after it
   catch_interrupts();
   make_folders(a.out);
   std::string command = fmt::format("oryx sweep {} {} --set {}", a.task, fmt::join(a.models, " "), fmt::join(a.sets, ","));

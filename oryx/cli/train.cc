@@ -21,6 +21,10 @@ struct TrainArguments {
 TrainOptions resolve_options(const TrainArguments& a) {
   if (!a.resume.empty()) {
     if (!a.config.empty()) fail("--resume takes the run's own config: leave --config out");
+    if (!RunFolder(a.resume).exists()) fail("{}: holds no training run (no config.json); expected the folder that a run was given as out=DIR", a.resume);
+    for (const auto& v : a.overrides) {
+      if (v.starts_with("out=")) fail("--resume {} goes on in that folder: leave {} out, or copy the folder and resume the copy", a.resume, v);
+    }
     TrainOptions o = load_train_options(std::filesystem::path(a.resume) / "config.json", a.overrides);
     o.out = a.resume;  // the folder may have been moved since
     return o;
@@ -71,8 +75,8 @@ void train_text(const TrainArguments& a) {
 ORYX_COMMAND(train, "train a model on a data set", [](CLI::App& app) {
   auto a = std::make_shared<TrainArguments>();
   app.add_option("overrides", a->overrides, "key=value: any key of the config file, e.g. data=DIR out=DIR preset=tiny steps=2000");
-  app.add_option("--config", a->config, "JSON file with the options");
-  app.add_option("--resume", a->resume, "RUN folder to go on with, under its own config");
+  app.add_option("--config", a->config, "JSON file with the options")->type_name("FILE");
+  app.add_option("--resume", a->resume, "folder of a run to go on with, under its own config")->type_name("RUN");
   app.add_option_function<std::string>(
       "--device", [a](const std::string& v) { a->overrides.push_back("device=" + v); }, "the same as device=NAME: cpu, cuda or cuda:N");
   app.add_flag("--keys", a->keys, "print all options as a table");

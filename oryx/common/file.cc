@@ -297,6 +297,7 @@ void sync_folder(const fs::path& folder) {
 void make_folders(const fs::path& folder) {
   std::error_code error;
   if (folder.empty() || fs::is_directory(folder, error)) return;
+  if (fs::exists(folder, error)) fail("{}: is a file, expected a folder, or a name that is free", folder.string());
   if (!folder.has_filename()) return make_folders(folder.parent_path());  // "runs/a/"
   make_folders(folder.parent_path());
   if (file_operations.make_folder(folder.c_str(), 0777) != 0 && (errno != EEXIST || !fs::is_directory(folder, error))) {

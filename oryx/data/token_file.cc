@@ -54,9 +54,11 @@ void TokenFile::check_header() {
   if (zstd ? h.block_tokens == 0 || h.block_tokens > kLargestBlock : h.block_tokens != 0) {
     fail("{}: impossible block size {}", path_, h.block_tokens);
   }
-  if (h.tokens >= kLargestCount || h.documents > h.tokens || h.payload_bytes > bytes.size()) {
-    fail("{}: impossible counts ({} tokens, {} documents, {} bytes in a file of {})", path_, h.tokens, h.documents,
-         h.payload_bytes, bytes.size());
+  if (h.tokens >= kLargestCount || h.documents > h.tokens) {
+    fail("{}: impossible counts ({} tokens, {} documents)", path_, h.tokens, h.documents);
+  }
+  if (h.payload_bytes > bytes.size()) {
+    fail("{}: {} bytes, but its header speaks of {} of tokens alone; is it truncated?", path_, bytes.size(), h.payload_bytes);
   }
   if (!zstd && h.payload_bytes != h.tokens * h.token_bytes) {
     fail("{}: {} bytes for {} tokens of {}", path_, h.payload_bytes, h.tokens, h.token_bytes);

@@ -176,7 +176,7 @@ TEST_P(BadTokenFile, EveryDamageHasItsMessage) {
        },
        true},
       {"documents", "impossible counts", [&](auto& b) { set(b, offsetof(TokenHeader, documents), huge); }, true},
-      {"payload", "impossible counts", [&](auto& b) { set(b, offsetof(TokenHeader, payload_bytes), huge); }, true},
+      {"payload", "of tokens alone; is it truncated?", [&](auto& b) { set(b, offsetof(TokenHeader, payload_bytes), huge); }, true},
       {"fewer documents", "something was appended",
        [](auto& b) { set<uint64_t>(b, offsetof(TokenHeader, documents), 2); }, true},
       {"unsorted", "document 0 ends before it begins", [&](auto& b) { set<uint64_t>(b, tables + 8, 0); }, true},

@@ -83,7 +83,10 @@ class Run {
       const bool saves = last || summary_.interrupted || step_ % options_.save_every == 0;
       if (!due && !saves) continue;
       stop_clock(bar);
-      if (due) validate_safely(last);
+      if (due) {
+        bar.update(step_, "validating");
+        validate_safely(last);
+      }
       if (saves || summary_.interrupted) save();
       begin_ = now();
     }
