@@ -3,7 +3,7 @@
 //   o_t = sum_{s <= t} softmax_s(rope(q_t) . rope(k_s) / sqrt(K)) v_s          sliding_window: s > t - window
 //
 // RoPE works on a view of k: the linear mixers and the cache see it unrotated. One new token a sequence rotates the
-// cached keys as it reads them; a longer piece rotates a copy.
+// cached keys as it reads them, on the CPU in the pages where they stand; a longer piece rotates a copy.
 #include <ATen/ATen.h>
 
 #include <array>
@@ -41,6 +41,7 @@ class Attention : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
+    if (in.cache != nullptr && in.cache->blocks.defined()) return over_pages(in);
     // Keys that pass through a norm first are normalised and rotated in a copy.
     if (in.cache != nullptr && in.cache->window == 0 && in.q.size(1) == 1 && !in.sequences.cu_seqlens &&
         !k_norm_.defined())
@@ -62,13 +63,16 @@ class Attention : public Mixer {
   virtual int64_t window() const { return 0; }
 
  private:
+  // x [B, T, heads, K]
+  at::Tensor normalised(const at::Tensor& x, const at::Tensor& norm_weight) const {
+    if (!norm_weight.defined()) return x;
+    const bool together = config_.qk_norm_over == "all_heads";
+    return ops::rms_norm(together ? x.flatten(2) : x, norm_weight, config_.norm_eps, config_.zero_centred_norm)
+        .reshape(x.sizes());
+  }
+
   at::Tensor rotate(const at::Tensor& x, const at::Tensor& norm_weight, const at::Tensor& positions) const {
-    at::Tensor y = x;  // [B, T, heads, K]
-    if (norm_weight.defined()) {
-      const bool together = config_.qk_norm_over == "all_heads";
-      y = ops::rms_norm(together ? x.flatten(2) : x, norm_weight, config_.norm_eps, config_.zero_centred_norm)
-              .reshape(x.sizes());
-    }
+    const at::Tensor y = normalised(x, norm_weight);
     return config_.rope_theta > 0 ? ops::rope(y, positions, config_.rope_theta, config_.rotary_dim) : y;
   }
 
@@ -77,17 +81,40 @@ class Attention : public Mixer {
     return std::nullopt;
   }
 
+  // Which sequences want their output: all, or those of the spans.
+  static std::optional<at::Tensor> wanted_rows(const MixerInput& in) {
+    if (!in.spans) return std::nullopt;
+    const at::Tensor rows = in.spans->select(1, 0).to(at::kLong);
+    return at::zeros({in.q.size(0)}, at::device(in.q.device()).dtype(at::kBool)).index_fill_(0, rows, true);
+  }
+
+  ops::DecodeRope decode_rope() const { return {config_.rope_theta > 0 ? config_.rope_theta : 0, config_.rotary_dim}; }
+
   at::Tensor one_token(const MixerInput& in) const {
     const auto& cache = *in.cache;
-    std::optional<at::Tensor> wanted;
-    if (in.spans) {
-      const at::Tensor rows = in.spans->select(1, 0).to(at::kLong);
-      wanted = at::zeros({in.q.size(0)}, at::device(in.q.device()).dtype(at::kBool)).index_fill_(0, rows, true);
-    }
-    const ops::DecodeRope rope{config_.rope_theta > 0 ? config_.rope_theta : 0, config_.rotary_dim};
-    return ops::decode_attention(in.q.squeeze(1), cache.keys, cache.values, cache.lengths.to(in.q.device()), {}, wanted,
-                                 rope, window(), scale())
+    return ops::decode_attention(in.q.squeeze(1), cache.keys, cache.values, cache.lengths.to(in.q.device()), {},
+                                 wanted_rows(in), decode_rope(), window(), scale())
         .unsqueeze(1);
+  }
+
+  at::Tensor over_pages(const MixerInput& in) const {
+    const auto& cache = *in.cache;
+    ops::PagedDecode a{.q = normalised(in.q, q_norm_).squeeze(1),
+                       .keys = cache.key_pools,
+                       .values = cache.value_pools,
+                       .lengths = cache.lengths,
+                       .blocks = cache.blocks,
+                       .wanted = wanted_rows(in),
+                       .rope = decode_rope(),
+                       .window = cache.window,
+                       .first = cache.window > 0 ? cache.first : 0,
+                       .reach = window(),
+                       .scale = scale()};
+    if (k_norm_.defined()) {
+      a.k_norm = config_.zero_centred_norm ? k_norm_ + 1 : k_norm_;
+      a.norm_eps = config_.norm_eps;
+    }
+    return ops::paged_decode_attention(a).unsqueeze(1);
   }
 
   at::Tensor over_cache(const at::Tensor& q, const MixerInput& in) const {

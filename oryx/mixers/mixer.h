@@ -25,7 +25,7 @@ struct Sequences {
   at::Tensor positions;                  // [B, T] int32: index within the document, past tokens counted
 };
 
-// Keys and values of all tokens so far, for mixers that look back.
+// Keys and values of all tokens so far, for mixers that look back: side by side, or, of one token a sequence on the CPU, in the pages where they stand.
 struct KeyValueCache {
   at::Tensor keys, values;  // [N, capacity, Hk, K or V]; keys before RoPE
   at::Tensor lengths;       // [N] int32 on the CPU: rows of them, those of this call's tokens last
@@ -38,6 +38,12 @@ struct KeyValueCache {
   // Rows between, that are kept by choice (KeptRows): query t sees token kept_positions when kept_from <= t < kept_until. Undefined where none are.
   at::Tensor kept_keys = {}, kept_values = {};                            // [N, kept, Hk, K or V]; finite
   at::Tensor kept_positions = {}, kept_from = {}, kept_until = {};        // [N, kept] int32 on the CPU
+  // Pages of several pools (State::pages). Defined: of what stands above only lengths (all tokens), `window` and `first` count.
+  at::Tensor blocks = {};
+  std::vector<at::Tensor> key_pools = {}, value_pools = {};
+  int64_t first = 0;
+
+  bool made() const { return keys.defined() || blocks.defined(); }
 };
 
 struct MixerInput {

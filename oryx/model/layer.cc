@@ -269,7 +269,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
   for (size_t m = 0; m < mixers_.size(); ++m) {
     const size_t i = config_.share_kv ? 0 : m;
     const bool looks = kvs[i].cached && mixers_[m]->keeps_tokens() && (kept || combines_all() || routing.tokens(names_, m, u.device()).count > 0);
-    if (looks && !kvs[i].cache.keys.defined()) kvs[i].cache = past_and_present(groups_[i], kvs[i].k, kvs[i].v, pass);
+    if (looks && !kvs[i].cache.made()) kvs[i].cache = past_and_present(groups_[i], kvs[i].k, kvs[i].v, pass);
   }
   if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_, u.device()), pass);
   std::vector<at::Tensor> outputs;  // [B, T, output heads, V] each

@@ -31,6 +31,7 @@ struct ForwardPass {
   State* state = nullptr;
   bool refill = false;  // the state holds these tokens' rows already
   std::optional<RowPlaces> places;  // made by the first layer that wants them
+  std::optional<RowStore::Pages> pages;  // likewise
   // Called with each linear mixer's Mixer::surprise() when set; the pass must have no state.
   std::function<void(const at::Tensor&)> surprise;
   // Called with ("mixer_out" or "hidden", layer, tensor [B, T, D]) when set: for tests and probes.
@@ -85,6 +86,7 @@ class MultiMixerLayer {
   bool combines_all() const { return config_.combine == "mean"; }
   const KeyValueGroup& group_of(size_t mixer) const { return groups_[config_.share_kv ? 0 : mixer]; }
   KeyValueCache past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, ForwardPass& pass) const;
+  KeyValueCache in_pages(const KeyValueGroup& group, ForwardPass& pass) const;
   KeyValueCache bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts, ForwardPass& pass) const;
   void add_kept(const KeyValueGroup& group, const std::vector<int64_t>& begins, const ForwardPass& pass, KeyValueCache& cache) const;
   bool choose_rows(const Projections& u, const std::vector<KeyValues>& kvs, ForwardPass& pass) const;

@@ -32,12 +32,26 @@ RowPlaces row_places(const std::vector<int64_t>& begins, const std::vector<int64
 
 KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, ForwardPass& pass) const {
   const State& state = *pass.state;
+  // Texts that are written side by side each have rows in places of their own: they are read there.
+  if (k.device().is_cpu() && k.size(1) == 1 && pass.cu_seqlens.empty() && !state.kept().on()) return in_pages(group, pass);
   const std::vector<int64_t> counts = new_tokens(pass, k.size(1));
   int64_t longest = 0;
   for (size_t n = 0; n < counts.size(); ++n) longest = std::max(longest, state.lengths()[n] + counts[n]);
   if (state.bounded(longest)) return bounded(group, k, v, counts, pass);
   return {state.rows(index_, group.prefix + "keys", longest), state.rows(index_, group.prefix + "values", longest),
           state.lengths_tensor() + at::tensor(counts, at::kLong).to(at::kInt)};
+}
+
+KeyValueCache MultiMixerLayer::in_pages(const KeyValueGroup& group, ForwardPass& pass) const {
+  const State& state = *pass.state;
+  if (!pass.pages) pass.pages = state.pages();
+  KeyValueCache cache;
+  cache.lengths = state.lengths_tensor() + 1;
+  cache.window = state.options().bound.window, cache.first = state.options().bound.first;
+  cache.blocks = pass.pages->blocks;
+  cache.key_pools = state.pools(index_, group.prefix + "keys", *pass.pages);
+  cache.value_pools = state.pools(index_, group.prefix + "values", *pass.pages);
+  return cache;
 }
 
 // The last window - 1 rows of the past and those of this call, and the first rows.

@@ -3,8 +3,8 @@
 //
 // One thread runs the model (step() or run()); submit(), cancel() and stats() may be called from any. A step admits
 // what fits, reads one piece of one prompt (in turns), and writes one token of every request whose prompt is read, so
-// that a running text never waits for more than one piece. Texts are written side by side, in one pass for those of a
-// kind (looking back at keys and values, or not).
+// that a running text never waits for more than one piece. Texts are written side by side in one pass, whatever their
+// modes (where keys and values are gathered, on a GPU, in one for those that look back and one for the others).
 //
 // The tokens of a request do not depend on what else runs, ran before or is kept: docs/serving.md says where that holds
 // to the last bit.

@@ -101,8 +101,12 @@ struct Engine::Impl {
     return fixed + page_bytes * (pages(tokens) - reused / options.state.page_tokens);
   }
   int64_t left() const { return options.state.budget - root.budget().used(); }
-  // Drops kept prefixes, the least recently used first, until so many bytes are free.
+  // Until so many bytes are free: gives back what texts that have ended left in their batches, then drops kept prefixes,
+  // the least recently used first.
   bool make_room(int64_t bytes, const PrefixTree::Node* spared = nullptr) {
+    for (Batch& batch : batches) {
+      if (left() < bytes) batch.state.give_back_room();
+    }
     while (left() < bytes) {
       if (!prefixes.drop_one(spared)) return false;
     }
@@ -134,9 +138,16 @@ struct Engine::Impl {
 
   // Draws the next token from logits [V] on the CPU, and says whether the request goes on.
   void take_token(Run& run, const at::Tensor& all);
-  // Which requests are written side by side: those that look back apart from those that do not, in the order of their
-  // admission.
+  bool writes(const Run& run) const { return !run.over && run.next >= 0; }
+  // Whether keys and values are read where they stand, so that it does not matter who looks back and how far.
+  bool reads_in_place() const { return model.device().is_cpu(); }
+  int64_t most_in_a_batch() const;
+  // Which requests are written side by side. Each stays where it stood, as far as that is possible: what joins and what
+  // fills the places of those that have left is all that is copied.
   std::vector<std::vector<Run*>> grouped() const;
+  // The same where keys and values are gathered: those that look back apart from those that do not, in the order of their
+  // admission.
+  std::vector<std::vector<Run*>> grouped_apart() const;
   void form_batches();
   void write_one(Batch& batch);
   // Each row by its own schedule.

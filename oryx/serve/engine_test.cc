@@ -123,7 +123,7 @@ TEST(ServeEngine, SideBySideIsBitForBitAlone) {
       for (const int32_t mode : modes) rows.emplace_back(static_cast<size_t>(T), mode);
       return test::run(*m, at::tensor(ids, at::kLong).view({N, T}), test::routing(c.config, rows, 0, T), &state);
     };
-    constexpr size_t N = 5;
+    constexpr size_t N = 6;  // the last one joins later
     std::vector<State> alone, parts;
     std::vector<int32_t> modes;
     for (size_t n = 0; n < N; ++n) {
@@ -137,11 +137,25 @@ TEST(ServeEngine, SideBySideIsBitForBitAlone) {
       parts.push_back(std::move(state));
     }
     std::vector<State::SequencePlace> places;
-    for (size_t n = 0; n < N; ++n) places.emplace_back(n, 0);
+    std::vector<size_t> order;
+    for (size_t n = 0; n + 1 < N; ++n) places.emplace_back(n, 0), order.push_back(n);
+    State late = std::move(parts.back());
+    parts.pop_back();
     std::vector<State> groups = State::regroup(std::move(parts), {places});
-    std::vector<size_t> order(N);
-    for (size_t n = 0; n < N; ++n) order[n] = n;
-    for (int step = 0; step < 6; ++step) {
+    const auto regroup = [&](std::vector<State::SequencePlace> to, int64_t spare) {
+      std::vector<size_t> before = order;
+      order.clear();
+      for (const auto& [source, n] : to) order.push_back(source == 0 ? before[static_cast<size_t>(n)] : N - 1);
+      std::vector<State> sources;
+      sources.push_back(std::move(groups[0]));
+      if (std::any_of(to.begin(), to.end(), [](const auto& p) { return p.first == 1; }))
+        sources.push_back(std::move(late));
+      const int64_t used = root.budget().used();
+      groups = State::regroup(std::move(sources), {std::move(to)});
+      EXPECT_EQ(groups[0].spare_sequences(), spare);
+      EXPECT_LE(root.budget().used(), used);
+    };
+    for (int step = 0; step < 9; ++step) {
       std::vector<int64_t> ids;
       std::vector<int32_t> now;
       for (const size_t n : order) {
@@ -155,9 +169,15 @@ TEST(ServeEngine, SideBySideIsBitForBitAlone) {
             << "step " << step << ", sequence " << order[j] << ": "
             << (together[static_cast<int64_t>(j)] - one[0]).abs().max();
       }
-      if (step == 2) {  // the second leaves, the others change places
-        groups = State::regroup(std::move(groups), {{{0, 4}, {0, 0}, {0, 3}, {0, 2}}});
-        order = {order[4], order[0], order[3], order[2]};
+      if (step == 2) regroup({{0, 4}, {0, 0}, {0, 3}, {0, 2}}, 0);  // one leaves, the others change places
+      if (step == 3) regroup({{0, 0}, {0, 3}, {0, 2}}, 1);          // the last one fills a hole
+      if (step == 4) regroup({{0, 0}, {0, 1}, {0, 2}, {1, 0}}, 0);  // one joins where there is room
+      if (step == 5) regroup({{0, 0}, {0, 1}}, 2);
+      if (step == 6) {
+        const int64_t used = root.budget().used();
+        groups[0].give_back_room();
+        EXPECT_EQ(groups[0].spare_sequences(), 0);
+        EXPECT_EQ(root.budget().used() < used, groups[0].bytes().recurrent + groups[0].bytes().tails > 0);
       }
     }
   }
@@ -353,6 +373,24 @@ TEST(ServeEngine, ARunningTextWaitsForOnePieceAtMost) {
   EXPECT_TRUE(short_text.ended.has_value());
   run_all(engine);
   EXPECT_EQ(long_text.ended->outcome, Outcome::kLength);
+}
+
+// Whoever looks back, one pass writes a token of each.
+TEST(ServeEngine, TextsInAllModesAreWrittenInOnePass) {
+  const auto m = oryx_model();
+  CounterRng rng(15);
+  Engine engine(*m, {.max_running = 4, .piece = 8, .keep_every = 0, .state_budget = 1 << 24});
+  std::vector<Text> texts(4);
+  std::vector<Request> requests;
+  for (const char* schedule : {"linear", "attention", "linear,attention@gen", "random(attention=0.5;chunk=2)"}) {
+    Text& text = texts[requests.size()];
+    requests.push_back(request_of(*m, random_prompt(rng, 61, 8), schedule, 10, text));
+    engine.submit(requests.back());
+  }
+  run_all(engine);
+  for (size_t i = 0; i < texts.size(); ++i) EXPECT_EQ(texts[i].ids, alone(*m, requests[i], 8)) << i;
+  EXPECT_EQ(engine.stats().decode_rows, 4 * 9);
+  EXPECT_EQ(engine.stats().decode_passes, 9 + 3);  // one prompt a round was read first
 }
 
 TEST(ServeEngine, EndsByEosAndByTheCallback) {

@@ -10,8 +10,8 @@ namespace oryx::serve {
 
 namespace {
 
-// Keys and values of all sequences that look back in one pass are brought side by side, padded to the longest: at most
-// so many rows, unless one has more by itself.
+// Where keys and values of all sequences that look back in one pass are gathered side by side, padded to the longest: at
+// most so many rows, unless one has more by itself.
 constexpr int64_t kRowsSideBySide = 1 << 16;
 
 }  // namespace
@@ -57,15 +57,55 @@ void Engine::Impl::take_token(Run& run, const at::Tensor& all) {
   if (run.ended.new_tokens == r.max_tokens) end(run, Outcome::kLength);
 }
 
+int64_t Engine::Impl::most_in_a_batch() const {
+  return model.device().is_cpu() && model.compute_dtype() == at::kFloat ? ops::kFewRows : options.max_running;
+}
+
 std::vector<std::vector<Engine::Run*>> Engine::Impl::grouped() const {
-  const int64_t most =
-      model.device().is_cpu() && model.compute_dtype() == at::kFloat ? ops::kFewRows : options.max_running;
+  if (!reads_in_place()) return grouped_apart();
+  const auto most = static_cast<size_t>(most_in_a_batch());
+  std::deque<Run*> joining;
+  for (const auto& run : running) {
+    if (writes(*run)) joining.push_back(run.get());
+  }
+  const size_t needed = (joining.size() + most - 1) / most;
+  std::vector<std::vector<Run*>> groups;
+  for (const Batch& batch : batches) {
+    if (groups.size() == needed) break;
+    groups.emplace_back();
+    for (Run* run : batch.runs) groups.back().push_back(writes(*run) ? run : nullptr);
+    for (Run* run : groups.back()) std::erase(joining, run);
+  }
+  groups.resize(needed);
+  const auto join = [&](Run*& place) {
+    place = joining.front();
+    joining.pop_front();
+  };
+  for (auto& group : groups) {
+    for (Run*& place : group) {
+      if (place == nullptr && !joining.empty()) join(place);
+    }
+  }
+  for (auto& group : groups) {
+    while (group.size() < most && !joining.empty()) join(group.emplace_back());
+    // The last ones fill what is still empty.
+    for (size_t j = 0; j < group.size(); ++j) {
+      while (!group.empty() && group.back() == nullptr) group.pop_back();
+      if (j < group.size() && group[j] == nullptr) group[j] = group.back(), group.pop_back();
+    }
+  }
+  std::erase_if(groups, [](const auto& group) { return group.empty(); });
+  return groups;
+}
+
+std::vector<std::vector<Engine::Run*>> Engine::Impl::grouped_apart() const {
+  const int64_t most = most_in_a_batch();
   std::vector<std::vector<Run*>> groups;
   for (const bool back : {false, true}) {
     int64_t longest = 0;
     bool open = false;
     for (const auto& run : running) {
-      if (run->over || run->next < 0 || looks_back(model, run->route(run->length, 1)) != back) continue;
+      if (!writes(*run) || looks_back(model, run->route(run->length, 1)) != back) continue;
       longest = std::max(longest, run->length);
       open = open && static_cast<int64_t>(groups.back().size()) < most;
       open = open && (!back || longest * static_cast<int64_t>(groups.back().size() + 1) <= kRowsSideBySide);
@@ -93,7 +133,7 @@ void Engine::Impl::form_batches() {
   }
   batches.clear();
   for (const auto& run : running) {
-    if (run->over || run->next < 0 || !run->state) continue;
+    if (!writes(*run) || !run->state) continue;
     places[run.get()] = {sources.size(), 0};
     sources.push_back(std::move(*run->state));
     run->state.reset();
@@ -183,6 +223,7 @@ void Engine::Impl::leave() {
   stats.prefixes = prefixes.states();
   stats.prefix_bytes = prefixes.states() * fixed;
   stats.recurrent_bytes = stats.running * fixed;
+  for (const Batch& batch : batches) stats.recurrent_bytes += batch.state.spare_sequences() * fixed;
   stats.row_bytes = root.budget().used() - fixed - stats.prefix_bytes - stats.recurrent_bytes;
 }
 

@@ -50,6 +50,7 @@ std::shared_ptr<RowStore::Block> RowStore::make_block(int64_t pages) const {
     std::vector<int64_t> shape = {pages * page_tokens_};
     shape.insert(shape.end(), spec.shape.begin(), spec.shape.end());
     block->data.push_back(at::empty(shape, at::device(device_).dtype(spec.dtype)));
+    block->paged.push_back(block->data.back().unflatten(0, {pages, page_tokens_}));
   }
   return block;
 }
@@ -211,6 +212,35 @@ at::Tensor RowStore::read(int64_t slot, const std::vector<int64_t>& begins, cons
       at += count;
     });
   }
+  return out;
+}
+
+RowStore::Pages RowStore::pages() const {
+  Pages all;
+  std::map<const Block*, int32_t> first;  // number of its first page
+  int32_t numbers = 0;
+  int64_t most = 0;
+  for (const Sequence& s : sequences_) most = std::max(most, s.pages.empty() ? 0 : s.pages.back().index + 1);
+  all.blocks = at::full({static_cast<int64_t>(sequences_.size()), most}, -1, at::kInt);
+  int32_t* row = all.blocks.mutable_data_ptr<int32_t>();
+  for (const Sequence& s : sequences_) {
+    for (const auto& [index, page] : s.pages) {
+      const Block* block = page->block.get();
+      const auto [at, fresh] = first.emplace(block, numbers);
+      if (fresh) {
+        all.pools.push_back(block);
+        numbers += static_cast<int32_t>(block->pages);
+      }
+      row[index] = at->second + static_cast<int32_t>(page->first / page_tokens_);
+    }
+    row += most;
+  }
+  return all;
+}
+
+std::vector<at::Tensor> RowStore::pools(int64_t slot, const Pages& pages) const {
+  std::vector<at::Tensor> out;
+  for (const Block* block : pages.pools) out.push_back(block->paged[static_cast<size_t>(slot)]);
   return out;
 }
 

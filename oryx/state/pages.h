@@ -83,6 +83,15 @@ class RowStore {
   at::Tensor read(int64_t slot, const std::vector<int64_t>& begins, const std::vector<int64_t>& ends) const;
   at::Tensor read(int64_t slot, int64_t length) const;  // the first `length`
 
+  // Where the rows of all sequences stand, the same in every slot: for readers that go there. Valid until rows move.
+  struct Block;
+  struct Pages {
+    std::vector<const Block*> pools;
+    at::Tensor blocks;  // [N, most] int32 on the CPU: the page of tokens from i * page_tokens on, numbered through the pools; -1: none
+  };
+  Pages pages() const;
+  std::vector<at::Tensor> pools(int64_t slot, const Pages& pages) const;  // [pages, page_tokens, shape...] each
+
   // Sequence n has `length` tokens now: what a bound does not keep of them is dropped.
   void retire(int64_t n, int64_t length);
   // Sequence n forgets its tokens from `length` on.
@@ -112,11 +121,6 @@ class RowStore {
   int64_t reserved_bytes() const;                               // shared pages once
 
  private:
-  struct Block {
-    std::vector<at::Tensor> data;  // by slot: [rows, shape...]
-    int64_t pages = 0;
-    Charge charge;
-  };
   struct Page {
     std::shared_ptr<Block> block;
     int64_t first;  // row of the block
@@ -176,6 +180,13 @@ class RowStore {
   int64_t page_tokens_;
   RowBound bound_;
   int64_t row_bytes_ = 0;
+};
+
+struct RowStore::Block {
+  std::vector<at::Tensor> data;   // by slot: [rows, shape...]
+  std::vector<at::Tensor> paged;  // the same memory: [pages, page_tokens, shape...]
+  int64_t pages = 0;
+  Charge charge;
 };
 
 }  // namespace oryx

@@ -64,6 +64,7 @@ State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences
       layers_(layers.size()),
       lengths_(static_cast<size_t>(sequences), 0),
       marks_(static_cast<size_t>(sequences)),
+      room_(sequences),
       refill_(refill) {
   options.validate();
   TORCH_CHECK(options.checkpoint_every >= 0 && options.ring >= 0 && options.budget >= 0, "state: checkpoints every ", options.checkpoint_every,
@@ -153,6 +154,12 @@ at::Tensor State::rows(int64_t i, const std::string& name, const std::vector<int
   return rows_.read(it->second.rows, begins, ends);
 }
 
+std::vector<at::Tensor> State::pools(int64_t i, const std::string& name, const RowStore::Pages& pages) const {
+  const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
+  TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end() && it->second.rows >= 0, "state: no rows '", name, "' in layer ", i);
+  return rows_.pools(it->second.rows, pages);
+}
+
 void State::advance(const std::vector<int64_t>& counts) {
   TORCH_CHECK(counts.size() == lengths_.size(), "state: ", counts.size(), " counts for ", lengths_.size(),
               " sequences");
@@ -176,8 +183,8 @@ int64_t State::mark_bytes(SlotKind kind) const {
 
 StateBytes State::count(bool reserved) const {
   StateBytes b;
-  b.recurrent = mark_bytes(SlotKind::kRecurrent) * sequences();
-  b.tails = mark_bytes(SlotKind::kTail) * sequences();
+  b.recurrent = mark_bytes(SlotKind::kRecurrent) * (reserved ? room_ : sequences());
+  b.tails = mark_bytes(SlotKind::kTail) * (reserved ? room_ : sequences());
   b.tokens = reserved ? rows_.reserved_bytes() + kept_.reserved_bytes() : rows_.used_bytes(lengths_) + kept_.bytes();
   const int64_t mark = mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail);
   for (const auto& m : marks_) {

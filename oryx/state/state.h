@@ -144,6 +144,9 @@ class State {
   at::Tensor rows(int64_t i, const std::string& name, int64_t length) const;
   // Rows [begins[n], ends[n]) of each sequence n, which must be held: [N, longest, shape...].
   at::Tensor rows(int64_t i, const std::string& name, const std::vector<int64_t>& begins, const std::vector<int64_t>& ends) const;
+  // Where rows stand, for readers that go there: pages of several pools, the same in every slot of every layer. Valid until the end of the call.
+  RowStore::Pages pages() const { return rows_.pages(); }
+  std::vector<at::Tensor> pools(int64_t i, const std::string& name, const RowStore::Pages& pages) const;  // [pages, page_tokens, shape...] each
   // True when rows of the sequence were dropped, or will be at `length` tokens.
   bool bounded(int64_t length) const { return rows_.bound().on() && length > options_.bound.first + options_.bound.window; }
   const RowBound& row_bound() const { return rows_.bound(); }
@@ -175,9 +178,14 @@ class State {
   void restore(const State& snapshot) { *this = snapshot.snapshot(); }
   // Sequences of several states that were forked from one, side by side in new states: targets[k][j] is (source, sequence) of sequence j of the k-th of them, each at most
   // once; sequences that stand in no target are dropped. Pages of rows move as they are, with what was reserved; recurrent slots and tails are copied. A source that
-  // becomes a target whole is moved. States with rows kept by choice only move whole.
+  // becomes a target whole is moved. On the CPU those that keep their places in one source stay where they are, when it has room for the others, and only these are
+  // copied: room that sequences left behind is kept for the next, and counts, until give_back_room(). States with rows kept by choice only move whole.
   using SequencePlace = std::pair<size_t, int64_t>;
   static std::vector<State> regroup(std::vector<State> sources, const std::vector<std::vector<SequencePlace>>& targets);
+
+  // Sequences that recurrent slots and tails have room for beyond those that there are.
+  int64_t spare_sequences() const { return room_ - sequences(); }
+  void give_back_room();
 
   // Everything that save files hold, by name: recurrent slots, tails, rows up to the lengths, checkpoints; the ring is not kept.
   std::vector<std::pair<std::string, at::Tensor>> tensors() const;
@@ -252,6 +260,11 @@ class State {
   struct Empty {};
   State(Empty, const State& like, RowStore rows, KeptRows kept, int64_t sequences);
   static State joined(std::vector<State>& sources, const std::vector<SequencePlace>& places);
+  // The source in whose memory a target can be made; none: in new memory.
+  static std::optional<size_t> base_of(const std::vector<State>& sources, const std::vector<std::vector<SequencePlace>>& targets, size_t target);
+  static State joined_in(size_t base, std::vector<State>& sources, const std::vector<SequencePlace>& places);
+  static RowStore rows_of(std::vector<State>& sources, const std::vector<SequencePlace>& places);
+  void take_histories(std::vector<State>& sources, const std::vector<SequencePlace>& places);
 
   StateOptions options_;
   std::shared_ptr<ByteBudget> budget_;
@@ -262,6 +275,7 @@ class State {
   std::vector<LayerState> layers_;
   std::vector<int64_t> lengths_;
   std::vector<Marks> marks_;  // by sequence
+  int64_t room_ = 0;    // sequences that recurrent slots and tails have memory for; their tensors are its first rows
   int64_t recent_ = 0;  // tokens of the ring of convolution inputs
   int64_t tail_ = 0;    // w - 1: tokens of the longest tail
   int64_t refill_ = 0;  // Replay::refill_tokens()

@@ -147,6 +147,7 @@ State::State(Empty, const State& like, RowStore rows, KeptRows kept, int64_t seq
       layers_(like.layers_),
       lengths_(static_cast<size_t>(sequences), 0),
       marks_(static_cast<size_t>(sequences)),
+      room_(sequences),
       recent_(like.recent_),
       tail_(like.tail_),
       refill_(like.refill_),

@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <string>
 
 #include "oryx/common/error.h"
@@ -118,6 +120,151 @@ TEST(DecodeAttention, PagesEqualRows) {
   }
   paged.blocks = order.view({3, 4}).to(at::kInt);
   EXPECT_TRUE(at::equal(run(rows), run(paged)));
+}
+
+// Sequences of `lengths` keys in pages of `page`, scattered over three pools; what no query may see is NaN.
+PagedDecode make_paged(const std::vector<int32_t>& lengths, int64_t page, int64_t Hq, int64_t Hk, int64_t K, int64_t V, int64_t window = 0, int64_t first = 0) {
+  const auto N = static_cast<int64_t>(lengths.size());
+  const int64_t most = *std::max_element(lengths.begin(), lengths.end()) / page + 2;
+  PagedDecode a{.q = at::randn({N, Hq, K}), .lengths = at::tensor(lengths, at::kInt), .blocks = at::full({N, most}, -1, at::kInt), .rope = {10000, 0}, .window = window, .first = first};
+  int64_t used = 0;
+  for (const int32_t length : lengths) used += (length + page - 1) / page;
+  const at::Tensor numbers = at::randperm(used + 5).to(at::kInt);
+  at::Tensor keys = at::full({used + 5, page, Hk, K}, NAN), values = at::full({used + 5, page, Hk, V}, NAN);
+  int64_t at = 0;
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t length = lengths[static_cast<size_t>(n)];
+    for (int64_t i = 0; i * page < length; ++i) {
+      const int32_t number = numbers[at++].item<int32_t>();
+      int64_t seen = 0;
+      for (int64_t j = 0; j < page; ++j) {
+        const int64_t token = i * page + j;
+        if (token >= length || (window > 0 && token < length - window && token >= first)) continue;
+        keys[number][j] = at::randn({Hk, K}), values[number][j] = at::randn({Hk, V});
+        ++seen;
+      }
+      if (seen > 0) a.blocks[n][i] = number;
+    }
+  }
+  const std::vector<int64_t> cuts{1, (used + 5) / 2, used + 4 - (used + 5) / 2};
+  a.keys = keys.split_with_sizes(cuts), a.values = values.split_with_sizes(cuts);
+  return a;
+}
+
+PagedDecode to(PagedDecode a, at::ScalarType dtype) {
+  a.q = a.q.to(dtype);
+  for (auto* pools : {&a.keys, &a.values}) {
+    for (at::Tensor& x : *pools) x = x.to(dtype);
+  }
+  return a;
+}
+
+void expect_like_naive(const PagedDecode& a, const std::string& what) {
+  EXPECT_LT(norm_error(paged_decode_attention(a), paged_decode_attention_naive(to(a, at::kDouble))), 4e-6) << what;
+  const PagedDecode narrow = to(a, at::kBFloat16);
+  EXPECT_LT(norm_error(paged_decode_attention(narrow), paged_decode_attention_naive(to(narrow, at::kDouble))), 1e-2) << what << ", bfloat16";
+}
+
+TEST(PagedDecodeAttention, EqualsNaive) {
+  at::manual_seed(11);
+  for (const int64_t page : {1, 7, 32, 33}) {
+    for (const auto& [Hq, Hk, K, V] : {std::array<int64_t, 4>{6, 2, 16, 24}, {4, 4, 64, 64}, {3, 1, 34, 17}}) {
+      const std::vector<int32_t> lengths{1, 31, 32, 33, 64, 700};
+      const std::string what = c10::str("page ", page, ", ", Hq, "/", Hk, " heads of ", K, " and ", V);
+      expect_like_naive(make_paged(lengths, page, Hq, Hk, K, V), what);
+      expect_like_naive(make_paged(lengths, page, Hq, Hk, K, V, 40), what + ", window 40");
+      PagedDecode a = make_paged(lengths, page, Hq, Hk, K, V, 30, 5);
+      expect_like_naive(a, what + ", window 30 and the first 5");
+      a.reach = 33;
+      expect_like_naive(a, what + ", reach 33");
+      a.reach = 7;
+      expect_like_naive(a, what + ", reach 7");
+      a.reach = 0;
+      a.rope = {};
+      a.scale = 0.3;
+      expect_like_naive(a, what + ", not rotated, scaled");
+      a.k_norm = at::rand({K}) + 0.5, a.norm_eps = 1e-3;
+      expect_like_naive(a, what + ", normalised");
+      a.rope = {10000, 2 * (K / 4)};
+      a.k_norm = at::rand({Hk * K}) + 0.5;
+      expect_like_naive(a, what + ", normalised over all heads, part rotated");
+    }
+  }
+}
+
+// Pages or rows side by side, alone or beside others, on one thread or two: the same bits.
+TEST(PagedDecodeAttention, EachSequenceIsBitForBitAlone) {
+  at::manual_seed(12);
+  const std::vector<int32_t> lengths{1025, 1, 96, 513, 700};
+  const int threads = at::get_num_threads();
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    for (const auto& [window, first] : {std::pair<int64_t, int64_t>{0, 0}, {200, 0}, {200, 3}}) {
+      const PagedDecode all = to(make_paged(lengths, 32, 4, 2, 32, 32, window, first), dtype);
+      const at::Tensor together = paged_decode_attention(all);
+      const at::Tensor keys = at::cat(all.keys), values = at::cat(all.values);
+      for (int64_t n = 0; n < 5; ++n) {
+        PagedDecode one = all;
+        one.q = all.q.narrow(0, n, 1), one.lengths = all.lengths.narrow(0, n, 1);
+        // Its pages in order, in a pool of its own: dense.
+        const at::Tensor pages = all.blocks[n].clamp_min(0).to(at::kLong);
+        one.keys = {keys.index_select(0, pages)}, one.values = {values.index_select(0, pages)};
+        one.blocks = at::arange(pages.size(0), at::kInt).unsqueeze(0);
+        at::set_num_threads(1);
+        EXPECT_TRUE(at::equal(paged_decode_attention(one)[0], together[n])) << n;
+        at::set_num_threads(2);
+        EXPECT_TRUE(at::equal(paged_decode_attention(one)[0], together[n])) << n;
+        at::set_num_threads(threads);
+        if (first > 0) continue;
+        const at::Tensor rows = decode_attention(one.q, one.keys[0].flatten(0, 1).unsqueeze(0), one.values[0].flatten(0, 1).unsqueeze(0), one.lengths, {}, {}, one.rope, window);
+        EXPECT_TRUE(at::equal(rows[0], together[n])) << n;
+      }
+    }
+  }
+}
+
+TEST(PagedDecodeAttention, WhatIsNotWantedIsNotLookedAt) {
+  at::manual_seed(13);
+  PagedDecode a = make_paged({40, 50, 60}, 8, 2, 2, 16, 16);
+  const at::Tensor all = paged_decode_attention(a);
+  a.wanted = at::tensor({1, 0, 1}, at::kInt).to(at::kBool);
+  a.lengths[1] = 0;
+  a.blocks[1].fill_(-7);
+  const at::Tensor some = paged_decode_attention(a);
+  EXPECT_TRUE(at::equal(some[0], all[0]));
+  EXPECT_TRUE(at::equal(some[2], all[2]));
+  EXPECT_EQ(some[1].abs().max().item<float>(), 0);
+  a.wanted = at::zeros({3}, at::kBool);
+  EXPECT_EQ(paged_decode_attention(a).abs().max().item<float>(), 0);
+  const auto none = [](const at::Tensor& x) { return x.narrow(0, 0, 0); };
+  EXPECT_EQ(paged_decode_attention({.q = none(a.q), .keys = a.keys, .values = a.values, .lengths = none(a.lengths), .blocks = none(a.blocks)}).size(0), 0);
+}
+
+TEST(PagedDecodeAttention, BadInputIsOneLine) {
+  const PagedDecode good = make_paged({5, 6}, 4, 4, 2, 16, 16);
+  const auto message = [](const PagedDecode& a) {
+    try {
+      (void)paged_decode_attention(a);
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+    return std::string("nothing was thrown");
+  };
+  PagedDecode a = good;
+  a.blocks = good.blocks.clone();
+  a.blocks[1][1] = 99;
+  EXPECT_EQ(message(a), "decode_attention: blocks[1][1] is 99, expected a page of 9");
+  a = good;
+  a.lengths = at::tensor({5, 13}, at::kInt);
+  EXPECT_EQ(message(a), "decode_attention: lengths[1] is 13, expected 1 to 12");
+  a = good;
+  a.first = 2;
+  EXPECT_EQ(message(a), "decode_attention: the first 2 keys beside a window of 0: expected 0, or a window");
+  a = good;
+  a.k_norm = at::ones({7});
+  EXPECT_EQ(message(a), "decode_attention: k_norm has shape [7], expected [16], or [32] over all heads");
+  a = good;
+  a.values.pop_back();
+  EXPECT_EQ(message(a), "decode_attention: 3 pools of keys and 2 of values, expected as many of each, and one at least");
 }
 
 TEST(DecodeAttention, DoesNotDependOnThreads) {

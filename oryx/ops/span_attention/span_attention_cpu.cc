@@ -1,13 +1,12 @@
 #include "oryx/ops/span_attention/span_attention_cpu.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
 #include <numeric>
 
+#include "oryx/ops/span_attention/balanced.h"
+#include "oryx/ops/span_attention/span_attention_cpu_decode.h"
 #include "oryx/ops/span_attention/span_attention_kernels.h"
 
 namespace oryx::ops {
@@ -15,8 +14,6 @@ namespace {
 
 namespace cpu = attention_cpu;
 
-// Keys of one part of a decode query: a fixed size, so that the parts do not depend on the number of threads.
-constexpr int64_t kDecodePart = 512;
 // The backward pass splits a key head's tiles when there are fewer (sequence, key head) pairs than this; each split has
 // its own partial sums of dk and dv, hence the small number.
 constexpr int64_t kBackwardTasks = 16, kMaxSplits = 4;
@@ -86,22 +83,6 @@ void add_tiles(const View& view, const AttentionPlan& plan, const AttentionSeque
   }
 }
 
-// Runs work(i, scratch) for i < n on all threads, each taking the next free one: put the longest first. Which thread
-// runs what must not change the result.
-template <typename Work>
-void run_balanced(int64_t n, int64_t scratch_floats, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(n, at::get_num_threads());
-  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    constexpr size_t kLine = 64;
-    const std::unique_ptr<float[]> memory(new float[static_cast<size_t>(scratch_floats) + kLine / sizeof(float)]);
-    void* aligned = memory.get();
-    size_t room = (static_cast<size_t>(scratch_floats) + kLine / sizeof(float)) * sizeof(float);
-    std::align(kLine, static_cast<size_t>(scratch_floats) * sizeof(float), aligned, room);
-    for (int64_t i = next++; i < n; i = next++) work(i, static_cast<float*>(aligned));
-  });
-}
-
 std::vector<int64_t> longest_first(const std::vector<int64_t>& costs) {
   std::vector<int64_t> order(costs.size());
   std::iota(order.begin(), order.end(), 0);
@@ -121,63 +102,6 @@ void forward_tiles(const View& view, const Tiles& t, void* o, float* lse) {
                                    view.keys(*tile.sequence, tile.head), view.values(*tile.sequence, tile.head), o, lse,
                                    scratch);
                });
-}
-
-// Sequences with a single query to compute.
-struct DecodeQuery {
-  const AttentionSequence* sequence;
-  int64_t row;  // (batch row * Tq + query): of q as [B * Tq, Hq, K]
-  VisibleKeys keys;
-  int64_t first_part, parts;
-};
-
-void decode(const View& view, std::vector<DecodeQuery>& queries, const at::Tensor& q, const at::Tensor& o,
-            const at::Tensor& lse, double scale, const RopeTable* table) {
-  if (queries.empty()) return;
-  const int64_t Hq = view.Hq, K = view.widths.key, V = view.widths.value;
-  const cpu::DecodeShape shape{Hq,
-                               view.Hk,
-                               K,
-                               V,
-                               view.k_strides[1],
-                               view.k_strides[2],
-                               view.v_strides[1],
-                               view.v_strides[2],
-                               table != nullptr ? table->cosine.data() : nullptr,
-                               table != nullptr ? table->sine.data() : nullptr,
-                               table != nullptr ? table->half : 0};
-  std::vector<std::pair<int64_t, int64_t>> parts;  // (query, part)
-  std::vector<int64_t> rows;
-  for (size_t n = 0; n < queries.size(); ++n) {
-    queries[n].first_part = static_cast<int64_t>(parts.size());
-    queries[n].parts = (queries[n].keys.end - queries[n].keys.begin + kDecodePart - 1) / kDecodePart;
-    rows.push_back(queries[n].row);
-    for (int64_t p = 0; p < queries[n].parts; ++p) parts.emplace_back(static_cast<int64_t>(n), p);
-  }
-  const at::Tensor index = at::tensor(rows, at::kLong);
-  const double log2e = 1.4426950408889634;
-  const at::Tensor scaled =
-      q.view({-1, Hq * K}).index_select(0, index).to(at::kFloat) * (scale * log2e);  // [n, Hq * K]
-  const int64_t count = static_cast<int64_t>(parts.size());
-  at::Tensor max = at::empty({count, Hq}, scaled.options()), sum = at::empty_like(max),
-             acc = at::empty({count, Hq, V}, scaled.options());
-  run_balanced(count, cpu::decode_scratch(Hq, K), [&](int64_t i, float* scratch) {
-    const auto [n, p] = parts[static_cast<size_t>(i)];
-    const DecodeQuery& query = queries[static_cast<size_t>(n)];
-    const int64_t begin = query.keys.begin + p * kDecodePart, end = std::min(query.keys.end, begin + kDecodePart);
-    cpu::decode_part(view.element, shape, scaled.const_data_ptr<float>() + n * Hq * K, view.keys(*query.sequence, 0),
-                     view.values(*query.sequence, 0), begin, end, max.mutable_data_ptr<float>() + i * Hq,
-                     sum.mutable_data_ptr<float>() + i * Hq, acc.mutable_data_ptr<float>() + i * Hq * V, scratch);
-  });
-  at::Tensor merged = at::empty({static_cast<int64_t>(queries.size()), Hq * V}, scaled.options());
-  for (size_t n = 0; n < queries.size(); ++n) {
-    const int64_t i = queries[n].first_part;
-    cpu::decode_merge(shape, queries[n].parts, max.const_data_ptr<float>() + i * Hq,
-                      sum.const_data_ptr<float>() + i * Hq, acc.const_data_ptr<float>() + i * Hq * V,
-                      merged.mutable_data_ptr<float>() + static_cast<int64_t>(n) * Hq * V,
-                      lse.defined() ? lse.mutable_data_ptr<float>() + queries[n].row * Hq : nullptr);
-  }
-  o.view({-1, Hq * V}).index_copy_(0, index, merged.to(o.scalar_type()));
 }
 
 at::Tensor rows_in_order(const at::Tensor& x) { return x.stride(3) == 1 ? x : x.contiguous(); }
@@ -233,8 +157,21 @@ void add_partial(const BackwardTask& task, const at::Tensor& partial, const at::
   }
 }
 
-std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-                                          const AttentionPlan& plan, bool want_lse, const RopeTable* table) {
+// Sequences with a single query to compute.
+void forward_single(const View& view, const std::vector<DecodeSequence>& sequences, const at::Tensor& q, const at::Tensor& o,
+                    const at::Tensor& lse, double scale) {
+  cpu::DecodeShape shape{};
+  shape.query_heads = view.Hq, shape.key_heads = view.Hk;
+  shape.key = view.widths.key, shape.value = view.widths.value;
+  shape.key_head_stride = view.k_strides[2], shape.value_head_stride = view.v_strides[2];
+  const DecodeRows rows{view.bytes * view.k_strides[1], view.bytes * view.v_strides[1], 0, nullptr, nullptr};
+  decode_sequences(view.element, shape, rows, sequences, q, o, lse, scale);
+}
+
+}  // namespace
+
+std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                                                     const AttentionPlan& plan, bool want_lse) {
   const at::Tensor q = q_in.contiguous(), k = rows_in_order(k_in), v = rows_in_order(v_in);
   const View view(q, k, v, plan);
   const std::vector<int64_t> shape{q.size(0), q.size(1), q.size(2), v.size(3)};
@@ -243,32 +180,20 @@ std::pair<at::Tensor, at::Tensor> forward(const at::Tensor& q_in, const at::Tens
   at::Tensor lse =
       want_lse ? at::zeros({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat)) : at::Tensor();
   Tiles tiles;
-  std::vector<DecodeQuery> single;
+  std::vector<DecodeSequence> single;
   for (const AttentionSequence& s : plan.sequences) {
     const std::vector<int64_t> queries = plan.computed_queries(s);
-    TORCH_CHECK(table == nullptr || queries.size() <= 1, "span_attention: keys are rotated as they are read for one query a sequence, not ",
-                queries.size());
     if (queries.size() == 1) {
-      single.push_back({&s, s.row * view.Tq + s.q_begin + queries[0], plan.visible(s, queries[0]), 0, 0});
+      const VisibleKeys keys = plan.visible(s, queries[0]);
+      single.push_back({s.row * view.Tq + s.q_begin + queries[0], 0, 0, keys.begin, keys.end,
+                        static_cast<const char*>(view.keys(s, 0)), static_cast<const char*>(view.values(s, 0)), nullptr});
       continue;
     }
     for (int64_t head = 0; head < view.Hk && !queries.empty(); ++head) add_tiles(view, plan, s, queries, head, tiles);
   }
   forward_tiles(view, tiles, o.mutable_data_ptr(), want_lse ? lse.mutable_data_ptr<float>() : nullptr);
-  decode(view, single, q, o, lse, plan.scale, table);
+  forward_single(view, single, q, o, lse, plan.scale);
   return {o, lse};
-}
-
-}  // namespace
-
-std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                     const AttentionPlan& plan, bool want_lse) {
-  return forward(q, k, v, plan, want_lse, nullptr);
-}
-
-at::Tensor span_attention_cpu_decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionPlan& plan,
-                                     const RopeTable& table) {
-  return forward(q, k, v, plan, false, &table).first;
 }
 
 std::array<at::Tensor, 3> span_attention_cpu_backward(const at::Tensor& q_in, const at::Tensor& k_in,

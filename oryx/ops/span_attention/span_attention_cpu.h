@@ -7,7 +7,6 @@
 #include <array>
 #include <utility>
 
-#include "oryx/ops/rope/rope_table.h"
 #include "oryx/ops/span_attention/span_attention_plan.h"
 
 namespace oryx::ops {
@@ -16,11 +15,6 @@ namespace oryx::ops {
 // may have any strides.
 std::pair<at::Tensor, at::Tensor> span_attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                      const AttentionPlan& plan, bool want_lse);
-
-// The same for sequences of one query each, over keys that were kept before RoPE and are rotated as they are read: key j of a sequence stands at
-// position j, and `table` has a row for each. q is rotated already.
-at::Tensor span_attention_cpu_decode(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionPlan& plan,
-                                     const RopeTable& table);
 
 // dq, dk, dv in the dtype of q.
 std::array<at::Tensor, 3> span_attention_cpu_backward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

@@ -58,19 +58,55 @@ HWY_INLINE void RotateKey(const T* HWY_RESTRICT k, const float* HWY_RESTRICT cos
   for (m = 2 * half; m < width; ++m) out[m] = ToFloat(k[m]);
 }
 
-// Scores of the key at `key` for every query head: score of head h to scores[h * kDecodeKeys].
+// x [width] * norm / sqrt(mean square + eps) of `heads` heads together, into `out` [heads, width].
 template <typename T>
-HWY_INLINE void ScoreKey(const DecodeShape& s, const float* HWY_RESTRICT q, const T* HWY_RESTRICT key, int64_t j,
-                         float* HWY_RESTRICT scores, float* HWY_RESTRICT rotated) {
-  const int64_t group = s.query_heads / s.key_heads;
-  for (int64_t h = 0; h < s.query_heads; ++h) {
-    const T* k = key + h / group * s.key_head_stride;
-    if (s.cosine == nullptr) {
-      scores[h * kDecodeKeys] = Dot(q + h * s.key, k, s.key);
-      continue;
+HWY_INLINE void NormKey(const T* HWY_RESTRICT k, int64_t heads, int64_t stride, int64_t width, const float* HWY_RESTRICT norm,
+                        float eps, float* HWY_RESTRICT out) {
+  Vec squares = hn::Zero(d);
+  float rest = 0;
+  for (int64_t h = 0; h < heads; ++h) {
+    const T* x = k + h * stride;
+    int64_t i = 0;
+    for (; i + kN <= width; i += kN) {
+      const Vec v = LoadFloats(x + i);
+      squares = hn::MulAdd(v, v, squares);
     }
-    if (h % group == 0) RotateKey(k, s.cosine + j * s.half, s.sine + j * s.half, s.half, s.key, rotated);
-    scores[h * kDecodeKeys] = Dot(q + h * s.key, rotated, s.key);
+    for (; i < width; ++i) rest += ToFloat(x[i]) * ToFloat(x[i]);
+  }
+  const float total = hn::GetLane(hn::SumOfLanes(d, squares)) + rest;
+  const float r = 1.0f / std::sqrt(total / static_cast<float>(heads * width) + eps);
+  const Vec rv = hn::Set(d, r);
+  for (int64_t h = 0; h < heads; ++h) {
+    const T* x = k + h * stride;
+    const float* n = norm + h * width;
+    float* y = out + h * width;
+    int64_t i = 0;
+    for (; i + kN <= width; i += kN) hn::StoreU(hn::Mul(hn::Mul(LoadFloats(x + i), rv), hn::LoadU(d, n + i)), d, y + i);
+    for (; i < width; ++i) y[i] = ToFloat(x[i]) * r * n[i];
+  }
+}
+
+// Scores of the key in row `row`, at `position`, for every query head: score of head h to scores[h * kDecodeKeys].
+template <typename T>
+HWY_INLINE void ScoreKey(const DecodeShape& s, const float* HWY_RESTRICT q, const T* HWY_RESTRICT row, const int32_t* position,
+                         float* HWY_RESTRICT scores, float* HWY_RESTRICT rotated, float* HWY_RESTRICT normed) {
+  const int64_t group = s.query_heads / s.key_heads;
+  const int64_t angles = s.cosine != nullptr ? *position * s.half : 0;
+  if (s.norm != nullptr && s.norm_over_heads) NormKey(row, s.key_heads, s.key_head_stride, s.key, s.norm, s.norm_eps, normed);
+  for (int64_t g = 0; g < s.key_heads; ++g) {
+    const T* k = row + g * s.key_head_stride;
+    const float* n = normed + (s.norm_over_heads ? g * s.key : 0);
+    if (s.norm != nullptr && !s.norm_over_heads) NormKey(k, 1, 0, s.key, s.norm, s.norm_eps, normed);
+    const float* turned = rotated;
+    if (s.cosine == nullptr) {
+      turned = s.norm != nullptr ? n : nullptr;
+    } else if (s.norm != nullptr) {
+      RotateKey(n, s.cosine + angles, s.sine + angles, s.half, s.key, rotated);
+    } else {
+      RotateKey(k, s.cosine + angles, s.sine + angles, s.half, s.key, rotated);
+    }
+    for (int64_t h = g * group; h < (g + 1) * group; ++h)
+      scores[h * kDecodeKeys] = turned != nullptr ? Dot(q + h * s.key, turned, s.key) : Dot(q + h * s.key, k, s.key);
   }
 }
 
@@ -97,33 +133,33 @@ HWY_INLINE void DecodeSoftmax(int64_t keys, float* HWY_RESTRICT s, float* max, f
 }
 
 template <typename T>
-void Decode(const DecodeShape& s, const float* q, const T* k, const T* v, int64_t begin, int64_t end, float* max,
-            float* sum, float* acc, float* scores) {
+void Decode(const DecodeShape& s, const float* q, const DecodeKeys& rows, float* max, float* sum, float* acc, float* scores) {
   const int64_t group = s.query_heads / s.key_heads;
   float* rotated = scores + s.query_heads * kDecodeKeys;
+  float* normed = rotated + s.key;
   std::fill(max, max + s.query_heads, -1e30f);
   std::fill(sum, sum + s.query_heads, 0.0f);
   std::fill(acc, acc + s.query_heads * s.value, 0.0f);
-  for (int64_t j = begin; j < end; j += kDecodeKeys) {
-    const int64_t keys = std::min(kDecodeKeys, end - j);
-    for (int64_t t = 0; t < keys; ++t) ScoreKey(s, q, k + (j + t) * s.key_stride, j + t, scores + t, rotated);
+  for (int64_t j = 0; j < rows.count; j += kDecodeKeys) {
+    const int64_t keys = std::min(kDecodeKeys, rows.count - j);
+    for (int64_t t = 0; t < keys; ++t)
+      ScoreKey(s, q, static_cast<const T*>(rows.keys[j + t]), rows.positions + j + t, scores + t, rotated, normed);
     for (int64_t h = 0; h < s.query_heads; ++h) {
       DecodeSoftmax(keys, scores + h * kDecodeKeys, max + h, sum + h, acc + h * s.value, s.value);
     }
     for (int64_t t = 0; t < keys; ++t) {
-      for (int64_t h = 0; h < s.query_heads; ++h) {
-        const T* value = v + (j + t) * s.value_stride + h / group * s.value_head_stride;
-        AddScaled(scores[h * kDecodeKeys + t], value, acc + h * s.value, s.value);
-      }
+      const T* row = static_cast<const T*>(rows.values[j + t]);
+      for (int64_t h = 0; h < s.query_heads; ++h)
+        AddScaled(scores[h * kDecodeKeys + t], row + h / group * s.value_head_stride, acc + h * s.value, s.value);
     }
   }
 }
 
-void DecodePart(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin,
-                int64_t end, float* max, float* sum, float* acc, float* scratch) {
+void DecodePart(Element element, const DecodeShape& s, const float* q, const DecodeKeys& keys, float* max, float* sum,
+                float* acc, float* scratch) {
   const auto run = [&](auto* type) HWY_ATTR {
     using T = std::remove_pointer_t<decltype(type)>;
-    Decode(s, q, static_cast<const T*>(k), static_cast<const T*>(v), begin, end, max, sum, acc, scratch);
+    Decode<T>(s, q, keys, max, sum, acc, scratch);
   };
   element == Element::kFloat32 ? run(static_cast<float*>(nullptr)) : run(static_cast<hwy::bfloat16_t*>(nullptr));
 }
@@ -156,11 +192,11 @@ namespace oryx::ops::attention_cpu {
 HWY_EXPORT(DecodePart);
 HWY_EXPORT(DecodeMerge);
 
-int64_t decode_scratch(int64_t query_heads, int64_t key_width) { return query_heads * 32 + key_width; }
+int64_t decode_scratch(const DecodeShape& s) { return s.query_heads * 32 + s.key + s.key * (s.norm_over_heads ? s.key_heads : 1); }
 
-void decode_part(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin,
-                 int64_t end, float* max, float* sum, float* acc, float* scratch) {
-  HWY_DYNAMIC_DISPATCH(DecodePart)(element, s, q, k, v, begin, end, max, sum, acc, scratch);
+void decode_part(Element element, const DecodeShape& s, const float* q, const DecodeKeys& keys, float* max, float* sum,
+                 float* acc, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(DecodePart)(element, s, q, keys, max, sum, acc, scratch);
 }
 
 void decode_merge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o,

@@ -43,19 +43,30 @@ void backward_tile(Element element, const Widths& w, const Lane* lanes, int64_t 
 
 constexpr float kLn2 = 0.693147180559945309417f;
 
-// Decode: one query of every head of one sequence over keys [begin, end), all heads together, so that keys and values
-// stream as they lie ([keys, Hk, K] with contiguous heads or any strides). q is float32 [Hq, K], already times scale *
+// Decode: one query of every head of one sequence over a list of keys, all heads together, so that keys and values
+// stream as they lie: rows of Hk heads, each row wherever it stands. q is float32 [Hq, K], already times scale *
 // log2(e). Partial results: max [Hq], sum [Hq], acc [Hq, V].
 struct DecodeShape {
   int64_t query_heads, key_heads, key, value;
-  int64_t key_stride, key_head_stride, value_stride, value_head_stride;
-  // Keys that were kept before RoPE are rotated as they are read: row j of cosine and sine [keys, half] is key j's. Null: they are taken as they are.
+  int64_t key_head_stride, value_head_stride;  // within a row, in elements
+  // Keys that were kept before RoPE are rotated as they are read: row p of cosine and sine [positions, half] is position
+  // p's. Null: they are taken as they are.
   const float *cosine, *sine;
   int64_t half;
+  // And before that normalised, where there is a factor: k * norm / rms(k), by head [K], or over all heads [Hk, K].
+  const float* norm;
+  float norm_eps;
+  bool norm_over_heads;
 };
-int64_t decode_scratch(int64_t query_heads, int64_t key_width);
-void decode_part(Element element, const DecodeShape& s, const float* q, const void* k, const void* v, int64_t begin,
-                 int64_t end, float* max, float* sum, float* acc, float* scratch);
+struct DecodeKeys {
+  const void* const* keys;    // [count] rows
+  const void* const* values;  // [count] rows
+  const int32_t* positions;   // [count]; where keys are rotated
+  int64_t count;
+};
+int64_t decode_scratch(const DecodeShape& s);
+void decode_part(Element element, const DecodeShape& s, const float* q, const DecodeKeys& keys, float* max, float* sum,
+                 float* acc, float* scratch);
 // Merges the parts [parts, ...] in order into o [Hq, V] and lse [Hq] (log2; may be null).
 void decode_merge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o,
                   float* lse);
