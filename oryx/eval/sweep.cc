@@ -23,6 +23,8 @@ void SweepOptions::describe(Fields& f) {
   f.add("chunks", chunks, "switches: tokens between switch points", at_least(1));
   f.add("draws", draws, "switches: random schedules for each", at_least(1));
   f.add("routers", routers, "share: files of routers (oryx router train), in which {model} stands for the model's folder");
+  f.add("average", average, "share: routers also by their threshold alone, which keeps the share on average over texts (average=1)");
+  f.add("without", without, "curves to leave out, by name");
   f.add("oracle", oracle, "share: the tokens at which attention gains most, measured in both modes");
   f.add("parts", parts, "the task's prompts have the parts question and needle");
 }
@@ -42,7 +44,9 @@ constexpr const char* kWithQuestion = ",part(attention=question),attention@gen";
 
 std::vector<SweepPoint> share_points(const SweepOptions& o) {
   std::vector<SweepPoint> all;
-  const auto add = [&](const std::string& curve, const std::string& label, const std::string& schedule) { all.push_back({"share", curve, label, schedule}); };
+  const auto add = [&](const std::string& curve, const std::string& label, const std::string& schedule) {
+    if (std::find(o.without.begin(), o.without.end(), curve) == o.without.end()) all.push_back({"share", curve, label, schedule});
+  };
   add("wholly linear", "", "linear");
   add("wholly attention", "", "attention");
   if (o.parts) {
@@ -58,6 +62,7 @@ std::vector<SweepPoint> share_points(const SweepOptions& o) {
     for (const auto& file : o.routers) {
       const std::string name = o.routers.size() == 1 ? "router" : fmt::format("router {}", std::filesystem::path(file).stem().string());
       add(name, label, fmt::format("linear,router(attention={:g};file={})", s, file));
+      if (o.average) add(name + ", on average", label, fmt::format("linear,router(attention={:g};average=1;file={})", s, file));
     }
     if (o.oracle) add("most gained (oracle)", label, fmt::format("linear,oracle(attention={:g})", s));
     if (!o.parts) continue;

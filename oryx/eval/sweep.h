@@ -27,6 +27,8 @@ struct SweepOptions {
   int64_t draws = 4;                                             // random schedules of each chunk
   bool parts = true;  // the task names its prompts' parts, question and needle
   std::vector<std::string> routers;  // share: routers' files, {model} standing for the model's folder
+  bool average = false;              // share: routers also by threshold alone, the share on average over texts
+  std::vector<std::string> without;  // curves that are left out
   bool oracle = false;               // share: the tokens at which attention gains most, as measured
 
   void describe(Fields& f);

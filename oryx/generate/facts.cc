@@ -46,7 +46,7 @@ ReadFacts::ReadFacts(const LanguageModel& model, const ModelSchedule& schedule, 
     gains_[need] = router_gains(model, *head, input_ids, bounds);
   }
   if (needs_oracle(schedule)) {
-    const GainText text{input_ids, targets.defined() ? targets : next_tokens(input_ids, bounds), {bounds.begin(), bounds.end()}};
+    const GainText text{input_ids, targets.defined() ? targets : next_tokens(input_ids, bounds), {bounds.begin(), bounds.end()}, -1};
     const at::Tensor gain = measure_gains(model, text, kOracleReadings).gain.contiguous();
     gains_[kOracle].assign(gain.const_data_ptr<float>(), gain.const_data_ptr<float>() + gain.numel());
   }

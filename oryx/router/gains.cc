@@ -74,7 +74,7 @@ MeasuredGains measure_gains(const LanguageModel& model, const GainText& text, in
 double single_gain(const LanguageModel& model, const at::Tensor& input_ids, const at::Tensor& targets, int64_t position) {
   const at::NoGradGuard no_grad;
   TORCH_CHECK(position >= 0 && position < input_ids.size(1), "gains: token ", position, " of ", input_ids.size(1));
-  const GainText text{input_ids.narrow(1, 0, position + 1), targets.narrow(1, 0, position + 1), {0, static_cast<int32_t>(position + 1)}};
+  const GainText text{input_ids.narrow(1, 0, position + 1), targets.narrow(1, 0, position + 1), {0, static_cast<int32_t>(position + 1)}, -1};
   const double linear = read_under(model, text, "linear").nll[position].item<double>();
   return linear - read_under(model, text, fmt::format("linear,attention@{}:{}", position, position + 1)).nll[position].item<double>();
 }

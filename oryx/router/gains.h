@@ -14,6 +14,7 @@ namespace oryx {
 struct GainText {
   at::Tensor input_ids, targets;
   std::vector<int32_t> bounds;
+  int64_t document = -1;  // that they are windows of; texts of one document are fitted or held out together. -1: of none
 };
 
 struct MeasuredGains {

@@ -41,6 +41,7 @@ DocumentGains::DocumentGains(std::shared_ptr<const TokenFile> file, int64_t seq_
 }
 
 std::optional<GainText> DocumentGains::next() {
+  constexpr uint64_t kFewDocuments = 10;  // with fewer, windows of one document may stand on both sides
   while (document_ < file_->documents()) {
     const uint64_t d = Permutation(file_->documents(), seed_, 0)(document_), size = file_->document_size(d);
     if (begin_ + 1 >= size) {
@@ -53,7 +54,7 @@ std::optional<GainText> DocumentGains::next() {
     file_->read(file_->document_begin(d) + begin_, ids);
     begin_ += static_cast<uint64_t>(n);
     const at::Tensor all = at::tensor(ids, at::kLong).unsqueeze(0);
-    return GainText{all.narrow(1, 0, n).contiguous(), all.narrow(1, 1, n).contiguous(), {0, static_cast<int32_t>(n)}};
+    return GainText{all.narrow(1, 0, n).contiguous(), all.narrow(1, 1, n).contiguous(), {0, static_cast<int32_t>(n)}, file_->documents() < kFewDocuments ? -1 : static_cast<int64_t>(d)};
   }
   return std::nullopt;
 }
@@ -64,7 +65,7 @@ std::optional<GainText> RecallGains::next() {
   const int64_t T = task_.tokens(), B = std::max<int64_t>(1, 2048 / T);
   const RecallBatch batch = recall_batch(task_, seed_, index_, B);
   index_ += static_cast<uint64_t>(B);
-  GainText text{batch.input_ids.reshape({1, B * T}), batch.targets.reshape({1, B * T}), {}};
+  GainText text{batch.input_ids.reshape({1, B * T}), batch.targets.reshape({1, B * T}), {}, -1};
   for (int64_t b = 0; b <= B; ++b) text.bounds.push_back(static_cast<int32_t>(b * T));
   return text;
 }
@@ -77,11 +78,13 @@ constexpr uint64_t kRouterStream = 0x726f75746572;
 class GainRows {
  public:
   GainRows(int64_t rows, int64_t features) : features_(at::empty({rows, features}, at::kHalf)), gains_(at::empty({rows}, at::kFloat)) {}
-  void add(const at::Tensor& x, const at::Tensor& gains) {
+  // As many as there is room for -> so many.
+  int64_t add(const at::Tensor& x, const at::Tensor& gains) {
     const int64_t n = std::min(x.size(0), features_.size(0) - rows_);
     features_.narrow(0, rows_, n).copy_(x.narrow(0, 0, n));
     gains_.narrow(0, rows_, n).copy_(gains.narrow(0, 0, n));
     rows_ += n;
+    return n;
   }
   int64_t rows() const { return rows_; }
   int64_t room() const { return features_.size(0) - rows_; }
@@ -119,9 +122,13 @@ GainData collect_gains(const LanguageModel& model, GainSource& source, const Rou
   CounterRng rng(static_cast<uint64_t>(o.seed) ^ kRouterStream);
   GainData data;
   double linear = 0;
-  // Texts go to the side that is behind its share, so that both are full at the end, and none is on both.
+  // Documents go to the side that is behind its share, so that both are full at the end, and none is on both.
+  int64_t document = -1;
+  bool to_held = false;
   for (auto text = source.next(); text && fit.room() + held.room() > 0; text = source.next()) {
-    const bool to_held = fit.room() == 0 || (held.room() > 0 && held.rows() * (o.tokens - held_rows) <= fit.rows() * held_rows);
+    if (text->document < 0 || text->document != document) to_held = fit.room() == 0 || (held.room() > 0 && held.rows() * (o.tokens - held_rows) < fit.rows() * held_rows);
+    document = text->document;
+    if ((to_held ? held : fit).room() == 0) continue;
     const MeasuredGains m = measure_gains(model, *text, o.readings);
     at::Tensor hidden = m.linear_hidden;
     if (!to_held && o.attention_hidden > 0 && reads_hidden) {
@@ -130,11 +137,11 @@ GainData collect_gains(const LanguageModel& model, GainSource& source, const Rou
       hidden = at::where(at::tensor(take, at::kByte).to(at::kBool).unsqueeze(1), m.attention_hidden, hidden);
     }
     const at::Tensor ids = text->input_ids.reshape({-1}).contiguous();
-    (to_held ? held : fit).add(router_features(model, reads_hidden, {ids.const_data_ptr<int64_t>(), static_cast<size_t>(ids.numel())}, text->bounds, hidden), m.gain);
+    const int64_t added = (to_held ? held : fit).add(router_features(model, reads_hidden, {ids.const_data_ptr<int64_t>(), static_cast<size_t>(ids.numel())}, text->bounds, hidden), m.gain);
     if (to_held) {
-      ++data.texts;
-      data.asked += text->targets.ne(kIgnoreTarget).sum().item<int64_t>();
-      linear += m.linear_nll.sum(at::kDouble).item<double>();
+      data.texts += static_cast<int64_t>(text->bounds.size()) - 1;
+      data.asked += text->targets.reshape({-1}).narrow(0, 0, added).ne(kIgnoreTarget).sum().item<int64_t>();
+      linear += m.linear_nll.narrow(0, 0, added).sum(at::kDouble).item<double>();
       const int64_t due = o.flips * held.rows() / held_rows - static_cast<int64_t>(data.flip_gains.size());
       add_flips(model, *text, m, due, rng, data);
     }

@@ -1,5 +1,6 @@
 // router(MIXER=SHARE;file=PATH): the named mixer gets the share of the tokens at which a trained head (oryx/modes/gain_head.h) predicts that attention gains most. Of a
 // prompt exactly that share, the best of all; of what is generated token by token, as GainBudget decides. With causal=1 the prompt's tokens are decided as those of generated text.
+// With average=1 all tokens are that are above the threshold of the share: of texts like those that the head was held out on, the share on average; of one text more or less.
 // Other tokens stay with the schedule's earlier entries.
 #include <algorithm>
 
@@ -17,6 +18,7 @@ class RouterPolicy : public ModePolicy {
     const auto shares = arguments.numbers_by_mixer(0, 1);
     const auto file = arguments.text("file");
     causal_ = arguments.integer("causal", 0).value_or(0) != 0;
+    average_ = arguments.integer("average", 0).value_or(0) != 0;
     arguments.finish();
     if (shares.size() != 1 || !file) arguments.refuse("one mixer's share and a router's file, as in router(attention=0.1;file=router.safetensors)");
     mixer_ = shares[0].first;
@@ -26,7 +28,7 @@ class RouterPolicy : public ModePolicy {
   }
 
   void assign(const ModeContext& context, int64_t begin, int64_t end, std::vector<ModeSpan>& spans) const override {
-    const int64_t prompt = causal_ ? 0 : context.prompt_length;
+    const int64_t prompt = causal_ || average_ ? 0 : context.prompt_length;
     const std::vector<float>& gains = known(context, prompt, end);
     if (begin < prompt) {
       for (const int64_t t : most_surprising(gains, prompt, share_)) {
@@ -34,6 +36,12 @@ class RouterPolicy : public ModePolicy {
       }
     }
     if (end <= prompt) return;
+    if (average_) {
+      for (int64_t t = begin; t < end; ++t) {
+        if (static_cast<double>(gains[static_cast<size_t>(t)]) > head_->threshold(share_)) add(t, spans);
+      }
+      return;
+    }
     GainBudget budget(*head_, share_);
     for (int64_t t = prompt; t < end; ++t) {
       if (budget.take(gains[static_cast<size_t>(t)]) && t >= begin) add(t, spans);
@@ -67,7 +75,7 @@ class RouterPolicy : public ModePolicy {
 
   int32_t mixer_;
   double share_;
-  bool causal_;
+  bool causal_, average_;
   std::string file_;
   std::shared_ptr<const GainHead> head_;
 };
