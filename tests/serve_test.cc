@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <future>
+
 #include "oryx/common/file.h"
 #include "tests/support/byte_model.h"
 #include "tests/support/folder.h"
@@ -15,7 +17,7 @@ using ::testing::HasSubstr;
 
 // What every script begins with: start(...) -> a server, whose port is known when it listens.
 constexpr const char* kClient = R"py(
-import atexit, http.client, json, re, signal, socket, subprocess, sys, threading, time
+import atexit, concurrent.futures, http.client, json, re, signal, socket, subprocess, sys, threading, time
 program, model = sys.argv[1:3]
 class Server:
     def __init__(self, *options):
@@ -79,13 +81,18 @@ TEST_F(Serve, AnswersAsGenerateDoes) {
 def generate(prompt, *options):
     words = [program, "generate", model, "--tokenizer", "byte", "--threads", "1", "--prompt", prompt, "--max-new-tokens", "12", "--prefill-piece", "32", "--json", *options]
     return json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
-s = Server("--piece", "32", "--keep-every", "32")
+# What generate makes of it, two at a time, while the server starts.
+prompt = "Once upon a time there was a model that was served. " * 2
+schedules = ["linear", "attention", "attention@prompt,linear@gen", "linear,attention@-9:"]
+pool = concurrent.futures.ThreadPoolExecutor(2)
+greedy = pool.submit(generate, prompt)
+wanted = [pool.submit(generate, prompt, "--temperature", "0.8", "--seed", str(i), "--schedule", t) for i, t in enumerate(schedules)]
+s = Server("--piece", "32", "--keep-every", "32", "--chat-template", r"{role}:{content};\n")
 r, text = s.ask("GET", "/health")
 assert r.status == 200 and json.loads(text) == {"status": "ok"}
 r, text = s.ask("GET", "/v1/models")
 assert json.loads(text)["data"][0]["id"] == "tiny", text
-prompt = "Once upon a time there was a model that was served. " * 2
-greedy = generate(prompt)["text"]
+greedy = greedy.result()["text"]
 status, whole = s.complete(prompt=prompt, temperature=0, max_tokens=12)
 choice = whole["choices"][0]
 assert status == 200 and choice["text"] == greedy and choice["finish_reason"] == "length", (whole, greedy)
@@ -95,13 +102,12 @@ answers = {}
 def ask(i, schedule):
     c, r = s.stream(prompt=prompt, temperature=0.8, seed=i, max_tokens=12, schedule=schedule, stream_options={"include_usage": True}, model="tiny")
     answers[i] = list(events(r))
-schedules = ["linear", "attention", "attention@prompt,linear@gen", "linear,attention@-9:"]
 threads = [threading.Thread(target=ask, args=(i, t)) for i, t in enumerate(schedules)]
 for t in threads: t.start()
 for t in threads: t.join()
 for i, schedule in enumerate(schedules):
     *chunks, last, usage = answers[i]
-    want = generate(prompt, "--temperature", "0.8", "--seed", str(i), "--schedule", schedule)["text"]
+    want = wanted[i].result()["text"]
     assert "".join(c["choices"][0]["text"] for c in chunks) == want, (schedule, want, chunks)
     assert last["choices"][0]["finish_reason"] == "length" and usage["choices"] == [], answers[i]
     assert usage["usage"]["total_tokens"] == 117
@@ -110,10 +116,23 @@ assert answers[0][-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == 96, 
 stop = greedy[4:6]
 status, whole = s.complete(prompt=prompt, temperature=0, max_tokens=12, stop=[stop])
 assert whole["choices"][0]["text"] == greedy[:greedy.index(stop)] and whole["choices"][0]["finish_reason"] == "stop", whole
+# A chat is the completion of its text.
+status, whole = s.complete(prompt="user:Hi there;\nassistant:", temperature=0, max_tokens=12)
+chat = {"messages": [{"role": "user", "content": "Hi there"}], "temperature": 0, "max_tokens": 12}
+r, text = s.ask("POST", "/v1/chat/completions", chat)
+message = json.loads(text)["choices"][0]["message"]
+assert json.loads(text)["object"] == "chat.completion" and message == {"role": "assistant", "content": whole["choices"][0]["text"]}, (text, whole)
+c = http.client.HTTPConnection("127.0.0.1", s.port, timeout=100)
+c.request("POST", "/v1/chat/completions", json.dumps(dict(chat, stream=True)))
+first, *chunks, last = list(events(c.getresponse()))
+assert first["object"] == "chat.completion.chunk" and first["choices"][0]["delta"] == {"role": "assistant", "content": ""}, first
+assert "".join(x["choices"][0]["delta"]["content"] for x in chunks) == message["content"], chunks
+assert last["choices"][0]["delta"] == {} and last["choices"][0]["finish_reason"] == "length", last
+c.close()
 status, error = s.complete(prompt=prompt, max_tokens=10000000)
 assert status == 400 and "but the whole budget is 63.9 MiB" in error["error"]["message"], error
-assert s.metric("oryx_tokens_reused_total") >= 192 and s.metric("oryx_requests_total{end=\"finished\"}") == 6
-assert s.metric("oryx_time_to_first_token_seconds_count") == 6
+assert s.metric("oryx_tokens_reused_total") >= 192 and s.metric("oryx_requests_total{end=\"finished\"}") == 9
+assert s.metric("oryx_time_to_first_token_seconds_count") == 9
 code, err = s.stop()
 assert code == 0 and err.endswith("stopped; every request was answered\n"), (code, err)
 print("ok")
@@ -210,19 +229,23 @@ print("ok")
 }
 
 TEST_F(Serve, BadOptionsEndInOneLine) {
-  const auto line = [&](std::vector<std::string> options, const char* text) {
-    std::vector<std::string> words = {"serve", path("tiny"), "--tokenizer", "byte"};
-    words.insert(words.end(), options.begin(), options.end());
-    const auto r = run(words);
-    EXPECT_EQ(r.exit_code, 1);
-    EXPECT_THAT(r.err, HasSubstr(text));
-    EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+  std::vector<std::future<void>> lines;  // side by side
+  const auto line = [&](const std::vector<std::string>& options, const char* text) {
+    lines.push_back(std::async(std::launch::async, [this, options, text] {
+      std::vector<std::string> words = {"serve", path("tiny"), "--tokenizer", "byte"};
+      words.insert(words.end(), options.begin(), options.end());
+      const auto r = run(words);
+      EXPECT_EQ(r.exit_code, 1);
+      EXPECT_THAT(r.err, HasSubstr(text));
+      EXPECT_EQ(std::count(r.err.begin(), r.err.end(), '\n'), 1) << r.err;
+    }));
   };
   line({"--schedule", "atention"}, "Did you mean 'attention'?");
   line({"--piece", "64", "--keep-every", "100"}, "keep_every is 100, expected 0 or a multiple of piece, 64");
   line({"--kv", "surprise:budget=8"}, "are not served");
   line({"--state-budget", "1KiB"}, "the budget of states is 1.00 KiB");
   line({"--port", "70000"}, "--port");
+  line({"--chat-template", "{content}"}, "expected chatml, llama3, or a message's text with {role} and behind it {content}");
   line({"--host", "no.such.host.invalid", "--port", "0"}, "cannot listen on no.such.host.invalid");
 }
 

@@ -17,7 +17,7 @@ struct ServeArguments {
   ModelArguments model;
   serve::EngineOptions engine;
   serve::HttpOptions http;
-  std::string kv = "keep", name;
+  std::string kv = "keep", name, chat;
 };
 
 // The folder's own name as it was given, not that of a checkpoint that RUN/model points to; of RUN/model the run's.
@@ -31,6 +31,7 @@ std::string model_name(const std::string& folder) {
 void serve_model(ServeArguments o) {
   set_kv(o.engine.state, o.kv);
   o.engine.validate();
+  if (!o.chat.empty()) o.http.defaults.chat = serve::ChatTemplate(o.chat);
   const LoadedModel loaded = load(o.model);
   if (!loaded.tokenizer) fail("{}: has no tokeniser; give one with --tokenizer", loaded.name);
   const ModelSchedule schedule(loaded.model->config(), o.http.defaults.schedule);
@@ -60,6 +61,10 @@ ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completion
   app.add_option("--name", o->name, "the model's name in requests and answers (default: its folder's)");
   app.add_option("--schedule", o->http.defaults.schedule,
                  "modes of requests that name none (docs/modes.md; default: linear)");
+  app.add_option("--chat-template", o->chat,
+                 "how a chat's messages become text: chatml, llama3, or one message as '{role}: {content}\\n' "
+                 "(default: chats are not served)")
+      ->type_name("TEXT");
   app.add_option("--state-budget", o->engine.state_budget,
                  "memory for the states of requests and of kept prefixes, as 4GiB or 512MiB (default: a quarter of "
                  "what is free)")

@@ -8,6 +8,8 @@ namespace oryx::serve {
 
 namespace {
 
+constexpr int64_t kChatTokens = 512;  // of an answer in a chat that says nothing else
+
 const char* error_type(int status) {
   if (status == 429) return "rate_limit_error";
   return status >= 500 ? "server_error" : "invalid_request_error";
@@ -103,6 +105,41 @@ std::vector<int32_t> read_prompt(Fields& fields, const LanguageModel& model, con
   return ids;
 }
 
+// A message's content: a text, or a list of parts that are texts.
+std::string read_content(const Json* content, const std::string& where) {
+  if (content == nullptr) throw ApiError(400, where + ".content is missing; expected a text", where);
+  if (content->is_string()) return content->get<std::string>();
+  if (!content->is_array()) wrong(where + ".content", *content, "a text, or a list of parts of type text");
+  std::string all;
+  for (const Json& part : *content) {
+    if (!part.is_object() || part.value("type", Json()) != "text" || !part.value("text", Json()).is_string())
+      wrong(where + ".content", part, "a text, or a list of parts of type text");
+    all += part["text"].get<std::string>();
+  }
+  return all;
+}
+
+std::vector<int32_t> read_messages(Fields& fields, const ChatTemplate& chat, const Tokenizer& tokenizer) {
+  const Json* messages = fields.find("messages");
+  if (messages == nullptr || !messages->is_array() || messages->empty())
+    wrong("messages", messages == nullptr ? Json() : *messages, "a list of messages, each with a role and a content");
+  std::vector<ChatMessage> all;
+  for (size_t i = 0; i < messages->size(); ++i) {
+    const std::string where = fmt::format("messages[{}]", i);
+    const Json& message = (*messages)[i];
+    if (!message.is_object()) wrong(where, message, "an object with a role and a content");
+    Fields inner(message);
+    ChatMessage m;
+    inner.text("role", m.role);
+    if (m.role != "system" && m.role != "user" && m.role != "assistant")
+      wrong(where + ".role", message.value("role", Json()), "system, user or assistant");
+    m.content = read_content(inner.find("content"), where);
+    inner.finish();
+    all.push_back(std::move(m));
+  }
+  return tokenizer.encode_prompt(chat.prompt(all));
+}
+
 std::vector<std::string> read_stops(Fields& fields) {
   const Json* stop = fields.find("stop");
   if (stop == nullptr) return {};
@@ -139,7 +176,13 @@ Json ApiError::json() const {
 }
 
 Completion parse_completion(const std::string& text, const LanguageModel& model, const Tokenizer& tokenizer,
-                            const CompletionDefaults& defaults) {
+                            const CompletionDefaults& defaults, Endpoint endpoint) {
+  const bool chat = endpoint == Endpoint::kChat;
+  if (chat && !defaults.chat.on()) {
+    throw ApiError(400,
+                   "this server has no chat template; start it with --chat-template, or send the whole text to "
+                   "/v1/completions");
+  }
   Json body;
   try {
     body = parse_json(text, "the request's body");
@@ -147,9 +190,11 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
     throw ApiError(400, e.what());
   }
   if (!body.is_object())
-    throw ApiError(400, fmt::format("the request's body is {}, expected an object with a prompt", describe_json(body)));
+    throw ApiError(400, fmt::format("the request's body is {}, expected an object with {}", describe_json(body), chat ? "messages" : "a prompt"));
   Fields fields(body);
   Completion c;
+  c.endpoint = endpoint;
+  if (chat) c.max_tokens = kChatTokens;
   std::string name = defaults.model, schedule = defaults.schedule, ignored;
   if (fields.text("model", name) && name != defaults.model) {
     throw ApiError(404, fmt::format("the model '{}' is not served here; expected '{}'", shown(name), defaults.model),
@@ -164,6 +209,7 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
   fields.integer("top_k", c.sampling.top_k, 0);
   fields.integer("seed", c.sampling.seed, 0);
   fields.integer("max_tokens", c.max_tokens, 1);
+  if (chat) fields.integer("max_completion_tokens", c.max_tokens, 1);
   fields.flag("stream", c.stream);
   if (const Json* options = fields.find("stream_options")) {
     if (!options->is_object()) wrong("stream_options", *options, "an object");
@@ -173,22 +219,29 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
   }
   fields.text("user", ignored);
   fields.only("n", 1);
-  fields.only("best_of", 1);
-  fields.only("echo", false);
-  fields.only("logprobs", 0);
-  fields.only("suffix", "");
+  if (chat) {
+    fields.only("logprobs", false);
+    fields.only("tools", Json::array());
+    fields.only("response_format", {{"type", "text"}});
+  } else {
+    fields.only("best_of", 1);
+    fields.only("echo", false);
+    fields.only("logprobs", 0);
+    fields.only("suffix", "");
+  }
   fields.only("presence_penalty", 0);
   fields.only("frequency_penalty", 0);
   fields.only("logit_bias", Json::object());
   fields.text("schedule", schedule);
   c.stops = read_stops(fields);
-  const bool has_prompt = body.contains("prompt");
-  if (!has_prompt) {
-    (void)fields.find("prompt");
+  if (chat && !defaults.chat.stop().empty()) c.stops.push_back(defaults.chat.stop());
+  const char* asked = chat ? "messages" : "prompt";
+  if (!body.contains(asked)) {
+    (void)fields.find(asked);
     fields.finish();  // a misspelt prompt is said as such
   }
   try {
-    c.prompt = read_prompt(fields, model, tokenizer);
+    c.prompt = chat ? read_messages(fields, defaults.chat, tokenizer) : read_prompt(fields, model, tokenizer);
     fields.finish();
     c.sampling.validate();
   } catch (const ApiError&) {
@@ -209,19 +262,37 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
   return c;
 }
 
-Json CompletionAnswer::chunk(const std::string& text, const std::string& reason) const {
+namespace {
+
+// An answer with one choice, whose text stands under `key`.
+Json answer_of(const CompletionAnswer& a, const char* object, const char* key, const Json& text,
+               const std::string& reason) {
   const Json choice = {
-      {"text", text}, {"index", 0}, {"logprobs", nullptr}, {"finish_reason", reason.empty() ? Json() : Json(reason)}};
-  return {{"id", id},
-          {"object", "text_completion"},
-          {"created", created},
-          {"model", model},
+      {key, text}, {"index", 0}, {"logprobs", nullptr}, {"finish_reason", reason.empty() ? Json() : Json(reason)}};
+  return {{"id", a.id},
+          {"object", object},
+          {"created", a.created},
+          {"model", a.model},
           {"choices", Json::array({choice})}};
+}
+
+}  // namespace
+
+Json CompletionAnswer::begin() const {
+  return answer_of(*this, "chat.completion.chunk", "delta", {{"role", "assistant"}, {"content", ""}}, "");
+}
+
+Json CompletionAnswer::chunk(const std::string& text, const std::string& reason) const {
+  if (endpoint == Endpoint::kText) return answer_of(*this, "text_completion", "text", text, reason);
+  return answer_of(*this, "chat.completion.chunk", "delta", text.empty() ? Json::object() : Json{{"content", text}},
+                   reason);
 }
 
 Json CompletionAnswer::whole(const std::string& text, const std::string& reason, const Completion& request,
                              const Ended& ended) const {
-  Json json = chunk(text, reason);
+  Json json = endpoint == Endpoint::kText
+                  ? chunk(text, reason)
+                  : answer_of(*this, "chat.completion", "message", {{"role", "assistant"}, {"content", text}}, reason);
   json["usage"] = usage(request, ended);
   json["oryx"] = {{"schedule", request.schedule->text()},
                   {"seed", request.sampling.seed},

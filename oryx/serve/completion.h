@@ -1,5 +1,5 @@
-// The body of POST /v1/completions (OpenAI's text completions and a few fields more), its answers and its errors. No
-// HTTP here.
+// The bodies of POST /v1/completions and /v1/chat/completions (OpenAI's, and a few fields more), their answers and errors.
+// No HTTP here.
 #pragma once
 
 #include <optional>
@@ -9,6 +9,7 @@
 #include "oryx/common/error.h"
 #include "oryx/common/json.h"
 #include "oryx/data/tokenizer.h"
+#include "oryx/serve/chat.h"
 #include "oryx/serve/engine.h"
 
 namespace oryx::serve {
@@ -28,7 +29,10 @@ class ApiError : public Error {
 struct CompletionDefaults {
   std::string model;     // its name, the only one that is served
   std::string schedule;  // of requests that name none
+  ChatTemplate chat = {};
 };
+
+enum class Endpoint { kText, kChat };
 
 struct Completion {
   std::vector<int32_t> prompt;
@@ -37,16 +41,20 @@ struct Completion {
   int64_t max_tokens = 16;
   std::vector<std::string> stops;
   bool stream = false, include_usage = false;
+  Endpoint endpoint = Endpoint::kText;
 };
 
 // Throws ApiError: 400 for what is wrong in the body, 404 for another model.
 Completion parse_completion(const std::string& body, const LanguageModel& model, const Tokenizer& tokenizer,
-                            const CompletionDefaults& defaults);
+                            const CompletionDefaults& defaults, Endpoint endpoint = Endpoint::kText);
 
 // The objects of an answer. `id` and `created` are those of the request.
 struct CompletionAnswer {
   std::string id, model;
   int64_t created = 0;
+  Endpoint endpoint = Endpoint::kText;
+  // Of a chat, the first piece of a stream: the role.
+  Json begin() const;
   // A piece of a stream, or the whole: finish_reason "" is null.
   Json chunk(const std::string& text, const std::string& finish_reason) const;
   Json whole(const std::string& text, const std::string& finish_reason, const Completion& request,

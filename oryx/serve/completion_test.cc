@@ -19,12 +19,13 @@ class CompletionBody : public ::testing::Test {
     c.vocab_size = tokenizer_->vocab_size();
     model_ = std::make_unique<LanguageModel>(c);
   }
-  Completion parse(const std::string& body) const {
-    return parse_completion(body, *model_, *tokenizer_, {"tiny", "attention@prompt,linear@gen"});
+  Completion parse(const std::string& body, Endpoint endpoint = Endpoint::kText) const {
+    return parse_completion(body, *model_, *tokenizer_,
+                            {"tiny", "attention@prompt,linear@gen", ChatTemplate("{role}: {content};\\n")}, endpoint);
   }
-  void refuses(const std::string& body, const char* line, int status = 400) const {
+  void refuses(const std::string& body, const char* line, int status = 400, Endpoint endpoint = Endpoint::kText) const {
     try {
-      parse(body);
+      parse(body, endpoint);
       ADD_FAILURE() << body;
     } catch (const ApiError& e) {
       EXPECT_EQ(e.status(), status) << body;
@@ -54,6 +55,50 @@ TEST_F(CompletionBody, IsRead) {
   EXPECT_EQ(least.schedule->text(), "attention@prompt,linear@gen");
   EXPECT_EQ(least.sampling.temperature, 1);
   EXPECT_EQ(least.max_tokens, 16);
+}
+
+TEST(ServeChat, ATemplateIsOneMessage) {
+  const ChatTemplate chatml("chatml");
+  EXPECT_EQ(chatml.prompt({{"system", "Be {role}."}, {"user", "Hi"}}),
+            "<|im_start|>system\nBe {role}.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+  EXPECT_EQ(chatml.stop(), "<|im_end|>");
+  EXPECT_EQ(ChatTemplate("llama3").stop(), "<|eot_id|>");
+  const ChatTemplate lines("{role}: {content}\\n");
+  EXPECT_EQ(lines.prompt({{"user", "a\\nb"}}), "user: a\\nb\nassistant: ");  // a message is taken as it is
+  EXPECT_EQ(lines.stop(), "\n");
+  EXPECT_EQ(ChatTemplate("{role}>{content}").stop(), "");
+  EXPECT_FALSE(ChatTemplate().on());
+  for (const char* text : {"", "{content}", "{role}", "{content} {role}", "{role}{role}{content}", "{% for m in messages %}"})
+    EXPECT_THROW(ChatTemplate{text}, Error) << text;
+}
+
+TEST_F(CompletionBody, ChatsAreRead) {
+  const auto text = [&](const char* body) {
+    const Completion c = parse(body, Endpoint::kChat);
+    return tokenizer_->decode(c.prompt);
+  };
+  EXPECT_EQ(text(R"({"messages": [{"role": "user", "content": "ab"}]})"), "user: ab;\nassistant: ");
+  EXPECT_EQ(text(R"({"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": ""}]})"),
+            "system: ab;\nuser: ;\nassistant: ");
+  const Completion c = parse(R"({"messages": [{"role": "user", "content": "ab"}], "stop": "x", "max_completion_tokens": 7, "logprobs": false})", Endpoint::kChat);
+  EXPECT_EQ(c.stops, (std::vector<std::string>{"x", ";"}));
+  EXPECT_EQ(c.max_tokens, 7);
+  EXPECT_EQ(parse(R"({"messages": [{"role": "user", "content": "ab"}]})", Endpoint::kChat).max_tokens, 512);
+  const auto bad = [&](const char* body, const char* line) { refuses(body, line, 400, Endpoint::kChat); };
+  bad(R"({"prompt": "a"})", "unknown field 'prompt'");
+  bad(R"({"messages": "a"})", "messages is \"a\" (a string), expected a list of messages");
+  bad(R"({"messages": []})", "expected a list of messages");
+  bad(R"({"messages": [{"role": "tool", "content": "a"}]})", "messages[0].role is \"tool\" (a string), expected system, user or assistant");
+  bad(R"({"messages": [{"role": "user"}]})", "messages[0].content is missing");
+  bad(R"({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})", "expected a text, or a list of parts of type text");
+  bad(R"({"messages": [{"role": "user", "content": "a", "nmae": "b"}]})", "unknown field 'nmae'");
+  bad(R"({"messages": [{"role": "user", "content": "a"}], "tools": [1]})", "tools is");
+  try {
+    parse_completion(R"({"messages": []})", *model_, *tokenizer_, {"tiny", "linear"}, Endpoint::kChat);
+    ADD_FAILURE();
+  } catch (const ApiError& e) {
+    EXPECT_THAT(e.what(), HasSubstr("this server has no chat template; start it with --chat-template"));
+  }
 }
 
 TEST_F(CompletionBody, IsRefusedInOneLine) {

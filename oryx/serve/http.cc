@@ -122,7 +122,7 @@ struct HttpServer::Impl {
         return answer(
             res,
             ApiError(404, fmt::format(
-                              "{} {} is not served; expected POST /v1/completions, GET /v1/models, /health or /metrics",
+                              "{} {} is not served; expected POST /v1/completions or /v1/chat/completions, GET /v1/models, /health or /metrics",
                               req.method, req.path)));
       if (res.status == 413)
         return answer(res, ApiError(413, fmt::format("the request's body is longer than {} bytes", kLongestBody)));
@@ -138,7 +138,9 @@ struct HttpServer::Impl {
       }
     });
     server.Post("/v1/completions",
-                [this](const httplib::Request& req, httplib::Response& res) { complete(req.body, res); });
+                [this](const httplib::Request& req, httplib::Response& res) { complete(req.body, res, Endpoint::kText); });
+    server.Post("/v1/chat/completions",
+                [this](const httplib::Request& req, httplib::Response& res) { complete(req.body, res, Endpoint::kChat); });
     server.Get("/v1/models", [this](const httplib::Request&, httplib::Response& res) {
       const Json one = {
           {"id", options.defaults.model}, {"object", "model"}, {"created", started}, {"owned_by", "oryx"}};
@@ -167,7 +169,7 @@ struct HttpServer::Impl {
     CompletionAnswer answer;
     std::shared_ptr<Channel> channel;
     int64_t id = 0;
-    bool done = false;  // the last bytes were handed over
+    bool begun = false;  // the first event was handed over
 
     Open(Impl& i, Completion r)
         : impl(i), request(std::move(r)), channel(std::make_shared<Channel>(impl.tokenizer, request)) {
@@ -179,9 +181,9 @@ struct HttpServer::Impl {
     }
   };
 
-  void complete(const std::string& body, httplib::Response& res) {
+  void complete(const std::string& body, httplib::Response& res, Endpoint endpoint) {
     if (closing) throw ApiError(503, "the server stops; nothing more is accepted");
-    const auto o = std::make_shared<Open>(*this, parse_completion(body, model, tokenizer, options.defaults));
+    const auto o = std::make_shared<Open>(*this, parse_completion(body, model, tokenizer, options.defaults, endpoint));
     Request r;
     r.prompt = o->request.prompt;
     r.schedule = o->request.schedule;
@@ -198,7 +200,7 @@ struct HttpServer::Impl {
     } catch (const Error& e) {
       throw ApiError(400, e.what());
     }
-    o->answer = {fmt::format("cmpl-{}", o->id), options.defaults.model, std::time(nullptr)};
+    o->answer = {fmt::format("{}-{}", endpoint == Endpoint::kChat ? "chatcmpl" : "cmpl", o->id), options.defaults.model, std::time(nullptr), endpoint};
     return o->request.stream ? stream(o, res) : whole(o, res);
   }
 
@@ -212,6 +214,7 @@ struct HttpServer::Impl {
       if (!over && text.empty()) return sink.is_writable();
       std::string events;
       const auto event = [&](const Json& json) { events += "data: " + dumped(json) + "\n\n"; };
+      if (o->request.endpoint == Endpoint::kChat && !std::exchange(o->begun, true)) event(o->answer.begin());
       if (!text.empty()) event(o->answer.chunk(text, ""));
       if (over) {
         const Ended& ended = o->channel->ended();
