@@ -49,7 +49,7 @@ void run(const oryx::LanguageModel& model, const std::string& text) {
   const auto bytes = [](int64_t n) { return oryx::human_bytes(static_cast<double>(n)); };
   const oryx::StateBytes held = state.bytes();
   fmt::print("{}\n", text);
-  fmt::print("  prompt: {:.1f}% of the tokens in attention, {}FLOPs\n", 100 * share, oryx::human_count(flops));
+  fmt::print("  prompt: {:.1f}% of the tokens in attention, {} FLOPs\n", 100 * share, oryx::human_count(flops));
   fmt::print("  state after {} tokens: recurrent {}, convolution tails {}, keys and values {}\n", state.lengths()[0],
              bytes(held.recurrent), bytes(held.tails), bytes(held.tokens));
   fmt::print("  continuation: {}\n", fmt::join(ids, " "));

@@ -136,6 +136,12 @@ TEST_F(DataCommands, DevicesAndPipesAreNotReplaced) {
   EXPECT_TRUE(std::filesystem::is_fifo(folder_ / "pipe"));
 }
 
+TEST_F(DataCommands, FilesAllowWhatTheUserAllows) {
+  const auto r = run_command({"bash", "-c", "umask 027; \"$0\" data build \"$1/text\" --tokenizer byte --out \"$1/set\" > /dev/null 2>&1; stat -c %a \"$1/set\" \"$1/set/train.tok\" \"$1/set/dataset.json\"",
+                              program_path(), folder_.path().string()});
+  EXPECT_EQ(r.out, "750\n640\n640\n") << r.err;
+}
+
 TEST_F(DataCommands, ARunWantsAFolderOfItsOwn) {
   ASSERT_EQ(run({"data", "build", path("text"), "--tokenizer", "byte", "--out", path("set"), "--extension", "jsonl"}).exit_code, 0);
   expect_error({"train", "data=" + path("set"), "out=" + path("set")}, "set: is a data set; choose another folder for the run");
@@ -147,6 +153,9 @@ TEST_F(DataCommands, ARunWantsAFolderOfItsOwn) {
   make_folders(folder_ / "old");
   write_file(folder_ / "old/config.json", "{}");
   expect_error({"train", "--resume", path("old"), "out=elsewhere"}, "goes on in that folder: leave out=elsewhere out");
+  expect_error({"generate", path("old"), "--prompt", "a"}, "old: holds no model.safetensors; expected a model's folder");
+  write_file(folder_ / "old/lock", "");  // as a run that was killed before its first checkpoint
+  expect_error({"generate", path("old"), "--prompt", "a"}, "old: is a training run that has saved no checkpoint yet; train on with: oryx train --resume");
 }
 
 }  // namespace

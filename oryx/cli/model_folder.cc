@@ -40,6 +40,9 @@ void check_model_folder(const fs::path& path) {
   if (!fs::exists(folder / "config.json", ignored)) {
     fail("{}: holds no config.json; expected a model's folder, or a training run with a folder 'model'", folder.string());
   }
+  if (fs::exists(folder / "model.safetensors", ignored)) return;
+  if (fs::exists(folder / "lock", ignored)) fail("{}: is a training run that has saved no checkpoint yet; train on with: oryx train --resume {}", folder.string(), folder.string());
+  fail("{}: holds no model.safetensors; expected a model's folder, or a training run with a folder 'model'", folder.string());
 }
 
 LoadedModel load(const ModelArguments& a) {

@@ -25,6 +25,13 @@ namespace {
 constexpr size_t kBuffer = 1 << 20;
 constexpr std::string_view kAside = ".old";
 
+// What new files may not allow, asked for when the library is loaded: to ask is to set it, which is not for several threads.
+const mode_t kMask = [] {
+  const mode_t mask = ::umask(0);
+  ::umask(mask);
+  return mask;
+}();
+
 void write_fully(int fd, const char* data, size_t size, const fs::path& path) {
   while (size > 0) {
     const ssize_t n = file_operations.write(fd, data, size);
@@ -96,7 +103,7 @@ AtomicFile::AtomicFile(fs::path path) : path_(std::move(path)) {
   std::string name = (path_.parent_path() / fmt::format(".{}.XXXXXX", path_.filename().string())).string();
   fd_ = file_operations.create_temporary(name.data());
   if (fd_ < 0) fail_errno(path_.string(), "create");
-  ::fchmod(fd_, 0644);
+  ::fchmod(fd_, 0666 & ~kMask);  // as open() would; mkstemp() gives 0600
   temporary_ = name;
 }
 

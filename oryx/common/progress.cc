@@ -1,6 +1,7 @@
 #include "oryx/common/progress.h"
 
 #include <fmt/format.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +15,11 @@ namespace {
 std::atomic<bool> bar_on_line{false};
 constexpr auto kTerminalPeriod = std::chrono::milliseconds(100);
 constexpr auto kPlainPeriod = std::chrono::seconds(10);
+
+size_t terminal_width() {
+  winsize size{};
+  return ::ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 ? size.ws_col : 0;
+}
 }  // namespace
 
 void ProgressBar::wipe_line() {
@@ -64,13 +70,13 @@ void ProgressBar::draw(bool last) {
   const double rate = elapsed > 0 ? static_cast<double>(done_ - start_done_) / elapsed : 0;
   const bool bytes = unit_ == "B";
   auto amount = [&](double n) { return bytes ? human_bytes(n) : human_count(n); };
-  std::string text = label_;
+  std::string bar, text;
   if (total_ > 0) {
     const double share = std::clamp(static_cast<double>(done_) / static_cast<double>(total_), 0.0, 1.0);
     if (terminal_) {
       constexpr int kWidth = 24;
       const int full = static_cast<int>(share * kWidth);
-      text += fmt::format(" [{}{}]", std::string(full, '#'), std::string(kWidth - full, '.'));
+      bar = fmt::format(" [{}{}]", std::string(full, '#'), std::string(kWidth - full, '.'));
     }
     text += fmt::format(" {:3.0f}% {}/{}", 100 * share, amount(static_cast<double>(done_)),
                         amount(static_cast<double>(total_)));
@@ -84,6 +90,7 @@ void ProgressBar::draw(bool last) {
     text += fmt::format(" | {} left", human_seconds(static_cast<double>(total_ - done_) / rate));
   }
   if (!note_.empty()) text += " | " + note_;
+  text = terminal_ && !last ? one_row(label_, bar, text, terminal_width()) : label_ + bar + text;
   if (terminal_) {
     fmt::print(stderr, "\r{}\x1b[K{}", text, last ? "\n" : "");
     bar_on_line = !last;
@@ -91,6 +98,16 @@ void ProgressBar::draw(bool last) {
     fmt::print(stderr, "{}\n", text);
   }
   std::fflush(stderr);
+}
+
+std::string ProgressBar::one_row(std::string_view label, std::string_view bar, std::string_view text, size_t width) {
+  const auto fits = [&](size_t size) { return width == 0 || size < width; };
+  if (fits(label.size() + bar.size() + text.size())) return fmt::format("{}{}{}", label, bar, text);
+  if (fits(label.size() + text.size())) return fmt::format("{}{}", label, text);
+  constexpr std::string_view kCut = "..";
+  constexpr size_t kLeast = 8;  // of the label
+  const size_t room = width > text.size() + kCut.size() + kLeast + 1 ? width - text.size() - kCut.size() - 1 : std::min(kLeast, label.size());
+  return fmt::format("{}{}{}", label.substr(0, room), kCut, text).substr(0, width - 1);
 }
 
 std::string human_count(double n) {

@@ -10,7 +10,7 @@ namespace oryx {
 
 class ProgressBar {
  public:
-  // `label` stands in front; `total` <= 0 means unknown; `unit` names what is counted ("tokens", "B" for bytes: shown as KB, MB).
+  // `label` stands in front; `total` <= 0 means unknown; `unit` names what is counted ("tokens", "B" for bytes: shown as KiB, MiB).
   // `done` > 0 starts from there (resumed work): the rate counts only what is done from now on.
   ProgressBar(std::string label, int64_t total, std::string unit, int64_t done = 0);
   ~ProgressBar();
@@ -27,6 +27,9 @@ class ProgressBar {
 
   // Wipes a bar that stands on the terminal's current line, so that a log line can take its place.
   static void wipe_line();
+
+  // Label, bar and text in one row of a terminal, narrower than `width` (0: of no known width): what wraps could not be drawn over. The bar goes first, then the label's end.
+  static std::string one_row(std::string_view label, std::string_view bar, std::string_view text, size_t width);
 
  private:
   void draw(bool last);

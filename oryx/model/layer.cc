@@ -150,8 +150,8 @@ void MultiMixerLayer::check_past(const Routing& routing, const State& state) con
     if (!mixers_[m]->keeps_tokens() || state.layer(index_).has(group_of(m).prefix + "keys")) continue;
     const int64_t count = combines_all() ? routing.rows() * routing.length() : routing.tokens(names_, m).count;
     if (count == 0) continue;
-    fail("{} tokens are to run in '{}' behind {} tokens whose keys and values were dropped (drop_rows); keep them, or schedule a linear mixer for what comes later",
-         count, names_[m], longest);
+    fail("{} to run in '{}' behind {} tokens whose keys and values were dropped (drop_rows); keep them, or schedule a linear mixer for what comes later",
+         count == 1 ? "a token is" : fmt::format("{} tokens are", count), names_[m], longest);
   }
 }
 

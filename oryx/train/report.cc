@@ -31,7 +31,8 @@ std::map<std::string, Series> validation_curves(const std::vector<Json>& metrics
 }  // namespace
 
 void write_report(const RunFolder& run, const TrainOptions& options, const std::vector<Json>& metrics) {
-  Report report(fmt::format("Training run {}", run.path().filename().string()));
+  const auto folder = run.path().has_filename() ? run.path() : run.path().parent_path();  // "runs/a/"
+  Report report(fmt::format("Training run {}", folder.filename().string()));
   report.text(fmt::format("{} parameters; schedule {}; {} steps of {} tokens.", count_parameters(options.model), options.training_schedule(), options.steps,
                           options.batch_size * options.accumulate * options.seq_len));
   Chart loss{.title = "Loss", .x_label = "step", .y_label = "nats a token", .series = {curve(metrics, "training", "loss")}};

@@ -86,6 +86,7 @@ class Run {
       if (due) {
         bar.update(step_, "validating");
         validate_safely(last);
+        bar.update(step_, said_);
       }
       if (saves || summary_.interrupted) save();
       begin_ = now();
@@ -155,7 +156,8 @@ class Run {
     const Step last = std::move(pending_.back());
     pending_.clear();
     if (last.result.skipped) return;
-    bar.update(step_, fmt::format("loss {:.4f} | {} tokens/s", last.result.loss, human_count(rate)));
+    said_ = fmt::format("loss {:.4f} | {} tokens/s", last.result.loss, human_count(rate));
+    bar.update(step_, said_);
     if (!logs) return;
     Json line = {{"kind", "train"}, {"step", step_}, {"loss", last.result.loss}, {"lr", last.lr}, {"gradient_norm", last.result.gradient_norm},
                  {"attention_share", last.result.attention_share}, {"tokens", all_tokens_}, {"tokens_per_second", rate},
@@ -233,6 +235,7 @@ class Run {
   std::optional<BatchFeed> feed_;
   std::vector<Json> metrics_;
   TrainSummary summary_;
+  std::string said_;  // beside the progress bar
 };
 
 }  // namespace
