@@ -32,7 +32,7 @@ function(oryx_add_tests room)
   oryx_unity(test_${room} 4)
   add_dependencies(test_${room} oryx_plugins)
   set_target_properties(test_${room} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/tests")
-  gtest_discover_tests(test_${room} DISCOVERY_MODE PRE_TEST WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}" PROPERTIES TIMEOUT 300
+  gtest_discover_tests(test_${room} DISCOVERY_MODE PRE_TEST WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}" PROPERTIES TIMEOUT 900
     # Tests run side by side: one thread each, or small products would spend their time waiting for one another (up to ninety times as long on two
     # busy cores). Operators have two, so that their parallel regions are tested.
     # (Two properties: the list that this call makes of ENVIRONMENT reaches ctest as its first variable alone.)

@@ -4,7 +4,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include <chrono>
+#include <ctime>
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
@@ -137,9 +137,9 @@ TEST(HuggingFaceTokenizer, LongPieces) {
   const auto t = load_tokenizer(kSmall / "llama3.json");
   for (const std::string& text : {std::string(400000, 'x'), std::string(400000, ' '), std::string(400000, '\n'),
                                   std::string(200000, ' ') + "\nend", std::string(400000, '7')}) {
-    const auto start = std::chrono::steady_clock::now();
+    const std::clock_t start = std::clock();  // of this process: how busy the machine is does not count
     EXPECT_EQ(t->decode(t->encode(text)), text);
-    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20)) << text.front();
+    EXPECT_LT(std::clock() - start, 100 * CLOCKS_PER_SEC) << text.front();
   }
 }
 
