@@ -20,7 +20,9 @@ std::string found_at(std::string_view text, size_t position) {
   if (position >= text.size()) return "the end";
   size_t end = position;
   while (end < text.size() && (is_name(text[end]) || text[end] == '.' || text[end] == '-')) ++end;
-  return fmt::format("'{}'", text.substr(position, std::max<size_t>(1, end - position)));
+  end = std::max(end, position + 1);
+  while (end < text.size() && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) ++end;  // a sign of several bytes, whole
+  return fmt::format("'{}'", text.substr(position, end - position));
 }
 
 [[noreturn]] void fail_at(std::string_view text, size_t position, const std::string& expected,

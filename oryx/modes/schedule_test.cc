@@ -89,6 +89,7 @@ TEST(Schedule, ErrorsShowPositionFoundAndExpected) {
             "(gated_delta_net, attention, "
             "sliding_window) or a policy (last(...), oracle(...), part(...), periodic(...), random(...), router(...), surprise(...)). Did you mean 'attention'?");
   EXPECT_THAT(error_of(""), HasSubstr("schedule '': position 1: found the end, expected a mixer ("));
+  EXPECT_THAT(error_of("linear,\xd0\x98x"), HasSubstr("found '\xd0\x98', expected a mixer")) << "a sign of two bytes, whole";
   EXPECT_THAT(error_of("attention,"), HasSubstr("position 11: found the end, expected a mixer"));
   EXPECT_THAT(error_of("random"), HasSubstr("position 1: found 'random', expected a mixer"));
   EXPECT_THAT(error_of("attention attention"),
