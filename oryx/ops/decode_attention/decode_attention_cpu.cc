@@ -15,6 +15,9 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Tokens up to which the angles of all positions are kept (rope_table.h).
+constexpr int64_t kWholeTable = 65536;
+
 std::vector<at::Tensor> dense_heads(at::TensorList pools) {
   std::vector<at::Tensor> out;
   for (const at::Tensor& x : pools) out.push_back(x.stride(3) == 1 ? x : x.contiguous());
@@ -37,6 +40,18 @@ std::vector<const char*> page_starts(const std::vector<at::Tensor>& pools) {
   return starts;
 }
 
+// The positions of the keys that are seen, sequence by sequence.
+std::vector<int32_t> seen_positions(const PagedDecode& a, const at::Tensor& lengths) {
+  std::vector<int32_t> all;
+  for (int64_t n = 0; n < lengths.size(0); ++n) {
+    if (!is_wanted(a.wanted, n)) continue;
+    const VisibleRange seen = visible_keys(lengths.const_data_ptr<int32_t>()[n], a.window, a.first, a.reach);
+    for (int64_t t = seen.head; t < seen.head_end; ++t) all.push_back(static_cast<int32_t>(t));
+    for (int64_t t = seen.begin; t < seen.end; ++t) all.push_back(static_cast<int32_t>(t));
+  }
+  return all;
+}
+
 // Keys and values by pool, checked, of one layout and with dense heads; float32 or bfloat16. `blocks` undefined: the one pool has a row of its own for each sequence.
 at::Tensor decode_rows(const PagedDecode& a) {
   const std::vector<at::Tensor>&keys = a.keys, &values = a.values;
@@ -48,9 +63,14 @@ at::Tensor decode_rows(const PagedDecode& a) {
   shape.query_heads = q.size(1), shape.key_heads = keys[0].size(2), shape.key = K, shape.value = V;
   shape.key_head_stride = keys[0].stride(2), shape.value_head_stride = values[0].stride(2);
   std::shared_ptr<const RopeTable> table;
+  std::vector<int32_t> positions;  // where `table` has rows of the keys that are seen alone
   if (a.rope.theta > 0) {
     q = rope(q.unsqueeze(1), (lengths - 1).clamp_min(0).unsqueeze(1), a.rope.theta, a.rope.rotary_dim).squeeze(1).contiguous();
-    table = rope_rows(std::max(1, lengths.max().item<int>()), a.rope.theta, a.rope.rotary_dim > 0 ? a.rope.rotary_dim : K);
+    const int64_t longest = std::max(1, lengths.max().item<int>()), rotated = a.rope.rotary_dim > 0 ? a.rope.rotary_dim : K;
+    // A table of all positions up to here is small beside the keys that are read, unless only few of them are.
+    const bool few = (a.window > 0 || a.reach > 0) && longest > kWholeTable;
+    if (few) positions = seen_positions(a, lengths);
+    table = few ? rope_table(positions.data(), static_cast<int64_t>(positions.size()), a.rope.theta, rotated) : rope_rows(longest, a.rope.theta, rotated);
     shape.cosine = table->cosine.data(), shape.sine = table->sine.data(), shape.half = table->half;
   }
   at::Tensor norm;
@@ -62,12 +82,14 @@ at::Tensor decode_rows(const PagedDecode& a) {
   const std::vector<const char*> key_rows = page_starts(keys), value_rows = page_starts(values);  // of pages, or of sequences
   const DecodeRows rows{bytes * keys[0].stride(1), bytes * values[0].stride(1), paged ? keys[0].size(1) : 0, key_rows.data(), value_rows.data()};
   std::vector<DecodeSequence> sequences;
+  const int64_t* angles = table != nullptr && !table->rows.empty() ? table->rows.data() : nullptr;
   for (int64_t n = 0; n < N; ++n) {
     if (!is_wanted(a.wanted, n)) continue;
     const VisibleRange seen = visible_keys(lengths.const_data_ptr<int32_t>()[n], a.window, a.first, a.reach);
     const auto i = static_cast<size_t>(n);
     sequences.push_back({n, seen.head, seen.head_end, seen.begin, seen.end, paged ? nullptr : key_rows[i], paged ? nullptr : value_rows[i],
-                         paged ? blocks.const_data_ptr<int32_t>() + n * blocks.size(1) : nullptr});
+                         paged ? blocks.const_data_ptr<int32_t>() + n * blocks.size(1) : nullptr, angles});
+    if (angles != nullptr) angles += seen.head_end - seen.head + seen.end - seen.begin;
   }
   at::Tensor o = a.wanted ? at::zeros({N, q.size(1), V}, q.options()) : at::empty({N, q.size(1), V}, q.options());
   decode_sequences(q.scalar_type() == at::kBFloat16 ? attention_cpu::Element::kBFloat16 : attention_cpu::Element::kFloat32, shape, rows, sequences, q, o, {},

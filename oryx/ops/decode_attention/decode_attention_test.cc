@@ -192,6 +192,19 @@ TEST(PagedDecodeAttention, EqualsNaive) {
   }
 }
 
+// Far into a text only the angles of what is seen are made: memory stays that of the window.
+TEST(PagedDecodeAttention, FarPositionsInAWindow) {
+  at::manual_seed(14);
+  PagedDecode a = make_paged({70001, 50, 66000}, 32, 2, 1, 8, 8, 40, 3);
+  expect_like_naive(a, "window 40 and the first 3");
+  const at::Tensor all = paged_decode_attention(a);
+  a.wanted = at::tensor({0, 1, 1}, at::kInt).to(at::kBool);
+  const at::Tensor some = paged_decode_attention(a);
+  EXPECT_TRUE(at::equal(some.narrow(0, 1, 2), all.narrow(0, 1, 2)));
+  a.reach = 20;
+  expect_like_naive(a, "reach 20");
+}
+
 // Pages or rows side by side, alone or beside others, on one thread or two: the same bits.
 TEST(PagedDecodeAttention, EachSequenceIsBitForBitAlone) {
   at::manual_seed(12);

@@ -28,7 +28,7 @@ void find_rows(const DecodeRows& rows, const DecodeSequence& s, int64_t from, in
   for (int64_t i = from; i < to; ++i) {
     const int64_t token = i < heads ? s.head + i : s.begin + i - heads;
     const auto at = static_cast<size_t>(i - from);
-    out.positions[at] = static_cast<int32_t>(token);
+    out.positions[at] = static_cast<int32_t>(s.angles != nullptr ? s.angles[i] : token);
     if (rows.page == 0) {
       out.keys[at] = s.keys + token * rows.key_stride;
       out.values[at] = s.values + token * rows.value_stride;

@@ -24,6 +24,7 @@ struct DecodeSequence {
   int64_t begin, end;              // and [begin, end) behind them, one at least
   const char *keys, *values;       // of its token 0; null with pages
   const int32_t* blocks;           // the numbers of its pages
+  const int64_t* angles = nullptr;  // rows of cosine and sine of the keys that it sees, in order; null: each token's own
 };
 
 // q [..., Hq, K] and o [..., Hq, V] contiguous, of `element`; q rotated already where keys are rotated as they are read;
