@@ -6,7 +6,7 @@
 #
 # Text as well, with models of text (of the same tokeniser, two seeds of one kind), text to fit routers on and text to test on, that none of the models has seen:
 #
-#   TEXT_MODELS="DIR DIR" FIT=valid.jsonl.zst TEST=test.jsonl.zst recipes/router.sh [OUT]
+#   TEXT_MODELS="DIR DIR" FIT=valid.jsonl.zst TEST=passages.jsonl recipes/router.sh [OUT]
 set -euo pipefail
 out=${1:-runs/router}
 models=()
@@ -30,5 +30,5 @@ for m in "${models[@]}"; do
   train hidden flips=100
   train tokens reads=tokens
 done
-oryx sweep perplexity "${models[@]}" --set share --out "$out/text" --precision bfloat16 --option data="$TEST" --option max_tokens=24000 --setting parts=false \
-  --setting shares=0.05,0.1,0.25,0.5 --setting oracle=true --setting "routers={model}/hidden.safetensors,{model}/tokens.safetensors"
+oryx sweep perplexity "${models[@]}" --set share --out "$out/text" --precision bfloat16 --option data="$TEST" --setting parts=false --setting "without=most surprising" \
+  --setting shares=0.05,0.1,0.25,0.5 --setting oracle=true --setting average=true --setting "routers={model}/hidden.safetensors,{model}/tokens.safetensors"
