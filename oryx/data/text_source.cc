@@ -88,7 +88,10 @@ class TextSource::Reader {
         stream_(open_stream(file.path)) {}
 
   // False at the file's end. `text` may be empty.
-  bool next(std::string& text, uint64_t& line) { return json_ ? next_json(text, line) : next_piece(text, line); }
+  bool next(std::string& text, uint64_t& line) {
+    if (!begun_) pass_mark();
+    return json_ ? next_json(text, line) : next_piece(text, line);
+  }
   uint64_t consumed() const { return stream_->consumed(); }
 
  private:
@@ -102,6 +105,15 @@ class TextSource::Reader {
     buffer_.resize(old + n);
     end_ = n == 0;
     return !end_;
+  }
+
+  // A byte-order mark, which some editors put in front of UTF-8, is no part of the text.
+  void pass_mark() {
+    constexpr std::string_view kMark = "\xEF\xBB\xBF";
+    begun_ = true;
+    while (rest().size() < kMark.size() && fill()) {
+    }
+    if (rest().starts_with(kMark)) take(kMark.size());
   }
 
   std::string_view rest() const { return std::string_view(buffer_).substr(begin_); }
@@ -210,7 +222,7 @@ class TextSource::Reader {
   std::string buffer_;
   size_t begin_ = 0, taken_ = 0;
   uint64_t offset_ = 0, line_ = 0;  // of begin_ in the (decompressed) file; of the line or piece read last
-  bool end_ = false;
+  bool begun_ = false, end_ = false;
 };
 
 TextSource::TextSource(std::vector<TextFile> files, size_t piece) : files_(std::move(files)), piece_(piece) {}

@@ -93,6 +93,20 @@ TEST_F(TextSourceTest, LargeTextIsCutAtLinesOrElseBetweenCharacters) {
   EXPECT_THAT(read_all(folder_ / "b.txt", {}, 7), ElementsAre("äöü", "äöü", "äöü"));
 }
 
+TEST_F(TextSourceTest, AByteOrderMarkIsNoText) {
+  const std::string mark = "\xEF\xBB\xBF";
+  put("a.txt", mark + "one\n" + mark + "two");  // the second is a character (U+FEFF) like any other
+  put("b.jsonl", mark + "{\"text\": \"three\"}\n");
+  put("c.txt.zst", zstd(mark + "four"));
+  put("d.txt", mark);
+  put("e.txt", "\xEF\xBB");
+  EXPECT_THAT(read_all(folder_ / "a.txt"), ElementsAre("one\n" + mark + "two"));
+  EXPECT_THAT(read_all(folder_ / "b.jsonl"), ElementsAre("three"));
+  EXPECT_THAT(read_all(folder_ / "c.txt.zst"), ElementsAre("four"));
+  EXPECT_THAT(read_all(folder_ / "d.txt"), ElementsAre());
+  EXPECT_THAT(error_of([&] { read_all(folder_ / "e.txt"); }), HasSubstr("byte 0 (0xef) is not UTF-8"));
+}
+
 TEST_F(TextSourceTest, BadTextHasOneLineWithFileAndPlace) {
   std::string deep;
   for (int i = 0; i < 100000; ++i) deep += "[";
