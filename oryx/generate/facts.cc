@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "oryx/data/packing.h"
 #include "oryx/model/routed_cost.h"
 #include "oryx/model/surprise.h"
 #include "oryx/router/features.h"
@@ -22,10 +23,10 @@ bool needs_oracle(const ModelSchedule& schedule) {
 }
 
 at::Tensor next_tokens(const at::Tensor& input_ids, std::span<const int32_t> bounds) {
-  at::Tensor targets = at::full_like(input_ids, -100);
+  at::Tensor targets = at::full_like(input_ids, kIgnoreTarget);
   if (const int64_t T = input_ids.size(1); T > 1) targets.narrow(1, 0, T - 1).copy_(input_ids.narrow(1, 1, T - 1));
   for (size_t n = 1; n < bounds.size(); ++n) {
-    if (bounds[n] > 0) targets.select(1, bounds[n] - 1).fill_(-100);
+    if (bounds[n] > 0) targets.select(1, bounds[n] - 1).fill_(kIgnoreTarget);
   }
   return targets;
 }

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <map>
+#include <numeric>
 
 #include "oryx/common/error.h"
 
@@ -126,6 +128,25 @@ void PolicyArguments::finish() {
     std::string keys;
     for (const auto& k : known_) keys += (keys.empty() ? "" : ", ") + k;
     refuse_at(a.key_position, "one of the keys " + keys, known_);
+  }
+}
+
+std::vector<int64_t> highest_share(const std::vector<float>& scores, int64_t length, double share) {
+  std::vector<int64_t> order(static_cast<size_t>(length));
+  std::iota(order.begin(), order.end(), 0);
+  const int64_t count = std::min(length, static_cast<int64_t>(std::llround(share * static_cast<double>(length))));
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return scores[static_cast<size_t>(a)] > scores[static_cast<size_t>(b)]; });
+  order.resize(static_cast<size_t>(count));
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+void add_token(int64_t t, int32_t mixer, std::vector<ModeSpan>& spans) {
+  const auto at = static_cast<int32_t>(t);
+  if (!spans.empty() && spans.back().end == at) {
+    ++spans.back().end;
+  } else {
+    spans.push_back({at, at + 1, mixer});
   }
 }
 

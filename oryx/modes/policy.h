@@ -74,7 +74,10 @@ class PolicyArguments {
 };
 
 // The round(share * length) of the first `length` tokens with the largest scores, ascending; of equal scores the earlier tokens.
-std::vector<int64_t> most_surprising(const std::vector<float>& scores, int64_t length, double share);
+std::vector<int64_t> highest_share(const std::vector<float>& scores, int64_t length, double share);
+
+// Appends token t to rising spans, as part of the last one where it goes on.
+void add_token(int64_t t, int32_t mixer, std::vector<ModeSpan>& spans);
 
 using MakePolicy = std::unique_ptr<ModePolicy> (*)(PolicyArguments& arguments);
 

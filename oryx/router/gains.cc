@@ -8,6 +8,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
+#include "oryx/data/packing.h"
 #include "oryx/model/scheduling.h"
 
 namespace oryx {
@@ -34,7 +35,7 @@ GainReading read_under(const LanguageModel& model, const GainText& text, const s
   input.routing = ModelSchedule(model.config(), schedule).route(pieces, 1, text.input_ids.size(1));
   const at::Tensor hidden = model.hidden(input);
   const at::Tensor nll = model.loss(hidden, text.targets.to(hidden.device())).nll.to(at::kCPU, at::kFloat);
-  const at::Tensor asked = text.targets.reshape({-1}).ne(-100);
+  const at::Tensor asked = text.targets.reshape({-1}).ne(kIgnoreTarget);
   if (!nll.masked_select(asked).isfinite().all().item<bool>()) fail("a loss under the schedule '{}' is not finite; the model's weights are damaged or overflow", schedule);
   return {hidden[0].cpu(), at::where(asked, nll, at::zeros_like(nll))};
 }

@@ -14,6 +14,7 @@
 #include "oryx/common/random.h"
 #include "oryx/data/loader.h"
 #include "oryx/data/packing.h"
+#include "oryx/ops/adamw/adamw.h"
 #include "oryx/router/features.h"
 
 namespace oryx {
@@ -33,8 +34,6 @@ void RouterOptions::describe(Fields& f) {
   f.add("flips", flips, "held-out tokens whose gain is measured alone as well, to see what the readings are worth", at_least(0));
   f.add("seed", seed, "of the order of texts, the first weights and the batches", at_least(0));
 }
-
-void RouterOptions::validate() const {}
 
 DocumentGains::DocumentGains(std::shared_ptr<const TokenFile> file, int64_t seq_len, uint64_t seed) : file_(std::move(file)), seq_len_(seq_len), seed_(seed) {
   TORCH_CHECK(seq_len_ >= 1, "router: windows of ", seq_len_, " tokens");
@@ -177,34 +176,31 @@ double huber_loss(const GainHead& h, const at::Tensor& features, const at::Tenso
 
 namespace {
 
-// AdamW (Loshchilov and Hutter 2019) over a head's parts.
+// AdamW over a head's parts; the bias does not decay.
 class HeadOptimizer {
  public:
-  HeadOptimizer(GainHead& head, double weight_decay) : head_(head), decay_(weight_decay) {
-    for (const at::Tensor& p : {head.w0, head.w1, head.b1, head.w2}) moments_.push_back({at::zeros_like(p), at::zeros_like(p)});
+  HeadOptimizer(GainHead& head, double weight_decay) : head_(head), weight_decay_(weight_decay), bias_(at::full({1}, head.bias, at::kDouble)) {
+    for (const at::Tensor& p : parts_of(head)) m_.push_back(at::zeros_like(p)), v_.push_back(at::zeros_like(p));
+    bias_m_ = at::zeros_like(bias_), bias_v_ = at::zeros_like(bias_);
   }
 
   void step(const GainHead& gradient, double lr) {
     ++steps_;
-    const double c1 = 1 - std::pow(kBeta1, steps_), c2 = 1 - std::pow(kBeta2, steps_);
-    const at::Tensor parameters[] = {head_.w0, head_.w1, head_.b1, head_.w2}, gradients[] = {gradient.w0, gradient.w1, gradient.b1, gradient.w2};
-    for (size_t i = 0; i < 4; ++i) {
-      auto& [m, v] = moments_[i];
-      m.lerp_(gradients[i], 1 - kBeta1);
-      v.mul_(kBeta2).addcmul_(gradients[i], gradients[i], 1 - kBeta2);
-      parameters[i].mul_(1 - lr * decay_).addcdiv_(m, (v / c2).sqrt_().add_(1e-8), -lr / c1);
-    }
-    m_ += (1 - kBeta1) * (gradient.bias - m_);
-    v_ = kBeta2 * v_ + (1 - kBeta2) * gradient.bias * gradient.bias;
-    head_.bias -= lr * (m_ / c1) / (std::sqrt(v_ / c2) + 1e-8);
+    ops::AdamwOptions options{.lr = lr, .beta1 = 0.9, .beta2 = 0.99, .weight_decay = weight_decay_};
+    ops::adamw_step_all(parts_of(head_), parts_of(gradient), m_, v_, steps_, options);
+    options.weight_decay = 0;
+    ops::adamw_step(bias_, at::full_like(bias_, gradient.bias), bias_m_, bias_v_, steps_, options);
+    head_.bias = bias_.item<double>();
   }
 
  private:
-  static constexpr double kBeta1 = 0.9, kBeta2 = 0.99;
+  static std::vector<at::Tensor> parts_of(const GainHead& h) { return {h.w0, h.w1, h.b1, h.w2}; }
+
   GainHead& head_;
-  double decay_, m_ = 0, v_ = 0;
+  double weight_decay_;
   int64_t steps_ = 0;
-  std::vector<std::pair<at::Tensor, at::Tensor>> moments_;
+  std::vector<at::Tensor> m_, v_;
+  at::Tensor bias_, bias_m_, bias_v_;
 };
 
 constexpr int64_t kRowsAtOnce = 8192;

@@ -30,7 +30,6 @@ struct RouterOptions {
   int64_t seed = 0;
 
   void describe(Fields& f);
-  void validate() const;
 };
 
 // Texts to measure on, in an order that the seed gives.

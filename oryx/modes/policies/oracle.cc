@@ -22,8 +22,8 @@ class OraclePolicy : public ModePolicy {
     if (!context.facts || found == context.facts->gains.end() || static_cast<int64_t>(found->second.size()) < context.prompt_length) {
       fail("schedule: 'oracle' wants what attention gains at each of the prompt's tokens, and that is not known here");
     }
-    for (const int64_t t : most_surprising(found->second, context.prompt_length, share_)) {
-      if (t >= begin && t < end) spans.push_back({static_cast<int32_t>(t), static_cast<int32_t>(t + 1), mixer_});
+    for (const int64_t t : highest_share(found->second, context.prompt_length, share_)) {
+      if (t >= begin && t < end) add_token(t, mixer_, spans);
     }
   }
 

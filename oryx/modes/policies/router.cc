@@ -31,20 +31,21 @@ class RouterPolicy : public ModePolicy {
     const int64_t prompt = causal_ || average_ ? 0 : context.prompt_length;
     const std::vector<float>& gains = known(context, prompt, end);
     if (begin < prompt) {
-      for (const int64_t t : most_surprising(gains, prompt, share_)) {
-        if (t >= begin && t < end) add(t, spans);
+      for (const int64_t t : highest_share(gains, prompt, share_)) {
+        if (t >= begin && t < end) add_token(t, mixer_, spans);
       }
     }
     if (end <= prompt) return;
     if (average_) {
+      const double threshold = head_->threshold(share_);
       for (int64_t t = begin; t < end; ++t) {
-        if (static_cast<double>(gains[static_cast<size_t>(t)]) > head_->threshold(share_)) add(t, spans);
+        if (static_cast<double>(gains[static_cast<size_t>(t)]) > threshold) add_token(t, mixer_, spans);
       }
       return;
     }
     GainBudget budget(*head_, share_);
     for (int64_t t = prompt; t < end; ++t) {
-      if (budget.take(gains[static_cast<size_t>(t)]) && t >= begin) add(t, spans);
+      if (budget.take(gains[static_cast<size_t>(t)]) && t >= begin) add_token(t, mixer_, spans);
     }
   }
 
@@ -62,15 +63,6 @@ class RouterPolicy : public ModePolicy {
       fail("schedule: 'router' wants the gain of token {}, behind the prompt, which is known where text is generated one at a time; keep it to the prompt: router(...)@prompt", count);
     }
     return gains;
-  }
-
-  void add(int64_t t, std::vector<ModeSpan>& spans) const {
-    const auto at = static_cast<int32_t>(t);
-    if (!spans.empty() && spans.back().end == at) {
-      ++spans.back().end;
-    } else {
-      spans.push_back({at, at + 1, mixer_});
-    }
   }
 
   int32_t mixer_;

@@ -1,9 +1,5 @@
 // surprise(MIXER=SHARE): of the prompt's tokens the share whose values the recurrent state predicts worst is the named mixer's; of equals the earlier ones. A first
 // linear pass over the prompt gives the scores (oryx/model/surprise.h). Other tokens stay with the schedule's earlier entries.
-#include <algorithm>
-#include <cmath>
-#include <numeric>
-
 #include "oryx/common/error.h"
 #include "oryx/modes/policy.h"
 
@@ -25,14 +21,8 @@ class SurprisePolicy : public ModePolicy {
     if (!context.facts || static_cast<int64_t>(context.facts->surprise.size()) < context.prompt_length) {
       fail("schedule: 'surprise' wants the scores of a first pass over the prompt, and there are none here");
     }
-    for (const int64_t t : most_surprising(context.facts->surprise, context.prompt_length, share_)) {
-      if (t < begin || t >= end) continue;
-      const auto at = static_cast<int32_t>(t);
-      if (!spans.empty() && spans.back().end == at) {
-        ++spans.back().end;
-      } else {
-        spans.push_back({at, at + 1, mixer_});
-      }
+    for (const int64_t t : highest_share(context.facts->surprise, context.prompt_length, share_)) {
+      if (t >= begin && t < end) add_token(t, mixer_, spans);
     }
   }
 
@@ -46,16 +36,6 @@ class SurprisePolicy : public ModePolicy {
 std::unique_ptr<ModePolicy> make_surprise(PolicyArguments& arguments) { return std::make_unique<SurprisePolicy>(arguments); }
 
 }  // namespace
-
-std::vector<int64_t> most_surprising(const std::vector<float>& scores, int64_t length, double share) {
-  std::vector<int64_t> order(static_cast<size_t>(length));
-  std::iota(order.begin(), order.end(), 0);
-  const int64_t count = std::min(length, static_cast<int64_t>(std::llround(share * static_cast<double>(length))));
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return scores[static_cast<size_t>(a)] > scores[static_cast<size_t>(b)]; });
-  order.resize(static_cast<size_t>(count));
-  std::sort(order.begin(), order.end());
-  return order;
-}
 
 ORYX_MODE_POLICY(surprise, make_surprise);
 

@@ -252,16 +252,19 @@ TEST(PagedDecodeAttention, WhatIsNotWantedIsNotLookedAt) {
   EXPECT_EQ(paged_decode_attention({.q = none(a.q), .keys = a.keys, .values = a.values, .lengths = none(a.lengths), .blocks = none(a.blocks)}).size(0), 0);
 }
 
+template <typename F>
+std::string decode_error_of(F f) {
+  try {
+    f();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "nothing was thrown";
+}
+
 TEST(PagedDecodeAttention, BadInputIsOneLine) {
   const PagedDecode good = make_paged({5, 6}, 4, 4, 2, 16, 16);
-  const auto message = [](const PagedDecode& a) {
-    try {
-      (void)paged_decode_attention(a);
-    } catch (const Error& e) {
-      return std::string(e.what());
-    }
-    return std::string("nothing was thrown");
-  };
+  const auto message = [](const PagedDecode& a) { return decode_error_of([&] { (void)paged_decode_attention(a); }); };
   PagedDecode a = good;
   a.blocks = good.blocks.clone();
   a.blocks[1][1] = 99;
@@ -317,14 +320,7 @@ TEST(DecodeAttention, CudaEqualsNaive) {
 
 TEST(DecodeAttention, BadInputIsOneLine) {
   const Case good = make_case({5, 6}, 8, 4, 2, 16, 16);
-  const auto message = [](const Case& c) {
-    try {
-      (void)run(c);
-    } catch (const Error& e) {
-      return std::string(e.what());
-    }
-    return std::string("nothing was thrown");
-  };
+  const auto message = [](const Case& c) { return decode_error_of([&] { (void)run(c); }); };
   Case c = good;
   c.lengths = at::tensor({5, 9}, at::kInt);
   EXPECT_EQ(message(c), "decode_attention: lengths[1] is 9, expected 1 to 8");
