@@ -55,6 +55,23 @@ TEST(RouterProgram, TrainsShowsEvaluatesAndGenerates) {
   const auto needle = run({"eval", "needle", model, "--tokenizer", "byte", "--lengths", "240", "--kind", "noise", "--examples", "1", "--depths", "0.5", "--schedule", schedule, "--threads", "1"});
   EXPECT_EQ(needle.exit_code, 0) << needle.err;
 
+  // Left and gone on with it is the text that was never left.
+  const std::string session = (folder / "s").string(), routed = "linear,router(attention=0.3;window=16;file=" + out + ")";
+  const auto generate = [&](std::vector<std::string> more) {
+    std::vector<std::string> command{"generate", model, "--tokenizer", "byte", "--schedule", routed, "--threads", "1", "--temperature", "0.8", "--json"};
+    command.insert(command.end(), more.begin(), more.end());
+    const auto r = run(command);
+    EXPECT_EQ(r.exit_code, 0) << r.err;
+    return Json::parse(r.out)["ids"].get<std::vector<int>>();
+  };
+  const auto whole = generate({"--prompt", "It was so", "--max-new-tokens", "20"});
+  auto first = generate({"--prompt", "It was so", "--max-new-tokens", "8", "--save-session", session});
+  const auto second = generate({"--prompt", "", "--max-new-tokens", "12", "--session", session});
+  first.insert(first.end(), second.begin(), second.end());
+  EXPECT_EQ(first, whole);
+  ASSERT_EQ(run({"generate", model, "--tokenizer", "byte", "--prompt", "It", "--max-new-tokens", "3", "--threads", "1", "--save-session", session}).exit_code, 0);
+  expect_router_error(run({"generate", model, "--tokenizer", "byte", "--prompt", "It", "--schedule", routed, "--threads", "1", "--session", session}), "was saved under a schedule without one");
+
   // Associative recall instead of text.
   const auto recall = train({"--recall", "pairs=6,queries=3,key_symbols=20,value_symbols=20", "--out", (folder / "r2").string()});
   EXPECT_EQ(recall.exit_code, 0) << recall.err;

@@ -139,6 +139,45 @@ print("ok")
 )py");
 }
 
+// Routers that the server was started with, by default and by request; no other file is opened.
+TEST_F(Serve, RoutersDecideAsInGenerate) {
+  passes(R"py(
+import os
+folder = os.path.dirname(model)
+text = os.path.join(folder, "text.txt")
+open(text, "w").write("".join(f"Line {i} of a text that says little, and says it {i * 7 % 10} times. " for i in range(30)))
+files = {}
+for reads in ("hidden", "tokens"):
+    files[reads] = os.path.join(folder, reads)
+    subprocess.run([program, "router", "train", model, "--tokenizer", "byte", "--threads", "1", "--data", text, "--seq-len", "100", "--out", files[reads], "tokens=700", "width=4", "epochs=1", "holdout=0.3", "reads=" + reads], check=True, capture_output=True)
+prompt = "Line 3 of a text that says little, and says it more than once"
+def generate(schedule, seed):
+    words = [program, "generate", model, "--tokenizer", "byte", "--threads", "1", "--prompt", prompt, "--max-new-tokens", "12", "--prefill-piece", "32", "--temperature", "0.8", "--seed", str(seed), "--json", "--schedule", schedule]
+    return json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+own = f"linear,router(attention=0.3;file={files['hidden']})"
+s = Server("--piece", "32", "--keep-every", "32", "--schedule", own, "--router", "tokens=" + files["tokens"])
+schedules = [None, "linear,router(attention=0.5;window=8;file=tokens)", f"linear,router(attention=0.2;causal=1;window=16;file={files['hidden']})@gen", "linear"]
+pool = concurrent.futures.ThreadPoolExecutor(4)
+answers = list(pool.map(lambda i: s.complete(prompt=prompt, temperature=0.8, seed=i, max_tokens=12, schedule=schedules[i]), range(len(schedules))))
+for i, schedule in enumerate(schedules):
+    want = generate(own if schedule is None else schedule.replace("file=tokens", "file=" + files["tokens"]), i)
+    status, got = answers[i]
+    assert status == 200 and got["choices"][0]["text"] == want["text"], (schedule, want, got)
+    assert abs(got["oryx"]["attention_share"] - want["stats"]["attention_share"]) < 1e-6, (schedule, want["stats"], got["oryx"])
+assert s.metric("oryx_tokens_ahead_total") == 62, s.metric("oryx_tokens_ahead_total")
+for path in (text, "/etc/passwd", "router"):
+    status, error = s.complete(prompt=prompt, schedule=f"linear,router(attention=0.1;file={path})")
+    assert status == 400 and f"the router '{path}' is not served here; known: " in error["error"]["message"] and error["error"]["param"] == "schedule", error
+status, error = s.complete(prompt=prompt, schedule="linear,surprise(attention=0.1)")
+assert status == 400 and "which serving does not measure" in error["error"]["message"], error
+assert s.stop()[0] == 0
+for options, line in ((["--router", "a=" + text], "text.txt"), (["--router", "=x"], "expected FILE or NAME=FILE"), (["--router", files["tokens"], "--router", files["tokens"]], "two of that name")):
+    r = subprocess.run([program, "serve", model, "--tokenizer", "byte", "--port", "0", *options], capture_output=True, text=True)
+    assert r.returncode == 1 and line in r.stderr and r.stderr.count("\n") == 1, r
+print("ok")
+)py");
+}
+
 TEST_F(Serve, BadInputIsAnErrorObjectOfOneLine) {
   passes(R"py(
 s = Server("--max-running", "1", "--max-queue", "0", "--kv", "bounded:16+64")

@@ -7,6 +7,8 @@
 #include "oryx/common/interrupt.h"
 #include "oryx/common/log.h"
 #include "oryx/common/progress.h"
+#include "oryx/modes/gain_head.h"
+#include "oryx/router/features.h"
 #include "oryx/serve/http.h"
 
 namespace oryx::cli {
@@ -18,6 +20,7 @@ struct ServeArguments {
   serve::EngineOptions engine;
   serve::HttpOptions http;
   std::string kv = "keep", name, chat;
+  std::vector<std::string> routers;
 };
 
 // The folder's own name as it was given, not that of a checkpoint that RUN/model points to; of RUN/model the run's.
@@ -28,13 +31,33 @@ std::string model_name(const std::string& folder) {
   return path.filename().string();
 }
 
+// NAME=FILE, or FILE, whose name is as it stands there.
+void add_router(serve::CompletionDefaults& defaults, const std::string& text) {
+  const size_t at = text.find('=');
+  const std::string name = text.substr(0, at), file = at == std::string::npos ? text : text.substr(at + 1);
+  if (name.empty() || file.empty()) fail("--router '{}': expected FILE or NAME=FILE", text);
+  if (defaults.routers.count(name) > 0) fail("--router '{}': there are two of that name", name);
+  defaults.routers[name] = load_head(file);
+}
+
+// Those that the server has, and others that its own schedule names.
+std::shared_ptr<const GainHead> own_router(serve::CompletionDefaults& defaults, const std::string& file) {
+  if (defaults.routers.count(file) == 0) defaults.routers[file] = load_head(file);
+  return defaults.routers[file];
+}
+
 void serve_model(ServeArguments o) {
   set_kv(o.engine.state, o.kv);
   o.engine.validate();
   if (!o.chat.empty()) o.http.defaults.chat = serve::ChatTemplate(o.chat);
   const LoadedModel loaded = load(o.model);
   if (!loaded.tokenizer) fail("{}: has no tokeniser; give one with --tokenizer", loaded.name);
-  const ModelSchedule schedule(loaded.model->config(), o.http.defaults.schedule);
+  for (const auto& text : o.routers) add_router(o.http.defaults, text);
+  const ModelSchedule schedule(loaded.model->config(), o.http.defaults.schedule, [&](const std::string& file) { return own_router(o.http.defaults, file); });
+  if (!o.http.defaults.routers.empty()) {
+    const std::string identity = router_identity(*loaded.model);
+    for (const auto& [name, head] : o.http.defaults.routers) check_head(loaded.model->config(), identity, *head, name);
+  }
   o.http.defaults.schedule = schedule.text();
   o.http.defaults.model = o.name.empty() ? model_name(o.model.folder) : o.name;
   serve::Engine engine(*loaded.model, o.engine);
@@ -61,6 +84,11 @@ ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completion
   app.add_option("--name", o->name, "the model's name in requests and answers (default: its folder's)");
   app.add_option("--schedule", o->http.defaults.schedule,
                  "modes of requests that name none (docs/modes.md; default: linear)");
+  app.add_option("--router", o->routers,
+                 "a router (oryx router train) that requests may name in their schedules, by NAME or as it stands here; "
+                 "may be given several times")
+      ->type_name("[NAME=]FILE")
+      ->allow_extra_args(false);
   app.add_option("--chat-template", o->chat,
                  "how a chat's messages become text: chatml, llama3, or one message as '{role}: {content}\\n' "
                  "(default: chats are not served)")

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "oryx/data/packing.h"
 #include "oryx/model/routed_cost.h"
@@ -38,13 +39,15 @@ std::vector<T> part_of(const std::vector<T>& all, int64_t begin, int64_t end) {
 
 }  // namespace
 
-ReadFacts::ReadFacts(const LanguageModel& model, const ModelSchedule& schedule, const at::Tensor& input_ids, std::span<const int32_t> bounds, const at::Tensor& targets) {
+ReadFacts::ReadFacts(const LanguageModel& model, const ModelSchedule& schedule, const at::Tensor& input_ids, std::span<const int32_t> bounds, const at::Tensor& targets,
+                     bool routers) {
   if (needs_surprise(schedule.needs())) {
     surprise_ = token_surprise(model, input_ids, bounds.size() > 2 ? std::optional(at::tensor(std::vector<int32_t>(bounds.begin(), bounds.end()), at::kInt)) : std::nullopt);
   }
+  if (routers) check_heads(model, schedule);
   for (const auto& [need, head] : schedule.gain_heads()) {
-    check_head(model, *head, need.substr(need.find(':') + 1));
-    gains_[need] = router_gains(model, *head, input_ids, bounds);
+    if (!routers) break;
+    gains_[need] = router_gains(model, head, input_ids, bounds);
   }
   if (needs_oracle(schedule)) {
     const GainText text{input_ids, targets.defined() ? targets : next_tokens(input_ids, bounds), {bounds.begin(), bounds.end()}, -1};
@@ -62,8 +65,12 @@ std::shared_ptr<TokenFacts> ReadFacts::of(int64_t begin, int64_t end, PromptPart
 }
 
 std::shared_ptr<const TokenFacts> gather_facts(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, PromptParts parts,
-                                               std::span<const int32_t> continuation) {
-  if (prompt.empty() || (!needs_surprise(schedule.needs()) && schedule.gain_heads().empty() && !needs_oracle(schedule))) {
+                                               std::span<const int32_t> continuation, bool routers) {
+  const auto wanted = schedule.prompt_needs();
+  const auto of_prompt = [&](const std::string& need) { return std::find(wanted.begin(), wanted.end(), need) != wanted.end(); };
+  const auto heads = schedule.gain_heads();
+  routers = routers && std::any_of(heads.begin(), heads.end(), [&](const auto& h) { return !continuation.empty() || of_prompt(h.first); });
+  if (prompt.empty() || (!needs_surprise(schedule.needs()) && !routers && !needs_oracle(schedule))) {
     auto facts = std::make_shared<TokenFacts>();
     facts->parts = std::move(parts);
     return facts;
@@ -72,11 +79,17 @@ std::shared_ptr<const TokenFacts> gather_facts(const LanguageModel& model, const
   ids.insert(ids.end(), continuation.begin(), continuation.end());
   const auto T = static_cast<int32_t>(ids.size());
   const std::vector<int32_t> bounds{0, T};
-  return ReadFacts(model, schedule, at::tensor(ids, at::kLong).unsqueeze(0), bounds).of(0, T, std::move(parts));
+  auto facts = ReadFacts(model, schedule, at::tensor(ids, at::kLong).unsqueeze(0), bounds, {}, routers).of(0, T, std::move(parts));
+  for (auto& [need, gains] : facts->gains) {
+    if (heads.count(need) > 0 && !of_prompt(need)) std::fill_n(gains.begin(), prompt.size(), std::numeric_limits<float>::quiet_NaN());
+  }
+  return facts;
 }
 
 double first_pass_flops(const ModelConfig& config, const ModelSchedule& schedule, int64_t prompt_length) {
-  const auto heads = schedule.gain_heads();
+  auto heads = schedule.gain_heads();
+  const auto wanted = schedule.prompt_needs();
+  std::erase_if(heads, [&](const auto& h) { return std::find(wanted.begin(), wanted.end(), h.first) == wanted.end(); });
   const bool read = needs_surprise(schedule.needs()) || std::any_of(heads.begin(), heads.end(), [](const auto& h) { return h.second->reads_hidden; });
   double flops = 0;
   for (const auto& [need, head] : heads) flops += 2.0 * static_cast<double>(head->features() * (head->width() + 1)) * static_cast<double>(prompt_length);

@@ -30,8 +30,9 @@ void check(const ModelConfig& config, const ModelSchedule& schedule, std::span<c
   // Positions are int32.
   const int64_t room = std::numeric_limits<int32_t>::max() - held_tokens(o) - static_cast<int64_t>(prompt.size());
   if (o.max_new_tokens > room) fail("max_new_tokens is {}, expected at most {} after this prompt", o.max_new_tokens, room);
-  if (o.from != nullptr && !schedule.needs().empty()) {
-    fail("the schedule '{}' wants to know the whole prompt, of which the session holds {} tokens already; expected a schedule of positions", schedule.text(), held_tokens(o));
+  for (const auto& need : schedule.needs()) {
+    if (o.from == nullptr || need.starts_with("router:")) continue;
+    fail("the schedule '{}' wants to know the whole prompt, of which the session holds {} tokens already; expected a schedule of positions, or a router", schedule.text(), held_tokens(o));
   }
   o.sampling.validate();
   o.state.validate();
@@ -44,7 +45,7 @@ class Decoder {
         options_(options),
         held_(held_tokens(options)),
         session_(options.from == nullptr ? Session(model, schedule, session_options(model, schedule, held_, prompt, options))
-                                         : Session(model, schedule, session_options(model, schedule, held_, prompt, options), std::move(*options.from))) {
+                                         : Session(model, schedule, session_options(model, schedule, held_, prompt, options), std::move(*options.from), options.from_end.routers)) {
     out_.stats.held_tokens = held_;
     out_.stats.prompt_tokens = static_cast<int64_t>(prompt.size());
     out_.stats.predicted = session_.plan();
@@ -53,6 +54,7 @@ class Decoder {
   void prefill(std::span<const int32_t> prompt) {
     at::NoGradGuard no_grad;
     const auto start = std::chrono::steady_clock::now();
+    session_.look_ahead(prompt);
     take(prompt.empty() ? options_.from_end.logits : model_.logits(session_.extend(prompt)).squeeze(0));
     end_.ids = options_.from_end.ids;
     end_.ids.insert(end_.ids.end(), prompt.begin(), prompt.end());
@@ -90,7 +92,7 @@ class Decoder {
  private:
   static SessionOptions session_options(const LanguageModel& model, const ModelSchedule& schedule, int64_t held, std::span<const int32_t> prompt, const GenerateOptions& o) {
     const int64_t length = held + static_cast<int64_t>(prompt.size());
-    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), o.state, gather_facts(model, schedule, prompt), o.fused};
+    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), o.state, gather_facts(model, schedule, prompt, {}, {}, /*routers=*/false), o.fused};
   }
 
   // The clock stops when the logits have come back from the device.
@@ -103,6 +105,7 @@ class Decoder {
     end_.ids.insert(end_.ids.end(), out_.ids.begin(), out_.ids.end());
     if (end_.ids.size() > TextEnd::kIds) end_.ids.erase(end_.ids.begin(), end_.ids.end() - TextEnd::kIds);
     end_.logits = all_logits_.to(at::kFloat);
+    end_.routers = session_.routers();
     return end_;
   }
 

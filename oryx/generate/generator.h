@@ -57,7 +57,7 @@ struct Generated {
 };
 
 // `on_token` sees each new token as it comes and returns whether to go on. After Ctrl-C what was generated so far is returned with
-// kInterrupted. Throws Error for an empty prompt (see from_end), bad options, a schedule that wants scores of a whole prompt of which the state holds a part, ids outside of the vocabulary, logits that are not finite, and, before
+// kInterrupted. Throws Error for an empty prompt (see from_end), bad options, a schedule that wants scores of a whole prompt of which the state holds a part (a router wants from_end.routers), ids outside of the vocabulary, logits that are not finite, and, before
 // allocating, when prompt and new tokens need more memory than is free.
 Generated generate(const LanguageModel& model, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& options,
                    const std::function<bool(int32_t id)>& on_token = {});

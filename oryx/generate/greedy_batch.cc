@@ -8,6 +8,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
+#include "oryx/generate/routed_text.h"
 
 namespace oryx {
 
@@ -17,10 +18,15 @@ class GreedyBatch {
  public:
   GreedyBatch(const LanguageModel& model, const ModelSchedule& schedule, const std::vector<BatchPrompt>& prompts, const GreedyBatchOptions& options)
       : model_(model), schedule_(schedule), prompts_(prompts), options_(options), state_(model.make_state(static_cast<int64_t>(prompts.size()), options.state)) {
+    check_heads(model, schedule);
     int64_t longest = 0;
     for (const auto& p : prompts) longest = std::max(longest, static_cast<int64_t>(p.ids.size()));
     state_.reserve(longest + options.max_new_tokens);
-    for (size_t i = 0; i < prompts.size(); ++i) running_.push_back(i);
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      running_.push_back(i);
+      routed_.emplace_back(model, schedule, prompts[i].facts);
+      routed_.back().begin_prompt(static_cast<int64_t>(prompts[i].ids.size()));
+    }
   }
 
   // -> the first new token of each prompt
@@ -31,6 +37,7 @@ class GreedyBatch {
     std::vector<ModePiece> pieces;
     for (size_t i = 0; i < prompts_.size(); ++i) {
       const auto count = static_cast<int64_t>(prompts_[i].ids.size());
+      routed_[i].before(prompts_[i].ids);
       pieces.push_back(piece(i, 0, static_cast<int64_t>(ids.size()), 0, count));
       ids.insert(ids.end(), prompts_[i].ids.begin(), prompts_[i].ids.end());
       bounds.push_back(static_cast<int32_t>(ids.size()));
@@ -40,7 +47,7 @@ class GreedyBatch {
     input.input_ids = at::tensor(ids, at::kLong).view({1, T});
     if (prompts_.size() > 1) input.cu_seqlens = at::tensor(bounds, at::kInt);
     input.routing = schedule_.route(pieces, 1, T);
-    return likeliest(run(input)[0].index_select(0, at::tensor(last, at::kLong).to(model_.device())));
+    return ran(run(input)[0].index_select(0, at::tensor(last, at::kLong).to(model_.device())));
   }
 
   // The prompts that the state still holds, in its order.
@@ -58,11 +65,12 @@ class GreedyBatch {
   std::vector<int32_t> step(const std::vector<int32_t>& ids) {
     const auto N = static_cast<int64_t>(ids.size());
     std::vector<ModePiece> pieces;
+    for (size_t i = 0; i < ids.size(); ++i) routed_[running_[i]].before({&ids[i], 1});
     for (size_t i = 0; i < ids.size(); ++i) pieces.push_back(piece(running_[i], static_cast<int64_t>(i), 0, state_.lengths()[i], 1));
     ModelInput input;
     input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({N, 1});
     input.routing = schedule_.route(pieces, N, 1);
-    return likeliest(run(input).select(1, 0));
+    return ran(run(input).select(1, 0));
   }
 
  private:
@@ -71,13 +79,19 @@ class GreedyBatch {
     p.context.prompt_length = static_cast<int64_t>(prompts_[i].ids.size());
     p.context.seed = options_.seed;
     p.context.sequence = i;
-    p.context.facts = prompts_[i].facts;
+    p.context.facts = routed_[i].facts();
     return p;
   }
 
   at::Tensor run(ModelInput& input) {
     input.state = &state_;
     return model_.hidden(input);
+  }
+
+  // The hidden states [N, D] after the last token of each that runs -> its next token.
+  std::vector<int32_t> ran(const at::Tensor& hidden) {
+    for (size_t k = 0; k < running_.size(); ++k) routed_[running_[k]].after(hidden[static_cast<int64_t>(k)]);
+    return likeliest(hidden);
   }
 
   std::vector<int32_t> likeliest(const at::Tensor& hidden) const {  // [N, D]
@@ -96,6 +110,7 @@ class GreedyBatch {
   const GreedyBatchOptions& options_;
   State state_;
   std::vector<size_t> running_;
+  std::vector<RoutedText> routed_;  // of each prompt
 };
 
 }  // namespace

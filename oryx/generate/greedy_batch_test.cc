@@ -9,8 +9,11 @@
 #include "oryx/common/error.h"
 #include "oryx/common/random.h"
 #include "oryx/generate/facts.h"
+#include "oryx/generate/generator.h"
 #include "oryx/generate/session.h"
 #include "oryx/model/test_support.h"
+#include "oryx/router/test_support.h"
+#include "tests/support/folder.h"
 
 namespace oryx {
 namespace {
@@ -64,6 +67,31 @@ TEST(GreedyBatch, GivesEachPromptWhatItsSessionGives) {
         for (size_t i = 0; i < expected.size(); ++i) expected[i].resize(ends[i]);
         EXPECT_EQ(got, expected) << mixers.front() << " " << text << " " << kv;
       }
+    }
+  }
+}
+
+// A router decides on each prompt's own tokens, also on those that are written.
+TEST(GreedyBatch, RoutersDecideForEachPrompt) {
+  constexpr int64_t kNew = 9;
+  const test::TemporaryFolder folder;
+  const ModelConfig c = small({{"gated_delta_net", "attention"}});
+  const auto m = make(c);
+  auto prompts = batch_prompts(c.vocab_size);
+  for (const bool reads_hidden : {true, false}) {
+    const std::string file = test::save_drawn_head(*m, reads_hidden, folder / "r");
+    for (const std::string& text : {"linear,router(attention=0.4;" + file + ")", "linear,router(attention=0.3;window=4;" + file + ")@gen"}) {
+      const ModelSchedule schedule(c, text);
+      std::vector<std::vector<int32_t>> expected(prompts.size()), got(prompts.size());
+      for (size_t i = 0; i < prompts.size(); ++i) {
+        prompts[i].facts = gather_facts(*m, schedule, prompts[i].ids);
+        expected[i] = generate(*m, schedule, prompts[i].ids, {.max_new_tokens = kNew}).ids;
+      }
+      generate_greedily(*m, schedule, prompts, {.max_new_tokens = kNew}, [&](size_t i, int32_t id) {
+        got[i].push_back(id);
+        return true;
+      });
+      EXPECT_EQ(got, expected) << text;
     }
   }
 }

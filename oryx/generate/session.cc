@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "oryx/common/error.h"
@@ -30,6 +31,15 @@ MemoryPlan checked_plan(const LanguageModel& model, const SessionOptions& o) {
          plan.activations > plan.state.total() ? " or smaller pieces" : "");
   }
   return plan;
+}
+
+const TextRouters& checked_routers(const ModelSchedule& schedule, const TextRouters& routers) {
+  if (!schedule.gain_heads().empty() && !routers.known()) {
+    fail("the schedule '{}' has a router, which goes by all of a text, but the session was saved under a schedule without one; begin a session under one with a router (its share "
+         "may be 0), or go on without",
+         schedule.text());
+  }
+  return routers;
 }
 
 SessionOptions resumed(SessionOptions options, const State& state) {
@@ -70,35 +80,33 @@ MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece,
 }
 
 Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options)
-    : model_(model), schedule_(schedule), options_(options), plan_(checked_plan(model, options)), state_(model.make_state(1, options.state)) {
+    : model_(model), schedule_(schedule), options_(options), plan_(checked_plan(model, options)), state_(model.make_state(1, options.state)), routed_(model, schedule, options.facts) {
+  check_heads(model, schedule);
   state_.reserve(options_.tokens);
-  for (const auto& [need, head] : schedule.gain_heads()) {
-    check_head(model, *head, need.substr(need.find(':') + 1));
-    routers_.emplace_back(need, GainReader(model, head));
-  }
-  if (routers_.empty()) return;
-  routed_ = options_.facts ? std::make_shared<TokenFacts>(*options_.facts) : std::make_shared<TokenFacts>();
-  options_.facts = routed_;
+  routed_.begin_prompt(options_.prompt_length);
 }
 
-Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state)
-    : model_(model), schedule_(schedule), options_(resumed(options, state)), plan_(checked_plan(model, options_)), state_(std::move(state)) {
+Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state, const TextRouters& routers)
+    : model_(model), schedule_(schedule), options_(resumed(options, state)), plan_(checked_plan(model, options_)), state_(std::move(state)),
+      routed_(model, schedule, checked_routers(schedule, routers), options.facts) {
   TORCH_CHECK(state_.sequences() == 1, "session: a state of ", state_.sequences(), " sequences");
-  TORCH_CHECK(schedule.gain_heads().empty(), "session: a router wants the text from its beginning");
+  check_heads(model, schedule);
   length_ = state_.lengths()[0];
+  TORCH_CHECK(!routed_.on() || routed_.length() == length_, "session: routers of ", routed_.length(), " tokens for ", length_);
   TORCH_CHECK(length_ <= options_.tokens, "session: ", length_, " tokens held, room for ", options_.tokens);
   state_.reserve(options_.tokens);
+  routed_.begin_prompt(std::max<int64_t>(0, options_.prompt_length - length_));
   count_attention();
 }
 
 Session::Session(Session&& other) noexcept
     : model_(other.model_), schedule_(other.schedule_), options_(other.options_), plan_(other.plan_), state_(std::move(other.state_)), length_(other.length_),
-      attention_tokens_(other.attention_tokens_), routers_(std::move(other.routers_)), routed_(std::move(other.routed_)), last_hidden_(std::move(other.last_hidden_)) {
+      attention_tokens_(other.attention_tokens_), routed_(std::move(other.routed_)) {
   other.fused_.reset();
 }
 
 void Session::trim(int64_t length) {
-  TORCH_CHECK(routers_.empty(), "session: a trim under a schedule with a router");
+  TORCH_CHECK(!routed_.on(), "session: a trim under a schedule with a router");
   state_.trim(0, length, model_);
   length_ = length;
   count_attention();
@@ -112,39 +120,46 @@ std::vector<std::shared_ptr<const Routing>> Session::route(int64_t start, int64_
   ModePiece piece{.row = 0, .column = 0, .length = count, .start = start, .context = {}};
   piece.context.prompt_length = options_.prompt_length;
   piece.context.seed = options_.seed;
-  piece.context.facts = options_.facts;
+  piece.context.facts = routed_.facts();
   return schedule_.route({piece}, 1, count);
 }
 
-void Session::predict_gains(std::span<const int32_t> ids) {
-  const auto count = static_cast<int64_t>(ids.size());
-  for (auto& [need, reader] : routers_) {
-    std::vector<float>& gains = routed_->gains[need];
-    const int64_t known = std::clamp<int64_t>(static_cast<int64_t>(gains.size()) - length_, 0, count);
-    reader.pass(ids.first(static_cast<size_t>(known)));
-    TORCH_CHECK(count - known <= 1, "session: gains of ", count - known, " tokens at once");
-    if (known < count) gains.push_back(reader.next(ids.back(), last_hidden_));
+void Session::look_ahead(std::span<const int32_t> prompt) {
+  if (!routed_.wants_prompt()) return;
+  at::NoGradGuard no_grad;
+  if (!routed_.wants_reading()) return routed_.look_ahead(prompt, {});
+  const ModelSchedule linear(model_.config(), "linear");
+  const bool fresh = length_ == 0;
+  std::optional<State> fork;
+  if (!fresh) fork.emplace(state_.fork({0}));
+  State& state = fresh ? state_ : *fork;
+  const auto count = static_cast<int64_t>(prompt.size());
+  for (int64_t begin = 0, n = 0; begin < count; begin += n) {
+    check_interrupt();
+    n = std::min(options_.piece, count - begin);
+    const auto ids = prompt.subspan(static_cast<size_t>(begin), static_cast<size_t>(n));
+    ModePiece piece{.row = 0, .column = 0, .length = n, .start = length_ + begin, .context = {}};
+    piece.context.prompt_length = options_.prompt_length;
+    ModelInput input;
+    input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, n});
+    input.routing = linear.route({piece}, 1, n);
+    input.state = &state;
+    routed_.look_ahead(ids, model_.hidden(input).squeeze(0));
   }
-}
-
-int64_t Session::piece_at(int64_t left) const {
-  int64_t known = left;
-  for (const auto& [need, reader] : routers_) {
-    const auto found = routed_->gains.find(need);
-    known = std::min(known, (found == routed_->gains.end() ? 0 : static_cast<int64_t>(found->second.size())) - length_);
-  }
-  return std::min(options_.piece, std::max<int64_t>(1, known));
+  if (!fresh) return;
+  state_ = model_.make_state(1, options_.state);  // as if nothing had been read
+  state_.reserve(options_.tokens);
 }
 
 at::Tensor Session::run(std::span<const int32_t> ids) {
   const auto count = static_cast<int64_t>(ids.size());
-  predict_gains(ids);
+  routed_.before(ids);
   ModelInput input;
   input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, count});
   input.routing = route(length_, count);
   input.state = &state_;
   const at::Tensor hidden = model_.hidden(input).squeeze(0);  // [count, D]
-  if (!routers_.empty()) last_hidden_ = hidden[count - 1].clone();
+  routed_.after(hidden[count - 1]);
   length_ += count;
   attention_tokens_ += oryx::attention_share(model_.config(), input.routing) * static_cast<double>(count);
   return hidden;
@@ -153,7 +168,7 @@ at::Tensor Session::run(std::span<const int32_t> ids) {
 at::Tensor Session::step(int32_t id) {
   TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
   at::NoGradGuard no_grad;
-  if (!routers_.empty() && options_.fused && model_.device().is_cuda()) {
+  if (routed_.on() && options_.fused && model_.device().is_cuda()) {
     log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: a router reads each token's hidden state (docs/modes.md)");
   } else if (!asked_ && options_.fused && model_.device().is_cuda()) {
     std::string why;
@@ -177,8 +192,7 @@ at::Tensor Session::extend(std::span<const int32_t> ids, int64_t keep) {
   std::vector<at::Tensor> kept;
   for (int64_t begin = 0, n = 0; begin < count; begin += n) {
     check_interrupt();
-    n = std::min(options_.piece, count - begin);
-    if (!routers_.empty()) n = piece_at(count - begin);
+    n = std::min(options_.piece, routed_.ready(count - begin));
     const at::Tensor hidden = run(ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(n)));
     const int64_t wanted = std::min(n, begin + n - (count - keep));  // of this piece
     // A copy: a view would hold the whole piece.

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "oryx/generate/fused_decoder.h"
+#include "oryx/generate/routed_text.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
-#include "oryx/router/features.h"
 
 namespace oryx {
 
@@ -38,11 +38,16 @@ class Session {
   // Model and schedule must outlive the session. Throws Error when the plan exceeds the free memory, before allocating.
   Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options);
 
-  // Goes on from a state of one sequence (a fork, or one that was loaded). options.state is the state's.
-  Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state);
+  // Goes on from a state of one sequence (a fork, or one that was loaded). options.state is the state's. A schedule with routers wants to know what routers knew of its text,
+  // which a session under a schedule with any router has in routers(). Throws Error without.
+  Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state, const TextRouters& routers = {});
 
   // The decoder of step() points into the state and stays behind: it is made anew.
   Session(Session&& other) noexcept;
+
+  // Before a prompt runs, the whole of it: what routers want to know of its tokens, by a reading in linear mode, piece by piece, where one of them goes by hidden states. Does
+  // nothing where there are no routers, or their gains were given (SessionOptions::facts). Throws Interrupted between pieces after Ctrl-C.
+  void look_ahead(std::span<const int32_t> prompt);
 
   // Runs `ids` (at least one) behind the tokens held, piece by piece -> hidden states [keep, D] of the last `keep` of them (1 <= keep <=
   // ids). Throws Interrupted between pieces after Ctrl-C, Error for ids outside of the vocabulary.
@@ -58,16 +63,14 @@ class Session {
   int64_t length() const { return length_; }
   const State& state() const { return state_; }
   // The schedule's facts so far: those it was given and, of tokens behind the prompt, the gains that its routers predicted for them.
-  const std::shared_ptr<const TokenFacts>& facts() const { return options_.facts; }
+  const std::shared_ptr<const TokenFacts>& facts() const { return routed_.facts(); }
+  // What a session goes on by elsewhere, under a schedule with routers.
+  TextRouters routers() const { return routed_.saved(); }
   const MemoryPlan& plan() const { return plan_; }
   // Of all (token, layer) pairs so far, those that ran in the mixer `attention`.
   double attention_share() const { return length_ > 0 ? attention_tokens_ / static_cast<double>(length_) : 0; }
 
  private:
-  // Before tokens run: the gains of those that have none yet.
-  void predict_gains(std::span<const int32_t> ids);
-  // Of so many tokens that are left those that run at once: where a router decides behind what it was told of, one.
-  int64_t piece_at(int64_t left) const;
   at::Tensor run(std::span<const int32_t> ids);
   void count_attention();
   std::vector<std::shared_ptr<const Routing>> route(int64_t start, int64_t count) const;
@@ -81,9 +84,7 @@ class Session {
   double attention_tokens_ = 0;
   std::unique_ptr<FusedDecoder> fused_;  // made by the first step()
   bool asked_ = false;
-  std::vector<std::pair<std::string, GainReader>> routers_;  // by need
-  std::shared_ptr<TokenFacts> routed_;  // options_.facts, where there are routers
-  at::Tensor last_hidden_;              // [D], where there are routers
+  RoutedText routed_;
 };
 
 }  // namespace oryx

@@ -20,17 +20,17 @@ std::shared_ptr<const Routing> route_layer(const Schedule& schedule, const std::
 
 }  // namespace
 
-ModelSchedule::ModelSchedule(const ModelConfig& config, const std::string& text) : text_(text.empty() ? "linear" : text) {
+ModelSchedule::ModelSchedule(const ModelConfig& config, const std::string& text, const OpenHead& open) : text_(text.empty() ? "linear" : text) {
   std::vector<std::vector<std::string>> mixers;
   for (int64_t i = 0; i < config.num_layers; ++i) mixers.push_back(config.mixers_of(i));
   if (text_.find('{') != std::string::npos) {
-    schedules_ = parse_layer_schedules(Json(text_), mixers);
+    schedules_ = parse_layer_schedules(Json(text_), mixers, open);
     for (size_t i = 0; i < schedules_.size(); ++i) layers_.push_back(i);
     return;
   }
   const bool one_first = std::all_of(mixers.begin(), mixers.end(), [&](const auto& m) { return m.front() == mixers.front().front(); });
   if (one_first) {
-    schedules_.push_back(Schedule::parse(text_, config.mixers()));
+    schedules_.push_back(Schedule::parse(text_, config.mixers(), {}, open));
     return;
   }
   // Layers of one kind share a schedule, and with it the routing's token sets.
@@ -39,7 +39,7 @@ ModelSchedule::ModelSchedule(const ModelConfig& config, const std::string& text)
     const auto at = static_cast<size_t>(std::find(kinds.begin(), kinds.end(), m) - kinds.begin());
     if (at == kinds.size()) {
       kinds.push_back(m);
-      schedules_.push_back(Schedule::parse(text_, m, config.mixers()));
+      schedules_.push_back(Schedule::parse(text_, m, config.mixers(), open));
     }
     layers_.push_back(at);
   }
@@ -54,15 +54,18 @@ std::vector<std::shared_ptr<const Routing>> ModelSchedule::route(const std::vect
   return out;
 }
 
-std::vector<std::string> ModelSchedule::needs() const {
+std::vector<std::string> ModelSchedule::united(std::vector<std::string> (Schedule::*of)() const) const {
   std::vector<std::string> all;
   for (const auto& s : schedules_) {
-    for (const auto& need : s.needs()) {
+    for (const auto& need : (s.*of)()) {
       if (std::find(all.begin(), all.end(), need) == all.end()) all.push_back(need);
     }
   }
   return all;
 }
+
+std::vector<std::string> ModelSchedule::needs() const { return united(&Schedule::needs); }
+std::vector<std::string> ModelSchedule::prompt_needs() const { return united(&Schedule::prompt_needs); }
 
 std::map<std::string, std::shared_ptr<const GainHead>> ModelSchedule::gain_heads() const {
   std::map<std::string, std::shared_ptr<const GainHead>> all;

@@ -20,8 +20,8 @@ namespace oryx {
 class ModelSchedule {
  public:
   // `text` as in docs/modes.md, or the JSON form with one schedule a layer. "" is `linear`. Throws Error. `linear`, and what a
-  // schedule leaves open, is each layer's own first mixer; so is a mixer that some other layer has and this one lacks.
-  ModelSchedule(const ModelConfig& config, const std::string& text);
+  // schedule leaves open, is each layer's own first mixer; so is a mixer that some other layer has and this one lacks. `open`: Schedule::parse.
+  ModelSchedule(const ModelConfig& config, const std::string& text, const OpenHead& open = {});
 
   const std::string& text() const { return text_; }
   // Routings for ModelInput::routing: where each piece of a document stands in the [rows, tokens] batch is in `pieces`, which must
@@ -31,10 +31,14 @@ class ModelSchedule {
   bool is_random() const;
   // What ModeContext::facts must hold (Schedule::needs).
   std::vector<std::string> needs() const;
+  // Those of them that are about tokens of a prompt (Schedule::prompt_needs).
+  std::vector<std::string> prompt_needs() const;
   // The heads of its routers, by need (Schedule::gain_heads).
   std::map<std::string, std::shared_ptr<const GainHead>> gain_heads() const;
 
  private:
+  std::vector<std::string> united(std::vector<std::string> (Schedule::*of)() const) const;
+
   std::string text_;
   std::vector<Schedule> schedules_;  // distinct ones
   std::vector<size_t> layers_;       // layer -> its schedule; empty: all take the only one

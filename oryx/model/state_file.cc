@@ -109,6 +109,43 @@ void check_memory(const std::string& path, const std::vector<std::vector<SlotSpe
   }
 }
 
+constexpr std::string_view kRouterGains = "router.gains.";
+
+// A tensor of that name, type and shape; -1: a size that is the file's.
+at::Tensor router_tensor(const SafetensorsReader& file, const std::string& name, at::ScalarType dtype, int64_t size) {
+  const auto it = file.tensors().find(name);
+  if (it == file.tensors().end()) fail("{}: tensor '{}' is missing, which belongs to what a router goes on by", file.path(), name);
+  if (it->second.dtype != dtype || it->second.shape.size() != 1 || (size >= 0 && it->second.shape[0] != size)) {
+    fail("{}: tensor '{}' is {} [{}], expected {} [{}]", file.path(), name, safetensors_dtype(it->second.dtype), fmt::join(it->second.shape, ", "), safetensors_dtype(dtype),
+         size < 0 ? "any" : std::to_string(size));
+  }
+  return file.load(name);
+}
+
+TextRouters load_routers(const SafetensorsReader& file, const ModelConfig& config, int64_t length) {
+  TextRouters r;
+  if (file.tensors().count("router.hidden") == 0) return r;
+  const at::Tensor ids = router_tensor(file, "router.ids", at::kInt, length), prompts = router_tensor(file, "router.prompts", at::kInt, -1);
+  r.hidden = router_tensor(file, "router.hidden", at::kFloat, config.layer.hidden_size);
+  r.ids.assign(ids.const_data_ptr<int32_t>(), ids.const_data_ptr<int32_t>() + ids.numel());
+  for (const int32_t id : r.ids) {
+    if (id < 0 || id >= config.vocab_size) fail("{}: tensor 'router.ids' holds the token {}, expected 0 to {}", file.path(), id, config.vocab_size - 1);
+  }
+  const int32_t* bound = prompts.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < prompts.numel(); ++i) {
+    const bool rises = bound[i] >= 0 && bound[i] <= length && (i == 0 || (i % 2 == 1 ? bound[i] > bound[i - 1] : bound[i] >= bound[i - 1]));
+    if (!rises || prompts.numel() % 2 == 1) fail("{}: tensor 'router.prompts' does not hold ranges of {} tokens that rise", file.path(), length);
+    if (i % 2 == 1) r.prompts.emplace_back(bound[i - 1], bound[i]);
+  }
+  for (const auto& [name, info] : file.tensors()) {
+    if (!name.starts_with(kRouterGains)) continue;
+    const at::Tensor gains = router_tensor(file, name, at::kFloat, length);
+    if (gains.isinf().any().item<bool>()) fail("{}: tensor '{}' holds a gain that is infinite; the file is damaged", file.path(), name);
+    r.gains[name.substr(kRouterGains.size())].assign(gains.const_data_ptr<float>(), gains.const_data_ptr<float>() + gains.numel());
+  }
+  return r;
+}
+
 TextEnd load_end(const SafetensorsReader& file, int64_t vocabulary) {
   TextEnd end;
   const auto logits = file.tensors().find(kEndLogits), ids = file.tensors().find(kEndIds);
@@ -150,6 +187,15 @@ void save_state(const LanguageModel& model, const State& state, const fs::path& 
     TORCH_CHECK(state.sequences() == 1 && end.ids.size() <= TextEnd::kIds, "save_state: an end of ", end.ids.size(), " tokens for ", state.sequences(), " sequences");
     tensors.emplace_back(kEndLogits, end.logits);
     tensors.emplace_back(kEndIds, at::tensor(end.ids, at::kInt));
+  }
+  if (const TextRouters& r = end.routers; r.known()) {
+    TORCH_CHECK(state.sequences() == 1 && static_cast<int64_t>(r.ids.size()) == state.lengths()[0], "save_state: routers of ", r.ids.size(), " tokens");
+    std::vector<int32_t> prompts;
+    for (const auto& [begin, stop] : r.prompts) prompts.insert(prompts.end(), {static_cast<int32_t>(begin), static_cast<int32_t>(stop)});
+    tensors.emplace_back("router.ids", at::tensor(r.ids, at::kInt));
+    tensors.emplace_back("router.hidden", r.hidden);
+    tensors.emplace_back("router.prompts", at::tensor(prompts, at::kInt));
+    for (const auto& [identity, gains] : r.gains) tensors.emplace_back(std::string(kRouterGains) + identity, at::tensor(gains, at::kFloat));
   }
   write_safetensors(path, tensors,
                     {{"format", kFormat},
@@ -249,7 +295,10 @@ State load_state(const LanguageModel& model, const fs::path& path, int64_t budge
     }
   }
   check_memory(file.path(), layers, lengths.size(), options);
-  if (end != nullptr) *end = load_end(file, model.config().vocab_size);
+  if (end != nullptr) {
+    *end = load_end(file, model.config().vocab_size);
+    if (lengths.size() == 1) end->routers = load_routers(file, model.config(), lengths[0]);
+  }
   State state = model.make_state(static_cast<int64_t>(lengths.size()), options);
   state.assign(lengths, rows_from, checkpoints, kept_lost, get);
   return state;

@@ -1,6 +1,7 @@
 #include "oryx/modes/gain_head.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <charconv>
@@ -8,6 +9,7 @@
 #include <limits>
 
 #include "oryx/common/error.h"
+#include "oryx/common/hash.h"
 #include "oryx/common/utf8.h"
 #include "oryx/io/safetensors.h"
 
@@ -43,10 +45,49 @@ at::Tensor head_tensor(const SafetensorsReader& file, const std::string& name, c
 
 }  // namespace
 
+float ordered_dot(const float* a, const float* b, int64_t n) {
+  constexpr int64_t kLanes = 16;  // apart, so that they are added side by side
+  float sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) sums[l] += a[i + l] * b[i + l];
+  }
+  for (; i < n; ++i) sums[i % kLanes] += a[i] * b[i];
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t l = 0; l < width; ++l) sums[l] += sums[l + width];
+  }
+  return sums[0];
+}
+
 at::Tensor GainHead::predict(const at::Tensor& x) const {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == features() && x.scalar_type() == at::kFloat, "router: features ", x.sizes(), ", expected [N, ", features(), "]");
-  const at::Tensor z = (x - mean) / scale;
-  return at::silu(at::addmm(b1, z, w1.t())).mv(w2) + z.mv(w0) + bias;
+  const int64_t F = features(), H = width();
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == F && x.scalar_type() == at::kFloat, "router: features ", x.sizes(), ", expected [N, ", F, "]");
+  const at::Tensor rows = x.contiguous(), inner = w1.contiguous();
+  at::Tensor out = at::empty({x.size(0)}, at::kFloat);
+  const float *from = rows.const_data_ptr<float>(), *m = mean.const_data_ptr<float>(), *s = scale.const_data_ptr<float>(), *a0 = w0.const_data_ptr<float>(),
+              *a1 = inner.const_data_ptr<float>(), *c1 = b1.const_data_ptr<float>(), *a2 = w2.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, x.size(0), 16, [&](int64_t begin, int64_t end) {
+    std::vector<float> z(static_cast<size_t>(F)), u(static_cast<size_t>(H));
+    for (int64_t n = begin; n < end; ++n) {
+      for (int64_t f = 0; f < F; ++f) z[static_cast<size_t>(f)] = (from[n * F + f] - m[f]) / s[f];
+      for (int64_t h = 0; h < H; ++h) {
+        const float a = ordered_dot(z.data(), a1 + h * F, F) + c1[h];
+        u[static_cast<size_t>(h)] = a / (1 + std::exp(-a));
+      }
+      to[n] = ordered_dot(z.data(), a0, F) + ordered_dot(u.data(), a2, H) + static_cast<float>(bias);
+    }
+  });
+  return out;
+}
+
+std::string GainHead::identity() const {
+  uint64_t hash = fnv1a(fmt::format("{} {} {}", model, reads_hidden, bias));
+  for (const at::Tensor& part : {mean, scale, w0, w1, b1, w2}) {
+    const at::Tensor x = part.contiguous();
+    hash = fnv1a(x.const_data_ptr(), x.nbytes(), hash);
+  }
+  return fmt::format("{:016x}", hash);
 }
 
 double GainHead::threshold(double share) const {
@@ -56,14 +97,6 @@ double GainHead::threshold(double share) const {
   const auto below = std::min(static_cast<size_t>(at), quantiles.size() - 2);
   const double part = at - static_cast<double>(below);
   return static_cast<double>(quantiles[below]) * (1 - part) + static_cast<double>(quantiles[below + 1]) * part;
-}
-
-bool GainBudget::take(float gain) {
-  const bool worth = static_cast<double>(gain) > threshold_;
-  ++seen_;
-  const bool allowed = static_cast<double>(taken_ + 1) <= share_ * static_cast<double>(seen_) + kAhead;
-  if (worth && allowed) ++taken_;
-  return worth && allowed;
 }
 
 void save_head(const GainHead& h, const std::filesystem::path& path) {

@@ -28,31 +28,21 @@ struct GainHead {
 
   int64_t features() const { return mean.size(0); }
   int64_t width() const { return w1.size(0); }
-  // x [N, F] float32 -> gains [N] float32
+  // x [N, F] float32 -> gains [N] float32, each bit for bit the same whatever stands beside it.
   at::Tensor predict(const at::Tensor& x) const;
   // The gain that a share of the held-out tokens exceeds: +infinity for 0, -infinity for 1.
   double threshold(double share) const;
+  // 16 hexadecimal digits of everything that predictions follow from: two heads that predict differently have, but for chance, different ones.
+  std::string identity() const;
 };
+
+// a . b, in an order of summation that n alone gives.
+float ordered_dot(const float* a, const float* b, int64_t n);
 
 // One safetensors file, whole or absent: tensors mean, scale, w0, w1, b1, w2, quantiles; metadata format ("oryx-router 1"), model, bias, reads, and the notes.
 void save_head(const GainHead& head, const std::filesystem::path& path);
 
 // Throws Error, one line, for a file of another format, or with a tensor or an entry that is missing, of another shape or dtype, or not finite.
 std::shared_ptr<const GainHead> load_head(const std::filesystem::path& path);
-
-// Which of a text's tokens go into attention as they come, when a share of them may: those whose gain exceeds the threshold of that share, as long as of n tokens at most
-// share * n + kAhead are taken. What a dull stretch leaves is there for a later one.
-class GainBudget {
- public:
-  static constexpr double kAhead = 8;
-  GainBudget(const GainHead& head, double share) : share_(share), threshold_(head.threshold(share)) {}
-  bool take(float gain);  // the next token
-  int64_t seen() const { return seen_; }
-  int64_t taken() const { return taken_; }
-
- private:
-  double share_, threshold_;
-  int64_t seen_ = 0, taken_ = 0;
-};
 
 }  // namespace oryx

@@ -80,7 +80,7 @@ std::vector<std::string> layer_texts(const Json& json, size_t layers) {
 }  // namespace
 
 std::vector<Schedule> parse_layer_schedules(const Json& json,
-                                            const std::vector<std::vector<std::string>>& layer_mixers) {
+                                            const std::vector<std::vector<std::string>>& layer_mixers, const OpenHead& open) {
   const bool is_text = json.is_string() && json.get_ref<const std::string&>().starts_with('{');
   const std::vector<std::string> texts =
       layer_texts(is_text ? parse_json(json.get<std::string>(), "schedule") : json, layer_mixers.size());
@@ -88,7 +88,7 @@ std::vector<Schedule> parse_layer_schedules(const Json& json,
   std::vector<Schedule> schedules;
   for (size_t i = 0; i < texts.size(); ++i) {
     const bool nothing_to_choose = layer_mixers[i].size() == 1;
-    schedules.push_back(Schedule::parse(texts[i], layer_mixers[i], nothing_to_choose ? everywhere : nowhere));
+    schedules.push_back(Schedule::parse(texts[i], layer_mixers[i], nothing_to_choose ? everywhere : nowhere, open));
   }
   return schedules;
 }

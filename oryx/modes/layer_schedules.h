@@ -18,6 +18,6 @@ namespace oryx {
 // every layer, or such an object's text (it starts with '{'). A layer with a single mixer has nothing to choose from:
 // it takes the names of the other layers' mixers too.
 std::vector<Schedule> parse_layer_schedules(const Json& json,
-                                            const std::vector<std::vector<std::string>>& layer_mixers);
+                                            const std::vector<std::vector<std::string>>& layer_mixers, const OpenHead& open = {});
 
 }  // namespace oryx

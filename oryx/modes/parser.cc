@@ -44,8 +44,8 @@ std::string join(const std::vector<std::string>& names, std::string_view behind 
 class ScheduleParser {
  public:
   ScheduleParser(std::string_view text, const std::vector<std::string>& mixers,
-                 const std::vector<std::string>& elsewhere)
-      : text_(text), mixers_(mixers), elsewhere_(elsewhere) {}
+                 const std::vector<std::string>& elsewhere, const OpenHead& open)
+      : text_(text), mixers_(mixers), elsewhere_(elsewhere), open_(open) {}
 
   Schedule parse() {
     Schedule schedule;
@@ -129,7 +129,7 @@ class ScheduleParser {
     canonical = name + "(";
     for (const auto& a : arguments) canonical += (canonical.back() == '(' ? "" : ";") + a.key + "=" + a.value;
     canonical += ")";
-    PolicyArguments checked(text_, position, std::move(arguments), mixers_, elsewhere_, fail_at);
+    PolicyArguments checked(text_, position, std::move(arguments), mixers_, elsewhere_, fail_at, open_);
     return make(checked);
   }
 
@@ -202,15 +202,16 @@ class ScheduleParser {
 
   std::string_view text_;
   const std::vector<std::string>&mixers_, &elsewhere_;
+  const OpenHead& open_;
   size_t at_ = 0;
 };
 
 Schedule Schedule::parse(std::string_view text, const std::vector<std::string>& mixers,
-                         const std::vector<std::string>& elsewhere) {
+                         const std::vector<std::string>& elsewhere, const OpenHead& open) {
   if (mixers.empty()) throw std::logic_error("Schedule::parse: a layer without mixers");
   constexpr size_t kLongest = 1 << 16;
   if (text.size() > kLongest) fail("schedule of {} bytes, expected at most {}", text.size(), kLongest);
-  return ScheduleParser(text, mixers, elsewhere).parse();
+  return ScheduleParser(text, mixers, elsewhere, open).parse();
 }
 
 }  // namespace oryx

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "oryx/common/error.h"
+#include "oryx/modes/gain_head.h"
 
 namespace oryx {
 
@@ -121,6 +122,8 @@ std::vector<std::pair<int32_t, std::string>> PolicyArguments::names_by_mixer() {
   }
   return found;
 }
+
+std::shared_ptr<const GainHead> PolicyArguments::head(const std::string& file) const { return open_ ? open_(file) : load_head(file); }
 
 void PolicyArguments::finish() {
   for (const Argument& a : arguments_) {

@@ -41,13 +41,14 @@ class PolicyArguments {
                         const std::vector<std::string>& candidates);
 
   PolicyArguments(std::string_view text, size_t position, std::vector<Argument> arguments,
-                  const std::vector<std::string>& mixers, const std::vector<std::string>& elsewhere, Fail fail)
+                  const std::vector<std::string>& mixers, const std::vector<std::string>& elsewhere, Fail fail, const OpenHead& open)
       : text_(text),
         position_(position),
         arguments_(std::move(arguments)),
         mixers_(mixers),
         elsewhere_(elsewhere),
-        fail_(fail) {}
+        fail_(fail),
+        open_(open) {}
 
   std::optional<int64_t> integer(std::string_view key, int64_t least);
   std::optional<std::string> text(std::string_view key);
@@ -55,6 +56,8 @@ class PolicyArguments {
   std::vector<std::pair<int32_t, double>> numbers_by_mixer(double least, double most);
   std::vector<std::pair<int32_t, int64_t>> integers_by_mixer(int64_t least);
   std::vector<std::pair<int32_t, std::string>> names_by_mixer();
+  // What a file holds that the policy names.
+  std::shared_ptr<const GainHead> head(const std::string& file) const;
   // Ends in an error unless every key was asked for.
   void finish();
   // An error about the policy as a whole.
@@ -70,6 +73,7 @@ class PolicyArguments {
   std::vector<Argument> arguments_;
   const std::vector<std::string>&mixers_, &elsewhere_;
   Fail fail_;
+  const OpenHead& open_;
   std::vector<std::string> known_;
 };
 

@@ -120,6 +120,20 @@ std::vector<std::string> Schedule::needs() const {
   return {all.begin(), all.end()};
 }
 
+bool Schedule::is_behind_prompt(const std::optional<Range>& range) {
+  if (!range || range->kind == Range::Kind::kPrompt) return false;
+  return range->kind == Range::Kind::kGenerated || (range->begin && range->begin->kind == Bound::Kind::kPercent && range->begin->value == 100);
+}
+
+std::vector<std::string> Schedule::prompt_needs() const {
+  std::set<std::string> all;
+  for (const Entry& e : entries_) {
+    if (!e.policy || is_behind_prompt(e.range)) continue;
+    for (auto& need : e.policy->needs()) all.insert(std::move(need));
+  }
+  return {all.begin(), all.end()};
+}
+
 std::map<std::string, std::shared_ptr<const GainHead>> Schedule::gain_heads() const {
   std::map<std::string, std::shared_ptr<const GainHead>> all;
   for (const Entry& e : entries_) {

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <map>
 #include <memory>
@@ -29,11 +30,37 @@ namespace oryx {
 
 struct GainHead;
 class ModePolicy;
+// A file's name, as it stands in a schedule -> what it holds. Throws Error.
+using OpenHead = std::function<std::shared_ptr<const GainHead>(const std::string& file)>;
 
 // Tokens [begin, end) of a document in one mixer: an index into the mixers that the schedule was parsed for.
 struct ModeSpan {
   int32_t begin, end, mixer;
   bool operator==(const ModeSpan&) const = default;
+};
+
+// What policies made of facts so far, so that it is not made anew for every token. What stands here follows from the facts alone: a copy begins without it.
+class PolicyNotes {
+ public:
+  struct Note {
+    virtual ~Note() = default;
+  };
+  PolicyNotes() = default;
+  PolicyNotes(const PolicyNotes&) {}
+  PolicyNotes& operator=(const PolicyNotes&) {
+    notes_.clear();
+    return *this;
+  }
+  // The note of that name, which make() -> std::unique_ptr<Note> makes where there is none. Of one thread at a time, as the facts are.
+  template <class Make>
+  Note& of(const std::string& name, Make make) const {
+    auto& note = notes_[name];
+    if (note == nullptr) note = make();
+    return *note;
+  }
+
+ private:
+  mutable std::map<std::string, std::unique_ptr<Note>> notes_;
 };
 
 // What is known of a document's tokens, for policies that decide by it (ModePolicy::needs). Whoever runs the document gathers it first.
@@ -42,8 +69,12 @@ struct TokenFacts {
   std::map<std::string, std::vector<std::pair<int64_t, int64_t>>> parts;
   // Of each token, how badly a linear mixer's state predicts its value (oryx/model/surprise.h); empty: not known.
   std::vector<float> surprise;
-  // By what asks for it ("router:FILE", "oracle"): of each token, how many nats attention takes, or is predicted to take, off the loss of the prediction made at it.
+  // By what asks for it ("router:FILE", "oracle"): of each token, how many nats attention takes, or is predicted to take, off the loss of the prediction made at it. NaN: not
+  // predicted, a router leaves the token alone. They may grow, but what stands there stays.
   std::map<std::string, std::vector<float>> gains;
+  // What of the text was given and not written, as ascending ranges; empty: the first ModeContext::prompt_length tokens. There are several where a text was left and gone on with.
+  std::vector<std::pair<int64_t, int64_t>> prompts;
+  PolicyNotes notes;
 };
 
 // What a schedule is resolved for: one document of one training step or request.
@@ -60,8 +91,9 @@ class Schedule {
   // `mixers` are the layer's, the first one is `linear`. Errors (oryx::Error, one line) name the text, the position,
   // what was found and what was expected. Names in `elsewhere` are known too but stand for the first mixer here (a
   // layer that has nothing to choose from).
+  // `open` hands out the heads that policies name by their files; empty: load_head (gain_head.h).
   static Schedule parse(std::string_view text, const std::vector<std::string>& mixers,
-                        const std::vector<std::string>& elsewhere = {});
+                        const std::vector<std::string>& elsewhere = {}, const OpenHead& open = {});
 
   // In canonical form: parse(text()) is the same schedule.
   std::string text() const;
@@ -81,6 +113,9 @@ class Schedule {
 
   // The heads that predict the gains of its needs "router:FILE", each need once.
   std::map<std::string, std::shared_ptr<const GainHead>> gain_heads() const;
+
+  // Those of its needs that are about tokens of a prompt: not those of policies whose ranges all begin behind it (`@gen`).
+  std::vector<std::string> prompt_needs() const;
 
   // Whether another context could give other spans for the same prompt length (a policy draws at random).
   bool is_random() const;
@@ -109,6 +144,7 @@ class Schedule {
   static constexpr int64_t kOpen = std::numeric_limits<int64_t>::max();
   static std::pair<int64_t, int64_t> absolute(const std::optional<Range>& range, int64_t prompt_length);
   static std::string text_of(const Range& range);
+  static bool is_behind_prompt(const std::optional<Range>& range);
 
   std::vector<std::string> mixers_;
   std::vector<Entry> entries_;

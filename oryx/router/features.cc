@@ -19,12 +19,43 @@ const at::Tensor& output_rows(const LanguageModel& model) { return model.paramet
 
 at::Tensor rows_of(const at::Tensor& table, const at::Tensor& ids) { return table.detach().index_select(0, ids.to(table.device())).to(at::kCPU, at::kFloat); }
 
-// Logits [N] of tokens [N] under hidden states [N, D].
-at::Tensor logits_of(const LanguageModel& model, const at::Tensor& hidden, const at::Tensor& ids) {
-  return (hidden * rows_of(output_rows(model), ids)).sum(1) / model.config().logits_scaling;
+float log_distance(int64_t distance) { return std::log1p(static_cast<float>(distance)); }
+
+// What stands before a text's next tokens: what was before them (-1: nothing), and its hidden state [D] (undefined where it is not read, or there is none).
+struct TokensBefore {
+  int64_t id = -1;
+  at::Tensor hidden;
+};
+
+// Rows of features [n, F] of a text's next tokens, n = ids.size(); hidden [n - 1, D] or more: their own hidden states (undefined where they are not read).
+void fill_features(const LanguageModel& model, bool reads_hidden, std::span<const int64_t> ids, const TokensBefore& before, const at::Tensor& hidden, TokenHistory& history,
+                   at::Tensor x) {
+  const auto n = static_cast<int64_t>(ids.size()), D = model.config().layer.hidden_size, F = x.size(1);
+  const at::Tensor& table = model.parameter("embed.weight");
+  const at::Tensor all = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong), embedded = rows_of(table, all);  // [n, D]
+  x.narrow(1, D, D).copy_(embedded);
+  at::Tensor past = x.narrow(1, 0, D);
+  if (before.id < 0) {
+    past.select(0, 0).zero_();
+  } else if (reads_hidden) {
+    past.select(0, 0).copy_(before.hidden.detach().to(at::kCPU, at::kFloat));
+  } else {
+    past.select(0, 0).copy_(rows_of(table, at::tensor({before.id}, at::kLong))[0]);
+  }
+  if (n > 1) past.narrow(0, 1, n - 1).copy_(reads_hidden ? hidden.detach().narrow(0, 0, n - 1).to(at::kCPU, at::kFloat) : embedded.narrow(0, 0, n - 1));
+  const bool tied = model.config().tie_word_embeddings;
+  const at::Tensor rows = !reads_hidden ? at::Tensor() : tied ? embedded : rows_of(output_rows(model), all);
+  float* values = x.mutable_data_ptr<float>();
+  const float* outputs = reads_hidden ? rows.const_data_ptr<float>() : nullptr;
+  for (int64_t t = 0; t < n; ++t) {
+    float* row = values + t * F;
+    history.next(ids[static_cast<size_t>(t)], row + 2 * D);
+    const bool has_logit = reads_hidden && (t > 0 || before.id >= 0);
+    row[F - 1] = has_logit ? static_cast<float>(static_cast<double>(ordered_dot(row, outputs + t * D, D)) / model.config().logits_scaling) : 0.0F;
+  }
 }
 
-float log_distance(int64_t distance) { return std::log1p(static_cast<float>(distance)); }
+constexpr int64_t kFeaturesAtOnce = 1024;  // rows, which bounds the memory of a long prompt
 
 }  // namespace
 
@@ -41,11 +72,18 @@ std::string router_identity(const LanguageModel& model) {
   return fmt::format("{:016x}", fnv1a(all.const_data_ptr(), all.nbytes(), hash));
 }
 
-void check_head(const LanguageModel& model, const GainHead& head, const std::string& file) {
-  const std::string own = router_identity(model);
-  if (head.model != own) fail("{}: was trained for the model {}, this one is {}; train one for it: oryx router train", file, shown(head.model), own);
-  const int64_t F = 2 * model.config().layer.hidden_size + TokenHistory::kScalars;
+void check_head(const ModelConfig& config, const std::string& identity, const GainHead& head, const std::string& file) {
+  if (head.model != identity) fail("{}: was trained for the model {}, this one is {}; train one for it: oryx router train", file, shown(head.model), identity);
+  const int64_t F = 2 * config.layer.hidden_size + TokenHistory::kScalars;
   if (head.features() != F) fail("{}: reads {} features, this model has {}; the file is damaged", file, head.features(), F);
+}
+
+void check_head(const LanguageModel& model, const GainHead& head, const std::string& file) { check_head(model.config(), router_identity(model), head, file); }
+
+void check_heads(const LanguageModel& model, const ModelSchedule& schedule) {
+  const auto heads = schedule.gain_heads();
+  const std::string identity = heads.empty() ? "" : router_identity(model);
+  for (const auto& [need, head] : heads) check_head(model.config(), identity, *head, need.substr(need.find(':') + 1));
 }
 
 void TokenHistory::next(int64_t id, float* out) {
@@ -74,32 +112,23 @@ at::Tensor router_features(const LanguageModel& model, bool reads_hidden, std::s
   const at::NoGradGuard no_grad;
   const auto T = static_cast<int64_t>(ids.size()), D = model.config().layer.hidden_size;
   TORCH_CHECK(bounds.size() >= 2 && bounds.front() == 0 && bounds.back() == T, "router: bounds of ", T, " tokens");
-  const at::Tensor all = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong);
-  const at::Tensor embedded = rows_of(model.parameter("embed.weight"), all);  // [T, D]
   at::Tensor x = at::zeros({T, 2 * D + TokenHistory::kScalars}, at::kFloat);
-  x.narrow(1, D, D).copy_(embedded);
-  if (T > 1) {
-    const at::Tensor before = reads_hidden ? hidden.detach().narrow(0, 0, T - 1).to(at::kCPU, at::kFloat) : embedded.narrow(0, 0, T - 1);
-    x.narrow(1, 0, D).narrow(0, 1, T - 1).copy_(before);
-    if (reads_hidden) x.select(1, 2 * D + TokenHistory::kScalars - 1).narrow(0, 1, T - 1).copy_(logits_of(model, before, all.narrow(0, 1, T - 1)));
-  }
-  float* values = x.mutable_data_ptr<float>() + 2 * D;
   for (size_t n = 0; n + 1 < bounds.size(); ++n) {
-    if (bounds[n] == bounds[n + 1]) continue;
+    const int64_t begin = bounds[n], count = bounds[n + 1] - begin;
+    if (count == 0) continue;
     TokenHistory history;
-    x[bounds[n]].narrow(0, 0, D).zero_();
-    x[bounds[n]][2 * D + TokenHistory::kScalars - 1].zero_();
-    for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t) history.next(ids[static_cast<size_t>(t)], values + t * x.size(1));
+    fill_features(model, reads_hidden, ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(count)), {}, reads_hidden ? hidden.narrow(0, begin, count) : hidden, history,
+                  x.narrow(0, begin, count));
   }
   return x;
 }
 
-std::vector<float> router_gains(const LanguageModel& model, const GainHead& head, const at::Tensor& input_ids, std::span<const int32_t> bounds) {
+std::vector<float> router_gains(const LanguageModel& model, std::shared_ptr<const GainHead> head, const at::Tensor& input_ids, std::span<const int32_t> bounds) {
   const at::NoGradGuard no_grad;
   TORCH_CHECK(input_ids.dim() == 2 && input_ids.size(0) == 1, "router: ids ", input_ids.sizes(), ", expected [1, T]");
   const int64_t T = input_ids.size(1);
   at::Tensor hidden;
-  if (head.reads_hidden) {
+  if (head->reads_hidden) {
     ModelInput input;
     input.input_ids = input_ids;
     if (bounds.size() > 2) input.cu_seqlens = at::tensor(std::vector<int32_t>(bounds.begin(), bounds.end()), at::kInt);
@@ -108,11 +137,13 @@ std::vector<float> router_gains(const LanguageModel& model, const GainHead& head
     input.routing = ModelSchedule(model.config(), "linear").route({piece}, 1, T);
     hidden = model.hidden(input)[0];
   }
-  const at::Tensor ids = input_ids.reshape({-1}).to(at::kCPU, at::kLong).contiguous();
-  const at::Tensor gains = head.predict(router_features(model, head.reads_hidden, {ids.const_data_ptr<int64_t>(), static_cast<size_t>(T)}, bounds, hidden)).contiguous();
-  std::vector<float> out(gains.const_data_ptr<float>(), gains.const_data_ptr<float>() + T);
-  for (int64_t t = 0; t < T; ++t) {
-    if (!std::isfinite(out[static_cast<size_t>(t)])) fail("the gain predicted for token {} is {}; the model's weights are damaged or overflow", t, out[static_cast<size_t>(t)]);
+  const at::Tensor ids = input_ids.reshape({-1}).to(at::kCPU, at::kInt).contiguous();
+  std::vector<float> out;
+  for (size_t n = 0; n + 1 < bounds.size(); ++n) {
+    const int64_t begin = bounds[n], count = bounds[n + 1] - begin;
+    if (count == 0) continue;
+    const auto gains = GainReader(model, head).next({ids.const_data_ptr<int32_t>() + begin, static_cast<size_t>(count)}, {}, hidden.defined() ? hidden.narrow(0, begin, count) : hidden);
+    out.insert(out.end(), gains.begin(), gains.end());
   }
   return out;
 }
@@ -121,25 +152,31 @@ void GainReader::pass(std::span<const int32_t> ids) {
   float unused[TokenHistory::kScalars];
   for (const int32_t id : ids) history_.next(id, unused);
   if (!ids.empty()) before_ = ids.back();
+  seen_ += static_cast<int64_t>(ids.size());
 }
 
-float GainReader::next(int32_t id, const at::Tensor& previous) {
+std::vector<float> GainReader::next(std::span<const int32_t> ids, const at::Tensor& previous, const at::Tensor& hidden) {
   const at::NoGradGuard no_grad;
-  const int64_t D = model_.config().layer.hidden_size;
-  at::Tensor x = at::zeros({1, 2 * D + TokenHistory::kScalars}, at::kFloat);
-  const at::Tensor own = at::tensor({static_cast<int64_t>(id)}, at::kLong);
-  x.narrow(1, D, D).copy_(rows_of(model_.parameter("embed.weight"), own));
-  if (before_ >= 0 && head_->reads_hidden) {
-    TORCH_CHECK(previous.defined(), "router: the hidden state of the token before is not known");
-    const at::Tensor before = previous.detach().to(at::kCPU, at::kFloat).view({1, D});
-    x.narrow(1, 0, D).copy_(before);
-    x.select(1, 2 * D + TokenHistory::kScalars - 1).copy_(logits_of(model_, before, own));
-  } else if (before_ >= 0) {
-    x.narrow(1, 0, D).copy_(rows_of(model_.parameter("embed.weight"), at::tensor({static_cast<int64_t>(before_)}, at::kLong)));
+  const auto n = static_cast<int64_t>(ids.size()), D = model_.config().layer.hidden_size;
+  TORCH_CHECK(!head_->reads_hidden || ((before_ < 0 || previous.defined()) && (n <= 1 || hidden.defined())), "router: the hidden state of the token before is not known");
+  std::vector<float> out;
+  at::Tensor last = previous;
+  for (int64_t begin = 0; begin < n; begin += kFeaturesAtOnce) {
+    const int64_t count = std::min(kFeaturesAtOnce, n - begin);
+    const std::vector<int64_t> own(ids.begin() + begin, ids.begin() + begin + count);
+    at::Tensor x = at::empty({count, 2 * D + TokenHistory::kScalars}, at::kFloat);
+    fill_features(model_, head_->reads_hidden, own, {before_, last}, hidden.defined() && count > 1 ? hidden.narrow(0, begin, count - 1) : hidden, history_, x);
+    const at::Tensor gains = head_->predict(x);
+    for (int64_t t = 0; t < count; ++t) {
+      const float gain = gains.const_data_ptr<float>()[t];
+      if (!std::isfinite(gain)) fail("the gain predicted for token {} is {}; the model's weights are damaged or overflow", seen_ + t, gain);
+      out.push_back(gain);
+    }
+    if (head_->reads_hidden && begin + count < n) last = hidden[begin + count - 1];
+    before_ = static_cast<int32_t>(own.back());
+    seen_ += count;
   }
-  history_.next(id, x.mutable_data_ptr<float>() + 2 * D);
-  before_ = id;
-  return head_->predict(x).item<float>();
+  return out;
 }
 
 }  // namespace oryx

@@ -10,6 +10,7 @@
 #include "oryx/common/file.h"
 #include "oryx/common/random.h"
 #include "oryx/io/safetensors.h"
+#include "oryx/modes/gain_budget.h"
 #include "oryx/model/scheduling.h"
 #include "oryx/router/features.h"
 #include "oryx/router/train.h"
@@ -200,9 +201,19 @@ TEST(RouterFeatures, TokenByTokenAreThoseOfTheWhole) {
       for (int64_t t = bounds[n]; t < bounds[n + 1]; ++t) {
         const int64_t place = t - bounds[n];
         const float gain = place == 4 && !reads_hidden ? (reader.pass(std::vector<int32_t>{static_cast<int32_t>(ids[static_cast<size_t>(t)])}), whole[t].item<float>())
-                                                       : reader.next(static_cast<int32_t>(ids[static_cast<size_t>(t)]), place > 0 ? hidden[t - 1] : at::Tensor());
-        EXPECT_NEAR(gain, whole[t].item<float>(), 1e-4) << t;
+                                                       : reader.next(std::vector<int32_t>{static_cast<int32_t>(ids[static_cast<size_t>(t)])}, place > 0 ? hidden[t - 1] : at::Tensor()).front();
+        EXPECT_EQ(gain, whole[t].item<float>()) << t;
       }
+      // In any split.
+      GainReader split(*m, head);
+      std::vector<float> gains;
+      for (int64_t t = bounds[n]; t < bounds[n + 1]; t += 6) {
+        const int64_t count = std::min<int64_t>(6, bounds[n + 1] - t);
+        const std::vector<int32_t> own(ids.begin() + t, ids.begin() + t + count);
+        const auto more = split.next(own, t > bounds[n] ? hidden[t - 1] : at::Tensor(), hidden.narrow(0, t, count));
+        gains.insert(gains.end(), more.begin(), more.end());
+      }
+      for (size_t i = 0; i < gains.size(); ++i) EXPECT_EQ(gains[i], whole[bounds[n] + static_cast<int64_t>(i)].item<float>()) << i;
     }
     const int64_t pairs = 2 * m->config().layer.hidden_size + 4;
     EXPECT_GT(x.select(1, pairs).sum().item<float>(), 0) << "some pairs stood there before";
@@ -236,6 +247,65 @@ TEST(RouterBudget, IsNeverExceeded) {
   }
 }
 
+// Gains of every kind: as the head was calibrated, on another scale, all equal, bursts, rising and falling without end, and what tells what was decided and does the contrary.
+float awkward_gain(int kind, int64_t t, CounterRng& rng, const GainBudget& budget) {
+  const auto x = static_cast<double>(t);
+  switch (kind) {
+    case 0: return static_cast<float>(rng.uniform());
+    case 1: return static_cast<float>(50 + 100 * rng.uniform());
+    case 2: return 0.5F;
+    case 3: return static_cast<float>(t / 90 % 2 == 0 ? rng.uniform() - 1 : rng.uniform() + 1);
+    case 4: return static_cast<float>(x);
+    case 5: return static_cast<float>(-x);
+    case 6: return static_cast<float>(budget.threshold() > 0 ? budget.threshold() - 1e-3 : -1e3);
+    default: return static_cast<float>(std::min(1e30, budget.threshold() + 1));
+  }
+}
+
+TEST(RouterBudget, AWindowKeepsTheShareWhateverTheGains) {
+  GainHead h;
+  for (int i = 0; i <= 100; ++i) h.quantiles.push_back(static_cast<float>(i) / 100);
+  for (const double share : {0.0, 0.05, 0.1, 0.37, 1.0}) {
+    for (const int64_t window : {1, 32, 300}) {
+      const double behind = GainBudget::behind(share, window);
+      for (int kind = 0; kind < 8; ++kind) {
+        CounterRng rng(6, static_cast<uint64_t>(kind));
+        GainBudget budget(h, share, window), again(h, share, window);
+        for (int64_t t = 1; t <= 1500; ++t) {
+          const float gain = awkward_gain(kind, t, rng, budget);
+          ASSERT_EQ(budget.take(gain), again.take(gain));
+          const double due = share * static_cast<double>(t), taken = static_cast<double>(budget.taken());
+          ASSERT_LE(taken, due + GainBudget::kAhead) << share << " " << window << " " << kind << " " << t;
+          ASSERT_GE(taken, due - behind - 1e-9) << share << " " << window << " " << kind << " " << t;
+        }
+      }
+    }
+  }
+}
+
+// On gains of another scale than the held-out ones the share is still spent on the largest: a threshold that stands still takes those that come first, or none.
+TEST(RouterBudget, AWindowFollowsTheText) {
+  GainHead h;
+  for (int i = 0; i <= 100; ++i) h.quantiles.push_back(static_cast<float>(i) / 100);
+  constexpr double kShare = 0.1;
+  constexpr int64_t kTokens = 4000;
+  for (const double offset : {-0.5, 0.0, 0.5}) {
+    CounterRng rng(9);
+    std::vector<float> gains;
+    for (int64_t t = 0; t < kTokens; ++t) gains.push_back(static_cast<float>(rng.uniform() + offset));
+    const auto worth = [&](GainBudget budget) {  // mean of what is taken, over the share's tokens
+      double sum = 0;
+      for (const float g : gains) sum += budget.take(g) ? g - offset : 0;
+      return sum / (kShare * kTokens);
+    };
+    const double best = 0.95;  // the mean of the highest tenth
+    EXPECT_GT(worth(GainBudget(h, kShare, 256)), best - 0.06) << offset;
+    if (offset != 0) {
+      EXPECT_LT(worth(GainBudget(h, kShare)), best - 0.15) << offset;
+    }
+  }
+}
+
 TEST(RouterFile, ComesBackAndRefusesOthers) {
   const test::TemporaryFolder folder;
   const auto m = router_model(), other = router_model(4);
@@ -246,6 +316,9 @@ TEST(RouterFile, ComesBackAndRefusesOthers) {
   const auto read = load_head(path);
   const at::Tensor x = draw({9, h.features()}, 2);
   EXPECT_TRUE(at::equal(read->predict(x), h.predict(x)));
+  EXPECT_TRUE(at::equal(read->predict(x.narrow(0, 4, 2)), h.predict(x).narrow(0, 4, 2))) << "whatever stands beside it";
+  EXPECT_EQ(read->identity(), h.identity());
+  EXPECT_NE(head_of(*m, 2).identity(), h.identity());
   EXPECT_EQ(read->quantiles, h.quantiles);
   EXPECT_EQ(read->notes.at("data"), "made up");
   EXPECT_NO_THROW(check_head(*m, *read, "r"));
@@ -327,6 +400,21 @@ TEST(RouterPolicy, SpendsTheShareOnTheLargestGains) {
   // As they come, also in a prompt.
   const Schedule causal = Schedule::parse("linear,router(attention=0.4;causal=1;file=" + path.string() + ")", mixers);
   EXPECT_EQ(taken(causal, with_gains(path, 5, {0.1F, 1.1F, 3, 1.2F, 0.3F}), 0, 5), (std::vector<int64_t>{1, 2, 3}));
+  // A window: of gains that all lie above the held-out ones' threshold the larger.
+  const Schedule window = Schedule::parse("linear,router(attention=0.4;causal=1;window=8;file=" + path.string() + ")", mixers);
+  std::vector<float> high;
+  for (int t = 0; t < 200; ++t) high.push_back(t % 5 < 2 ? 9.0F : 7.0F);
+  const auto followed = taken(window, with_gains(path, 200, high), 0, 200);
+  EXPECT_NEAR(static_cast<double>(followed.size()), 80, 8);
+  EXPECT_GT(std::count_if(followed.begin(), followed.end(), [](int64_t t) { return t % 5 < 2; }), 64);
+  const ModeContext pieces = with_gains(path, 200, high);
+  std::vector<int64_t> all;
+  for (int64_t begin = 0; begin < 200; begin += 7) {
+    for (const int64_t t : taken(window, pieces, begin, std::min<int64_t>(200, begin + 7))) all.push_back(t);
+  }
+  EXPECT_EQ(all, followed) << "any piece";
+  EXPECT_THAT(router_error([&] { Schedule::parse("router(attention=0.4;average=1;window=8;file=" + path.string() + ")", mixers); }), HasSubstr("either average=1"));
+  EXPECT_THAT(router_error([&] { Schedule::parse("router(attention=0.4;window=70000;file=" + path.string() + ")", mixers); }), HasSubstr("at most 65536"));
   const Schedule average = Schedule::parse("linear,router(attention=0.4;average=1;file=" + path.string() + ")", mixers);
   EXPECT_EQ(taken(average, with_gains(path, 3, {2, 2, 2, 0.9F, 2}), 0, 5), (std::vector<int64_t>{0, 1, 2, 4})) << "whatever above the threshold";
   for (const ModeContext& bad : {ModeContext{.prompt_length = 5}, with_gains(path, 5, {1, 2})}) {
@@ -335,6 +423,18 @@ TEST(RouterPolicy, SpendsTheShareOnTheLargestGains) {
   EXPECT_THAT(router_error([&] { (void)s.resolve(c, 0, 9); }), HasSubstr("the gain of token 8, behind the prompt"));
   const Schedule prompt = Schedule::parse("linear,router(attention=0.4;file=" + path.string() + ")@prompt", mixers);
   EXPECT_EQ(taken(prompt, c, 0, 20), (std::vector<int64_t>{2, 4}));
+  // What was not predicted is left alone and not counted; a text that was left and gone on with has several prompts, each of which gets its share.
+  const float none = std::nanf("");
+  const Schedule behind = Schedule::parse("linear,router(attention=0.4;file=" + path.string() + ")@gen", mixers);
+  EXPECT_EQ(taken(behind, with_gains(path, 5, {none, none, none, none, none, 1.5F, 0.9F, 4}), 0, 8), (std::vector<int64_t>{5, 7}));
+  EXPECT_TRUE(behind.prompt_needs().empty());
+  EXPECT_EQ(s.prompt_needs(), s.needs());
+  TokenFacts twice;
+  twice.gains["router:" + path.string()] = {0.1F, 5, 0.3F, 0.2F, 0.4F, 1.5F, 0.9F, 6, 8, 7, 1, 2, 4, 0};
+  twice.prompts = {{0, 5}, {8, 13}};
+  ModeContext again{.prompt_length = 13};
+  again.facts = std::make_shared<const TokenFacts>(std::move(twice));
+  EXPECT_EQ(taken(s, again, 0, 14), (std::vector<int64_t>{1, 4, 5, 7, 8, 9}));
   // An oracle's facts.
   const Schedule oracle = Schedule::parse("linear,oracle(attention=0.4)", mixers);
   EXPECT_EQ(oracle.needs(), std::vector<std::string>{"oracle"});

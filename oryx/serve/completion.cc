@@ -163,6 +163,14 @@ Json usage(const Completion& request, const Ended& ended) {
 
 }  // namespace
 
+std::shared_ptr<const GainHead> CompletionDefaults::router(const std::string& name) const {
+  const auto found = routers.find(name);
+  if (found != routers.end()) return found->second;
+  std::string known;
+  for (const auto& [own, head] : routers) known += (known.empty() ? "; known: " : ", ") + own;
+  fail("the router '{}' is not served here{}; a server has those that it was started with (--router NAME=FILE)", shown(name), known);
+}
+
 ApiError::ApiError(int status, const std::string& message, std::string param, std::string code)
     : Error(message), status_(status), param_(std::move(param)), code_(std::move(code)) {}
 
@@ -250,7 +258,7 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
     throw ApiError(400, e.what());
   }
   try {
-    c.schedule = std::make_shared<ModelSchedule>(model.config(), schedule);
+    c.schedule = std::make_shared<ModelSchedule>(model.config(), schedule, [&](const std::string& file) { return defaults.router(file); });
   } catch (const Error& e) {
     throw ApiError(400, e.what(), "schedule");
   } catch (const Json::exception&) {

@@ -2,6 +2,7 @@
 // No HTTP here.
 #pragma once
 
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "oryx/common/error.h"
 #include "oryx/common/json.h"
 #include "oryx/data/tokenizer.h"
+#include "oryx/modes/gain_head.h"
 #include "oryx/serve/chat.h"
 #include "oryx/serve/engine.h"
 
@@ -30,6 +32,9 @@ struct CompletionDefaults {
   std::string model;     // its name, the only one that is served
   std::string schedule;  // of requests that name none
   ChatTemplate chat = {};
+  // Heads by the name that schedules give them: no other file is opened for a request.
+  std::map<std::string, std::shared_ptr<const GainHead>> routers = {};
+  std::shared_ptr<const GainHead> router(const std::string& name) const;  // Throws Error.
 };
 
 enum class Endpoint { kText, kChat };

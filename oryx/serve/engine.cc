@@ -64,10 +64,12 @@ void Engine::Impl::check(const Request& r) const {
     fail("vocab_size is {}, expected 0 to {}", r.vocab_size, model.config().vocab_size);
   r.sampling.validate();
   TORCH_CHECK(r.schedule != nullptr, "serve: a request without a schedule");
-  if (!r.schedule->needs().empty())
+  const auto heads = r.schedule->gain_heads();
+  for (const auto& [need, head] : heads) check_head(model.config(), identity, *head, need.substr(need.find(':') + 1));
+  if (r.schedule->needs().size() > heads.size())
     fail(
-        "the schedule '{}' wants to know the whole prompt before it runs, which serving does not read twice; expected "
-        "a schedule of places",
+        "the schedule '{}' wants scores of the whole prompt before it runs, which serving does not measure; expected "
+        "places, and routers",
         r.schedule->text());
   const int64_t tokens = prompt + r.max_tokens, bytes = need(tokens, 0), most = options.state.budget - fixed;
   if (bytes > most) {
@@ -75,6 +77,12 @@ void Engine::Impl::check(const Request& r) const {
         "{} tokens of prompt and {} of text need {} of state, but the whole budget is {}; shorten the prompt or "
         "max_tokens, or raise --state-budget",
         prompt, r.max_tokens, in_bytes(bytes), in_bytes(most));
+  }
+  if (options.state.drop_rows && !heads.empty()) {
+    fail(
+        "the schedule '{}' has a router, which may look back at any token, but this server drops keys and values (--kv "
+        "drop); expected places, or a server that keeps them",
+        r.schedule->text());
   }
   if (options.state.drop_rows && tokens > std::min(options.piece, prompt)) {
     ModePiece later{.row = 0,
@@ -205,12 +213,12 @@ int64_t Engine::submit(Request request) {
   try {
     impl.check(request);
     run->request = std::move(request);
-    const int64_t every = options_.keep_every;
-    for (int64_t begin = 0; every > 0 && begin + every < run->prompt(); begin += every) {
-      run->keys.push_back(
-          chunk_key(std::span(run->request.prompt).subspan(static_cast<size_t>(begin), static_cast<size_t>(every)),
-                    run->route(begin, every)));
+    if (!run->request.schedule->gain_heads().empty()) {
+      run->routed = std::make_unique<RoutedText>(impl.model, *run->request.schedule);
+      run->routed->begin_prompt(run->prompt());
+      if (run->routed->wants_prompt()) run->looked = 0;
     }
+    if (run->looked < 0) impl.make_keys(*run);
   } catch (const Error&) {
     const std::lock_guard lock(impl.mutex);
     ++impl.stats.refused;

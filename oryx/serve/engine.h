@@ -53,7 +53,7 @@ struct Ended {
 
 struct Request {
   std::vector<int32_t> prompt;                    // at least one token
-  std::shared_ptr<const ModelSchedule> schedule;  // of the engine's model; of places, not of scores
+  std::shared_ptr<const ModelSchedule> schedule;  // of the engine's model; of places and routers, not of other scores
   SamplingOptions sampling = {};
   int64_t max_tokens = 16;
   int32_t eos_id = -1;     // ends the text and is not part of it; -1: nothing does

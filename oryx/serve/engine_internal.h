@@ -8,6 +8,7 @@
 #include <set>
 #include <span>
 
+#include "oryx/generate/routed_text.h"
 #include "oryx/model/inspect.h"
 #include "oryx/model/routed_cost.h"
 #include "oryx/serve/engine.h"
@@ -31,6 +32,8 @@ struct Engine::Run {
   Request request;
   Clock::time_point arrived, started, last_token;
   std::optional<State> state;  // while the prompt is read; then in a batch
+  std::unique_ptr<RoutedText> routed;  // where the schedule has routers
+  int64_t looked = -1;         // tokens of the prompt that were looked at for them; -1: none, or no longer
   PrefixTree::Keys keys;       // of the prompt's chunks
   int64_t length = 0;          // tokens that the state holds
   int64_t read = 0;            // tokens of the prompt that ran through the model for it
@@ -45,6 +48,7 @@ struct Engine::Run {
     ModePiece p{.row = row, .column = 0, .length = count, .start = begin, .context = {}};
     p.context.prompt_length = prompt();
     p.context.seed = static_cast<uint64_t>(request.sampling.seed);
+    if (routed) p.context.facts = routed->facts();
     return p;
   }
   Routings route(int64_t begin, int64_t count) const {
@@ -61,6 +65,8 @@ struct Engine::Batch {
 struct Engine::Impl {
   const LanguageModel& model;
   const EngineOptions& options;
+  std::string identity;    // of the model, as routers name it
+  ModelSchedule linear;  // of what is read for them
   // The empty state that all others are forked from: one budget counts them.
   State root;
   int64_t fixed = 0, page_bytes = 0;
@@ -80,7 +86,8 @@ struct Engine::Impl {
   int64_t next_id = 1;
   EngineStats stats;
 
-  Impl(const LanguageModel& m, const EngineOptions& o) : model(m), options(o), root(m.make_state(1, o.state)) {
+  Impl(const LanguageModel& m, const EngineOptions& o)
+      : model(m), options(o), identity(router_identity(m)), linear(m.config(), "linear"), root(m.make_state(1, o.state)) {
     const StateBytes none = state_bytes(model.config(), 0, model.compute_dtype(), options.state);
     fixed = none.recurrent + none.tails;
     page_bytes = root.row_pool().page_bytes;
@@ -128,6 +135,11 @@ struct Engine::Impl {
 
   // ---- reading (reading.cc)
 
+  // What the prompt's beginnings are kept under, and found by.
+  void make_keys(Run& run) const;
+  // Of a prompt that routers want to know before it runs: its next piece in linear mode, or, where the tokens alone are
+  // enough, all of it. True when it can be read in the same turn.
+  bool look_ahead(Run& run);
   void count(Run& run, const Routings& routings, int64_t tokens);
   // A prompt that began alike may have come further meanwhile: prompts of a kind that arrive together are read once.
   void jump(Run& run);
@@ -136,8 +148,9 @@ struct Engine::Impl {
 
   // ---- writing (writing.cc)
 
-  // Draws the next token from logits [V] on the CPU, and says whether the request goes on.
-  void take_token(Run& run, const at::Tensor& all);
+  // Draws the next token from logits [V] on the CPU, and says whether the request goes on. hidden [D]: the state that they
+  // were made of, by which routers decide on the token.
+  void take_token(Run& run, const at::Tensor& all, const at::Tensor& hidden);
   bool writes(const Run& run) const { return !run.over && run.next >= 0; }
   // Whether keys and values are read where they stand, so that it does not matter who looks back and how far.
   bool reads_in_place() const { return model.device().is_cpu(); }

@@ -444,7 +444,7 @@ TEST(ServeEngine, RefusesInOneLine) {
   refused(request_of(*m, prompt, "linear", 0, text), "max_tokens is 0");
   refused(request_of(*m, prompt, "linear", 5, text, {.temperature = -1}), "temperature is -1");
   refused(request_of(*m, prompt, "attention", 5, text), "looks back at tokens whose keys and values this server drops");
-  refused(request_of(*m, prompt, "linear,surprise(attention=0.1)", 5, text), "wants to know the whole prompt");
+  refused(request_of(*m, prompt, "linear,surprise(attention=0.1)", 5, text), "wants scores of the whole prompt");
   for (int i = 0; i < 2; ++i) engine.submit(request_of(*m, prompt, "attention@:8,linear@8:", 5, text));
   EXPECT_THROW(engine.submit(request_of(*m, prompt, "linear", 5, text)), Busy);
   EXPECT_EQ(engine.stats().refused, 7);

@@ -51,6 +51,7 @@ std::string prometheus_text(const EngineStats& s) {
   add_values(out, "counter", "requests_total", "requests by how they ended", "end",
              {{"finished", s.finished}, {"cancelled", s.cancelled}, {"failed", s.failed}});
   add_value(out, "counter", "tokens_read_total", "prompt tokens that ran through the model", s.tokens_read);
+  add_value(out, "counter", "tokens_ahead_total", "prompt tokens that ran once more before, for a router", s.tokens_ahead);
   add_value(out, "counter", "tokens_reused_total", "prompt tokens that a kept prefix spared", s.tokens_reused);
   add_value(out, "counter", "tokens_written_total", "tokens that were sampled", s.tokens_written);
   add_value(out, "counter", "prefix_hits_total", "requests that began at a kept prefix", s.prefix_hits);

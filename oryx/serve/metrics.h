@@ -23,6 +23,7 @@ struct EngineStats {
   int64_t accepted = 0, refused = 0;
   int64_t finished = 0, cancelled = 0, failed = 0;
   int64_t tokens_read = 0, tokens_reused = 0, tokens_written = 0;
+  int64_t tokens_ahead = 0;  // of prompts, in linear mode, for routers that want to know them first
   int64_t prefix_hits = 0, prefix_misses = 0, prefixes = 0;  // of admitted requests; states kept now
   int64_t passes = 0, decode_passes = 0, decode_rows = 0;    // through the model; sequences of decoding passes
   // Bytes now: recurrent states and convolution tails of requests, the same of kept prefixes, pages of keys and values

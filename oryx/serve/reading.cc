@@ -20,6 +20,43 @@ std::string chunk_key(std::span<const int32_t> ids, const Routings& routings) {
   return key;
 }
 
+void Engine::Impl::make_keys(Run& run) const {
+  const int64_t every = options.keep_every;
+  for (int64_t begin = 0; every > 0 && begin + every < run.prompt(); begin += every) {
+    run.keys.push_back(
+        chunk_key(std::span(run.request.prompt).subspan(static_cast<size_t>(begin), static_cast<size_t>(every)),
+                  run.route(begin, every)));
+  }
+}
+
+bool Engine::Impl::look_ahead(Run& run) {
+  const std::span<const int32_t> prompt(run.request.prompt);
+  const bool reading = run.routed->wants_reading();
+  if (!reading) {
+    run.routed->look_ahead(prompt, {});
+  } else {
+    const int64_t begin = run.looked, n = std::min(options.piece, run.prompt() - begin);
+    const auto ids = prompt.subspan(static_cast<size_t>(begin), static_cast<size_t>(n));
+    if (bounded()) make_room(region_bytes(run.total()));
+    ModelInput input;
+    input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, n});
+    ModePiece piece{.row = 0, .column = 0, .length = n, .start = begin, .context = {}};
+    piece.context.prompt_length = run.prompt();
+    input.routing = linear.route({piece}, 1, n);
+    input.state = &*run.state;
+    run.routed->look_ahead(ids, model.hidden(input).squeeze(0));
+    run.looked += n;
+    const std::lock_guard lock(mutex);
+    ++stats.passes;
+    stats.tokens_ahead += n;
+  }
+  if (run.routed->wants_prompt()) return false;
+  if (reading) run.state->trim(0, 0, model);  // as if nothing had been read
+  run.looked = -1;
+  make_keys(run);
+  return !reading;
+}
+
 void Engine::Impl::count(Run& run, const Routings& routings, int64_t tokens) {
   run.attention_tokens += oryx::attention_share(model.config(), routings) * static_cast<double>(tokens);
 }
@@ -37,12 +74,18 @@ void Engine::Impl::read_piece() {
   Run& run = *reading.front();
   reading.pop_front();
   try {
+    if (run.looked >= 0 && !look_ahead(run)) return reading.push_back(&run);
     jump(run);
     const int64_t begin = run.length, n = std::min(options.piece, run.prompt() - begin);
     if (bounded()) make_room(region_bytes(run.total()));
     ModelInput input;
     const auto first = run.request.prompt.begin() + begin;
     input.input_ids = at::tensor(std::vector<int64_t>(first, first + n), at::kLong).view({1, n});
+    if (run.routed) {
+      // A kept prefix spares the model tokens that routers are told of nevertheless.
+      const int64_t told = run.routed->length();
+      run.routed->before(std::span(run.request.prompt).subspan(static_cast<size_t>(told), static_cast<size_t>(begin + n - told)));
+    }
     input.routing = run.route(begin, n);
     input.state = &*run.state;
     const at::Tensor last = model.hidden(input).squeeze(0).narrow(0, n - 1, 1);  // [1, D]
@@ -62,7 +105,7 @@ void Engine::Impl::read_piece() {
       ++(run.ended.reused_tokens > 0 ? stats.prefix_hits : stats.prefix_misses);
       stats.tokens_reused += run.ended.reused_tokens;
     }
-    take_token(run, model.logits(last.clone()).squeeze(0).cpu());
+    take_token(run, model.logits(last.clone()).squeeze(0).cpu(), last[0]);
   } catch (const std::exception& e) {
     end(run, Outcome::kFailed, e.what());
   }

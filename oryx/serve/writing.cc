@@ -35,7 +35,7 @@ bool looks_back(const LanguageModel& model, const Routings& routings) {
   return false;
 }
 
-void Engine::Impl::take_token(Run& run, const at::Tensor& all) {
+void Engine::Impl::take_token(Run& run, const at::Tensor& all, const at::Tensor& hidden) {
   const Request& r = run.request;
   const auto next = static_cast<int32_t>(sample_token(r.vocab_size > 0 ? all.narrow(0, 0, r.vocab_size) : all,
                                                       r.sampling, static_cast<uint64_t>(run.length)));
@@ -54,7 +54,10 @@ void Engine::Impl::take_token(Run& run, const at::Tensor& all) {
   run.next = next;
   if (next == r.eos_id) return end(run, Outcome::kEos);
   if (r.on_token && !r.on_token(next)) return end(run, Outcome::kStopped);
-  if (run.ended.new_tokens == r.max_tokens) end(run, Outcome::kLength);
+  if (run.ended.new_tokens == r.max_tokens) return end(run, Outcome::kLength);
+  if (!run.routed) return;
+  run.routed->after(hidden);
+  run.routed->before({&run.next, 1});
 }
 
 int64_t Engine::Impl::most_in_a_batch() const {
@@ -160,7 +163,10 @@ void Engine::Impl::write_one(Batch& batch) {
   input.input_ids = at::tensor(ids, at::kLong).view({N, 1});
   input.routing = route_rows(batch.runs);
   input.state = &batch.state;
-  const at::Tensor logits = model.logits(model.hidden(input).squeeze(1)).cpu();  // [N, V]
+  at::Tensor hidden = model.hidden(input).squeeze(1);      // [N, D]
+  const at::Tensor logits = model.logits(hidden).cpu();  // [N, V]
+  const bool routed = std::any_of(batch.runs.begin(), batch.runs.end(), [](const Run* run) { return run->routed != nullptr; });
+  if (routed) hidden = hidden.cpu();  // at once
   {
     const std::lock_guard lock(mutex);
     ++stats.passes;
@@ -172,7 +178,7 @@ void Engine::Impl::write_one(Batch& batch) {
     count(run, run.route(run.length, 1), 1);
     ++run.length;
     try {
-      take_token(run, logits[j]);
+      take_token(run, logits[j], hidden[j]);
     } catch (const std::exception& e) {
       end(run, Outcome::kFailed, e.what());
     }
