@@ -101,9 +101,9 @@ BenchResult bench_state(const StateBenchOptions& options);
 
 struct ServeBenchOptions {
   BenchModel model;
-  std::vector<std::string> schedules = {"linear"};
+  std::vector<std::string> schedules = {"linear"};  // of all requests; several with | between them: of the requests in turns
   std::vector<int64_t> running = {1, 8};  // requests side by side at most
-  int64_t requests = 24;
+  int64_t requests = 24;                  // 0: as many as run side by side
   double rate = 0;                        // arrivals a second, at random (exponential gaps); 0: all at once
   int64_t prompt_least = 64, prompt_most = 512;  // tokens of a prompt behind what it shares, drawn evenly
   int64_t shared = 256;                   // tokens that prompts of a group begin with; 0: none
@@ -112,11 +112,13 @@ struct ServeBenchOptions {
   int64_t piece = 256, keep_every = 256;
   int64_t state_budget = 0;
   std::string kv = "keep";
+  bool fused = true;
 };
 // Load on the serving engine (oryx/serve/engine.h), in this process and without HTTP. Every row serves the same requests with an engine of its own. Rows: schedule, running,
 // first_ms and first_p95_ms (from arrival to the first token), between_ms and between_p95_ms, read_per_second and written_per_second (tokens over the whole run), reused (share of
 // the prompts' tokens that kept prefixes spared), batch (sequences of a decoding pass, mean), and the most bytes of states at once, by part: recurrent_bytes of requests,
-// prefix_bytes (recurrent states of kept prefixes), row_bytes (keys and values of both).
+// prefix_bytes (recurrent states of kept prefixes), row_bytes (keys and values of both); decode_per_second (tokens written a second while nothing was read); on a GPU also peak_bytes
+// of its memory, and fused (whether texts were written by captured launches). There a request of each schedule runs before, unmeasured: a process's first pass is slow.
 BenchResult bench_serve(const ServeBenchOptions& options);
 
 struct AttentionBenchOptions {

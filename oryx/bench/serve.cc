@@ -24,7 +24,7 @@ struct Arrival {
   std::vector<int32_t> prompt;
 };
 
-std::vector<Arrival> draw_arrivals(const ServeBenchOptions& o, int64_t vocab) {
+std::vector<Arrival> draw_arrivals(const ServeBenchOptions& o, int64_t requests, int64_t vocab) {
   CounterRng rng(31);
   const auto draw = [&](int64_t tokens) {
     std::vector<int32_t> ids(static_cast<size_t>(tokens));
@@ -35,13 +35,23 @@ std::vector<Arrival> draw_arrivals(const ServeBenchOptions& o, int64_t vocab) {
   for (int64_t g = 0; g < o.groups; ++g) shared.push_back(draw(o.shared));
   std::vector<Arrival> all;
   double second = 0;
-  for (int64_t i = 0; i < o.requests; ++i) {
+  for (int64_t i = 0; i < requests; ++i) {
     if (o.rate > 0) second -= std::log(1 - rng.uniform()) / o.rate;
     std::vector<int32_t> prompt = shared[static_cast<size_t>(rng.below(static_cast<uint64_t>(o.groups)))];
     const auto own = draw(o.prompt_least +
                           static_cast<int64_t>(rng.below(static_cast<uint64_t>(o.prompt_most - o.prompt_least + 1))));
     prompt.insert(prompt.end(), own.begin(), own.end());
     all.push_back({second, std::move(prompt)});
+  }
+  return all;
+}
+
+// The schedules of requests in turns.
+std::vector<std::string> in_turns(const std::string& text) {
+  std::vector<std::string> all;
+  for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + 1) {
+    end = text.find('|', begin);
+    all.push_back(text.substr(begin, end == std::string::npos ? end : end - begin));
   }
   return all;
 }
@@ -55,25 +65,40 @@ double quantile(std::vector<double> values, double q) {
 Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std::vector<Arrival>& arrivals,
                const std::string& text, int64_t running) {
   serve::EngineOptions options{.max_running = running,
-                               .max_queue = o.requests,
+                               .max_queue = static_cast<int64_t>(arrivals.size()),
                                .piece = o.piece,
                                .keep_every = o.keep_every,
-                               .state_budget = o.state_budget};
+                               .state_budget = o.state_budget,
+                               .fused = o.fused};
   set_kv(options.state, o.kv);
+  const bool gpu = !model.device().is_cpu();
+  if (gpu) reset_peak_device_memory(model.device());
   serve::Engine engine(model, options);
-  const auto schedule = std::make_shared<const ModelSchedule>(model.config(), text);
+  std::vector<std::shared_ptr<const ModelSchedule>> schedules;
+  for (const std::string& one : in_turns(text)) schedules.push_back(std::make_shared<const ModelSchedule>(model.config(), one));
+  for (size_t i = 0; gpu && i < schedules.size(); ++i) {
+    serve::Request r;
+    r.prompt.assign(static_cast<size_t>(std::min<int64_t>(o.piece, 1024)), static_cast<int32_t>(i));
+    r.schedule = schedules[i];
+    r.max_tokens = 4;
+    engine.submit(std::move(r));
+    while (engine.step()) check_interrupt();
+  }
+  const serve::EngineStats before = engine.stats();
   std::vector<double> first, between;
   std::string error;
   const auto start = std::chrono::steady_clock::now();
   const auto now = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   size_t next = 0;
-  int64_t prompt_tokens = 0, recurrent = 0, prefix = 0, rows = 0;
+  int64_t prompt_tokens = 0, recurrent = 0, prefix = 0, rows = 0, decode_tokens = 0;
+  double decode_seconds = 0;
+  serve::EngineStats last = before;
   while (true) {
     check_interrupt();
     for (; next < arrivals.size() && arrivals[next].second <= now(); ++next) {
       serve::Request r;
       r.prompt = arrivals[next].prompt;
-      r.schedule = schedule;
+      r.schedule = schedules[next % schedules.size()];
       r.max_tokens = o.new_tokens;
       prompt_tokens += static_cast<int64_t>(r.prompt.size());
       const auto last = std::make_shared<double>(-1);
@@ -88,8 +113,15 @@ Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std
       };
       engine.submit(std::move(r));
     }
+    const double began = now();
     const bool busy = engine.step();
     const serve::EngineStats s = engine.stats();
+    // Rounds between which nothing is read.
+    if (s.tokens_read == last.tokens_read) {
+      decode_seconds += now() - began;
+      decode_tokens += s.tokens_written - last.tokens_written;
+    }
+    last = s;
     recurrent = std::max(recurrent, s.recurrent_bytes);
     prefix = std::max(prefix, s.prefix_bytes);
     rows = std::max(rows, s.row_bytes);
@@ -100,8 +132,10 @@ Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std
   }
   if (!error.empty()) fail("{}", error);
   const double seconds = now();
-  const serve::EngineStats s = engine.stats();
-  return {
+  serve::EngineStats s = engine.stats();
+  s.tokens_read -= before.tokens_read, s.tokens_written -= before.tokens_written, s.tokens_reused -= before.tokens_reused;
+  s.decode_passes -= before.decode_passes, s.decode_rows -= before.decode_rows;
+  Json row = {
       {"schedule", text},
       {"running", running},
       {"first_ms", 1e3 * quantile(first, 0.5)},
@@ -116,7 +150,10 @@ Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std
       {"prefix_bytes", prefix},
       {"row_bytes", rows},
       {"prefixes", s.prefixes},
+      {"decode_per_second", decode_seconds > 0 ? static_cast<double>(decode_tokens) / decode_seconds : 0},
       {"seconds", seconds}};
+  if (gpu) row["peak_bytes"] = peak_device_memory(model.device()), row["fused"] = engine.fused();
+  return row;
 }
 
 }  // namespace
@@ -125,16 +162,20 @@ BenchResult bench_serve(const ServeBenchOptions& o) {
   if (o.prompt_most < o.prompt_least)
     fail("--prompt-most is {}, expected at least --prompt-least, {}", o.prompt_most, o.prompt_least);
   const ModelConfig config = o.model.config();
-  for (const std::string& text : o.schedules) (void)ModelSchedule(config, text);
+  for (const std::string& text : o.schedules) {
+    for (const std::string& one : in_turns(text)) (void)ModelSchedule(config, one);
+  }
   const at::Device device = parse_device(o.model.device);
   LanguageModel model(config, o.model.compute());
   model.initialize(0);
   model.to(device);
   if (!device.is_cpu()) model.keep_copies();
-  const std::vector<Arrival> arrivals = draw_arrivals(o, config.vocab_size);
   BenchResult result;
   for (const std::string& text : o.schedules) {
-    for (const int64_t running : o.running) result.table.rows.push_back(serve_row(model, o, arrivals, text, running));
+    for (const int64_t running : o.running) {
+      const auto arrivals = draw_arrivals(o, o.requests > 0 ? o.requests : running, config.vocab_size);
+      result.table.rows.push_back(serve_row(model, o, arrivals, text, running));
+    }
   }
   result.table.columns = {{"schedule", "schedule", cell_text()},
                           {"running", "side by side", cell_text()},
@@ -144,11 +185,16 @@ BenchResult bench_serve(const ServeBenchOptions& o) {
                           {"between_p95_ms", "95%", cell_fixed(2)},
                           {"read_per_second", "read/s", cell_fixed(0)},
                           {"written_per_second", "written/s", cell_fixed(1)},
+                          {"decode_per_second", "alone", cell_fixed(1)},
                           {"reused", "reused", cell_percent()},
                           {"batch", "batch", cell_fixed(2)},
                           {"recurrent_bytes", "recurrent", cell_bytes()},
                           {"prefix_bytes", "prefixes", cell_bytes()},
                           {"row_bytes", "rows", cell_bytes()}};
+  if (!device.is_cpu()) {
+    result.table.columns.push_back({"peak_bytes", "GPU peak", cell_bytes()});
+    result.table.columns.push_back({"fused", "fused", cell_text()});
+  }
   result.options = {{"preset", o.model.preset},
                     {"dtype", o.model.precision},
                     {"device", o.model.device},
@@ -160,7 +206,8 @@ BenchResult bench_serve(const ServeBenchOptions& o) {
                     {"new_tokens", o.new_tokens},
                     {"piece", o.piece},
                     {"keep_every", o.keep_every},
-                    {"kv", o.kv}};
+                    {"kv", o.kv},
+                    {"fused", o.fused}};
   return result;
 }
 

@@ -153,10 +153,10 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   auto v = std::make_shared<ServeBenchOptions>();
   add_model(serve, v->model);
   serve.add_option("--device", v->model.device, "cpu, cuda or cuda:N")->capture_default_str();
-  serve.add_option("--schedule", v->schedules, "modes of the requests (docs/modes.md); several, each with its own --schedule: a row each")
+  serve.add_option("--schedule", v->schedules, "modes of the requests (docs/modes.md), or several with | between them, of the requests in turns; several, each with its own --schedule: a row each")
       ->capture_default_str()->expected(1)->allow_extra_args(false)->take_all()->type_name("TEXT");
   add_list(serve, "--running", v->running, "requests side by side at most; each a row");
-  add_count(serve, "--requests", v->requests, "requests");
+  add_count(serve, "--requests", v->requests, "requests; 0: as many as run side by side", 0);
   serve.add_option("--rate", v->rate, "arrivals a second, at random; 0: all at once")->check(CLI::Range(0.0, 1e6))->capture_default_str();
   add_count(serve, "--prompt-least", v->prompt_least, "tokens of a prompt at least, behind what it shares");
   add_count(serve, "--prompt-most", v->prompt_most, "and at most");
@@ -167,6 +167,7 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   add_count(serve, "--keep-every", v->keep_every, "keep prefixes at multiples of so many tokens; 0: none", 0);
   serve.add_option("--state-budget", v->state_budget, "memory for states (default: a quarter of what is free)")->transform(CLI::AsSizeValue(false))->type_name("BYTES");
   serve.add_option("--kv", v->kv, "keys and values: keep, drop, or bounded:F+W (docs/state.md)")->capture_default_str()->type_name("POLICY");
+  serve.add_flag("--fused,!--no-fused", v->fused, "on a GPU, write by captured launches (default; docs/serving.md)");
   finish(serve, v, bench_serve);
 
   CLI::App& attention = *app.add_subcommand("attention", "time of span attention against the attended area");

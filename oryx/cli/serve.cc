@@ -95,7 +95,7 @@ ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completion
       ->type_name("TEXT");
   app.add_option("--state-budget", o->engine.state_budget,
                  "memory for the states of requests and of kept prefixes, as 4GiB or 512MiB (default: a quarter of "
-                 "what is free)")
+                 "what is free, of a GPU half)")
       ->transform(CLI::AsSizeValue(false))
       ->type_name("BYTES");
   app.add_option("--max-running", o->engine.max_running, "requests that are read or written side by side")
@@ -106,18 +106,20 @@ ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completion
       ->check(CLI::Range(0, 4096))
       ->capture_default_str()
       ->type_name("N");
-  app.add_option("--piece", o->engine.piece, "tokens of a prompt read at once: what a running text waits for at most")
+  app.add_option("--piece", o->engine.piece,
+                 "tokens of a prompt read at once: what a running text waits for at most (default: 256, on a GPU 1024)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
-      ->capture_default_str()
       ->type_name("N");
   app.add_option(
          "--keep-every", o->engine.keep_every,
-         "keep the states of prompts' beginnings at multiples of so many tokens, a multiple of --piece; 0: none")
-      ->capture_default_str()
+         "keep the states of prompts' beginnings at multiples of so many tokens, a multiple of --piece; 0: none "
+         "(default: as --piece)")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
       ->type_name("N");
   app.add_option("--kv", o->kv, "keys and values: keep, drop, or bounded:F+W (docs/state.md)")
       ->type_name("POLICY")
       ->capture_default_str();
+  app.add_flag("--fused,!--no-fused", o->engine.fused, "on a GPU, write by captured launches (default; docs/serving.md)");
   app.add_option("--grace", o->http.grace_seconds, "seconds that running requests have after Ctrl-C")
       ->check(CLI::Range(0.0, 86400.0))
       ->capture_default_str()

@@ -33,13 +33,15 @@ std::string layer_refusal(const LayerConfig& c, const std::vector<std::string>& 
   return {};
 }
 
-std::string refusal(const LanguageModel& model, const State& state) {
+}  // namespace
+
+std::string detail::fused_refusal(const LanguageModel& model, const StateOptions& state) {
   if (!model.device().is_cuda()) return "the model is not on a GPU";
   if (model.compute_dtype() != at::kBFloat16) return "activations are not bfloat16 (--precision bfloat16)";
   const ModelConfig& c = model.config();
   if (c.embedding_multiplier != 1 || c.logits_scaling != 1) return "embedding_multiplier or logits_scaling";
-  if (state.row_bound().on()) return "the state keeps some tokens' rows alone (a bounded one)";
-  if (state.options().ring > 0) return "the state keeps a ring of convolution inputs";
+  if (state.bound.on()) return "the state keeps some tokens' rows alone (a bounded one)";
+  if (state.ring > 0) return "the state keeps a ring of convolution inputs";
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const MultiMixerLayer& layer = model.layer(i);
     if (const std::string why = layer_refusal(layer.config(), layer.mixer_names()); !why.empty()) return fmt::format("layer {}: {}", i, why);
@@ -49,15 +51,13 @@ std::string refusal(const LanguageModel& model, const State& state) {
   return {};
 }
 
-}  // namespace
-
 bool detail::register_fused_decoder(FusedDecoderFactory f) {
   factory() = f;
   return true;
 }
 
 std::unique_ptr<FusedDecoder> make_fused_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why) {
-  std::string reason = refusal(model, state);
+  std::string reason = detail::fused_refusal(model, state.options());
   if (reason.empty() && factory() == nullptr) reason = "this build has no CUDA";
   if (reason.empty()) {
     if (auto decoder = factory()(model, state, tokens, &reason)) return decoder;

@@ -43,6 +43,8 @@ class FusedDecoder {
 std::unique_ptr<FusedDecoder> make_fused_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why = nullptr);
 
 namespace detail {
+// Why the model, over states of these options, is none that the fused decoders know, on whichever GPU; empty: it is.
+std::string fused_refusal(const LanguageModel& model, const StateOptions& state);
 using FusedDecoderFactory = std::unique_ptr<FusedDecoder> (*)(const LanguageModel&, State&, int64_t tokens, std::string* why);
 bool register_fused_decoder(FusedDecoderFactory factory);
 }  // namespace detail

@@ -6,7 +6,10 @@
 #include <algorithm>
 #include <limits>
 
+#include <c10/core/CachingDeviceAllocator.h>
+
 #include "oryx/common/file.h"
+#include "oryx/common/log.h"
 #include "oryx/common/progress.h"
 #include "oryx/serve/engine_internal.h"
 
@@ -15,6 +18,39 @@ namespace oryx::serve {
 namespace {
 
 std::string in_bytes(int64_t n) { return human_bytes(static_cast<double>(n)); }
+
+int64_t default_budget(at::Device device) {
+  if (device.is_cpu()) return static_cast<int64_t>(available_memory() / 4);
+  // What the library holds back of freed tensors is free, too.
+  auto* allocator = c10::getDeviceAllocator(device.type());
+  const auto stats = allocator->getDeviceStats(device.index());
+  const int64_t held = stats.reserved_bytes[0].current - stats.allocated_bytes[0].current;
+  return (static_cast<int64_t>(allocator->getMemoryInfo(device.index()).first) + held) / 2;
+}
+
+// Slots stand for as long as the engine, and rows in a pool that is taken at once: how much of the budget is whose.
+// Every request may have a state beside its slot while its prompt is read. A kept prefix takes a recurrent state for
+// every keep_every tokens of rows; the pool leaves as much.
+void divide_budget(const LanguageModel& model, EngineOptions& o) {
+  const StateBytes none = state_bytes(model.config(), 0, model.compute_dtype(), o.state);
+  const int64_t fixed = none.recurrent + none.tails;
+  const int64_t page = state_bytes(model.config(), o.state.page_tokens, model.compute_dtype(), o.state).tokens;
+  const int64_t most = page > 0 ? o.state_budget / 2 : o.state_budget;
+  if (const int64_t running = fixed > 0 ? (most / fixed - 1) / 2 : o.max_running; running < o.max_running) {
+    if (running < 1) {
+      fail("the budget of states is {}, but one request that is written and one that is read take {}",
+           in_bytes(o.state_budget), in_bytes(3 * fixed * (page > 0 ? 2 : 1)));
+    }
+    log::warn_once("{} requests side by side in place of {}: the budget of states, {}, has room for no more",
+                   running, o.max_running, in_bytes(o.state_budget));
+    o.max_running = running;
+  }
+  if (page == 0) return;
+  const double left = static_cast<double>(o.state_budget - (1 + 2 * o.max_running) * fixed);
+  const auto rows = static_cast<double>(o.keep_every * page) / static_cast<double>(o.state.page_tokens);
+  const double share = o.keep_every > 0 ? rows / (rows + static_cast<double>(fixed)) : 1;
+  o.state.row_pages = std::max<int64_t>(1, static_cast<int64_t>(left * share / static_cast<double>(page)));
+}
 
 }  // namespace
 
@@ -37,8 +73,8 @@ std::string to_string(Outcome outcome) {
 void EngineOptions::validate() const {
   if (max_running < 1) fail("max_running is {}, expected an integer of at least 1", max_running);
   if (max_queue < 0) fail("max_queue is {}, expected an integer of at least 0", max_queue);
-  if (piece < 1) fail("piece is {}, expected an integer of at least 1", piece);
-  if (keep_every < 0 || keep_every % piece != 0)
+  if (piece < 0) fail("piece is {}, expected an integer of at least 1", piece);
+  if (keep_every < -1 || (keep_every > 0 && piece > 0 && keep_every % piece != 0))
     fail("keep_every is {}, expected 0 or a multiple of piece, {}", keep_every, piece);
   if (state_budget < 0) fail("state_budget is {}, expected an integer of at least 0", state_budget);
   if (state.kept.on())
@@ -47,6 +83,13 @@ void EngineOptions::validate() const {
         "bounded:F+W",
         kv_text(state));
   state.validate();
+}
+
+void EngineOptions::settle(at::Device device) {
+  // A pass is some thousand launches on a GPU, however few its tokens.
+  const int64_t usual = device.is_cpu() ? 256 : 1024;
+  if (piece == 0) piece = keep_every > 0 && keep_every % usual != 0 ? keep_every : usual;
+  if (keep_every < 0) keep_every = piece;
 }
 
 void Engine::Impl::check(const Request& r) const {
@@ -71,12 +114,13 @@ void Engine::Impl::check(const Request& r) const {
         "the schedule '{}' wants scores of the whole prompt before it runs, which serving does not measure; expected "
         "places, and routers",
         r.schedule->text());
-  const int64_t tokens = prompt + r.max_tokens, bytes = need(tokens, 0), most = options.state.budget - fixed;
-  if (bytes > most) {
+  const int64_t tokens = prompt + r.max_tokens;
+  const Room room = need(tokens, 0), most = whole();
+  if (room.bytes > most.bytes || room.pages > most.pages) {
     fail(
         "{} tokens of prompt and {} of text need {} of state, but the whole budget is {}; shorten the prompt or "
         "max_tokens, or raise --state-budget",
-        prompt, r.max_tokens, in_bytes(bytes), in_bytes(most));
+        prompt, r.max_tokens, in_bytes(room.bytes + room.pages * page_bytes), in_bytes(most.bytes + most.pages * page_bytes));
   }
   if (options.state.drop_rows && !heads.empty()) {
     fail(
@@ -108,7 +152,7 @@ bool Engine::Impl::find_room(Run& run) {
   int64_t reused = node != nullptr ? node->chunks * options.keep_every : 0;
   if (node != nullptr && make_room(need(total, reused), node)) {
     run.state = node->state->fork({0});
-  } else if (node != nullptr && make_room(need(total, reused) - fixed, node)) {
+  } else if (node != nullptr && make_room({need(total, reused).bytes - fixed, need(total, reused).pages}, node)) {
     run.state = prefixes.take(node);  // it and its fork would be one too many
   } else if (make_room(need(total, 0))) {
     run.state = root.fork({0});
@@ -117,9 +161,10 @@ bool Engine::Impl::find_room(Run& run) {
     return false;
   }
   run.length = reused;
-  // What later forks share stands in memory of its own, so that they do not hold the rest.
+  // What later forks share stands in memory of its own, so that they do not hold the rest. Pages of a pool come back one
+  // by one.
   for (size_t i = static_cast<size_t>(reused / std::max<int64_t>(1, options.keep_every));
-       i < run.keys.size() && !bounded(); ++i) {
+       i < run.keys.size() && !bounded() && !pooled(); ++i) {
     run.state->reserve_behind(static_cast<int64_t>(i + 1) * options.keep_every);
   }
   run.state->reserve_behind(total);
@@ -187,25 +232,41 @@ void Engine::Impl::take_cancellations() {
   }
 }
 
-Engine::Engine(const LanguageModel& model, const EngineOptions& options) : options_(options) {
+Engine::Engine(const LanguageModel& model, const EngineOptions& options, const Decoders& decoders)
+    : options_(options) {
+  options_.settle(model.device());
   options_.validate();
-  if (options_.state_budget == 0) options_.state_budget = static_cast<int64_t>(available_memory() / 4);
-  options_.state.budget = options_.state_budget;
   options_.state.checkpoint_every = options_.state.ring = 0;
+  std::unique_ptr<SlotDecoder> decoder;
+  std::string why;
+  if (options_.fused) decoder = decoders(model, options_.state, &why);
+  if (decoder == nullptr && options_.fused && !model.device().is_cpu()) {
+    log::warn_once("serving operator by operator, more slowly than by one captured launch a step: {} (docs/serving.md)",
+                   why);
+  }
+  if (options_.state_budget == 0) options_.state_budget = default_budget(model.device());
+  options_.state.budget = options_.state_budget;
   const StateBytes none = state_bytes(model.config(), 0, model.compute_dtype(), options_.state);
   if (none.total() > options_.state_budget)
     fail("the budget of states is {}, but an empty one takes {} already", in_bytes(options_.state_budget),
          in_bytes(none.total()));
-  impl_ = std::make_unique<Impl>(model, options_);
-  if (const int64_t least = impl_->need(2, 0) + impl_->fixed; least > options_.state_budget) {
+  if (decoder != nullptr) divide_budget(model, options_);
+  impl_ = std::make_unique<Impl>(model, options_, std::move(decoder));
+  const Room least = impl_->need(2, 0), whole = impl_->whole();
+  if (least.bytes > whole.bytes || least.pages > whole.pages) {
     fail("the budget of states is {}, but a request of two tokens takes {}", in_bytes(options_.state_budget),
-         in_bytes(least));
+         in_bytes(predicted_bytes(2) + impl_->base_bytes() - impl_->page_bytes * options_.state.row_pages));
   }
 }
 
+bool Engine::fused() const { return impl_->slots.has_value(); }
+
 Engine::~Engine() = default;
 
-int64_t Engine::predicted_bytes(int64_t tokens) const { return impl_->need(tokens, 0); }
+int64_t Engine::predicted_bytes(int64_t tokens) const {
+  const Room room = impl_->need(tokens, 0);
+  return room.bytes + room.pages * impl_->page_bytes;
+}
 
 int64_t Engine::submit(Request request) {
   Impl& impl = *impl_;
@@ -261,6 +322,7 @@ bool Engine::step() {
   impl.leave();
   impl.admit();
   if (impl.running.empty()) return false;
+  if (!impl.reading.empty()) impl.land();  // tokens that are there do not wait for a piece of a prompt
   impl.read_piece();
   impl.write_tokens();
   impl.leave();

@@ -4,7 +4,8 @@
 // One thread runs the model (step() or run()); submit(), cancel() and stats() may be called from any. A step admits
 // what fits, reads one piece of one prompt (in turns), and writes one token of every request whose prompt is read, so
 // that a running text never waits for more than one piece. Texts are written side by side in one pass, whatever their
-// modes (where keys and values are gathered, on a GPU, in one for those that look back and one for the others).
+// modes. On a GPU that the fused decoder knows, each text that is written has a place there, and a pass is one captured launch (oryx/generate/slot_decoder.h); on others keys and values
+// are gathered, and there is one pass for texts that look back and one for the others.
 //
 // The tokens of a request do not depend on what else runs, ran before or is kept: docs/serving.md says where that holds
 // to the last bit.
@@ -21,6 +22,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/generate/sampling.h"
+#include "oryx/generate/slot_decoder.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
 #include "oryx/serve/metrics.h"
@@ -30,13 +32,16 @@ namespace oryx::serve {
 struct EngineOptions {
   int64_t max_running = 8;   // requests that are read or written at once
   int64_t max_queue = 64;    // requests that may wait
-  int64_t piece = 256;       // tokens of a prompt in one pass at most
-  int64_t keep_every = 256;  // prefixes are kept at multiples of it, which must be a multiple of piece; 0: none are
-  int64_t state_budget = 0;  // bytes for the states of requests and prefixes; 0: a quarter of the memory that is free
+  int64_t piece = 0;         // tokens of a prompt in one pass at most; 0: 256, on a GPU 1,024
+  int64_t keep_every = -1;   // prefixes are kept at multiples of it, which must be a multiple of piece; 0: none are; -1: as piece
+  int64_t state_budget = 0;  // bytes for the states of requests and prefixes; 0: a quarter of the memory that is free (on a GPU: half of its)
   StateOptions state = {};   // what is kept of keys and values (set_kv)
+  bool fused = true;         // on a GPU: by captured launches, where the model is one that they know
 
   // Throws Error.
   void validate() const;
+  // What is left to the device is settled.
+  void settle(at::Device device);
 };
 
 enum class Outcome { kEos, kLength, kStopped, kCancelled, kFailed };
@@ -73,8 +78,9 @@ class Busy : public Error {
 class Engine {
  public:
   // The model must outlive the engine, and nobody else may run it meanwhile. Throws Error for bad options and a budget
-  // that the smallest request would not fit into.
-  Engine(const LanguageModel& model, const EngineOptions& options);
+  // that the smallest request would not fit into. `decoders` is for tests.
+  using Decoders = std::function<std::unique_ptr<SlotDecoder>(const LanguageModel&, const StateOptions&, std::string* why)>;
+  Engine(const LanguageModel& model, const EngineOptions& options, const Decoders& decoders = make_slot_decoder);
   ~Engine();
 
   // -> the request's number. Throws Error for a request that could never run (no prompt, ids outside of the vocabulary,
@@ -97,10 +103,13 @@ class Engine {
   // Bytes that a request of so many tokens takes at most, prompt and text together: what admission goes by.
   int64_t predicted_bytes(int64_t tokens) const;
   const EngineOptions& options() const { return options_; }
+  // Whether texts are written by captured launches.
+  bool fused() const;
 
  private:
   struct Run;
   struct Batch;
+  struct Slots;
   struct Impl;
   std::unique_ptr<Impl> impl_;
   EngineOptions options_;

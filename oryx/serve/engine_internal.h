@@ -1,5 +1,5 @@
 // The insides of Engine, for its own files: engine.cc (admission and ends), reading.cc (prompts), writing.cc (texts,
-// side by side).
+// side by side), slots.cc (texts that have places of the fused decoder).
 #pragma once
 
 #include <chrono>
@@ -31,7 +31,13 @@ struct Engine::Run {
   int64_t id;
   Request request;
   Clock::time_point arrived, started, last_token;
-  std::optional<State> state;  // while the prompt is read; then in a batch
+  std::optional<State> state;  // while the prompt is read; then in a batch or a slot
+  int64_t slot = -1;           // its place in Slots
+  int flights = 0;             // steps that run for it whose results nobody has looked at
+  // Of tokens from ahead_from on: modes by layer, and the share of layers in attention.
+  int64_t ahead_from = 0;
+  std::vector<uint8_t> ahead_modes;
+  std::vector<double> ahead_attention;
   std::unique_ptr<RoutedText> routed;  // where the schedule has routers
   int64_t looked = -1;         // tokens of the prompt that were looked at for them; -1: none, or no longer
   PrefixTree::Keys keys;       // of the prompt's chunks
@@ -62,9 +68,24 @@ struct Engine::Batch {
   State state;  // its sequence j is that of runs[j]
 };
 
+// Places of the texts that are written, in one state. A step is launched before the results of the one before are
+// looked at, as long as the likeliest tokens are what comes next: the device then never waits for the host.
+struct Engine::Slots {
+  State state;
+  std::vector<Run*> runs;  // by place; null: free
+  std::vector<Run*> flying;  // the rows of the step whose results are pending
+  SlotDecoder::Pending pending;
+};
+
+// What a request takes of the budget: of a pool of rows that is part of it, pages.
+struct Room {
+  int64_t bytes = 0, pages = 0;
+};
+
 struct Engine::Impl {
   const LanguageModel& model;
   const EngineOptions& options;
+  std::unique_ptr<SlotDecoder> decoder;  // null: texts are written operator by operator
   std::string identity;    // of the model, as routers name it
   ModelSchedule linear;  // of what is read for them
   // The empty state that all others are forked from: one budget counts them.
@@ -76,6 +97,7 @@ struct Engine::Impl {
   std::vector<std::unique_ptr<Run>> running;  // in the order of admission
   std::deque<Run*> reading;                   // the first one's turn is next
   std::vector<Batch> batches;
+  std::optional<Slots> slots;  // with a decoder
 
   // Of all threads.
   mutable std::mutex mutex;
@@ -86,12 +108,18 @@ struct Engine::Impl {
   int64_t next_id = 1;
   EngineStats stats;
 
-  Impl(const LanguageModel& m, const EngineOptions& o)
-      : model(m), options(o), identity(router_identity(m)), linear(m.config(), "linear"), root(m.make_state(1, o.state)) {
+  Impl(const LanguageModel& m, const EngineOptions& o, std::unique_ptr<SlotDecoder> d)
+      : model(m),
+        options(o),
+        decoder(std::move(d)),
+        identity(router_identity(m)),
+        linear(m.config(), "linear"),
+        root(m.make_state(1, o.state)) {
     const StateBytes none = state_bytes(model.config(), 0, model.compute_dtype(), options.state);
     fixed = none.recurrent + none.tails;
     page_bytes = root.row_pool().page_bytes;
     stats.budget_bytes = options.state.budget;
+    if (decoder != nullptr) make_slots();
   }
 
   // ---- bytes
@@ -103,18 +131,26 @@ struct Engine::Impl {
   }
   // Of a request of `tokens` tokens that begins at a kept prefix of `reused`. Under a bound a region may be replaced:
   // both stand for a moment.
-  int64_t need(int64_t tokens, int64_t reused) const {
-    if (bounded()) return fixed + 2 * region_bytes(tokens);
-    return fixed + page_bytes * (pages(tokens) - reused / options.state.page_tokens);
+  Room need(int64_t tokens, int64_t reused) const {
+    if (bounded()) return {fixed + 2 * region_bytes(tokens)};
+    return with_rows(fixed, pages(tokens) - reused / options.state.page_tokens);
   }
-  int64_t left() const { return options.state.budget - root.budget().used(); }
-  // Until so many bytes are free: gives back what texts that have ended left in their batches, then drops kept prefixes,
+  bool pooled() const { return options.state.row_pages > 0; }
+  Room with_rows(int64_t bytes, int64_t pages) const { return pooled() ? Room{bytes, pages} : Room{bytes + page_bytes * pages, 0}; }
+  // What requests can have at most, all of them together.
+  Room whole() const { return {options.state.budget - base_bytes(), options.state.row_pages}; }
+  // Taken before there is any request: the empty state, the slots, the pool of rows.
+  int64_t base_bytes() const { return fixed * (1 + (slots ? slots->state.sequences() : 0)) + page_bytes * options.state.row_pages; }
+  bool fits(const Room& room) const {
+    return options.state.budget - root.budget().used() >= room.bytes && (room.pages == 0 || root.free_pages() >= room.pages);
+  }
+  // Until so much is free: gives back what texts that have ended left in their batches, then drops kept prefixes,
   // the least recently used first.
-  bool make_room(int64_t bytes, const PrefixTree::Node* spared = nullptr) {
+  bool make_room(const Room& room, const PrefixTree::Node* spared = nullptr) {
     for (Batch& batch : batches) {
-      if (left() < bytes) batch.state.give_back_room();
+      if (!fits(room)) batch.state.give_back_room();
     }
-    while (left() < bytes) {
+    while (!fits(room)) {
       if (!prefixes.drop_one(spared)) return false;
     }
     return true;
@@ -151,6 +187,8 @@ struct Engine::Impl {
   // Draws the next token from logits [V] on the CPU, and says whether the request goes on. hidden [D]: the state that they
   // were made of, by which routers decide on the token.
   void take_token(Run& run, const at::Tensor& all, const at::Tensor& hidden);
+  // The same with the token that was drawn.
+  void take_next(Run& run, int32_t next);
   bool writes(const Run& run) const { return !run.over && run.next >= 0; }
   // Whether keys and values are read where they stand, so that it does not matter who looks back and how far.
   bool reads_in_place() const { return model.device().is_cpu(); }
@@ -168,6 +206,26 @@ struct Engine::Impl {
   void write_tokens();
   // What has ended leaves, and with it its bytes.
   void leave();
+
+  // ---- writing by captured launches (slots.cc)
+
+  void make_slots();
+  // Whether it is written in a slot. Routers read every token's hidden state.
+  bool slotted(const Run& run) const { return slots && !run.routed; }
+  // Whether its next token is drawn on the host.
+  static bool wants_logits(const Run& run) { return run.request.sampling.temperature > 0; }
+  // Resolves the schedule some tokens ahead where `position` is not among those that are known -> its place there.
+  size_t modes_ahead(Run& run, int64_t position) const;
+  void seat_texts();
+  // Places of texts that have ended are free again.
+  void clear_slots();
+  std::vector<SlotDecoder::Row> next_rows(std::vector<Run*>& runs);
+  void take_results(const SlotDecoder::Pending& pending, const std::vector<Run*>& runs);
+  // Launches a token of every text that has a slot, then looks at the results of the launch before; in this order only
+  // where the next tokens are known to the device.
+  void write_slots();
+  // Waits for the pending step and takes its tokens.
+  void land();
 };
 
 }  // namespace oryx::serve

@@ -37,7 +37,7 @@ bool Engine::Impl::look_ahead(Run& run) {
   } else {
     const int64_t begin = run.looked, n = std::min(options.piece, run.prompt() - begin);
     const auto ids = prompt.subspan(static_cast<size_t>(begin), static_cast<size_t>(n));
-    if (bounded()) make_room(region_bytes(run.total()));
+    if (bounded()) make_room({region_bytes(run.total())});
     ModelInput input;
     input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, n});
     ModePiece piece{.row = 0, .column = 0, .length = n, .start = begin, .context = {}};
@@ -77,7 +77,7 @@ void Engine::Impl::read_piece() {
     if (run.looked >= 0 && !look_ahead(run)) return reading.push_back(&run);
     jump(run);
     const int64_t begin = run.length, n = std::min(options.piece, run.prompt() - begin);
-    if (bounded()) make_room(region_bytes(run.total()));
+    if (bounded()) make_room({region_bytes(run.total())});
     ModelInput input;
     const auto first = run.request.prompt.begin() + begin;
     input.input_ids = at::tensor(std::vector<int64_t>(first, first + n), at::kLong).view({1, n});
@@ -116,8 +116,7 @@ void Engine::Impl::keep_prefix(Run& run) {
   const auto chunks = static_cast<size_t>(run.length / options.keep_every);
   if (chunks > run.keys.size() || prefixes.holds(run.keys, chunks)) return;
   // A last, partly filled page is copied.
-  const int64_t bytes = fixed + (run.length % options.state.page_tokens > 0 ? page_bytes : 0);
-  if (!make_room(bytes)) return;
+  if (!make_room(with_rows(fixed, run.length % options.state.page_tokens > 0 ? 1 : 0))) return;
   prefixes.keep(run.keys, chunks, run.state->fork({0}));
 }
 

@@ -37,8 +37,15 @@ bool looks_back(const LanguageModel& model, const Routings& routings) {
 
 void Engine::Impl::take_token(Run& run, const at::Tensor& all, const at::Tensor& hidden) {
   const Request& r = run.request;
-  const auto next = static_cast<int32_t>(sample_token(r.vocab_size > 0 ? all.narrow(0, 0, r.vocab_size) : all,
-                                                      r.sampling, static_cast<uint64_t>(run.length)));
+  take_next(run, static_cast<int32_t>(sample_token(r.vocab_size > 0 ? all.narrow(0, 0, r.vocab_size) : all, r.sampling,
+                                                   static_cast<uint64_t>(run.length))));
+  if (run.over || !run.routed) return;
+  run.routed->after(hidden);
+  run.routed->before({&run.next, 1});
+}
+
+void Engine::Impl::take_next(Run& run, int32_t next) {
+  const Request& r = run.request;
   const auto now = Clock::now();
   {
     const std::lock_guard lock(mutex);
@@ -54,10 +61,7 @@ void Engine::Impl::take_token(Run& run, const at::Tensor& all, const at::Tensor&
   run.next = next;
   if (next == r.eos_id) return end(run, Outcome::kEos);
   if (r.on_token && !r.on_token(next)) return end(run, Outcome::kStopped);
-  if (run.ended.new_tokens == r.max_tokens) return end(run, Outcome::kLength);
-  if (!run.routed) return;
-  run.routed->after(hidden);
-  run.routed->before({&run.next, 1});
+  if (run.ended.new_tokens == r.max_tokens) end(run, Outcome::kLength);
 }
 
 int64_t Engine::Impl::most_in_a_batch() const {
@@ -69,7 +73,7 @@ std::vector<std::vector<Engine::Run*>> Engine::Impl::grouped() const {
   const auto most = static_cast<size_t>(most_in_a_batch());
   std::deque<Run*> joining;
   for (const auto& run : running) {
-    if (writes(*run)) joining.push_back(run.get());
+    if (writes(*run) && !slotted(*run)) joining.push_back(run.get());
   }
   const size_t needed = (joining.size() + most - 1) / most;
   std::vector<std::vector<Run*>> groups;
@@ -108,7 +112,7 @@ std::vector<std::vector<Engine::Run*>> Engine::Impl::grouped_apart() const {
     int64_t longest = 0;
     bool open = false;
     for (const auto& run : running) {
-      if (!writes(*run) || looks_back(model, run->route(run->length, 1)) != back) continue;
+      if (!writes(*run) || slotted(*run) || looks_back(model, run->route(run->length, 1)) != back) continue;
       longest = std::max(longest, run->length);
       open = open && static_cast<int64_t>(groups.back().size()) < most;
       open = open && (!back || longest * static_cast<int64_t>(groups.back().size() + 1) <= kRowsSideBySide);
@@ -136,7 +140,7 @@ void Engine::Impl::form_batches() {
   }
   batches.clear();
   for (const auto& run : running) {
-    if (!writes(*run) || !run->state) continue;
+    if (!writes(*run) || slotted(*run) || !run->state) continue;
     places[run.get()] = {sources.size(), 0};
     sources.push_back(std::move(*run->state));
     run->state.reset();
@@ -159,7 +163,7 @@ void Engine::Impl::write_one(Batch& batch) {
     ids.push_back(run->next);
     if (bounded()) regions += region_bytes(run->total());
   }
-  if (regions > 0) make_room(regions);
+  if (regions > 0) make_room({regions});
   input.input_ids = at::tensor(ids, at::kLong).view({N, 1});
   input.routing = route_rows(batch.runs);
   input.state = &batch.state;
@@ -210,6 +214,7 @@ Routings Engine::Impl::route_rows(const std::vector<Run*>& runs) const {
 }
 
 void Engine::Impl::write_tokens() {
+  if (slots) write_slots();
   form_batches();
   for (Batch& batch : batches) {
     try {
@@ -223,14 +228,18 @@ void Engine::Impl::write_tokens() {
 void Engine::Impl::leave() {
   form_batches();
   std::erase_if(reading, [](const Run* run) { return run->over; });
-  std::erase_if(running, [](const auto& run) { return run->over; });
+  if (slots) clear_slots();
+  int64_t states = slots ? slots->state.sequences() : 0, alive = 0;
+  for (const Batch& batch : batches) states += batch.state.sequences() + batch.state.spare_sequences();
+  std::erase_if(running, [](const auto& run) { return run->over && run->flights == 0; });
+  for (const auto& run : running) states += run->state ? 1 : 0, alive += run->over ? 0 : 1;
   const std::lock_guard lock(mutex);
-  stats.running = static_cast<int64_t>(running.size());
+  stats.running = alive;
   stats.prefixes = prefixes.states();
   stats.prefix_bytes = prefixes.states() * fixed;
-  stats.recurrent_bytes = stats.running * fixed;
-  for (const Batch& batch : batches) stats.recurrent_bytes += batch.state.spare_sequences() * fixed;
-  stats.row_bytes = root.budget().used() - fixed - stats.prefix_bytes - stats.recurrent_bytes;
+  stats.recurrent_bytes = states * fixed;
+  stats.row_bytes = pooled() ? page_bytes * (options.state.row_pages - root.free_pages())
+                             : root.budget().used() - fixed - stats.prefix_bytes - stats.recurrent_bytes;
 }
 
 }  // namespace oryx::serve

@@ -55,7 +55,32 @@ std::shared_ptr<RowStore::Block> RowStore::make_block(int64_t pages) const {
   return block;
 }
 
-void RowStore::find_runs(Sequence& s) const {
+void RowStore::make_pool(int64_t pages) {
+  TORCH_CHECK(!bound_.on(), "state: a pool of rows for a bounded store");
+  if (specs_.empty()) return;
+  TORCH_CHECK(pages * page_tokens_ <= INT32_MAX, "state: a pool of ", pages, " pages");
+  pool_ = std::make_shared<Pool>(Pool{make_block(pages), PagePool(pages)});
+}
+
+std::vector<std::shared_ptr<const RowStore::Page>> RowStore::fresh_pages(int64_t count) const {
+  std::vector<std::shared_ptr<const Page>> out;
+  if (count == 0) return out;
+  if (pool_ != nullptr) {
+    for (const int64_t number : pool_->free.take(count)) {
+      out.emplace_back(new Page{pool_->block, number * page_tokens_}, [pool = pool_, number](const Page* page) {
+        pool->free.give_back(number);
+        delete page;
+      });
+    }
+    return out;
+  }
+  const auto block = make_block(count);
+  for (int64_t i = 0; i < count; ++i) out.push_back(std::make_shared<const Page>(Page{block, i * page_tokens_}));
+  return out;
+}
+
+void RowStore::find_runs(Sequence& s) {
+  ++version_;
   s.runs.clear();
   for (const auto& [index, page] : s.pages) {
     Run* last = s.runs.empty() ? nullptr : &s.runs.back();
@@ -106,6 +131,7 @@ void RowStore::make_room(const std::vector<int64_t>& lengths, const std::vector<
   bool room = true;
   for (size_t n = 0; n < sequences_.size(); ++n) room = room && (needs[n] <= lengths[n] || writable(sequences_[n], lengths[n], needs[n]));
   if (room) return;
+  if (pool_ != nullptr) return make_pool_room(lengths, needs);
   // All sequences grow at once and to one size, so that those of a batch stay side by side. Growth by a quarter: appending token by token stays
   // linear, the reserve small.
   const int64_t need = *std::max_element(needs.begin(), needs.end());
@@ -119,17 +145,47 @@ void RowStore::make_room(const std::vector<int64_t>& lengths, const std::vector<
     first[n] = std::any_of(pages.begin(), pages.end(), shared) ? std::min(lengths[n] / page_tokens_, static_cast<int64_t>(pages.size())) : 0;
     fresh += pages_of(tokens) - first[n];
   }
-  const auto block = make_block(fresh);
-  int64_t row = 0;
+  auto new_pages = fresh_pages(fresh);
+  size_t used = 0;
   for (size_t n = 0; n < sequences_.size(); ++n) {
     Sequence old = sequences_[n];
     auto& pages = sequences_[n].pages;
     pages.resize(static_cast<size_t>(first[n]));
-    for (int64_t i = first[n]; i < pages_of(tokens); ++i, row += page_tokens_) {
-      auto page = std::make_shared<const Page>(Page{block, row});
+    for (int64_t i = first[n]; i < pages_of(tokens); ++i) {
+      auto page = std::move(new_pages[used++]);
       const int64_t begin = i * page_tokens_, end = std::min(lengths[n], begin + page_tokens_);
       if (begin < end) copy_rows(old, begin, end, *page);
       pages.push_back({i, std::move(page)});
+    }
+    find_runs(sequences_[n]);
+  }
+}
+
+// Each sequence by itself: pages that it shares and will write into are replaced by copies, and what is missing comes behind.
+void RowStore::make_pool_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs) {
+  const auto replaced = [&](size_t n, int64_t i) {
+    const auto& pages = sequences_[n].pages;
+    return i >= static_cast<int64_t>(pages.size()) || pages[static_cast<size_t>(i)].page.use_count() > 1;
+  };
+  int64_t fresh = 0;
+  for (size_t n = 0; n < sequences_.size(); ++n) {
+    for (int64_t i = lengths[n] / page_tokens_; needs[n] > lengths[n] && i < pages_of(needs[n]); ++i) fresh += replaced(n, i) ? 1 : 0;
+  }
+  auto new_pages = fresh_pages(fresh);
+  size_t used = 0;
+  for (size_t n = 0; n < sequences_.size(); ++n) {
+    if (needs[n] <= lengths[n]) continue;
+    auto& pages = sequences_[n].pages;
+    for (int64_t i = lengths[n] / page_tokens_; i < pages_of(needs[n]); ++i) {
+      if (!replaced(n, i)) continue;
+      auto page = std::move(new_pages[used++]);
+      const int64_t begin = i * page_tokens_, end = std::min(lengths[n], begin + page_tokens_);
+      if (begin < end) copy_rows(sequences_[n], begin, end, *page);
+      if (i < static_cast<int64_t>(pages.size())) {
+        pages[static_cast<size_t>(i)].page = std::move(page);
+      } else {
+        pages.push_back({i, std::move(page)});
+      }
     }
     find_runs(sequences_[n]);
   }
@@ -140,16 +196,44 @@ void RowStore::add_room(int64_t n, int64_t need) {
   Sequence& s = sequences_[static_cast<size_t>(n)];
   const auto held = static_cast<int64_t>(s.pages.size()), pages = pages_of(need) - held;
   if (specs_.empty() || pages <= 0) return;
-  const auto block = make_block(pages);
-  for (int64_t i = 0; i < pages; ++i) s.pages.push_back({held + i, std::make_shared<const Page>(Page{block, i * page_tokens_})});
+  auto fresh = fresh_pages(pages);
+  for (int64_t i = 0; i < pages; ++i) s.pages.push_back({held + i, std::move(fresh[static_cast<size_t>(i)])});
   find_runs(s);
 }
 
 void RowStore::take(RowStore& from, int64_t n) {
-  TORCH_CHECK(from.budget_ == budget_ && from.page_tokens_ == page_tokens_, "state: a sequence of another store");
-  if (specs_.empty()) specs_ = from.specs_, row_bytes_ = from.row_bytes_;
-  sequences_.push_back(std::move(from.sequences_[static_cast<size_t>(n)]));
+  if (specs_.empty()) specs_ = from.specs_, row_bytes_ = from.row_bytes_, pool_ = from.pool_;
+  sequences_.emplace_back();
+  take(from, n, static_cast<int64_t>(sequences_.size()) - 1);
+}
+
+void RowStore::take(RowStore& from, int64_t n, int64_t to) {
+  TORCH_CHECK(from.budget_ == budget_ && from.pool_ == pool_ && from.page_tokens_ == page_tokens_, "state: a sequence of another store");
+  Sequence& place = sequences_[static_cast<size_t>(to)];
+  TORCH_CHECK(place.pages.empty(), "state: the rows of sequence ", to, " have pages already");
+  place = std::move(from.sequences_[static_cast<size_t>(n)]);
   from.sequences_[static_cast<size_t>(n)] = {};
+  ++version_, ++from.version_;
+}
+
+void RowStore::clear(int64_t n) {
+  sequences_[static_cast<size_t>(n)] = {};
+  ++version_;
+}
+
+at::Tensor RowStore::pooled(int64_t slot) const {
+  TORCH_CHECK(pool_ != nullptr, "state: rows that have no pool");
+  return pool_->block->data[static_cast<size_t>(slot)];
+}
+
+std::vector<int32_t> RowStore::page_numbers(int64_t n) const {
+  TORCH_CHECK(pool_ != nullptr || specs_.empty(), "state: numbers of pages without a pool");
+  std::vector<int32_t> out;
+  for (const auto& [index, page] : sequences_[static_cast<size_t>(n)].pages) {
+    TORCH_CHECK(index == static_cast<int64_t>(out.size()), "state: page ", out.size(), " is not held");
+    out.push_back(static_cast<int32_t>(page->first / page_tokens_));
+  }
+  return out;
 }
 
 std::array<int64_t, 4> RowStore::kept(int64_t begin, int64_t end) const {
@@ -248,12 +332,13 @@ RowStore RowStore::fork(const std::vector<int64_t>& from, const std::vector<int6
   RowStore store(static_cast<int64_t>(from.size()), budget_, device_, page_tokens_, bound_);
   store.specs_ = specs_;
   store.row_bytes_ = row_bytes_;
+  store.pool_ = pool_;
   if (specs_.empty()) return store;
   // The page that is partly filled is copied now, so that neither the sequence nor its forks have to move to go on.
   int64_t partly = 0;
   for (const int64_t n : from) partly += lengths[static_cast<size_t>(n)] % page_tokens_ > 0 ? 1 : 0;
-  const auto block = partly > 0 ? make_block(partly) : nullptr;
-  int64_t row = 0;
+  auto new_pages = fresh_pages(partly);
+  size_t used = 0;
   for (size_t j = 0; j < from.size(); ++j) {
     const Sequence& source = sequences_[static_cast<size_t>(from[j])];
     const int64_t length = lengths[static_cast<size_t>(from[j])], full = length / page_tokens_;
@@ -263,12 +348,11 @@ RowStore RowStore::fork(const std::vector<int64_t>& from, const std::vector<int6
       if (entry.index < full) own.pages.push_back(entry);
     }
     if (length % page_tokens_ > 0) {
-      auto page = std::make_shared<const Page>(Page{block, row});
+      auto page = std::move(new_pages[used++]);
       copy_rows(source, full * page_tokens_, length, *page);
       own.pages.push_back({full, std::move(page)});
-      row += page_tokens_;
     }
-    find_runs(own);
+    store.find_runs(own);
   }
   return store;
 }
@@ -277,6 +361,7 @@ RowStore RowStore::view(int64_t n) const {
   RowStore store(1, budget_, device_, page_tokens_, bound_);
   store.specs_ = specs_;
   store.row_bytes_ = row_bytes_;
+  store.pool_ = pool_;
   store.sequences_[0] = sequences_[static_cast<size_t>(n)];
   return store;
 }

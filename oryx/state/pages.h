@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "oryx/state/page_pool.h"
 #include "oryx/state/slot.h"
 
 namespace oryx {
@@ -68,14 +69,25 @@ class RowStore {
 
   // Declares a slot, before the first row -> its number.
   int64_t add(const SlotSpec& spec);
+  // Takes memory for so many pages at once, behind the last add() and before the first row: all pages of this store and of its forks then stand there, numbered from 0, and come
+  // back to it one by one. Not for a bounded store.
+  void make_pool(int64_t pages);
+  const PagePool* pool() const { return pool_ != nullptr ? &pool_->free : nullptr; }
 
   // Makes tokens [lengths[n], needs[n]) of each sequence n writable (of those that a bound will keep), with room for growth behind them (or none:
   // `exact`). Throws Error when the budget does not allow it; nothing has changed then.
   void make_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact);
   // Pages for tokens up to `need` behind those that sequence n has, in a block of their own; no page moves. Not for a bounded store, whose pages move anyway.
   void add_room(int64_t n, int64_t need);
-  // Takes sequence n of `from`, with its pages and its room, as this store's last one.
+  // Takes sequence n of `from`, with its pages and its room, as this store's last one; or as sequence `to`, which must have no pages.
   void take(RowStore& from, int64_t n);
+  void take(RowStore& from, int64_t n, int64_t to);
+  // Sequence n has no pages any more.
+  void clear(int64_t n);
+  // Of a store with a pool: the pages that sequence n has, by their numbers in it, and whether that may have changed since.
+  std::vector<int32_t> page_numbers(int64_t n) const;
+  int64_t version() const { return version_; }
+  at::Tensor pooled(int64_t slot) const;  // the pool's memory: [pages * page_tokens, shape...]
   // rows [T, shape...] become tokens [begin, begin + T) of sequence n; under a bound only those that it keeps of begin + T tokens.
   void write(int64_t slot, int64_t n, int64_t begin, const at::Tensor& rows);
   // Tokens [begins[n], ends[n]) of all sequences: [N, longest, shape...], unspecified behind a sequence's own. A view where pages lie side by side,
@@ -153,8 +165,11 @@ class RowStore {
   int64_t pages_of(int64_t tokens) const { return (tokens + page_tokens_ - 1) / page_tokens_; }
   int64_t capacity(const Sequence& s) const { return s.pages.empty() ? 0 : (s.pages.back().index + 1) * page_tokens_; }
   std::shared_ptr<Block> make_block(int64_t pages) const;
+  // Pages that nobody has: of the pool, or side by side in a block of their own.
+  std::vector<std::shared_ptr<const Page>> fresh_pages(int64_t count) const;
+  void make_pool_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs);
   void copy_rows(const Sequence& from, int64_t begin, int64_t end, const Page& to) const;
-  void find_runs(Sequence& s) const;
+  void find_runs(Sequence& s);
   template <typename F>
   static void for_each_run(const Sequence& s, int64_t begin, int64_t end, F f);
   bool writable(const Sequence& s, int64_t begin, int64_t end) const;
@@ -173,8 +188,15 @@ class RowStore {
   void compact(Sequence& s);
   void make_bounded_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact);
 
+  struct Pool {
+    std::shared_ptr<Block> block;
+    PagePool free;
+  };
+
   std::vector<SlotSpec> specs_;
   std::vector<Sequence> sequences_;
+  std::shared_ptr<Pool> pool_;
+  int64_t version_ = 0;
   std::shared_ptr<ByteBudget> budget_;
   at::Device device_;
   int64_t page_tokens_;

@@ -145,6 +145,39 @@ std::vector<State> State::regroup(std::vector<State> sources, const std::vector<
   return out;
 }
 
+void State::seat(int64_t n, State one) {
+  TORCH_CHECK(one.sequences() == 1 && one.budget_ == budget_ && one.pool_ == pool_, "state: a seat for a state that was not forked from this one's");
+  TORCH_CHECK(lengths_[static_cast<size_t>(n)] == 0, "state: seat ", n, " is taken");
+  TORCH_CHECK(!kept_.on() && !rows_.bound().on() && options_.ring == 0 && options_.checkpoint_every == 0, "state: seats of a state with a bound or marks");
+  std::vector<at::Tensor> to, from;
+  for_each_fixed([&](const LayerState::Slot& slot) { to.push_back(slot.data.narrow(0, n, 1)); });
+  one.for_each_fixed([&](const LayerState::Slot& slot) { from.push_back(slot.data); });
+  if (!to.empty()) at::_foreach_copy_(to, from);  // a few launches on a GPU
+  rows_.take(one.rows_, 0, n);
+  lengths_[static_cast<size_t>(n)] = one.lengths_[0];
+}
+
+State State::unseat(int64_t n) {
+  TORCH_CHECK(n >= 0 && n < sequences(), "state: seat ", n, " of ", sequences());
+  Charge charge(budget_, fixed_bytes());
+  RowStore rows(0, budget_, options_.device, rows_.page_tokens(), rows_.bound());
+  rows.take(rows_, n);
+  State one(Empty{}, *this, std::move(rows), kept_.fork({n}), 1);
+  one.charge_ = std::move(charge);
+  for (auto& layer : one.layers_) {
+    for (auto& [name, slot] : layer.slots_) {
+      if (slot.data.defined()) slot.data = slot.data.narrow(0, n, 1).clone();
+    }
+  }
+  one.lengths_[0] = std::exchange(lengths_[static_cast<size_t>(n)], 0);
+  return one;
+}
+
+void State::clear(int64_t n) {
+  rows_.clear(n);
+  lengths_[static_cast<size_t>(n)] = 0;
+}
+
 void State::give_back_room() {
   if (spare_sequences() == 0) return;
   for (auto& layer : layers_) {

@@ -93,6 +93,7 @@ State::State(const std::vector<std::vector<SlotSpec>>& layers, int64_t sequences
       if (spec.kind == SlotKind::kTail && options.ring > 0) slot.recent = at::zeros({sequences, recent_, spec.shape[0]}, slot.data.options());
     }
   }
+  if (options.row_pages > 0) rows_.make_pool(options.row_pages);
 }
 
 int64_t State::fixed_bytes() const {
@@ -158,6 +159,12 @@ std::vector<at::Tensor> State::pools(int64_t i, const std::string& name, const R
   const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
   TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end() && it->second.rows >= 0, "state: no rows '", name, "' in layer ", i);
   return rows_.pools(it->second.rows, pages);
+}
+
+at::Tensor State::pooled_rows(int64_t i, const std::string& name) const {
+  const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
+  TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end() && it->second.rows >= 0, "state: no rows '", name, "' in layer ", i);
+  return rows_.pooled(it->second.rows);
 }
 
 void State::advance(const std::vector<int64_t>& counts) {

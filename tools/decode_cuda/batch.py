@@ -8,14 +8,22 @@ from common import BF, COPY, DEV, F32, args, expect, lib, median_ms, ok, p, repo
 from model import Model, fragments
 
 
+class Places(C.Structure):  # all null: row n is sequence n
+    _fields_ = [(n, C.c_void_p) for n in "active places blocks".split()] + [(n, C.c_int64) for n in "page most_blocks".split()]
+
+
 class Embed(C.Structure):
-    _fields_ = [(n, C.c_void_p) for n in "embed tokens weight x out squares".split()] + [(n, C.c_int64) for n in "N D".split()] + [("tiles", C.c_int32)]
+    _fields_ = ([(n, C.c_void_p) for n in "embed tokens weight x out squares".split()] + [(n, C.c_int64) for n in "N D".split()] + [("tiles", C.c_int32), ("likeliest", C.c_void_p), ("places", Places)])
 
 
 class Mix(C.Structure):
     _fields_ = ([(n, C.c_void_p) for n in "projected narrow k_conv v_conv A_log dt_bias o_norm k_tail v_tail S keys values g_rows beta_rows mode_rows".split()] +
                 [(n, C.c_int64) for n in "key_sequence value_sequence g_sequence beta_sequence mode_sequence".split()] + [(n, C.c_void_p) for n in "positions modes out".split()] +
-                [(n, C.c_int64) for n in "N H row capacity".split()] + [("tiles", C.c_int32), ("head_norm_eps", C.c_float)])
+                [(n, C.c_int64) for n in "N H row capacity".split()] + [("tiles", C.c_int32), ("head_norm_eps", C.c_float), ("places", Places)])
+
+
+class Finish(C.Structure):
+    _fields_ = ([(n, C.c_void_p) for n in "logits below likeliest tokens feed_back positions lengths id_rows".split()] + [(n, C.c_int64) for n in "vocab id_sequence capacity N".split()] + [("places", Places)])
 
 
 class Product(C.Structure):
@@ -49,6 +57,7 @@ class Batch:
         i32 = lambda *s: torch.zeros(*s, dtype=torch.int32, device=DEV)
         self.tokens, self.positions, self.lengths, self.likeliest, self.feed, self.ids = i32(N), i32(N), i32(N), i32(N), i32(1), i32(N, capacity)
         self.modes = torch.zeros(L, N, dtype=torch.uint8, device=DEV)
+        self.below = torch.full((N,), m.embed.shape[0], dtype=torch.int32, device=DEV)
         self.x = e(N, D, dt=F32)
         self.tiles = lib.oryx_product_tiles(C.c_int64(N))
         act = lambda k: torch.zeros(self.tiles * 8 * k, device=DEV, dtype=BF)
@@ -63,9 +72,9 @@ class Batch:
         self.work = torch.empty(lib.oryx_decode_attention_workspace(C.byref(a)), dtype=torch.uint8, device=DEV) if rows else None
 
     def finish(self):
-        m, i64 = self.m, C.c_int64
-        ok(lib.oryx_batch_finish(p(self.logits), i64(m.embed.shape[0]), i64(m.embed.shape[0]), p(self.likeliest), p(self.tokens), p(self.feed), p(self.positions), p(self.lengths), p(self.ids), i64(self.capacity),
-                                 i64(self.capacity), i64(self.N), stream()))
+        d = lambda t: t.data_ptr()
+        a = Finish(d(self.logits), d(self.below), d(self.likeliest), d(self.tokens), d(self.feed), d(self.positions), d(self.lengths), d(self.ids), self.m.embed.shape[0], self.capacity, self.capacity, self.N)
+        ok(lib.oryx_batch_finish(C.byref(a), stream()))
 
     def attention_arguments(self, l):
         s, m, N = self.state[l], self.m, self.N

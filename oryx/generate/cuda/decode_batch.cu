@@ -19,8 +19,10 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__
   const int D = static_cast<int>(a.D), c = 8 * (static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x));
   launch_dependents();
   wait_for_previous();
+  int token = a.tokens[n];
+  if (a.places.places != nullptr && token < 0) token = n < active_of(a.places, a.N) ? max(a.likeliest[place_of(a.places, static_cast<int>(n))], 0) : 0;
   float x[8] = {}, squares = 0.0f;
-  if (c < D) unpack8(__ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.embed) + static_cast<int64_t>(a.tokens[n]) * D + c)), x);
+  if (c < D) unpack8(__ldg(reinterpret_cast<const uint4*>(static_cast<const bf16*>(a.embed) + static_cast<int64_t>(token) * D + c)), x);
 #pragma unroll
   for (int i = 0; i < 8; ++i) squares = fmaf(x[i], x[i], squares);
   squares += __shfl_xor_sync(~0u, squares, 1);
@@ -37,21 +39,26 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__
 
 constexpr int kFinishThreads = 1024;
 
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const bf16* logits, int64_t vocab, int below, int32_t* likeliest, int32_t* tokens, const int32_t* feed_back,
-                                                                int32_t* positions, int32_t* lengths, int32_t* id_rows, int64_t id_sequence, int64_t capacity) {
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const __grid_constant__ OryxBatchFinish a) {
   __shared__ float values[kFinishThreads / 32];
   __shared__ int indices[kFinishThreads / 32];
-  const int64_t n = blockIdx.x;
-  const int t = threadIdx.x, lane = t % 32;
+  const int n = static_cast<int>(blockIdx.x), t = threadIdx.x, lane = t % 32;
   wait_for_previous();
+  if (n >= active_of(a.places, a.N)) return;
+  const int below = a.below[n];
   float best = -FLT_MAX;
   int index = 0x7fffffff;
+  bool bad = false;
   const auto better = [&](float y, int id) {
     if (y > best || (y == best && id < index)) best = y, index = id;
   };
-  const bf16* row = logits + n * vocab;
+  const auto look_at = [&](float y, int id) {
+    bad |= !(y <= FLT_MAX);  // NaN too
+    better(y, id);
+  };
+  const bf16* row = static_cast<const bf16*>(a.logits) + n * a.vocab;
   constexpr int kTogether = 4;  // loads of eight under way
-  const int eights = vocab % 8 == 0 ? below / 8 : 0;
+  const int eights = a.vocab % 8 == 0 ? below / 8 : 0;
   for (int base = t; base < eights; base += kTogether * kFinishThreads) {
     uint4 w[kTogether];
 #pragma unroll
@@ -64,25 +71,29 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(const bf16* logi
       float x[8];
       unpack8(w[i], x);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) better(x[j], 8 * (base + i * kFinishThreads) + j);
+      for (int j = 0; j < 8; ++j) look_at(x[j], 8 * (base + i * kFinishThreads) + j);
     }
   }
-  for (int i = 8 * eights + t; i < below; i += kFinishThreads) better(__bfloat162float(row[i]), i);
+  for (int i = 8 * eights + t; i < below; i += kFinishThreads) look_at(__bfloat162float(row[i]), i);
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) better(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, index, d));
   if (lane == 0) values[t / 32] = best, indices[t / 32] = index;
-  __syncthreads();
+  bad = __syncthreads_or(bad) != 0;
   if (t >= 32) return;
   best = values[lane], index = indices[lane];
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) better(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, index, d));
   if (lane != 0) return;
-  const int position = positions[n];
-  if (id_rows != nullptr && position < capacity) id_rows[n * id_sequence + position] = tokens[n];
-  likeliest[n] = index;
-  if (feed_back[0] != 0) tokens[n] = index;
-  positions[n] = position + 1;
-  lengths[n] = position + 2;  // with the next token's own key
+  if (bad || index == 0x7fffffff) index = -1;
+  const int position = a.positions[n];
+  int32_t* const last = a.likeliest + place_of(a.places, n);
+  // As the first kernel read it.
+  const int token = a.places.places != nullptr && a.tokens[n] < 0 ? max(*last, 0) : a.tokens[n];
+  if (a.id_rows != nullptr && position < a.capacity) a.id_rows[n * a.id_sequence + kept_row(a.places, n, position)] = token;
+  *last = index;
+  if (a.feed_back != nullptr && a.feed_back[0] != 0) a.tokens[n] = max(index, 0);
+  a.positions[n] = position + 1;
+  a.lengths[n] = position + 2;  // with the next token's own key
 }
 
 }  // namespace
@@ -96,8 +107,6 @@ extern "C" int oryx_batch_embed(const OryxBatchEmbed* a, void* stream) {
   return launch_after(embed_kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream), *a);
 }
 
-extern "C" int oryx_batch_finish(const void* logits, int64_t vocab, int64_t below, int32_t* likeliest, int32_t* tokens, const int32_t* feed_back, int32_t* positions,
-                                 int32_t* lengths, int32_t* id_rows, int64_t id_sequence, int64_t capacity, int64_t N, void* stream) {
-  return launch_after(finish_kernel, dim3(static_cast<unsigned>(N)), kFinishThreads, 0, static_cast<cudaStream_t>(stream), static_cast<const bf16*>(logits), vocab,
-                      static_cast<int>(below), likeliest, tokens, feed_back, positions, lengths, id_rows, id_sequence, capacity);
+extern "C" int oryx_batch_finish(const OryxBatchFinish* a, void* stream) {
+  return launch_after(finish_kernel, dim3(static_cast<unsigned>(a->N)), kFinishThreads, 0, static_cast<cudaStream_t>(stream), *a);
 }

@@ -1,5 +1,8 @@
 // One token of each of N sequences through an Oryx-GDN stack, between the matrix products (decode_batch.cu, decode_mix.cu): the C interface. Every function enqueues one kernel and returns a
 // cudaError_t. Tokens, positions and modes are read from device memory: a captured sequence of them stays valid.
+//
+// The N rows of a step are the sequences of a state, or some of them that change from step to step (OryxBatchPlaces): then a row's recurrent state stands in the place that it names,
+// what is kept of its tokens in pages, and only the first rows count. What a row gets does not depend on how many there are, nor on which of them it is.
 #pragma once
 
 #include <stdint.h>
@@ -8,18 +11,28 @@
 extern "C" {
 #endif
 
+// Which sequences the rows are. All null or 0: row n is sequence n, all N count, and the tokens of a sequence are kept side by side.
+typedef struct {
+  const int32_t* active;   // [1] rows that count
+  const int32_t* places;   // [N] of each row: where its recurrent state, its tails and its likeliest token stand
+  const int32_t* blocks;   // [N, most_blocks] pages of each row's tokens: token t is kept at row blocks[n][t / page] * page + t % page
+  int64_t page, most_blocks;
+} OryxBatchPlaces;
+
 // Activations (out) lie packed for decode_product.h, in `tiles` tiles of eight sequences.
 //
 // x = the embedding of tokens, and what the first product reads of it: x * weight and sums of squares (decode_product.h).
 typedef struct {
   const void* embed;       // bfloat16 [vocab, D]
-  const int32_t* tokens;   // [N]
+  const int32_t* tokens;   // [N]; with places a token below 0 stands for the likeliest one behind the place's last step
   const float* weight;     // [D]
   float* x;                // [N, D]
   void* out;               // activations of D columns
   float* squares;          // [8 tiles][D / 32, up to a multiple of 4]
   int64_t N, D;            // D a multiple of 32
   int32_t tiles;
+  const int32_t* likeliest;  // by place
+  OryxBatchPlaces places;
 } OryxBatchEmbed;
 int oryx_batch_embed(const OryxBatchEmbed* a, void* stream);
 
@@ -39,16 +52,26 @@ typedef struct {
   const int32_t* positions;      // [N] tokens before
   const uint8_t* modes;          // [N] 0: linear, 1: attention
   void* out;               // activations of H * 128 columns; those of sequences in attention mode are left alone
-  int64_t N, H, row, capacity;
+  int64_t N, H, row, capacity;   // N at most 64
   int32_t tiles;
   float head_norm_eps;
+  OryxBatchPlaces places;
 } OryxBatchMix;
 int oryx_batch_mix(const OryxBatchMix* a, void* stream);
 
-// Ends the step: the likeliest of the first `below` logits (bfloat16 [N, vocab], the first of equals) to likeliest [N], and with feed_back[0] to tokens [N]; rows of ids;
-// positions and lengths one on.
-int oryx_batch_finish(const void* logits, int64_t vocab, int64_t below, int32_t* likeliest, int32_t* tokens, const int32_t* feed_back, int32_t* positions,
-                      int32_t* lengths, int32_t* id_rows, int64_t id_sequence, int64_t capacity, int64_t N, void* stream);
+// Ends the step: the likeliest logit of each row, the first of equals; what is kept of the token's id; positions and lengths one on.
+typedef struct {
+  const void* logits;      // bfloat16 [N, vocab]
+  const int32_t* below;    // [N] so many of a row's logits are looked at
+  int32_t* likeliest;      // by place; -1 where a logit is NaN or +inf, or none is finite
+  int32_t* tokens;         // [N]: the ids of this step; with feed_back[0] the likeliest ones then (0 for -1)
+  const int32_t* feed_back;  // [1] or null
+  int32_t *positions, *lengths;  // [N]
+  int32_t* id_rows;        // as key rows, of one id a token; or null
+  int64_t vocab, id_sequence, capacity, N;
+  OryxBatchPlaces places;
+} OryxBatchFinish;
+int oryx_batch_finish(const OryxBatchFinish* a, void* stream);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,7 @@
 // What the fused decoding kernels share: the convolutions' tails, gates, reductions.
 #pragma once
 
+#include "oryx/generate/cuda/decode_batch.h"
 #include "oryx/ops/cuda/dependent_launch.cuh"
 #include "oryx/ops/cuda/fragments.cuh"
 #include "oryx/ops/cuda/hopper.cuh"
@@ -38,6 +39,15 @@ __device__ __forceinline__ float warp_sum8(const float (&x)[8]) {
   float c = (lane & 4 ? b[1] : b[0]) + __shfl_xor_sync(~0u, lane & 4 ? b[0] : b[1], 4);
   c += __shfl_xor_sync(~0u, c, 2);
   return c + __shfl_xor_sync(~0u, c, 1);
+}
+
+// Rows that count; the place of row n; the row of what is kept where token `position` of row n is, behind n * `sequence` elements.
+__device__ __forceinline__ int active_of(const OryxBatchPlaces& p, int64_t N) { return p.active == nullptr ? static_cast<int>(N) : min(__ldg(p.active), static_cast<int>(N)); }
+__device__ __forceinline__ int place_of(const OryxBatchPlaces& p, int n) { return p.places == nullptr ? n : __ldg(p.places + n); }
+__device__ __forceinline__ int64_t kept_row(const OryxBatchPlaces& p, int n, int position) {
+  if (p.blocks == nullptr) return position;
+  const int page = static_cast<int>(p.page);
+  return __ldg(p.blocks + n * p.most_blocks + position / page) * p.page + position % page;
 }
 
 // Inputs of the convolutions of four channels: three a channel, oldest first.

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kMixWarps = 16, kRows = kWidth / kMixWarps, kPieceBytes = kRows * kWidth * 4;
 constexpr int kStages = 2;  // a third makes the kernel slower: its memory is the next kernel's, too
+constexpr int kMostPlaces = 64;
 constexpr int kSlots = 3;  // heads prepared ahead, by a warp each
 constexpr int kRingThreads = (kMixWarps + kSlots) * 32;
 static_assert(kRows == 8);
@@ -43,9 +44,9 @@ struct Fixed {
   Tail4 k_tail, v_tail;
   float4 k_filters[4], v_filters[4], weight;
   float A_log, bias;
-  __device__ __forceinline__ void load(const OryxBatchMix& a, int64_t n, int h, int lane) {
+  __device__ __forceinline__ void load(const OryxBatchMix& a, int place, int h, int lane) {
     const int64_t D = a.H * kWidth, channel = h * kWidth + 4 * lane;
-    k_tail.load(a.k_tail, n * D + channel), v_tail.load(a.v_tail, n * D + channel);
+    k_tail.load(a.k_tail, place * D + channel), v_tail.load(a.v_tail, place * D + channel);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       k_filters[i] = __ldg(reinterpret_cast<const float4*>(a.k_conv) + channel + i), v_filters[i] = __ldg(reinterpret_cast<const float4*>(a.v_conv) + channel + i);
@@ -55,7 +56,7 @@ struct Fixed {
   }
 };
 
-__device__ __forceinline__ void prepare(const OryxBatchMix& a, const Fixed& in, int64_t n, int h, Prepared& to, int lane) {
+__device__ __forceinline__ void prepare(const OryxBatchMix& a, const Fixed& in, int n, int place, int h, Prepared& to, int lane) {
   const int64_t D = a.H * kWidth, channel = h * kWidth + 4 * lane;
   const bf16* projected = static_cast<const bf16*>(a.projected) + n * a.row;
   const Four k_raw = four(projected, channel), v_raw = four(projected, D + channel), gate = four(projected, 2 * D + channel), q = four(projected, 3 * D + channel);
@@ -63,6 +64,7 @@ __device__ __forceinline__ void prepare(const OryxBatchMix& a, const Fixed& in, 
   const bool linear = a.modes[n] == 0;
   const int position = a.positions[n];
   const bool keeps = a.keys != nullptr && position < a.capacity;
+  const int row = keeps ? static_cast<int>(kept_row(a.places, n, position)) : 0;  // a pool has fewer rows than 2^31
   const float4 weight = in.weight;
   const Tail4 &k_tail = in.k_tail, &v_tail = in.v_tail;
   float k[4], v[4], kk = 0.0f, qq = 0.0f;
@@ -79,15 +81,15 @@ __device__ __forceinline__ void prepare(const OryxBatchMix& a, const Fixed& in, 
   *reinterpret_cast<float4*>(to.v + 4 * lane) = make_float4(v[0], v[1], v[2], v[3]);
   *reinterpret_cast<float4*>(to.factor + 4 * lane) = make_float4(weight.x * silu(gate.x[0]), weight.y * silu(gate.x[1]), weight.z * silu(gate.x[2]), weight.w * silu(gate.x[3]));
   if (lane == 0) to.beta = beta, to.decay = __expf(g), to.k_scale = kk, to.q_scale = qq, to.linear = linear;
-  k_tail.shifted(k_raw.x).store(a.k_tail, n * D + channel);
-  v_tail.shifted(v_raw.x).store(a.v_tail, n * D + channel);
+  k_tail.shifted(k_raw.x).store(a.k_tail, place * D + channel);
+  v_tail.shifted(v_raw.x).store(a.v_tail, place * D + channel);
   if (!keeps) return;
-  *reinterpret_cast<uint2*>(static_cast<bf16*>(a.keys) + n * a.key_sequence + position * D + channel) = make_uint2(pack(k[0], k[1]), pack(k[2], k[3]));
-  *reinterpret_cast<uint2*>(static_cast<bf16*>(a.values) + n * a.value_sequence + position * D + channel) = make_uint2(pack(v[0], v[1]), pack(v[2], v[3]));
+  *reinterpret_cast<uint2*>(static_cast<bf16*>(a.keys) + n * a.key_sequence + row * D + channel) = make_uint2(pack(k[0], k[1]), pack(k[2], k[3]));
+  *reinterpret_cast<uint2*>(static_cast<bf16*>(a.values) + n * a.value_sequence + row * D + channel) = make_uint2(pack(v[0], v[1]), pack(v[2], v[3]));
   if (lane != 0) return;
-  a.g_rows[n * a.g_sequence + position * a.H + h] = g;
-  a.beta_rows[n * a.beta_sequence + position * a.H + h] = beta;
-  if (h == 0 && a.mode_rows != nullptr) a.mode_rows[n * a.mode_sequence + position] = linear ? 0 : 1;
+  a.g_rows[n * a.g_sequence + row * a.H + h] = g;
+  a.beta_rows[n * a.beta_sequence + row * a.H + h] = beta;
+  if (h == 0 && a.mode_rows != nullptr) a.mode_rows[n * a.mode_sequence + row] = linear ? 0 : 1;
 }
 
 __global__ void __launch_bounds__(kRingThreads, 1) mix_kernel(const __grid_constant__ OryxBatchMix a) {
@@ -95,33 +97,39 @@ __global__ void __launch_bounds__(kRingThreads, 1) mix_kernel(const __grid_const
   __shared__ Prepared slots[kSlots];
   __shared__ float sums[2][kMixWarps];
   __shared__ __align__(8) uint64_t barriers[kMixWarps * kStages + 2 * kSlots];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, total = static_cast<int>(a.N * a.H), stride = static_cast<int>(gridDim.x), begin = static_cast<int>(blockIdx.x);
+  __shared__ int places[kMostPlaces];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, total = active_of(a.places, a.N) * static_cast<int>(a.H), stride = static_cast<int>(gridDim.x), begin = static_cast<int>(blockIdx.x);
   const uint32_t ready = smem_address(barriers), taken = ready + 8 * kSlots, filled = taken + 8 * kSlots + 8 * kStages * warp;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) barrier_init(ready + 8 * i, kWarpArrivals), barrier_init(taken + 8 * i, kMixWarps * kWarpArrivals);
     for (int i = 0; i < kMixWarps * kStages; ++i) barrier_init(taken + 8 * kSlots + 8 * i, 1);
     barrier_init_fence();
   }
+  // Placed by the host before the first kernel of the step.
+  if (threadIdx.x < a.N) places[threadIdx.x] = place_of(a.places, static_cast<int>(threadIdx.x));
   __syncthreads();
   launch_dependents();
   if (warp >= kMixWarps) {  // what the others need of each head
     const int slot = warp - kMixWarps, H = static_cast<int>(a.H);
     int unit = begin + slot * stride, turn = 0;
     Fixed in;
-    if (unit < total) in.load(a, unit / H, unit % H, lane);
+    if (unit < total) in.load(a, places[unit / H], unit % H, lane);
     wait_for_previous();
     for (; unit < total; unit += kSlots * stride, ++turn) {
       if (turn > 0) barrier_wait(taken + 8 * slot, (turn - 1) & 1);
-      prepare(a, in, unit / H, unit % H, slots[slot], lane);
+      prepare(a, in, unit / H, places[unit / H], unit % H, slots[slot], lane);
       __syncwarp();
       barrier_arrive_warp(ready + 8 * slot, lane);
-      if (const int next = unit + kSlots * stride; next < total) in.load(a, next / H, next % H, lane);
+      if (const int next = unit + kSlots * stride; next < total) in.load(a, places[next / H], next % H, lane);
     }
     return;
   }
   char* const ring = rings + warp * kStages * kPieceBytes;
   float* const state = a.S + warp * kRows * kWidth;
-  const auto piece = [&](int unit) { return state + static_cast<int64_t>(unit) * kWidth * kWidth; };
+  const auto piece = [&](int unit) {
+    const int H = static_cast<int>(a.H);
+    return state + (static_cast<int64_t>(places[unit / H]) * H + unit % H) * kWidth * kWidth;
+  };
   const auto fetch = [&](int unit, int stage) {
     barrier_expect(filled + 8 * stage, kPieceBytes);
     state_load(smem_address(ring + stage * kPieceBytes), piece(unit), filled + 8 * stage);
@@ -197,6 +205,7 @@ extern "C" int oryx_batch_mix(const OryxBatchMix* a, void* stream) {
     if (const cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
     if (const cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
   }
+  if (a->N > kMostPlaces) return cudaErrorInvalidValue;
   constexpr int bytes = kMixWarps * kStages * kPieceBytes;
   if (const cudaError_t e = cudaFuncSetAttribute(mix_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes); e != cudaSuccess) return e;
   return launch_after(mix_kernel, dim3(static_cast<unsigned>(std::min<int64_t>(multiprocessors, a->N * a->H))), kRingThreads, bytes, static_cast<cudaStream_t>(stream), *a);

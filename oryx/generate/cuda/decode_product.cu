@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 3 : 1) product_kern
     if (works) total = sum_of_warps<kTiles, kWarps>(sums, own_n, row4);
     cluster_wait();
     const float4 other = works ? *reinterpret_cast<const float4*>(more + 4 * threadIdx.x) : total;
-    total.x += other.x + before.x, total.y += other.y + before.y, total.z += other.z + before.z, total.w += other.w + before.w;
+    // The same sum whichever of the two blocks finishes the sequence.
+    total.x = (total.x + other.x) + before.x, total.y = (total.y + other.y) + before.y, total.z = (total.z + other.z) + before.z, total.w = (total.w + other.w) + before.w;
     float squares = total.x * total.x + total.y * total.y + total.z * total.z + total.w * total.w;
 #pragma unroll
     for (int d = kItems / 2; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);

@@ -1,0 +1,223 @@
+// The decoder of slots on CUDA: the chain of fused_chain_cuda.h over a table of places and pages.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/cuda/CUDAEvent.h>
+#include <ATen/cuda/CUDAGraph.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "oryx/common/error.h"
+#include "oryx/generate/fused_chain_cuda.h"
+#include "oryx/generate/slot_decoder.h"
+#include "oryx/ops/cuda/launch.h"
+#include "oryx/ops/rope/rope_rows_cuda.h"
+
+namespace oryx {
+namespace {
+
+using fused::ChainStep;
+using fused::DecodeChain;
+using fused::LayerSlots;
+using fused::pointer;
+
+constexpr int64_t kMost = DecodeChain::kMost;
+
+// What a step reads of its rows, as it lies in one piece of memory: it is copied to the device at once.
+struct Control {
+  int32_t tokens[kMost], positions[kMost], lengths[kMost], places[kMost], below[kMost];
+  int32_t active[4];
+  // Then modes [layers, N].
+};
+
+class CudaSlotDecoder : public SlotDecoder {
+ public:
+  explicit CudaSlotDecoder(const LanguageModel& model) : model_(model), layers_(model.config().num_layers), vocab_(model.config().vocab_size), chain_(model, kMost) {
+    control_ = at::zeros({static_cast<int64_t>(sizeof(Control)) + layers_ * kMost}, bytes());
+  }
+
+  void attach(State& slots) override {
+    state_ = &slots;
+    likeliest_ = at::zeros({slots.sequences()}, bytes().dtype(at::kInt));
+    slots_.clear(), graphs_.clear(), table_rows_.clear();
+    for (int64_t i = 0; i < layers_; ++i) {
+      const LayerState& layer = slots.layer(i);
+      LayerSlots s{layer.tensor("k_conv"), layer.tensor("v_conv"), layer.tensor("gated_delta_net.S"), {}, {}, {}, {}, {}};
+      if (layer.has("keys")) {
+        const auto pool = [&](const char* name) { return slots.pooled_rows(i, name); };
+        s.keys = pool("keys"), s.values = pool("values"), s.g = pool("gated_delta_net.g"), s.beta = pool("gated_delta_net.beta");
+        if (layer.has("mode")) s.modes = pool("mode");
+        paged_ = true;
+      }
+      slots_.push_back(std::move(s));
+    }
+    if (slots.layer(layers_).has("ids")) id_rows_ = slots.pooled_rows(layers_, "ids");
+    grow(1);
+  }
+
+  Pending step(std::span<const Row> rows) override {
+    const at::NoGradGuard no_grad;
+    const c10::cuda::CUDAGuard guard(model_.device());
+    TORCH_CHECK(state_ != nullptr, "slot decoder: no state is attached");
+    std::vector<int64_t> counts(static_cast<size_t>(state_->sequences()), 0);
+    int64_t longest = 0;
+    for (const Row& row : rows) {
+      if (row.id < kLikeliest || row.id >= vocab_) {
+        fail("token id {} is outside of the model's vocabulary of {}; was the text encoded with another tokeniser?", row.id, vocab_);
+      }
+      TORCH_CHECK(++counts.at(static_cast<size_t>(row.slot)) == 1, "slot decoder: slot ", row.slot, " twice in a step");
+      longest = std::max(longest, state_->lengths()[static_cast<size_t>(row.slot)] + 1);
+    }
+    state_->prepare(counts);
+    if (longest > capacity_) grow(longest);
+    // Copied to the host, row by row of the step.
+    const at::Tensor likeliest = pinned(likeliest_.sizes(), at::kInt);
+    std::vector<at::Tensor> logits(rows.size());
+    for (size_t begin = 0; begin < rows.size(); begin += kMost) {
+      const auto part = rows.subspan(begin, std::min(rows.size() - begin, static_cast<size_t>(kMost)));
+      launch(part);
+      copy_logits(part, std::span(logits).subspan(begin, part.size()));
+    }
+    likeliest.copy_(likeliest_, /*non_blocking=*/true);
+    auto done = std::make_shared<at::cuda::CUDAEvent>();
+    done->record();
+    state_->advance(counts);
+    std::vector<int64_t> places;
+    for (const Row& row : rows) places.push_back(row.slot);
+    return [done, likeliest, places, logits = std::move(logits)] {
+      done->synchronize();
+      Results out;
+      for (const int64_t place : places) out.likeliest.push_back(likeliest.const_data_ptr<int32_t>()[place]);
+      out.logits = logits;
+      return out;
+    };
+  }
+
+ private:
+  at::TensorOptions bytes() const { return at::device(model_.device()).dtype(at::kByte); }
+  static at::Tensor pinned(at::IntArrayRef shape, at::ScalarType dtype) { return at::empty(shape, at::device(at::kCPU).dtype(dtype).pinned_memory(true)); }
+
+  // Room for sequences of so many tokens: the table of pages and that of angles. Captures that know the old ones go.
+  void grow(int64_t tokens) {
+    const int64_t page = state_->options().page_tokens;
+    int64_t most = 64;
+    while (most * page < tokens) most *= 2;
+    cudaDeviceSynchronize();
+    graphs_.clear(), table_rows_.clear();
+    most_blocks_ = most, capacity_ = most * page;
+    table_ = at::zeros({kMost, most}, bytes().dtype(at::kInt));
+    rope_ = ops::rope_rows_on(model_.device(), capacity_, model_.layer(0).config().rope_theta, 128);
+  }
+
+  // The smallest batch that has a capture of its own: what products cost goes by eights that double.
+  static int64_t bucket(size_t rows) { return 8 * oryx_product_tiles(static_cast<int64_t>(rows)); }
+
+  void launch(std::span<const Row> rows) {
+    const int64_t N = bucket(rows.size());
+    const at::Tensor host = pinned(control_.sizes(), at::kByte);
+    auto* memory = host.mutable_data_ptr<uint8_t>();
+    std::memset(memory, 0, static_cast<size_t>(host.numel()));
+    auto& c = *reinterpret_cast<Control*>(memory);
+    uint8_t* modes = memory + sizeof(Control);
+    bool attention = false;
+    for (size_t n = 0; n < rows.size(); ++n) {
+      const Row& row = rows[n];
+      const auto held = static_cast<int32_t>(state_->lengths()[static_cast<size_t>(row.slot)]);
+      c.tokens[n] = row.id, c.positions[n] = held, c.lengths[n] = held + 1, c.places[n] = static_cast<int32_t>(row.slot);
+      c.below[n] = static_cast<int32_t>(row.below > 0 ? std::min(row.below, vocab_) : vocab_);
+      for (int64_t i = 0; i < layers_; ++i) {
+        const uint8_t mode = row.modes[i];
+        TORCH_CHECK(mode == 0 || (slots_[static_cast<size_t>(i)].keys.defined() && mode == 1), "slot decoder: mode ", int{mode}, " in layer ", i);
+        modes[i * N + static_cast<int64_t>(n)] = mode;
+        attention |= mode != 0;
+      }
+    }
+    c.active[0] = static_cast<int32_t>(rows.size());
+    control_.copy_(host, /*non_blocking=*/true);
+    if (paged_) place_pages(rows);
+    auto& graph = graphs_[{N, attention}];
+    if (graph == nullptr) graph = capture(N, attention);
+    graph->replay();
+  }
+
+  void place_pages(std::span<const Row> rows) {
+    std::vector<int64_t> now{state_->pages_version()};
+    for (const Row& row : rows) now.push_back(row.slot);
+    if (now == table_rows_) return;
+    const at::Tensor host = pinned({static_cast<int64_t>(rows.size()), most_blocks_}, at::kInt);
+    auto* to = host.mutable_data_ptr<int32_t>();
+    for (const Row& row : rows) {
+      const std::vector<int32_t> pages = state_->page_numbers(row.slot);
+      // What is reserved beyond the table is not read before it has grown.
+      const size_t count = std::min(pages.size(), static_cast<size_t>(most_blocks_));
+      std::copy_n(pages.begin(), count, to);
+      std::fill(to + count, to + most_blocks_, 0);
+      to += most_blocks_;
+    }
+    table_.narrow(0, 0, static_cast<int64_t>(rows.size())).copy_(host, /*non_blocking=*/true);
+    table_rows_ = std::move(now);
+  }
+
+  ChainStep chain_step(int64_t N) const {
+    auto* memory = control_.mutable_data_ptr<uint8_t>();
+    auto* c = reinterpret_cast<Control*>(memory);
+    ChainStep s;
+    s.N = N, s.capacity = capacity_, s.slots = &slots_, s.id_rows = id_rows_;
+    s.tokens = c->tokens, s.positions = c->positions, s.lengths = c->lengths, s.likeliest = pointer<int32_t>(likeliest_), s.below = c->below;
+    s.modes = memory + sizeof(Control), s.rope = pointer<float>(rope_);
+    s.places = {c->active, c->places, paged_ ? pointer<int32_t>(table_) : nullptr, state_->options().page_tokens, most_blocks_};
+    return s;
+  }
+
+  std::unique_ptr<at::cuda::CUDAGraph> capture(int64_t N, bool attention) {
+    const ChainStep s = chain_step(N);
+    if (attention) chain_.allocate(chain_step(kMost));  // once, for all sizes: others' captures know its place
+    // A capture has a stream of its own.
+    const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, model_.device().index());
+    cudaDeviceSynchronize();
+    const c10::cuda::CUDAStreamGuard on(side);
+    auto graph = std::make_unique<at::cuda::CUDAGraph>();
+    graph->capture_begin();
+    chain_.launch(s, attention);
+    graph->capture_end();
+    return graph;
+  }
+
+  void copy_logits(std::span<const Row> rows, std::span<at::Tensor> to) const {
+    const auto wanted = std::count_if(rows.begin(), rows.end(), [](const Row& row) { return row.logits; });
+    if (wanted == 0) return;
+    const at::Tensor all = chain_.logits(static_cast<int64_t>(rows.size())), host = pinned({wanted, vocab_}, all.scalar_type());
+    const bool whole = wanted == static_cast<int64_t>(rows.size());
+    if (whole) host.copy_(all, /*non_blocking=*/true);
+    int64_t next = 0;
+    for (size_t n = 0; n < rows.size(); ++n) {
+      if (!rows[n].logits) continue;
+      to[n] = host[next++];
+      if (!whole) to[n].copy_(all[static_cast<int64_t>(n)], /*non_blocking=*/true);
+    }
+  }
+
+  const LanguageModel& model_;
+  int64_t layers_, vocab_;
+  DecodeChain chain_;
+  State* state_ = nullptr;
+  std::vector<LayerSlots> slots_;
+  bool paged_ = false;
+  int64_t capacity_ = 0, most_blocks_ = 0;
+  at::Tensor control_, likeliest_, table_, rope_, id_rows_;
+  std::vector<int64_t> table_rows_;  // what the table of pages was made for
+  std::map<std::pair<int64_t, bool>, std::unique_ptr<at::cuda::CUDAGraph>> graphs_;  // by rows and whether anybody attends
+};
+
+std::unique_ptr<SlotDecoder> make_cuda_slot_decoder(const LanguageModel& model, std::string* why) {
+  *why = fused::device_refusal(model.device());
+  if (why->empty()) *why = DecodeChain::refusal(model);
+  if (!why->empty()) return nullptr;
+  return std::make_unique<CudaSlotDecoder>(model);
+}
+
+const bool registered = detail::register_slot_decoder(make_cuda_slot_decoder);
+
+}  // namespace
+}  // namespace oryx

@@ -1,0 +1,406 @@
+// Texts that have places of a decoder of slots: the engine's part with one that runs the model itself, and the whole on a GPU.
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/core/grad_mode.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "oryx/common/random.h"
+#include "oryx/generate/generator.h"
+#include "oryx/generate/session.h"
+#include "oryx/model/inspect.h"
+#include "oryx/model/test_support.h"
+#include "oryx/serve/engine.h"
+
+namespace oryx::serve {
+namespace {
+
+using ::testing::HasSubstr;
+
+std::vector<int32_t> drawn_prompt(CounterRng& rng, int64_t vocab, uint64_t length) {
+  std::vector<int32_t> ids(length);
+  for (auto& id : ids) id = static_cast<int32_t>(rng.below(static_cast<uint64_t>(vocab)));
+  return ids;
+}
+
+struct Answer {
+  std::vector<int32_t> ids;
+  std::optional<Ended> ended;
+};
+
+Request request_for(const LanguageModel& m, std::vector<int32_t> prompt, const std::string& schedule, int64_t max_tokens, Answer& answer, SamplingOptions sampling = {}) {
+  Request r;
+  r.prompt = std::move(prompt);
+  r.schedule = std::make_shared<ModelSchedule>(m.config(), schedule);
+  r.max_tokens = max_tokens;
+  r.sampling = sampling;
+  r.on_token = [&answer](int32_t id) {
+    answer.ids.push_back(id);
+    return true;
+  };
+  r.on_end = [&answer](const Ended& e) {
+    EXPECT_FALSE(answer.ended.has_value());
+    answer.ended = e;
+  };
+  return r;
+}
+
+std::vector<int32_t> written_alone(const LanguageModel& m, const Request& r, int64_t piece) {
+  GenerateOptions o{.max_new_tokens = r.max_tokens, .prefill_piece = piece, .sampling = r.sampling};
+  return generate(m, *r.schedule, r.prompt, o).ids;
+}
+
+// Runs each row's sequence by itself, through the model. Results are asked for once, and late ones are the same.
+class PlainSlots : public SlotDecoder {
+ public:
+  PlainSlots(const LanguageModel& model, int64_t& steps) : model_(model), steps_(steps) {}
+  void attach(State& slots) override {
+    state_ = &slots;
+    likeliest_.assign(static_cast<size_t>(slots.sequences()), -1);
+  }
+  Pending step(std::span<const Row> rows) override {
+    ++steps_;
+    if (fails_at_ == steps_) throw Error("the device is gone");
+    auto results = std::make_shared<Results>();
+    for (const Row& row : rows) {
+      int32_t& last = likeliest_.at(static_cast<size_t>(row.slot));
+      const int32_t id = row.id == kLikeliest ? last : row.id;
+      EXPECT_GE(id, 0);
+      ModelInput input;
+      input.input_ids = at::full({1, 1}, id, at::kLong);
+      for (int64_t i = 0; i < model_.config().num_layers; ++i) {
+        const auto& names = model_.layer(i).mixer_names();
+        input.routing.push_back(std::make_shared<Routing>(1, 1, names.at(row.modes[i])));
+      }
+      State one = state_->unseat(row.slot);
+      input.state = &one;
+      const at::Tensor logits = model_.logits(model_.hidden(input).view({1, -1}))[0];
+      state_->seat(row.slot, std::move(one));
+      last = static_cast<int32_t>((row.below > 0 ? logits.narrow(0, 0, row.below) : logits).argmax().item<int64_t>());
+      results->likeliest.push_back(row.slot == damaged_ ? -1 : last);
+      results->logits.push_back(row.logits ? logits.clone() : at::Tensor());
+    }
+    return [results] { return std::move(*results); };
+  }
+
+  int64_t fails_at_ = -1, damaged_ = -1;
+
+ private:
+  const LanguageModel& model_;
+  int64_t& steps_;
+  State* state_ = nullptr;
+  std::vector<int32_t> likeliest_;
+};
+
+Engine::Decoders plain_slots(int64_t& steps, int64_t fails_at = -1, int64_t damaged = -1) {
+  return [&steps, fails_at, damaged](const LanguageModel& m, const StateOptions&, std::string*) {
+    auto slots = std::make_unique<PlainSlots>(m, steps);
+    slots->fails_at_ = fails_at, slots->damaged_ = damaged;
+    return slots;
+  };
+}
+
+const std::vector<std::string> kSlotSchedules = {"linear", "attention", "linear,attention@-5:", "attention@prompt,linear@gen", "random(attention=0.5;chunk=4)"};
+
+// Requests of all kinds that come and go at random rounds, greedy ones launched a step ahead and drawn ones not: each is what generate() makes of it alone.
+TEST(ServeSlots, AnyInterleavingIsEachAlone) {
+  for (const auto& c : test::cases()) {
+    if (c.name != "oryx_gdn" && c.name != "oryx_mamba2" && c.name != "transformer" && c.name != "inter_layer") continue;
+    SCOPED_TRACE(c.name);
+    const auto m = test::make(c.config);
+    CounterRng rng(17);
+    int64_t steps = 0;
+    EngineOptions o{.max_running = 5, .max_queue = 100, .piece = 16, .keep_every = 16, .state_budget = 1 << 24};
+    Engine engine(*m, o, plain_slots(steps));
+    ASSERT_TRUE(engine.fused());
+    const auto shared = drawn_prompt(rng, 61, 40);
+    std::vector<Answer> answers(16);
+    std::vector<Request> requests;
+    std::vector<int64_t> ids;
+    for (size_t i = 0; i < answers.size(); ++i) {
+      std::vector<int32_t> prompt(shared.begin(), shared.begin() + static_cast<int64_t>(rng.below(41)));
+      const auto own = drawn_prompt(rng, 61, 1 + rng.below(30));
+      prompt.insert(prompt.end(), own.begin(), own.end());
+      SamplingOptions sampling;
+      if (i % 3 == 1) sampling = {.temperature = 0.9, .top_p = 0.95, .seed = static_cast<int64_t>(i)};
+      const bool choice = c.config.mixers().size() > 1 && c.config.layer_mixers.size() == 1;
+      requests.push_back(request_for(*m, prompt, choice ? kSlotSchedules[i % kSlotSchedules.size()] : "linear", 1 + static_cast<int64_t>(rng.below(20)), answers[i], sampling));
+      ids.push_back(engine.submit(requests.back()));
+      if (i == 9) engine.cancel(ids[8]);
+      for (uint64_t n = rng.below(4); n > 0; --n) engine.step();
+      EXPECT_LE(engine.stats().used_bytes(), o.state_budget);
+    }
+    while (engine.step()) {
+    }
+    for (size_t i = 0; i < answers.size(); ++i) {
+      ASSERT_TRUE(answers[i].ended.has_value()) << i;
+      EXPECT_EQ(answers[i].ended->error, "") << i;
+      const auto alone = written_alone(*m, requests[i], o.piece);
+      if (answers[i].ended->outcome == Outcome::kCancelled) {
+        EXPECT_EQ(answers[i].ids, std::vector<int32_t>(alone.begin(), alone.begin() + static_cast<int64_t>(answers[i].ids.size())));
+        continue;
+      }
+      EXPECT_EQ(answers[i].ids, alone) << i << " " << requests[i].schedule->text();
+    }
+    const EngineStats s = engine.stats();
+    EXPECT_GT(s.prefix_hits, 0);
+    EXPECT_GT(s.decode_rows, s.decode_passes);
+    EXPECT_EQ(s.decode_passes, steps);
+    EXPECT_EQ(s.running, 0);
+  }
+}
+
+// Ends that are not foreseen while a step is under way: an eos, a callback, a cancellation. The bytes and pages come back; what is said of the text counts no token of a wasted step.
+TEST(ServeSlots, EndsWhileAStepIsUnderWay) {
+  const auto m = test::make(test::small({{"gated_delta_net", "attention"}}));
+  CounterRng rng(21);
+  int64_t steps = 0;
+  const EngineOptions o{.max_running = 3, .piece = 16, .keep_every = 0, .state_budget = 1 << 24};
+  Engine engine(*m, o, plain_slots(steps));
+  Answer whole, until, stopped, cancelled;
+  const auto prompt = drawn_prompt(rng, 61, 20);
+  engine.submit(request_for(*m, prompt, "linear,attention@gen", 30, whole));
+  while (engine.step()) {
+  }
+  EXPECT_EQ(whole.ended->attention_share, 29.0 / 49);
+  Request r = request_for(*m, prompt, "linear,attention@gen", 30, until);
+  r.eos_id = whole.ids[6];
+  const auto end = std::find(whole.ids.begin(), whole.ids.end(), r.eos_id);
+  engine.submit(r);
+  r = request_for(*m, prompt, "linear", 30, stopped);
+  r.on_token = [&](int32_t id) {
+    stopped.ids.push_back(id);
+    return stopped.ids.size() < 4;
+  };
+  engine.submit(r);
+  const int64_t id = engine.submit(request_for(*m, prompt, "attention", 30, cancelled));
+  while (cancelled.ids.size() < 5) engine.step();
+  engine.cancel(id);
+  while (engine.step()) {
+  }
+  EXPECT_EQ(until.ids, std::vector<int32_t>(whole.ids.begin(), end));
+  EXPECT_EQ(until.ended->outcome, Outcome::kEos);
+  EXPECT_EQ(until.ended->new_tokens, static_cast<int64_t>(until.ids.size()) + 1);
+  EXPECT_EQ(stopped.ended->outcome, Outcome::kStopped);
+  EXPECT_EQ(stopped.ids.size(), 4u);
+  EXPECT_EQ(cancelled.ended->outcome, Outcome::kCancelled);
+  EXPECT_EQ(cancelled.ids.size(), 5u);
+  const EngineStats s = engine.stats();
+  EXPECT_EQ(s.row_bytes, 0);
+  EXPECT_EQ(s.running, 0);
+  Answer last;  // and the places are as good as new
+  const Request again = request_for(*m, prompt, "attention", 12, last);
+  engine.submit(again);
+  while (engine.step()) {
+  }
+  EXPECT_EQ(last.ids, written_alone(*m, again, 16));
+}
+
+TEST(ServeSlots, AFailureEndsItsTextsAndNoOthers) {
+  const auto m = test::make(test::small({{"gated_delta_net", "attention"}}));
+  CounterRng rng(22);
+  int64_t steps = 0;
+  const EngineOptions o{.max_running = 2, .piece = 16, .keep_every = 0, .state_budget = 1 << 24};
+  Engine broken(*m, o, plain_slots(steps, 4));
+  Answer a, b, c;
+  broken.submit(request_for(*m, drawn_prompt(rng, 61, 9), "linear", 10, a));
+  broken.submit(request_for(*m, drawn_prompt(rng, 61, 9), "attention", 10, b));
+  broken.submit(request_for(*m, drawn_prompt(rng, 61, 9), "attention", 10, c));
+  while (broken.step()) {
+  }
+  EXPECT_THAT(a.ended->error, HasSubstr("the device is gone"));
+  EXPECT_THAT(b.ended->error, HasSubstr("the device is gone"));
+  EXPECT_EQ(c.ended->outcome, Outcome::kLength);
+  EXPECT_EQ(broken.stats().row_bytes, 0);
+  steps = 0;
+  Engine damaged(*m, o, plain_slots(steps, -1, 1));
+  Answer d, e;
+  damaged.submit(request_for(*m, drawn_prompt(rng, 61, 9), "linear", 10, d));
+  damaged.submit(request_for(*m, drawn_prompt(rng, 61, 9), "linear", 10, e));
+  while (damaged.step()) {
+  }
+  EXPECT_EQ(d.ended->outcome, Outcome::kLength);
+  EXPECT_EQ(e.ended->outcome, Outcome::kFailed);
+  EXPECT_THAT(e.ended->error, HasSubstr("a logit is NaN or infinite"));
+}
+
+// The budget is divided before anything runs; requests wait for pages, and what could never run is refused.
+TEST(ServeSlots, TheBudgetIsDivided) {
+  const auto m = test::make(test::small({{"gated_delta_net", "attention"}}));
+  CounterRng rng(23);
+  int64_t steps = 0;
+  const auto fixed = state_bytes(m->config(), 0, at::kFloat).total(), row = state_bytes(m->config(), 1, at::kFloat).total() - fixed;
+  for (const int64_t keep : {0, 32}) {
+    const EngineOptions o{.max_running = 4, .max_queue = 100, .piece = 16, .keep_every = keep, .state_budget = 12 * fixed + 600 * row};
+    Engine engine(*m, o, plain_slots(steps));
+    std::vector<Answer> answers(10);
+    std::vector<Request> requests;
+    for (Answer& answer : answers) {
+      requests.push_back(request_for(*m, drawn_prompt(rng, 61, 70), "linear,attention@gen", 20, answer));
+      engine.submit(requests.back());
+    }
+    while (engine.step()) EXPECT_LE(engine.stats().used_bytes(), o.state_budget);
+    for (size_t i = 0; i < answers.size(); ++i) EXPECT_EQ(answers[i].ids, written_alone(*m, requests[i], 16)) << i;
+    EXPECT_EQ(engine.stats().row_bytes > 0, keep > 0);
+    Answer never;
+    try {
+      engine.submit(request_for(*m, {1}, "linear", 5000, never));
+      FAIL();
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), HasSubstr("but the whole budget is"));
+    }
+  }
+  Engine fewer(*m, {.max_running = 100, .piece = 16, .keep_every = 0, .state_budget = 16 * fixed + 600 * row}, plain_slots(steps));
+  EXPECT_LT(fewer.options().max_running, 100);
+  EXPECT_GE(fewer.options().max_running, 3);
+  EXPECT_THROW(Engine(*m, {.state_budget = 4 * fixed}, plain_slots(steps)), Error);
+  // Without rows all of it is for recurrent states.
+  EngineOptions dropped{.max_running = 2, .piece = 16, .keep_every = 16, .state_budget = 40 * fixed};
+  set_kv(dropped.state, "drop");
+  Engine engine(*m, dropped, plain_slots(steps));
+  Answer answer;
+  engine.submit(request_for(*m, drawn_prompt(rng, 61, 70), "linear", 9, answer));
+  while (engine.step()) {
+  }
+  EXPECT_EQ(answer.ended->error, "");
+  EXPECT_EQ(answer.ids.size(), 9u);
+  EXPECT_EQ(engine.stats().prefixes, 4);
+}
+
+// ---- on a GPU
+
+class ServeSlotsCuda : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
+  }
+};
+
+std::unique_ptr<LanguageModel> gpu_model(int64_t hidden, int64_t heads, int64_t intermediate, int64_t layers = 3) {
+  ModelConfig c;
+  c.vocab_size = 320, c.num_layers = layers;
+  c.layer.hidden_size = hidden, c.layer.num_heads = heads, c.layer.head_dim = 128, c.layer.intermediate_size = intermediate;
+  c.validate();
+  auto m = std::make_unique<LanguageModel>(c, at::kBFloat16);
+  m->initialize(1);
+  m->to(at::kCUDA);
+  return m;
+}
+
+// How far the logit of each of the answer's tokens lies below the highest one, at most, by the model operator by operator; in standard deviations of the logits.
+double greedy_gap(const LanguageModel& m, const Request& r, const std::vector<int32_t>& ids, int64_t piece) {
+  const at::NoGradGuard no_grad;
+  const auto prompt = static_cast<int64_t>(r.prompt.size());
+  Session session(m, *r.schedule, {.prompt_length = prompt, .tokens = prompt + r.max_tokens, .piece = piece, .seed = static_cast<uint64_t>(r.sampling.seed), .fused = false});
+  at::Tensor logits = m.logits(session.extend(r.prompt)).squeeze(0).to(at::kFloat).cpu();
+  double gap = 0;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    gap = std::max(gap, static_cast<double>(((logits.max() - logits[ids[i]]) / logits.std()).item<float>()));
+    if (i + 1 < ids.size()) logits = session.step(ids[i]).to(at::kFloat).cpu();
+  }
+  return gap;
+}
+
+// Texts in all modes that come and go, more than a launch takes: each is greedy up to bfloat16's rounding, and those in linear modes are, to the token, what they are alone.
+TEST_F(ServeSlotsCuda, AnyInterleavingIsEachAlone) {
+  for (const auto& [hidden, heads, intermediate, most] : {std::tuple{256, 2, 288, 7}, {384, 3, 256, 70}, {512, 4, 544, 20}}) {
+    SCOPED_TRACE(hidden);
+    const auto m = gpu_model(hidden, heads, intermediate);
+    CounterRng rng(7);
+    const EngineOptions o{.max_running = most, .max_queue = 200, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 31};
+    Engine engine(*m, o), alone(*m, o);
+    ASSERT_TRUE(engine.fused());
+    const auto shared = drawn_prompt(rng, 320, 150);
+    std::vector<Answer> answers(static_cast<size_t>(most) + 30);
+    std::vector<Request> requests;
+    for (size_t i = 0; i < answers.size(); ++i) {
+      std::vector<int32_t> prompt(shared.begin(), shared.begin() + static_cast<int64_t>(rng.below(151)));
+      const auto own = drawn_prompt(rng, 320, 1 + rng.below(60));
+      prompt.insert(prompt.end(), own.begin(), own.end());
+      SamplingOptions sampling;
+      if (i % 4 == 1) sampling = {.temperature = 0.9, .top_p = 0.95, .seed = static_cast<int64_t>(i)};
+      requests.push_back(request_for(*m, prompt, kSlotSchedules[i % kSlotSchedules.size()], 1 + static_cast<int64_t>(rng.below(90)), answers[i], sampling));
+      engine.submit(requests.back());
+      for (uint64_t n = rng.below(4); n > 0 && i > 20; --n) engine.step();
+    }
+    while (engine.step()) {
+    }
+    double worst = 0;
+    for (size_t i = 0; i < answers.size(); ++i) {
+      ASSERT_TRUE(answers[i].ended.has_value()) << i;
+      ASSERT_EQ(answers[i].ended->error, "") << i;
+      ASSERT_EQ(static_cast<int64_t>(answers[i].ids.size()), requests[i].max_tokens);
+      if (requests[i].sampling.temperature == 0 && i % 3 == 0) worst = std::max(worst, greedy_gap(*m, requests[i], answers[i].ids, o.piece));
+      if (requests[i].schedule->text() != "linear") continue;
+      Answer one;
+      alone.submit(request_for(*m, requests[i].prompt, "linear", requests[i].max_tokens, one, requests[i].sampling));
+      while (alone.step()) {
+      }
+      EXPECT_EQ(answers[i].ids, one.ids) << i;
+    }
+    // A logit's bfloat16 rounding and that of what it was made of.
+    EXPECT_LT(worst, 0.1);
+    EXPECT_GT(engine.stats().prefix_hits, 0);
+  }
+}
+
+// A text that is longer than all before makes room for itself: tables grow, captures are made anew.
+TEST_F(ServeSlotsCuda, LongTextsGrowTheTables) {
+  const auto m = gpu_model(256, 2, 256, 2);
+  CounterRng rng(8);
+  const EngineOptions o{.max_running = 3, .piece = 512, .keep_every = 0, .state_budget = int64_t{1} << 31};
+  Engine engine(*m, o);
+  std::vector<Answer> answers(3);
+  std::vector<Request> requests;
+  for (const uint64_t length : {100, 2040, 4500}) {
+    Answer& answer = answers[requests.size()];
+    requests.push_back(request_for(*m, drawn_prompt(rng, 320, length), "attention", 24, answer));
+    engine.submit(requests.back());
+    for (int n = 0; n < 3; ++n) engine.step();
+  }
+  while (engine.step()) {
+  }
+  for (size_t i = 0; i < answers.size(); ++i) {
+    ASSERT_EQ(answers[i].ended->error, "") << i;
+    EXPECT_LT(greedy_gap(*m, requests[i], answers[i].ids, o.piece), 0.1) << i;
+  }
+}
+
+// Dropped rows, damaged weights, and a model that the decoder does not know, which is served as before.
+TEST_F(ServeSlotsCuda, OtherWays) {
+  const auto m = gpu_model(256, 2, 256, 2);
+  CounterRng rng(9);
+  EngineOptions o{.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29};
+  set_kv(o.state, "drop");
+  Engine dropped(*m, o), kept(*m, {.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});
+  Answer a, b;
+  const auto prompt = drawn_prompt(rng, 320, 100);
+  dropped.submit(request_for(*m, prompt, "linear", 40, a));
+  kept.submit(request_for(*m, prompt, "linear", 40, b));
+  while (dropped.step() || kept.step()) {
+  }
+  ASSERT_EQ(a.ended->error, "");
+  EXPECT_EQ(a.ids, b.ids);
+  const_cast<at::Tensor&>(m->parameter("layers.1.norm1.weight")).fill_(std::numeric_limits<float>::quiet_NaN());
+  Engine damaged(*m, {.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});
+  Answer c;
+  damaged.submit(request_for(*m, prompt, "linear", 40, c));
+  while (damaged.step()) {
+  }
+  EXPECT_EQ(c.ended->outcome, Outcome::kFailed);
+  ModelConfig narrow = m->config();
+  narrow.layer.head_dim = 64, narrow.layer.num_heads = 4;
+  LanguageModel other(narrow, at::kBFloat16);
+  other.initialize(1);
+  other.to(at::kCUDA);
+  Engine generic(other, {.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});
+  EXPECT_FALSE(generic.fused());
+  Answer d;
+  generic.submit(request_for(other, prompt, "linear,attention@gen", 10, d));
+  while (generic.step()) {
+  }
+  EXPECT_EQ(d.ended->error, "");
+}
+
+}  // namespace
+}  // namespace oryx::serve
