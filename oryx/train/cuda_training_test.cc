@@ -145,6 +145,55 @@ class PackedRecall : public BatchSource {
   uint64_t given_ = 0;
 };
 
+// Every kind of model, on rows long enough that work is split over the device: the same bits twice. Plain rows wholly in attention take another way than packed ones (span_attention_cuda.cc).
+TEST_F(CudaTraining, EveryModelRepeats) {
+  using Change = void (*)(TrainOptions&);
+  const std::tuple<const char*, const char*, Change> models[] = {
+      {"transformer", "transformer", [](TrainOptions&) {}},
+      {"transformer, grouped heads of 128", "transformer", [](TrainOptions& o) { o.model.layer.head_dim = 128, o.model.layer.num_kv_heads = 1; }},
+      {"transformer, float32", "transformer", [](TrainOptions& o) { o.precision = Precision::kFloat32; }},
+      {"gdn", "gdn", [](TrainOptions&) {}},
+      {"gdn, float32", "gdn", [](TrainOptions& o) { o.precision = Precision::kFloat32; }},
+      {"mamba2", "mamba2", [](TrainOptions&) {}},
+      {"kda", "kda", [](TrainOptions&) {}},
+      {"oryx-gdn", "oryx-gdn", [](TrainOptions&) {}},
+      {"oryx-gdn, captured", "oryx-gdn", [](TrainOptions& o) { o.cuda_graph = CudaGraph::kOn, o.steps = 6; }},
+      {"oryx-mamba2", "oryx-mamba2", [](TrainOptions&) {}},
+      {"inter-layer", "inter-layer", [](TrainOptions&) {}},
+      {"intra-layer", "intra-layer", [](TrainOptions&) {}},
+      {"three-mixer", "three-mixer", [](TrainOptions&) {}},
+  };
+  const auto source = [](bool packed) -> std::unique_ptr<BatchSource> {
+    RecallOptions r;
+    r.pairs = 300, r.queries = 211, r.key_symbols = r.value_symbols = 400, r.filler_symbols = 8;
+    auto rows = std::make_unique<RecallBatches>(r, 4, 7);
+    if (packed) return std::make_unique<PackedRecall>(std::move(rows));
+    return rows;
+  };
+  int number = 0;
+  for (const auto& [name, variant, change] : models) {
+    for (const bool packed : {false, true}) {
+      SCOPED_TRACE(std::string(name) + (packed ? ", packed" : ", plain"));
+      const std::string one = std::to_string(number++), two = std::to_string(number++);
+      std::vector<std::vector<double>> losses;
+      for (const std::string& out : {one, two}) {
+        TrainOptions o = options(out, "cuda");
+        o.model = preset(std::string("130m-") + variant);
+        o.model.vocab_size = 1024;
+        o.model.num_layers = static_cast<int64_t>(std::max<size_t>(2, o.model.layer_mixers.size()));
+        o.model.layer.hidden_size = 256, o.model.layer.num_heads = 4, o.model.layer.head_dim = 64, o.model.layer.intermediate_size = 512;
+        o.steps = 3, o.chunk = 64, o.cuda_graph = CudaGraph::kOff;
+        change(o);
+        losses.push_back(run(o, source(packed)));
+      }
+      EXPECT_GE(losses[0].size(), 3u);
+      EXPECT_EQ(losses[0], losses[1]);
+      expect_same(one, two);
+      fs::remove_all(folder_ / one), fs::remove_all(folder_ / two);
+    }
+  }
+}
+
 TEST_F(CudaTraining, CapturedStepsAreTheSameSteps) {
   const auto nothing = [](TrainOptions&) {};
   const auto packed = [] { return std::make_unique<PackedRecall>(recall()); };
@@ -160,6 +209,25 @@ TEST_F(CudaTraining, CapturedStepsAreTheSameSteps) {
   expect_captured("validated", [](TrainOptions& o) { o.validate_every = 4, o.save_every = 3; }, recall);
 }
 
+// Every part of a layer that has keys of its own in a config, each in a graph.
+TEST_F(CudaTraining, CapturedStepsOfManyModels) {
+  const auto packed = [] { return std::make_unique<PackedRecall>(recall()); };
+  using Change = void (*)(ModelConfig&);
+  const std::pair<const char*, Change> changes[] = {
+      {"shared-query", [](ModelConfig& m) { m.layer.share_query = true; }},
+      {"own-keys", [](ModelConfig& m) { m.layer.share_kv = false; }},
+      {"no-conv", [](ModelConfig& m) { m.layer.conv = false; }},
+      {"query-conv", [](ModelConfig& m) { m.layer.query_conv = m.layer.conv_bias = true; }},
+      {"mean", [](ModelConfig& m) { m.layer.combine = "mean"; }},
+      {"plain", [](ModelConfig& m) { m.layer.gate = m.layer.head_norm = false, m.tie_word_embeddings = false; }},
+      {"published", [](ModelConfig& m) { m.layer.norm_placement = "after", m.layer.qk_norm = m.layer.zero_centred_norm = true, m.layer.gate_activation = "sigmoid"; }},
+      {"grouped", [](ModelConfig& m) { m.layer.num_kv_heads = 1, m.layer.head_dim = 128, m.layer.rope_theta = 0, m.logits_scaling = 2; }},
+      {"three", [](ModelConfig& m) { m.layer_mixers = {{"gated_delta_net", "sliding_window", "attention"}}, m.layer.window = 20; }},
+      {"looking-back", [](ModelConfig& m) { m.layer_mixers = {{"attention", "sliding_window"}, {"mamba2"}}, m.layer.window = 20; }},
+  };
+  for (const auto& [name, change] : changes) expect_captured(name, [change](TrainOptions& o) { change(o.model); }, packed);
+}
+
 TEST_F(CudaTraining, CapturedStepsGoOnWhereARunStopped) {
   TrainOptions whole = options("whole", "cuda"), parts = options("parts", "cuda");
   whole.cuda_graph = CudaGraph::kOff, parts.cuda_graph = CudaGraph::kOn;
@@ -172,6 +240,23 @@ TEST_F(CudaTraining, CapturedStepsGoOnWhereARunStopped) {
   EXPECT_EQ(s.step, 12);
   EXPECT_GE(s.captured, 1);
   expect_same("whole", "parts");
+}
+
+// Where memory is short, graphs are dropped in front of a step of a new kind, and captured anew: of one row of few chunks there are steps with all, some and none in attention.
+TEST_F(CudaTraining, CapturedStepsGiveWay) {
+  const auto one_row = [] {
+    RecallOptions r;
+    r.pairs = 16;
+    r.queries = 8;
+    r.key_symbols = r.value_symbols = 24;
+    r.filler_symbols = 8;
+    return std::make_unique<RecallBatches>(r, 1, 7);
+  };
+  for (const bool short_of_memory : {false, true}) {
+    at::Tensor blocker;  // more than half of an H100's memory
+    if (short_of_memory) blocker = at::empty({int64_t{45} << 30}, at::device(at::kCUDA).dtype(at::kByte));
+    expect_captured(short_of_memory ? "short" : "ample", [](TrainOptions& o) { o.chunk = 24; }, one_row);
+  }
 }
 
 // A step that is not finite is skipped, on the device, in a captured step too.

@@ -20,7 +20,7 @@
 namespace oryx {
 namespace {
 
-constexpr size_t kMostGraphs = 24;
+constexpr size_t kMostGraphs = 24, kMostKinds = 1000;
 
 class CapturedGraph : public at::cuda::CUDAGraph {
  public:
@@ -54,13 +54,11 @@ class CudaStepGraphs : public StepGraphs {
     auto it = steps_.find(key);
     if (it == steps_.end()) {
       // What kernels and libraries prepare when they first run, they prepare outside of a capture.
-      if (seen_.insert(kind).second || steps_.size() >= kMostGraphs) return by_kernels();
+      if (steps_.size() >= kMostGraphs || (seen_.size() < kMostKinds && seen_.insert(kind).second) || seen_.count(kind) == 0) return by_kernels();
       CapturedStep step;
       if (!capture(batches, feed, step)) return false;
       it = steps_.emplace(key, std::move(step)).first;
     }
-    // What a step by kernels left to the allocator would stand beside the graphs' pool.
-    if (std::exchange(cached_, false)) c10::cuda::CUDACachingAllocator::emptyCache();
     CapturedStep& step = it->second;
     for (size_t i = 0; i < batches.size(); ++i) step.inputs[i].copy_(batches[i].packed.bytes, /*non_blocking=*/true);
     optimizer_.set_rate(lr);
@@ -76,8 +74,18 @@ class CudaStepGraphs : public StepGraphs {
     return by_kernels();
   }
 
+  // A step by kernels takes as much memory again as the graphs' pool: where that is more than there is, graphs go, and are captured anew.
   bool by_kernels() {
-    cached_ = true;
+    if (steps_.empty()) return false;
+    size_t free = 0, all = 0;
+    ops::cuda::check("step graph", cudaMemGetInfo(&free, &all));
+    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(model_.device().index());
+    const auto held = static_cast<size_t>(stats.reserved_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].current);
+    if (free >= held) return false;
+    ops::cuda::check("step graph", cudaDeviceSynchronize());
+    steps_.clear();
+    pool_ = at::cuda::graph_pool_handle();  // a pool that no graph uses any more takes no new ones
+    c10::cuda::CUDACachingAllocator::emptyCache();
     return false;
   }
 
@@ -88,7 +96,6 @@ class CudaStepGraphs : public StepGraphs {
     step.graph = std::make_unique<CapturedGraph>();
     ops::cuda::check("step graph", cudaDeviceSynchronize());
     c10::cuda::CUDACachingAllocator::emptyCache();
-    cached_ = false;
     const c10::cuda::CUDAStreamGuard on(side_);
     bool begun = false;
     try {
@@ -127,7 +134,7 @@ class CudaStepGraphs : public StepGraphs {
   c10::cuda::CUDAStream side_;  // of every capture: cuBLAS keeps a workspace for each stream that it has seen
   std::map<std::string, CapturedStep> steps_;
   std::set<std::string> seen_;  // kinds that have run
-  bool broken_ = false, cached_ = false, told_ = false;
+  bool broken_ = false, told_ = false;
 };
 
 std::unique_ptr<StepGraphs> make_cuda_step_graphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, std::string* why) {

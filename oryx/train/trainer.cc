@@ -1,5 +1,7 @@
 #include "oryx/train/trainer.h"
 
+#include <ATen/ATen.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -138,9 +140,24 @@ class Run {
     if (logs || on_cpu() || static_cast<int64_t>(pending_.size()) >= kMaxSkipped) read_steps(bar, logs);
   }
 
+  // The records of all steps that are open, in one copy.
+  void bring_records() {
+    std::vector<at::Tensor> records;
+    for (const Step& s : pending_) {
+      if (s.result.record.defined()) records.push_back(s.result.record);
+    }
+    if (records.size() < 2) return;
+    const at::Tensor host = at::stack(records).cpu();
+    int64_t row = 0;
+    for (Step& s : pending_) {
+      if (s.result.record.defined()) s.result.record = host[row++];
+    }
+  }
+
   bool on_cpu() const { return model_.device().is_cpu(); }
 
   void read_steps(ProgressBar& bar, bool logs) {
+    bring_records();
     for (Step& s : pending_) {
       s.result.read();
       tokens_ += s.result.tokens;

@@ -1,19 +1,20 @@
 // span_attention on CUDA: which code serves which arguments.
 //
-//   plain causal (bfloat16, K = V = 64 or 128, every query, as many keys)          cuDNN, through libtorch; under deterministicCuDNN() with gradients as the next
-//   spans, packing, lengths, windows (bfloat16, K = V = 64 or 128, on Hopper)      kernels of our own (cuda/)
-//   the same of other widths or chips (bfloat16, K = V <= 256)                     libtorch's flash attention over every query; rows outside
-//                                                                                  spans are cleared afterwards
-//   the rest (float32, float64, K != V)                                            blocks of batched matrix products (span_attention_any), float32 by way of float64,
-//                                                                                  whose products take Hopper no longer, so that large scores keep their digits
+//   plain causal without gradients (bfloat16, K = V = 64 or 128, every query, as many keys)     cuDNN, through libtorch
+//   with gradients; spans, packing, lengths, windows (bfloat16, K = V = 64 or 128, on Hopper)   kernels of our own (cuda/)
+//   the same of other widths or chips (bfloat16, K = V <= 256)                                  libtorch's flash attention over every query; rows outside
+//                                                                                               spans are cleared afterwards
+//   the rest (float32, float64, K != V)                                                         blocks of batched matrix products (span_attention_any), float32 by way of
+//                                                                                               float64, whose products take Hopper no longer, so that large scores keep
+//                                                                                               their digits
 //
+// Each adds in a fixed order: the same arguments give the same bits, gradients too. cuDNN's backward pass does not, which is why it is not called.
 // The first three read no device data on the host: spans and bounds out of range are the caller's fault there (the kernels of our own clip them).
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
-#include <ATen/ops/_scaled_dot_product_cudnn_attention_backward.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -46,29 +47,7 @@ bool is_flash(const Arguments& a) {
 
 at::Tensor dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-// ---- cuDNN. It takes [B, H, T, D] with any strides and returns its output with those of q; its logarithms are [B, H, T, 1].
-struct CudnnAttention : torch::autograd::Function<CudnnAttention> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-                            std::optional<double> scale) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const auto heads_first = [](const at::Tensor& x) { return dense_rows(x).transpose(1, 2); };
-    const at::Tensor q = heads_first(q_in), k = heads_first(k_in), v = heads_first(v_in);
-    const auto r = at::_scaled_dot_product_cudnn_attention(q, k, v, {}, true, 0.0, true, false, scale);
-    const at::Tensor& o = std::get<0>(r);
-    ctx->save_for_backward({q, k, v, o, std::get<1>(r), std::get<6>(r), std::get<7>(r)});
-    ctx->saved_data["scale"] = scale;
-    return o.transpose(1, 2);
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const variable_list s = ctx->get_saved_variables();
-    const at::Tensor d_o = dense_rows(grads[0]).transpose(1, 2), none;
-    const auto d = at::_scaled_dot_product_cudnn_attention_backward(d_o, s[0], s[1], s[2], s[3], s[4], s[5], s[6], none, none, none, s[0].size(2),
-                                                                    s[1].size(2), 0.0, true, ctx->saved_data["scale"].toOptional<double>());
-    return {std::get<0>(d).transpose(1, 2), std::get<1>(d).transpose(1, 2), std::get<2>(d).transpose(1, 2), none};
-  }
-};
-
+// ---- cuDNN. It takes [B, H, T, D] with any strides and returns its output with those of q.
 at::Tensor plain(const Arguments& a) {
   const auto heads_first = [](const at::Tensor& x) { return dense_rows(x).transpose(1, 2); };
   return std::get<0>(at::_scaled_dot_product_cudnn_attention(heads_first(a.q), heads_first(a.k), heads_first(a.v), {}, false, 0.0, true, false, a.scale))
@@ -136,6 +115,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> flash_forward(const A
   return {p.keep.defined() ? at::where(p.keep, o, at::zeros({}, o.options())) : o, lse, rng, unused};
 }
 
+// Within its life libtorch's flash attention adds gradients in a fixed order.
+class FixedOrder {
+ public:
+  FixedOrder() { context_.setDeterministicFillUninitializedMemory(false), context_.setDeterministicAlgorithms(true, false); }
+  FixedOrder(const FixedOrder&) = delete;
+  FixedOrder& operator=(const FixedOrder&) = delete;
+  ~FixedOrder() { context_.setDeterministicAlgorithms(on_, warns_), context_.setDeterministicFillUninitializedMemory(fills_); }
+
+ private:
+  at::Context& context_ = at::globalContext();
+  const bool on_ = context_.deterministicAlgorithms(), warns_ = context_.deterministicAlgorithmsWarnOnly(), fills_ = context_.deterministicFillUninitializedMemory();
+};
+
 struct FlashAttention : torch::autograd::Function<FlashAttention> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
                             const OptionalTensor& cu_seqlens, const OptionalTensor& cu_seqlens_k, int64_t window, std::optional<double> scale) {
@@ -157,9 +149,11 @@ struct FlashAttention : torch::autograd::Function<FlashAttention> {
     const at::Tensor d_o = (keep.defined() ? at::where(keep, grads[0], at::zeros({}, grads[0].options())) : grads[0]).contiguous();
     const auto left = ctx->saved_data["left"].toOptional<int64_t>();
     const int64_t B = ctx->saved_data["batch"].toInt();
-    const auto d = at::_flash_attention_backward(d_o.flatten(0, 1), s[0], s[1], s[2], s[3].flatten(0, 1), s[4], s[7], s[8], s[0].size(0) / B,
-                                                 s[1].size(0) / B, 0.0, true, s[5], s[6], ctx->saved_data["scale"].toOptional<double>(), left,
-                                                 left ? std::optional<int64_t>(0) : std::nullopt);
+    const auto d = [&] {
+      const FixedOrder fixed;
+      return at::_flash_attention_backward(d_o.flatten(0, 1), s[0], s[1], s[2], s[3].flatten(0, 1), s[4], s[7], s[8], s[0].size(0) / B, s[1].size(0) / B, 0.0, true, s[5], s[6],
+                                           ctx->saved_data["scale"].toOptional<double>(), left, left ? std::optional<int64_t>(0) : std::nullopt);
+    }();
     const auto rows = [&](const at::Tensor& x) { return x.unflatten(0, {B, -1}); };
     // Keys behind the last sequence get no gradient, and are not written.
     const at::Tensor used = (at::arange(s[1].size(0), s[8].options()) < s[8].select(0, -1)).view({-1, 1, 1});
@@ -205,9 +199,6 @@ at::Tensor span_attention_cuda_autograd(const at::Tensor& q, const at::Tensor& k
   const c10::cuda::CUDAGuard device(q.device());
   const Arguments a{q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale};
   check(a);
-  // cuDNN adds gradients in no fixed order; where that is unwanted (torch.backends.cudnn.deterministic) our kernels, which do, take its place.
-  const bool fixed_order = at::globalContext().deterministicCuDNN() && hopper_serves(a);
-  if (is_plain(a) && !fixed_order) return CudnnAttention::apply(q, k, v, scale);
   if (hopper_serves(a)) return SpanAttentionHopper::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, key_lengths, window, scale);
   if (is_flash(a) && !key_lengths) return FlashAttention::apply(q, k, v, spans, cu_seqlens, cu_seqlens_k, window, scale);
   return in_double(q, k, v, [&](const at::Tensor& a, const at::Tensor& b, const at::Tensor& c) {
