@@ -109,6 +109,7 @@ struct ServeBenchOptions {
   int64_t shared = 256;                   // tokens that prompts of a group begin with; 0: none
   int64_t groups = 2;
   int64_t new_tokens = 32;
+  double temperature = 0;                 // 0: greedy
   int64_t piece = 256, keep_every = 256;
   int64_t state_budget = 0;
   std::string kv = "keep";

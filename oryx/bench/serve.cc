@@ -100,6 +100,7 @@ Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std
       r.prompt = arrivals[next].prompt;
       r.schedule = schedules[next % schedules.size()];
       r.max_tokens = o.new_tokens;
+      r.sampling = {.temperature = o.temperature, .seed = static_cast<int64_t>(next)};
       prompt_tokens += static_cast<int64_t>(r.prompt.size());
       const auto last = std::make_shared<double>(-1);
       r.on_token = [&, last, arrived = now()](int32_t) {
@@ -204,6 +205,7 @@ BenchResult bench_serve(const ServeBenchOptions& o) {
                     {"shared", o.shared},
                     {"groups", o.groups},
                     {"new_tokens", o.new_tokens},
+                    {"temperature", o.temperature},
                     {"piece", o.piece},
                     {"keep_every", o.keep_every},
                     {"kv", o.kv},

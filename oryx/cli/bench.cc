@@ -163,6 +163,7 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   add_count(serve, "--shared", v->shared, "tokens that the prompts of a group begin with; 0: none", 0);
   add_count(serve, "--groups", v->groups, "groups of prompts that begin alike");
   add_count(serve, "--new-tokens", v->new_tokens, "tokens of each answer");
+  serve.add_option("--temperature", v->temperature, "of the answers; 0: greedy")->check(CLI::Range(0.0, 1e6))->capture_default_str();
   add_count(serve, "--piece", v->piece, "tokens of a prompt read at once");
   add_count(serve, "--keep-every", v->keep_every, "keep prefixes at multiples of so many tokens; 0: none", 0);
   serve.add_option("--state-budget", v->state_budget, "memory for states (default: a quarter of what is free)")->transform(CLI::AsSizeValue(false))->type_name("BYTES");

@@ -98,9 +98,9 @@ ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completion
                  "what is free, of a GPU half)")
       ->transform(CLI::AsSizeValue(false))
       ->type_name("BYTES");
-  app.add_option("--max-running", o->engine.max_running, "requests that are read or written side by side")
+  app.add_option("--max-running", o->engine.max_running,
+                 "requests that are read or written side by side (default: 8, on a GPU 64)")
       ->check(CLI::Range(1, 4096))
-      ->capture_default_str()
       ->type_name("N");
   app.add_option("--max-queue", o->engine.max_queue, "requests that may wait; more are refused")
       ->check(CLI::Range(0, 4096))

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "oryx/generate/sampling.h"
 #include "oryx/model/language_model.h"
 #include "oryx/state/state.h"
 
@@ -23,18 +24,21 @@ namespace oryx {
 
 class SlotDecoder {
  public:
-  static constexpr int32_t kLikeliest = -1;
+  static constexpr int32_t kGiven = -1;
 
   struct Row {
     int64_t slot = 0;                // which sequence of the state; each at most once in a step
-    int32_t id = 0;                  // its token, or kLikeliest: the likeliest one behind its last step, which the host need not know yet
+    int32_t id = 0;                  // its token, or kGiven: what its last step gave, which the host need not know yet
     const uint8_t* modes = nullptr;  // [layers] the place of the token's mixer among the layer's
-    int64_t below = 0;               // the likeliest is sought among so many ids; 0: all
+    int64_t below = 0;               // what comes next is one of so many ids; 0: of all
+    const SamplingOptions* sampling = nullptr;  // null: the likeliest one
     bool logits = false;             // the host wants them
   };
   // What is behind the token of each row.
   struct Results {
-    std::vector<int32_t> likeliest;   // the first of equals; -1 where a logit is NaN or +inf, or none is finite
+    // As sample_token gives it for the position behind; drawn from weights in float32, so that another token than the host's comes where the uniform number lies within that rounding of a
+    // border, one draw in 10^5 or less. -1 where a logit is NaN or +inf, or none is finite.
+    std::vector<int32_t> tokens;
     std::vector<at::Tensor> logits;   // [vocabulary] on the CPU; undefined where they were not wanted
   };
   // Waits for the device; may be called after further steps, once.

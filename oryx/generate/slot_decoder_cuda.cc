@@ -9,6 +9,8 @@
 #include <map>
 
 #include "oryx/common/error.h"
+#include "oryx/common/random.h"
+#include "oryx/generate/cuda/draw.h"
 #include "oryx/generate/fused_chain_cuda.h"
 #include "oryx/generate/slot_decoder.h"
 #include "oryx/ops/cuda/launch.h"
@@ -26,6 +28,7 @@ constexpr int64_t kMost = DecodeChain::kMost;
 
 // What a step reads of its rows, as it lies in one piece of memory: it is copied to the device at once.
 struct Control {
+  OryxDrawRow draws[kMost];
   int32_t tokens[kMost], positions[kMost], lengths[kMost], places[kMost], below[kMost];
   int32_t active[4];
   // Then modes [layers, N].
@@ -39,7 +42,7 @@ class CudaSlotDecoder : public SlotDecoder {
 
   void attach(State& slots) override {
     state_ = &slots;
-    likeliest_ = at::zeros({slots.sequences()}, bytes().dtype(at::kInt));
+    given_ = at::zeros({slots.sequences()}, bytes().dtype(at::kInt));
     slots_.clear(), graphs_.clear(), table_rows_.clear();
     for (int64_t i = 0; i < layers_; ++i) {
       const LayerState& layer = slots.layer(i);
@@ -63,7 +66,7 @@ class CudaSlotDecoder : public SlotDecoder {
     std::vector<int64_t> counts(static_cast<size_t>(state_->sequences()), 0);
     int64_t longest = 0;
     for (const Row& row : rows) {
-      if (row.id < kLikeliest || row.id >= vocab_) {
+      if (row.id < kGiven || row.id >= vocab_) {
         fail("token id {} is outside of the model's vocabulary of {}; was the text encoded with another tokeniser?", row.id, vocab_);
       }
       TORCH_CHECK(++counts.at(static_cast<size_t>(row.slot)) == 1, "slot decoder: slot ", row.slot, " twice in a step");
@@ -71,24 +74,23 @@ class CudaSlotDecoder : public SlotDecoder {
     }
     state_->prepare(counts);
     if (longest > capacity_) grow(longest);
-    // Copied to the host, row by row of the step.
-    const at::Tensor likeliest = pinned(likeliest_.sizes(), at::kInt);
+    const at::Tensor given = pinned(given_.sizes(), at::kInt);
     std::vector<at::Tensor> logits(rows.size());
     for (size_t begin = 0; begin < rows.size(); begin += kMost) {
       const auto part = rows.subspan(begin, std::min(rows.size() - begin, static_cast<size_t>(kMost)));
       launch(part);
       copy_logits(part, std::span(logits).subspan(begin, part.size()));
     }
-    likeliest.copy_(likeliest_, /*non_blocking=*/true);
+    given.copy_(given_, /*non_blocking=*/true);
     auto done = std::make_shared<at::cuda::CUDAEvent>();
     done->record();
     state_->advance(counts);
     std::vector<int64_t> places;
     for (const Row& row : rows) places.push_back(row.slot);
-    return [done, likeliest, places, logits = std::move(logits)] {
+    return [done, given, places, logits = std::move(logits)] {
       done->synchronize();
       Results out;
-      for (const int64_t place : places) out.likeliest.push_back(likeliest.const_data_ptr<int32_t>()[place]);
+      for (const int64_t place : places) out.tokens.push_back(given.const_data_ptr<int32_t>()[place]);
       out.logits = logits;
       return out;
     };
@@ -120,12 +122,16 @@ class CudaSlotDecoder : public SlotDecoder {
     std::memset(memory, 0, static_cast<size_t>(host.numel()));
     auto& c = *reinterpret_cast<Control*>(memory);
     uint8_t* modes = memory + sizeof(Control);
-    bool attention = false;
+    bool attention = false, draws = false;
     for (size_t n = 0; n < rows.size(); ++n) {
       const Row& row = rows[n];
       const auto held = static_cast<int32_t>(state_->lengths()[static_cast<size_t>(row.slot)]);
       c.tokens[n] = row.id, c.positions[n] = held, c.lengths[n] = held + 1, c.places[n] = static_cast<int32_t>(row.slot);
       c.below[n] = static_cast<int32_t>(row.below > 0 ? std::min(row.below, vocab_) : vocab_);
+      if (const SamplingOptions* o = row.sampling; o != nullptr && o->temperature > 0) {
+        draws = true;
+        c.draws[n] = {o->temperature, o->top_p, o->min_p, CounterRng(static_cast<uint64_t>(o->seed), static_cast<uint64_t>(held) + 1).uniform(), o->top_k};
+      }
       for (int64_t i = 0; i < layers_; ++i) {
         const uint8_t mode = row.modes[i];
         TORCH_CHECK(mode == 0 || (slots_[static_cast<size_t>(i)].keys.defined() && mode == 1), "slot decoder: mode ", int{mode}, " in layer ", i);
@@ -139,6 +145,14 @@ class CudaSlotDecoder : public SlotDecoder {
     auto& graph = graphs_[{N, attention}];
     if (graph == nullptr) graph = capture(N, attention);
     graph->replay();
+    if (draws) draw(static_cast<int64_t>(rows.size()));
+  }
+
+  void draw(int64_t N) {
+    if (!weights_.defined()) weights_ = at::empty({kMost, vocab_}, bytes().dtype(at::kFloat));
+    const auto* c = reinterpret_cast<const Control*>(control_.const_data_ptr<uint8_t>());
+    const OryxDraw a{chain_.logits(N).const_data_ptr(), c->draws, c->below, c->places, pointer<int32_t>(given_), pointer<float>(weights_), N, vocab_};
+    ops::cuda::check("oryx_draw", oryx_draw(&a, ops::cuda::stream_of(weights_)));
   }
 
   void place_pages(std::span<const Row> rows) {
@@ -164,7 +178,7 @@ class CudaSlotDecoder : public SlotDecoder {
     auto* c = reinterpret_cast<Control*>(memory);
     ChainStep s;
     s.N = N, s.capacity = capacity_, s.slots = &slots_, s.id_rows = id_rows_;
-    s.tokens = c->tokens, s.positions = c->positions, s.lengths = c->lengths, s.likeliest = pointer<int32_t>(likeliest_), s.below = c->below;
+    s.tokens = c->tokens, s.positions = c->positions, s.lengths = c->lengths, s.likeliest = pointer<int32_t>(given_), s.below = c->below;
     s.modes = memory + sizeof(Control), s.rope = pointer<float>(rope_);
     s.places = {c->active, c->places, paged_ ? pointer<int32_t>(table_) : nullptr, state_->options().page_tokens, most_blocks_};
     return s;
@@ -205,7 +219,7 @@ class CudaSlotDecoder : public SlotDecoder {
   std::vector<LayerSlots> slots_;
   bool paged_ = false;
   int64_t capacity_ = 0, most_blocks_ = 0;
-  at::Tensor control_, likeliest_, table_, rope_, id_rows_;
+  at::Tensor control_, given_, weights_, table_, rope_, id_rows_;
   std::vector<int64_t> table_rows_;  // what the table of pages was made for
   std::map<std::pair<int64_t, bool>, std::unique_ptr<at::cuda::CUDAGraph>> graphs_;  // by rows and whether anybody attends
 };

@@ -71,7 +71,7 @@ std::string to_string(Outcome outcome) {
 }
 
 void EngineOptions::validate() const {
-  if (max_running < 1) fail("max_running is {}, expected an integer of at least 1", max_running);
+  if (max_running < 0) fail("max_running is {}, expected an integer of at least 1", max_running);
   if (max_queue < 0) fail("max_queue is {}, expected an integer of at least 0", max_queue);
   if (piece < 0) fail("piece is {}, expected an integer of at least 1", piece);
   if (keep_every < -1 || (keep_every > 0 && piece > 0 && keep_every % piece != 0))
@@ -85,7 +85,8 @@ void EngineOptions::validate() const {
   state.validate();
 }
 
-void EngineOptions::settle(at::Device device) {
+void EngineOptions::settle(at::Device device, bool captured) {
+  if (max_running == 0) max_running = captured ? 64 : 8;
   // A pass is some thousand launches on a GPU, however few its tokens.
   const int64_t usual = device.is_cpu() ? 256 : 1024;
   if (piece == 0) piece = keep_every > 0 && keep_every % usual != 0 ? keep_every : usual;
@@ -234,7 +235,6 @@ void Engine::Impl::take_cancellations() {
 
 Engine::Engine(const LanguageModel& model, const EngineOptions& options, const Decoders& decoders)
     : options_(options) {
-  options_.settle(model.device());
   options_.validate();
   options_.state.checkpoint_every = options_.state.ring = 0;
   std::unique_ptr<SlotDecoder> decoder;
@@ -244,6 +244,7 @@ Engine::Engine(const LanguageModel& model, const EngineOptions& options, const D
     log::warn_once("serving operator by operator, more slowly than by one captured launch a step: {} (docs/serving.md)",
                    why);
   }
+  options_.settle(model.device(), decoder != nullptr);
   if (options_.state_budget == 0) options_.state_budget = default_budget(model.device());
   options_.state.budget = options_.state_budget;
   const StateBytes none = state_bytes(model.config(), 0, model.compute_dtype(), options_.state);

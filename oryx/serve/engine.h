@@ -30,7 +30,7 @@
 namespace oryx::serve {
 
 struct EngineOptions {
-  int64_t max_running = 8;   // requests that are read or written at once
+  int64_t max_running = 0;   // requests that are read or written at once; 0: 8, by captured launches 64
   int64_t max_queue = 64;    // requests that may wait
   int64_t piece = 0;         // tokens of a prompt in one pass at most; 0: 256, on a GPU 1,024
   int64_t keep_every = -1;   // prefixes are kept at multiples of it, which must be a multiple of piece; 0: none are; -1: as piece
@@ -40,8 +40,8 @@ struct EngineOptions {
 
   // Throws Error.
   void validate() const;
-  // What is left to the device is settled.
-  void settle(at::Device device);
+  // What is left to the device, and to whether texts are written by captured launches, is settled.
+  void settle(at::Device device, bool captured);
 };
 
 enum class Outcome { kEos, kLength, kStopped, kCancelled, kFailed };

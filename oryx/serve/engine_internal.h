@@ -69,7 +69,7 @@ struct Engine::Batch {
 };
 
 // Places of the texts that are written, in one state. A step is launched before the results of the one before are
-// looked at, as long as the likeliest tokens are what comes next: the device then never waits for the host.
+// looked at: the device does not wait for the host.
 struct Engine::Slots {
   State state;
   std::vector<Run*> runs;  // by place; null: free
@@ -212,8 +212,6 @@ struct Engine::Impl {
   void make_slots();
   // Whether it is written in a slot. Routers read every token's hidden state.
   bool slotted(const Run& run) const { return slots && !run.routed; }
-  // Whether its next token is drawn on the host.
-  static bool wants_logits(const Run& run) { return run.request.sampling.temperature > 0; }
   // Resolves the schedule some tokens ahead where `position` is not among those that are known -> its place there.
   size_t modes_ahead(Run& run, int64_t position) const;
   void seat_texts();
@@ -221,8 +219,7 @@ struct Engine::Impl {
   void clear_slots();
   std::vector<SlotDecoder::Row> next_rows(std::vector<Run*>& runs);
   void take_results(const SlotDecoder::Pending& pending, const std::vector<Run*>& runs);
-  // Launches a token of every text that has a slot, then looks at the results of the launch before; in this order only
-  // where the next tokens are known to the device.
+  // Launches a token of every text that has a slot, then looks at the results of the launch before.
   void write_slots();
   // Waits for the pending step and takes its tokens.
   void land();

@@ -1,6 +1,5 @@
 // Texts that are written by captured launches on a GPU: each has a place in one state, from its first token to its last.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <utility>
@@ -26,7 +25,9 @@ size_t Engine::Impl::modes_ahead(Run& run, int64_t position) const {
   if (position >= run.ahead_from && position < run.ahead_from + known) return static_cast<size_t>(position - run.ahead_from);
   // One token back: a step's results are looked at when the next one has been launched.
   run.ahead_from = std::max<int64_t>(0, position - 1);
-  const int64_t layers = model.config().num_layers, count = std::min(kTokensAhead, run.total() - run.ahead_from);
+  // Not all texts in the same step.
+  const int64_t most = kTokensAhead + run.id % kTokensAhead;
+  const int64_t layers = model.config().num_layers, count = std::min(most, run.total() - run.ahead_from);
   const Routings routings = run.route(run.ahead_from, count);
   run.ahead_modes.assign(static_cast<size_t>(count * layers), 0);
   run.ahead_attention.assign(static_cast<size_t>(count), 0);
@@ -75,10 +76,10 @@ std::vector<SlotDecoder::Row> Engine::Impl::next_rows(std::vector<Run*>& runs) {
     const int64_t position = run->length + (flies ? 1 : 0);
     const size_t at = modes_ahead(*run, position) * static_cast<size_t>(model.config().num_layers);
     rows.push_back({.slot = run->slot,
-                    .id = flies ? SlotDecoder::kLikeliest : run->next,
+                    .id = flies ? SlotDecoder::kGiven : run->next,
                     .modes = run->ahead_modes.data() + at,
                     .below = run->request.vocab_size,
-                    .logits = wants_logits(*run)});
+                    .sampling = &run->request.sampling});
   }
   return rows;
 }
@@ -102,29 +103,16 @@ void Engine::Impl::take_results(const SlotDecoder::Pending& pending, const std::
     ++stats.decode_passes;
     stats.decode_rows += static_cast<int64_t>(runs.size());
   }
-  // Drawing is work for the host: a pass over the vocabulary a text.
-  std::vector<std::string> errors(runs.size());
-  at::parallel_for(0, static_cast<int64_t>(runs.size()), 1, [&](int64_t begin, int64_t end) {
-    for (auto j = static_cast<size_t>(begin); j < static_cast<size_t>(end); ++j) {
-      const Run& run = *runs[j];
-      if (run.over || !results.logits[j].defined()) continue;
-      const Request& r = run.request;
-      try {
-        const at::Tensor all = r.vocab_size > 0 ? results.logits[j].narrow(0, 0, r.vocab_size) : results.logits[j];
-        results.likeliest[j] = static_cast<int32_t>(sample_token(all, r.sampling, static_cast<uint64_t>(run.length + 1)));
-      } catch (const std::exception& e) {
-        errors[j] = e.what();
-      }
-    }
-  });
   for (size_t j = 0; j < runs.size(); ++j) {
     Run& run = *runs[j];
     if (run.over) continue;
     run.attention_tokens += run.ahead_attention[modes_ahead(run, run.length)];
     ++run.length;
-    if (errors[j].empty() && results.likeliest[j] < 0)
-      errors[j] = "a logit is NaN or infinite; the model's weights or state are damaged";
-    errors[j].empty() ? take_next(run, results.likeliest[j]) : end(run, Outcome::kFailed, errors[j]);
+    if (results.tokens[j] < 0) {
+      end(run, Outcome::kFailed, "a logit is NaN or infinite; the model's weights or state are damaged");
+    } else {
+      take_next(run, results.tokens[j]);
+    }
   }
 }
 
@@ -136,8 +124,6 @@ void Engine::Impl::land() {
 
 void Engine::Impl::write_slots() {
   seat_texts();
-  // What the host draws must be known before it can run.
-  if (std::any_of(slots->flying.begin(), slots->flying.end(), [](const Run* run) { return !run->over && wants_logits(*run); })) land();
   std::vector<Run*> runs;
   SlotDecoder::Pending pending;
   try {

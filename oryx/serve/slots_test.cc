@@ -56,15 +56,15 @@ class PlainSlots : public SlotDecoder {
   PlainSlots(const LanguageModel& model, int64_t& steps) : model_(model), steps_(steps) {}
   void attach(State& slots) override {
     state_ = &slots;
-    likeliest_.assign(static_cast<size_t>(slots.sequences()), -1);
+    given_.assign(static_cast<size_t>(slots.sequences()), -1);
   }
   Pending step(std::span<const Row> rows) override {
     ++steps_;
     if (fails_at_ == steps_) throw Error("the device is gone");
     auto results = std::make_shared<Results>();
     for (const Row& row : rows) {
-      int32_t& last = likeliest_.at(static_cast<size_t>(row.slot));
-      const int32_t id = row.id == kLikeliest ? last : row.id;
+      int32_t& last = given_.at(static_cast<size_t>(row.slot));
+      const int32_t id = row.id == kGiven ? last : row.id;
       EXPECT_GE(id, 0);
       ModelInput input;
       input.input_ids = at::full({1, 1}, id, at::kLong);
@@ -76,8 +76,9 @@ class PlainSlots : public SlotDecoder {
       input.state = &one;
       const at::Tensor logits = model_.logits(model_.hidden(input).view({1, -1}))[0];
       state_->seat(row.slot, std::move(one));
-      last = static_cast<int32_t>((row.below > 0 ? logits.narrow(0, 0, row.below) : logits).argmax().item<int64_t>());
-      results->likeliest.push_back(row.slot == damaged_ ? -1 : last);
+      last = static_cast<int32_t>(sample_token(row.below > 0 ? logits.narrow(0, 0, row.below) : logits, row.sampling != nullptr ? *row.sampling : SamplingOptions(),
+                                               static_cast<uint64_t>(state_->lengths()[static_cast<size_t>(row.slot)])));
+      results->tokens.push_back(row.slot == damaged_ ? -1 : last);
       results->logits.push_back(row.logits ? logits.clone() : at::Tensor());
     }
     return [results] { return std::move(*results); };
@@ -89,7 +90,7 @@ class PlainSlots : public SlotDecoder {
   const LanguageModel& model_;
   int64_t& steps_;
   State* state_ = nullptr;
-  std::vector<int32_t> likeliest_;
+  std::vector<int32_t> given_;
 };
 
 Engine::Decoders plain_slots(int64_t& steps, int64_t fails_at = -1, int64_t damaged = -1) {
@@ -102,7 +103,7 @@ Engine::Decoders plain_slots(int64_t& steps, int64_t fails_at = -1, int64_t dama
 
 const std::vector<std::string> kSlotSchedules = {"linear", "attention", "linear,attention@-5:", "attention@prompt,linear@gen", "random(attention=0.5;chunk=4)"};
 
-// Requests of all kinds that come and go at random rounds, greedy ones launched a step ahead and drawn ones not: each is what generate() makes of it alone.
+// Requests of all kinds that come and go at random rounds, launched a step ahead: each is what generate() makes of it alone.
 TEST(ServeSlots, AnyInterleavingIsEachAlone) {
   for (const auto& c : test::cases()) {
     if (c.name != "oryx_gdn" && c.name != "oryx_mamba2" && c.name != "transformer" && c.name != "inter_layer") continue;
