@@ -231,6 +231,7 @@ def check(lib, backward):
         one(f"D{D} overlapping and empty spans", 1, 500, 2, 2, D, spans=[(0, 100, 300), (0, 50, 150), (0, 20, 20)])
         one(f"D{D} no spans at all", 1, 300, 2, 2, D, spans=[(0, 20, 20)])
         one(f"D{D} grouped heads", 2, 400, 8, 2, D, spans=[(0, 100, 300), (1, 0, 400)])
+        one(f"D{D} grouped heads, long and short", 1, 9000, 4, 2, D, cu=[0, 100, 4300, 4300, 4301, 9000], spans=[(0, 50, 200), (0, 250, 8990)])
         one(f"D{D} window", 2, 700, 2, 1, D, window=100)
         one(f"D{D} window 1, spans", 1, 300, 2, 2, D, window=1, spans=[(0, 10, 290)])
         one(f"D{D} window 300, spans", 1, 1500, 2, 2, D, window=300, spans=[(0, i, i + 60) for i in range(0, 1400, 200)])

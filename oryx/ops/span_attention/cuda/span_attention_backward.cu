@@ -3,14 +3,15 @@
 //   dv = P^T d_o        dS = P (d_o v^T - delta)        dk = scale dS^T q        dq = scale dS k
 //
 // prepare_kernel gathers the planned slots of 64 into records (q and d_o as swizzled tiles, logarithms, delta, positions). backward_kernel is
-// persistent: an item is a block of 128 keys of one key head and walks the tiles of slots that see it, of every query head of its group. Its two
-// warpgroups have 64 keys each; scores are computed transposed (keys by slots), so that P^T and dS^T are the left operands of dv and dk straight
+// persistent: an item is a block of 128 keys of one key head and walks the tiles of slots that see it, of every query head of its group; where those are many, an item has one of
+// the query heads. Its two warpgroups have 64 keys each; scores are computed transposed (keys by slots), so that P^T and dS^T are the left operands of dv and dk straight
 // from registers, and dS goes through shared memory for dq, of which each warpgroup computes half the columns.
 //
 // dq is summed over key blocks in float32 in global memory: one of two warps adds a staged tile by a bulk reduction once the block after it in
 // the sequence has added its own (a counter a tile and head), so the order, and with it every bit, is fixed. Blocks are taken from the last of
 // a sequence: a block begins with the tiles at its diagonal, which the later ones passed before, and nobody waits for an item that no block has yet.
 // The first block of a tile stores instead of adding. Few heads run at a time, so that queries, gradients and sums stay in the L2 cache.
+// Where a group's query heads are items of their own, dk and dv are summed over them in the same manner, each in its turn.
 // finish_kernel rounds dq and scatters it to its rows; the copying warpgroup's idle warp zeroes the rows outside spans.
 #include "oryx/ops/span_attention/cuda/span_attention_backward.cuh"
 #include "oryx/ops/span_attention/cuda/span_attention_encode.cuh"
@@ -29,30 +30,36 @@ template <int D>
 __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CUtensorMap* v_map, uint32_t base) {
   using L = Layout<D>;
   const uint32_t bars = base + L::kBarriers;
-  const int items = a.plan.counts->blocks * a.Hk, tiles = a.slots / kSmall;
+  const int items = a.plan.counts->blocks * a.Hq, tiles = a.slots / kSmall;
   int at = 0;
   for (int round = 0;; ++round) {
     const int item = atomicAdd(&a.plan.counts->next_block, 1), ring = round % 2;
-    int words[8] = {-1, 0, 0, 0, 0, 0, 0, 0};  // block, backward tiles before the sequence, [begin, end) of its, keys, batch row, first key, key head
+    int words[kWorkWords] = {-1};  // block, backward tiles before the sequence, [begin, end) of its, keys, batch row, first key, first query head, heads, blocks before the sequence
     if (item < items) {
-      // Sequence by sequence, in it chunk by chunk of its heads, in it blocks from the last, in it heads.
-      const Sequence s = a.plan.sequences[a.plan.blocks[item / a.Hk].sequence];
-      const int rest = item - s.block * a.Hk, blocks = (s.keys + kKeys - 1) / kKeys, chunk = rest / (blocks * s.heads), place = rest % (blocks * s.heads);
+      // Sequence by sequence, in it chunk by chunk of its heads, in it blocks from the last, in it heads. Where a group is one item a sequence has numbers to spare, behind its items.
+      const Sequence s = a.plan.sequences[a.plan.blocks[item / a.Hq].sequence];
+      const int blocks = (s.keys + kKeys - 1) / kKeys, share = s.split ? 1 : a.group, rest = item - s.block * a.Hq;
+      if (rest >= blocks * (a.Hq / share)) {
+        atomicMax(&a.plan.counts->next_block, (s.block + blocks) * a.Hq);
+        --round;
+        continue;
+      }
+      const int chunk = rest / (blocks * s.heads), place = rest % (blocks * s.heads);
       const KeyBlock x = a.plan.blocks[s.block + blocks - 1 - place / s.heads];
       words[0] = x.block, words[1] = s.small, words[2] = x.begin, words[3] = x.end;
-      words[4] = s.keys, words[5] = s.row, words[6] = s.k_begin, words[7] = chunk * s.heads + place % s.heads;
+      words[4] = s.keys, words[5] = s.row, words[6] = s.k_begin, words[7] = (chunk * s.heads + place % s.heads) * share, words[8] = share, words[9] = s.block;
     }
     if (round >= 2) barrier_wait(bars + 8 * (kWorkEmpty + ring), (round / 2 - 1) & 1);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) store_shared4(base + L::kWork + 32 * ring + 4 * i, words[i]);
+    for (int i = 0; i < kWorkWords; ++i) store_shared4(base + L::kWork + kWorkStride * ring + 4 * i, words[i]);
     barrier_arrive(bars + 8 * (kWorkFull + ring));
     if (item >= items) break;
-    const int tiles_here = words[3] - words[2], steps = tiles_here * a.group;
+    const int tiles_here = words[3] - words[2], steps = tiles_here * words[8], key_head = words[7] / a.group;
     for (int i = 0; i < max(steps, 1); ++i, ++at) {
       const int stage = at % kStages;
       if (i < steps) {
         const uint32_t parity = (at / kStages - 1) & 1;
-        const int head = words[7] * a.group + i / tiles_here, m = words[1] + words[2] + i % tiles_here;
+        const int head = words[7] + i / tiles_here, m = words[1] + words[2] + i % tiles_here;
         const char* record = a.records + (static_cast<int64_t>(head) * tiles + m) * L::kRecord;
         const uint32_t q_full = bars + 8 * (kQFull + stage), do_full = bars + 8 * (kDoFull + stage);
         if (at >= kStages) barrier_wait(bars + 8 * (kQEmpty + stage), parity);
@@ -67,8 +74,8 @@ __device__ void copy_loop(const Arguments& a, const CUtensorMap* k_map, const CU
         if (round > 0) barrier_wait(bars + 8 * kKvEmpty, (round - 1) & 1);
         barrier_expect(bars + 8 * kKvFull, 2 * L::kMatrix);
         for (int j = 0; j < L::kPanels; ++j) {
-          tensor_load(base + L::kK + j * L::kPanel, k_map, bars + 8 * kKvFull, 64 * j, words[7], words[6] + words[0] * kKeys, words[5]);
-          tensor_load(base + L::kV + j * L::kPanel, v_map, bars + 8 * kKvFull, 64 * j, words[7], words[6] + words[0] * kKeys, words[5]);
+          tensor_load(base + L::kK + j * L::kPanel, k_map, bars + 8 * kKvFull, 64 * j, key_head, words[6] + words[0] * kKeys, words[5]);
+          tensor_load(base + L::kV + j * L::kPanel, v_map, bars + 8 * kKvFull, 64 * j, key_head, words[6] + words[0] * kKeys, words[5]);
         }
       }
       if (steps == 0) break;
@@ -92,16 +99,16 @@ __device__ void add_loop(const Arguments& a, uint32_t base, int buffer) {
   int at = 0;
   for (int round = 0;; ++round) {
     const int ring = round % 2;
-    const uint32_t work = base + L::kWork + 32 * ring;
+    const uint32_t work = base + L::kWork + kWorkStride * ring;
     barrier_wait(bars + 8 * (kWorkFull + ring), (round / 2) & 1);
     const int block = load_shared_int(work), small = load_shared_int(work + 4), begin = load_shared_int(work + 8), end = load_shared_int(work + 12);
-    const int key_head = load_shared_int(work + 28);
+    const int first_head = load_shared_int(work + 28), heads = load_shared_int(work + 32);
     barrier_arrive(bars + 8 * (kWorkEmpty + ring));
     if (block < 0) break;
-    for (int g = 0; g < a.group; ++g) {
+    for (int head = first_head; head < first_head + heads; ++head) {
       for (int j = begin; j < end; ++j, ++at) {
         if (at % 2 != buffer) continue;
-        const int64_t tile = static_cast<int64_t>(key_head * a.group + g) * tiles + small + j;
+        const int64_t tile = static_cast<int64_t>(head) * tiles + small + j;
         // The last key block that sees the tile adds first.
         const int first = *reinterpret_cast<const int*>(a.records + tile * L::kRecord + 2 * L::kSmallMatrix + 4 * 193) / kKeys;
         int* turn = a.turns + tile;
@@ -120,6 +127,36 @@ __device__ void add_loop(const Arguments& a, uint32_t base, int buffer) {
       }
     }
   }
+}
+
+// Adds an item's dv and dk of a warpgroup's 64 keys to those of the query heads before it in the group, which share the key head; true: of all of them now, in the registers.
+template <int D>
+__device__ __forceinline__ bool add_group(const Arguments& a, float (&dv)[D / 2], float (&dk)[D / 2], int64_t place, int part, int barrier, int thread) {
+  int* turn = a.group_turns + place;
+  float4* sums = reinterpret_cast<float4*>(a.group_sum) + place * (D / 4 * 128) + thread;
+  const auto wait_turn = [&] {
+    if (thread == 0) {
+      while (load_acquire(turn) != part) __nanosleep(20);
+    }
+    named_barrier(barrier, 128);
+  };
+  const auto add = [](float4 x, float* to) { to[0] += x.x, to[1] += x.y, to[2] += x.z, to[3] += x.w; };
+  if (part > 0) {
+    wait_turn();
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) add(__ldcg(sums + i * 128), dv + 4 * i);
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) add(__ldcg(sums + (D / 8 + i) * 128), dk + 4 * i);
+  }
+  if (part + 1 == a.group) return true;
+#pragma unroll
+  for (int i = 0; i < D / 8; ++i) __stcg(sums + i * 128, make_float4(dv[4 * i], dv[4 * i + 1], dv[4 * i + 2], dv[4 * i + 3]));
+#pragma unroll
+  for (int i = 0; i < D / 8; ++i) __stcg(sums + (D / 8 + i) * 128, make_float4(dk[4 * i], dk[4 * i + 1], dk[4 * i + 2], dk[4 * i + 3]));
+  __threadfence();
+  named_barrier(barrier, 128);
+  if (thread == 0) store_release(turn, part + 1);
+  return false;
 }
 
 __device__ void zero_rows(const Arguments& a, int bytes, int warp, int warps, int lane) {
@@ -192,10 +229,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   int at = 0;
   for (int round = 0;; ++round) {
     const int ring = round % 2;
-    const uint32_t work = base + L::kWork + 32 * ring;
+    const uint32_t work = base + L::kWork + kWorkStride * ring;
     barrier_wait(bars + 8 * (kWorkFull + ring), (round / 2) & 1);
     const auto field = [&](int i) { return __shfl_sync(~0u, load_shared_int(work + 4 * i), 0); };
-    const int block = field(0), steps = (field(3) - field(2)) * a.group, keys = field(4), batch = field(5), k_begin = field(6), key_head = field(7);
+    const int block = field(0), heads = field(8), steps = (field(3) - field(2)) * heads, keys = field(4), batch = field(5), k_begin = field(6), head = field(7), before = field(9);
     __syncwarp();
     barrier_arrive_warp(bars + 8 * (kWorkEmpty + ring), lane);
     if (block < 0) break;
@@ -334,6 +371,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (in_use < kKeys) fence_async_proxy();  // rows were cleared
     __syncwarp();
     barrier_arrive_warp(bars + 8 * kKvEmpty, lane);  // the next keys are on their way while these leave by way of dq's two buffers
+    const int key_head = head / a.group;
+    if (heads < a.group && !add_group<D>(a, dv, dk, (static_cast<int64_t>(before + block) * a.Hk + key_head) * 2 + group, head % a.group, 2 + group, thread)) continue;
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (at + i >= 2) barrier_wait(bars + 8 * (kDqEmpty + (at + i) % 2), ((at + i) / 2 - 1) & 1);
@@ -349,14 +388,18 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 struct Scratch {
-  size_t records, sums, turns, bytes;
+  size_t records, sums, turns, group_sums, group_turns, bytes;
 };
 Scratch scratch_of(const OryxSpanAttention& p) {
   const size_t tiles = static_cast<size_t>(slots(p)) / kSmall * p.Hq;
   Scratch r{};
   r.sums = tiles * (p.D == 64 ? Layout<64>::kRecord : Layout<128>::kRecord);
   r.turns = r.sums + tiles * kSmall * p.D * sizeof(float);
-  r.bytes = r.turns + tiles * sizeof(int);
+  // dk and dv of query heads that share a key head, where they may be items of their own: float32, a warpgroup's 64 keys together.
+  const size_t halves = splits_groups(p, p.Tq) ? 2 * static_cast<size_t>(max_blocks(p)) * p.Hk : 0;
+  r.group_sums = (r.turns + tiles * sizeof(int) + 15) / 16 * 16;
+  r.group_turns = r.group_sums + halves * 2 * kKeys / 2 * p.D * sizeof(float);
+  r.bytes = r.group_turns + halves * sizeof(int);
   return r;
 }
 
@@ -370,6 +413,7 @@ int launch(const OryxSpanAttention& p, void* memory, void* scratch, cudaStream_t
   const Scratch s = scratch_of(p);
   a.records = static_cast<char*>(scratch);
   a.dq_sum = reinterpret_cast<float*>(a.records + s.sums), a.turns = reinterpret_cast<int*>(a.records + s.turns);
+  a.group_sum = reinterpret_cast<float*>(a.records + s.group_sums), a.group_turns = reinterpret_cast<int*>(a.records + s.group_turns);
   a.q_row = p.q_stride[0], a.q_token = p.q_stride[1], a.q_head = p.q_stride[2];
   a.slots = slots(p);
   a.Tq = p.Tq, a.Tk = p.Tk, a.Hq = p.Hq, a.Hk = p.Hk, a.group = p.Hq / p.Hk, a.queries = p.B * p.Tq, a.window = p.window, a.scale = p.scale;

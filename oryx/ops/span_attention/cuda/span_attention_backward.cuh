@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kStages = 2;
 constexpr int kStatsBytes = 784, kStatsStride = 896;  // lse[64], delta[64], position[64], first and last position
+constexpr int kWorkWords = 10, kWorkStride = 48;       // of an item
 
 struct Arguments {
   Plan plan;
@@ -17,7 +18,9 @@ struct Arguments {
   __nv_bfloat16 *dq, *dk, *dv;
   char* records;
   float* dq_sum;
-  int* turns;  // [Hq][tiles]
+  int* turns;        // [Hq][tiles]
+  float* group_sum;  // dv and dk of a half of a key block, as its warpgroup's threads have them: [blocks][Hk][2 halves]
+  int* group_turns;  // [blocks][Hk][2]
   int64_t q_row, q_token, q_head;
   int64_t slots;
   int Tq, Tk, Hq, Hk, group, queries, window;
@@ -33,7 +36,7 @@ struct Layout {
   static constexpr int kHalf = 64 * D * 2;  // of dq in float32, a warpgroup's columns
   static constexpr int kK = 0, kV = kMatrix, kQ = 2 * kMatrix, kDo = kQ + kStages * kSmallMatrix, kDs = kDo + kStages * kSmallMatrix;
   static constexpr int kDq = kDs + 2 * 2 * kSmallPanel, kStats = kDq + 2 * 2 * kHalf, kWork = kStats + kStages * kStatsStride;
-  static constexpr int kBarriers = kWork + 2 * 32, kBytes = kWork + 256 + 1024;
+  static constexpr int kBarriers = kWork + 2 * kWorkStride, kBytes = kWork + 256 + 1024;
   static constexpr int kRecord = 2 * kSmallMatrix + 1024;
 };
 
@@ -68,6 +71,9 @@ __device__ void plan_blocks(const Arguments& a) {
       x.end = lo;
     }
     a.plan.blocks[b] = x;
+    if (r.split) {
+      for (int i = 0; i < 2 * a.Hk; ++i) a.group_turns[2 * a.Hk * b + i] = 0;
+    }
   }
 }
 

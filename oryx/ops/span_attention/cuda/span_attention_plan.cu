@@ -196,10 +196,12 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const OryxSpanAttention 
       r = sequence_of(p, s);
       r.count = all ? r.queries : computed_before(plan.before, plan.mask, r.q_begin + r.queries) - computed_before(plan.before, plan.mask, r.q_begin);
       if (r.shift < 0) r.count = 0;  // more queries than keys: not in the contract
-      // As many key heads as find room in a part of the L2 cache with their queries, their gradients and the sums of dq.
-      const float room = static_cast<float>(kCache) / (static_cast<float>(max(r.count, 1)) * static_cast<float>(p.D * 8 * (p.Hq / p.Hk)));
-      r.heads = max(1, static_cast<int>(fminf(room, static_cast<float>(p.Hk))));
-      while (p.Hk % r.heads != 0) --r.heads;
+      r.split = splits_groups(p, r.count);
+      // As many heads (of queries with split, else of keys) as find room in a part of the L2 cache with their queries, their gradients and the sums of dq.
+      const int heads = r.split ? p.Hq : p.Hk;
+      const float room = static_cast<float>(kCache) / (static_cast<float>(max(r.count, 1)) * static_cast<float>(p.D * 8 * (p.Hq / heads)));
+      r.heads = max(1, static_cast<int>(fminf(room, static_cast<float>(heads))));
+      while (heads % r.heads != 0) --r.heads;
     }
     const Scan scan = block_scan(make_int3((r.count + kSmall - 1) / kSmall * kSmall, (r.count + kTile - 1) / kTile, (r.keys + kKeys - 1) / kKeys));
     r.slot = slot + scan.before.x, r.small = r.slot / kSmall, r.tile = tiles + scan.before.y, r.block = blocks + scan.before.z;

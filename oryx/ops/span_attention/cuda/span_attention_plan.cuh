@@ -12,12 +12,14 @@ constexpr int kTile = 128;   // slots of a forward tile
 constexpr int kKeys = 128;   // keys of a block
 constexpr int kSmall = 64;   // slots of a backward tile
 constexpr int kMinPiece = 4; // key blocks of the smallest piece of a split tile
+constexpr int kMostWhole = 4096;  // queries (splits_groups)
 
 // A sequence. Query g of its row stands at key g - q_begin + shift.
 struct alignas(16) Sequence {
   int row, q_begin, queries, shift;     // q_begin: row of q in all rows, b * Tq + t
   int k_begin, keys, slot, count;       // k_begin: token of batch row `row`; slot, count: its computed queries
-  int tile, small, block, heads;        // before it: forward tiles, backward tiles, key blocks; heads: key heads that run together, backward
+  int tile, small, block, heads;        // before it: forward tiles, backward tiles, key blocks; heads: heads of the backward pass's items that run together
+  int split, pad[3];                    // split: the query heads of a group are items of their own, backward
 };
 
 struct alignas(16) Tile {
@@ -69,6 +71,11 @@ struct Plan {
 inline int64_t slots(const OryxSpanAttention& p) {
   const int64_t q = static_cast<int64_t>(p.B) * p.Tq;
   return (q + kSmall - 1) / kSmall * kSmall + static_cast<int64_t>(p.N) * kSmall;
+}
+// Whether a key block's work for all query heads that share a key head is so long that the last blocks would keep the others waiting, for a sequence of `count` queries. Each item
+// costs the sums of dk and dv, as much as a few tiles.
+__host__ __device__ inline bool splits_groups(const OryxSpanAttention& p, int count) {
+  return p.Hq > p.Hk && count > kMostWhole && (p.window == 0 || p.window > kMostWhole);
 }
 inline int64_t max_tiles(const OryxSpanAttention& p) { return static_cast<int64_t>(p.B) * p.Tq / kTile + p.N; }
 inline int64_t max_blocks(const OryxSpanAttention& p) { return (static_cast<int64_t>(p.B) * p.Tk) / kKeys + p.N; }
