@@ -76,7 +76,7 @@ struct Admitted {
 __device__ Sum admitted_from(const Row& r, const Admitted& a, int key, Shared& s) {
   if (key > a.key) return at_least(r, key, s);
   Sum x = at_least(r, a.key + 1, s);
-  x.weight += a.ties * r.weight(a.key), x.count += a.ties;
+  if (a.ties > 0) x.weight += a.ties * r.weight(a.key), x.count += a.ties;  // else the key may be that of no number
   return x;
 }
 
