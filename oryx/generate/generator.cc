@@ -25,7 +25,7 @@ void check(const ModelConfig& config, const ModelSchedule& schedule, std::span<c
   if (prompt.empty() && o.from == nullptr) fail("the prompt is empty; there is nothing to go on from");
   if (prompt.empty() && !o.from_end.logits.defined()) fail("the prompt is empty, and the session does not hold what follows its text; give a prompt to go on with");
   if (o.max_new_tokens < 1) fail("max_new_tokens is {}, expected an integer of at least 1", o.max_new_tokens);
-  if (o.prefill_piece < 1) fail("prefill_piece is {}, expected an integer of at least 1", o.prefill_piece);
+  if (o.prefill_piece < 0) fail("prefill_piece is {}, expected an integer of at least 1, or 0: by device", o.prefill_piece);
   if (o.vocab_size < 0 || o.vocab_size > config.vocab_size) fail("vocab_size is {}, expected 0 to {}", o.vocab_size, config.vocab_size);
   // Positions are int32.
   const int64_t room = std::numeric_limits<int32_t>::max() - held_tokens(o) - static_cast<int64_t>(prompt.size());

@@ -17,7 +17,7 @@ namespace oryx {
 
 struct GenerateOptions {
   int64_t max_new_tokens = 256;  // at least 1
-  int64_t prefill_piece = 1024;  // tokens of one pass over the prompt at most
+  int64_t prefill_piece = 0;  // tokens of one pass over the prompt at most; 0: as SessionOptions::piece says
   int32_t eos_id = -1;           // ends the text and is not part of it; -1: nothing does
   int64_t vocab_size = 0;        // only tokens below are drawn: a model's vocabulary may be padded beyond its tokeniser's; 0: all
   SamplingOptions sampling = {};

@@ -365,7 +365,7 @@ TEST(Generator, RefusesBadInput) {
   EXPECT_THAT(with({}, {}), HasSubstr("prompt is empty"));
   EXPECT_THAT(with({1}, {.max_new_tokens = 0}), HasSubstr("max_new_tokens is 0"));
   EXPECT_THAT(with({1}, {.max_new_tokens = int64_t{1} << 31}), HasSubstr("max_new_tokens"));
-  EXPECT_THAT(with({1}, {.prefill_piece = 0}), HasSubstr("prefill_piece is 0"));
+  EXPECT_THAT(with({1}, {.prefill_piece = -1}), HasSubstr("prefill_piece is -1"));
   EXPECT_THAT(with({1}, {.vocab_size = 72}), HasSubstr("vocab_size is 72"));
   EXPECT_THAT(with({1}, {.sampling = {.temperature = -1}}), HasSubstr("temperature is -1"));
   EXPECT_THAT(with({71}, {}), HasSubstr("token id 71"));

@@ -42,9 +42,14 @@ const TextRouters& checked_routers(const ModelSchedule& schedule, const TextRout
   return routers;
 }
 
-SessionOptions resumed(SessionOptions options, const State& state) {
-  options.state = state.options();
+SessionOptions settled(SessionOptions options, const LanguageModel& model) {
+  if (options.piece == 0) options.piece = model.device().is_cpu() ? 1024 : 8192;
   return options;
+}
+
+SessionOptions resumed(SessionOptions options, const LanguageModel& model, const State& state) {
+  options.state = state.options();
+  return settled(std::move(options), model);
 }
 
 }  // namespace
@@ -80,14 +85,14 @@ MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece,
 }
 
 Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options)
-    : model_(model), schedule_(schedule), options_(options), plan_(checked_plan(model, options)), state_(model.make_state(1, options.state)), routed_(model, schedule, options.facts) {
+    : model_(model), schedule_(schedule), options_(settled(options, model)), plan_(checked_plan(model, options_)), state_(model.make_state(1, options.state)), routed_(model, schedule, options.facts) {
   check_heads(model, schedule);
   state_.reserve(options_.tokens);
   routed_.begin_prompt(options_.prompt_length);
 }
 
 Session::Session(const LanguageModel& model, const ModelSchedule& schedule, const SessionOptions& options, State state, const TextRouters& routers)
-    : model_(model), schedule_(schedule), options_(resumed(options, state)), plan_(checked_plan(model, options_)), state_(std::move(state)),
+    : model_(model), schedule_(schedule), options_(resumed(options, model, state)), plan_(checked_plan(model, options_)), state_(std::move(state)),
       routed_(model, schedule, checked_routers(schedule, routers), options.facts) {
   TORCH_CHECK(state_.sequences() == 1, "session: a state of ", state_.sequences(), " sequences");
   check_heads(model, schedule);

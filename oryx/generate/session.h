@@ -26,7 +26,7 @@ MemoryPlan plan_memory(const ModelConfig& config, int64_t tokens, int64_t piece,
 struct SessionOptions {
   int64_t prompt_length = 0;  // tokens: what the schedule's ranges refer to
   int64_t tokens = 0;         // that the session will hold at most; at least 1
-  int64_t piece = 1024;       // tokens of one pass at most: bounds the memory of a long prompt
+  int64_t piece = 0;          // tokens of one pass at most: bounds the memory of a long prompt; 0: 1,024, on a GPU 8,192, which shorter ones do not fill
   uint64_t seed = 0;          // of a random schedule
   StateOptions state = {};    // checkpoints, ring, rows, budget
   std::shared_ptr<const TokenFacts> facts = {};  // what the schedule needs (ModelSchedule::needs) of the prompt; a router's gains behind it are the session's own work

@@ -92,7 +92,7 @@ class Attention : public Mixer {
 
   at::Tensor one_token(const MixerInput& in) const {
     const auto& cache = *in.cache;
-    return ops::decode_attention(in.q.squeeze(1), cache.keys, cache.values, cache.lengths.to(in.q.device()), {},
+    return ops::decode_attention(in.q.squeeze(1), cache.keys, cache.values, cache.lengths_there, {},
                                  wanted_rows(in), decode_rope(), window(), scale())
         .unsqueeze(1);
   }
@@ -119,17 +119,12 @@ class Attention : public Mixer {
 
   at::Tensor over_cache(const at::Tensor& q, const MixerInput& in) const {
     const auto& cache = *in.cache;
-    const int64_t N = cache.keys.size(0);
-    const int64_t longest = cache.lengths.max().item<int64_t>();
-    const at::Tensor keys = cache.keys.narrow(1, 0, longest);      // [N, longest, Hk, K]
-    const at::Tensor values = cache.values.narrow(1, 0, longest);  // [N, longest, Hk, V]
-    if (cache.window > 0) return over_window(q, rotate(keys, k_norm_, cache.positions.narrow(1, 0, longest)), values, in);
-    // Made where they are read: a copy from the host would wait for all that the device still has to do.
-    const at::Tensor k = rotate(keys, k_norm_, at::arange(longest, at::device(q.device()).dtype(at::kInt)).expand({N, longest}));
+    const at::Tensor k = rotate(cache.keys, k_norm_, cache.positions);  // [N, longest, Hk, K]
+    if (cache.window > 0) return over_window(q, k, cache.values, in);
     if (!in.sequences.cu_seqlens) {
-      return ops::span_attention(q, k, values, in.spans, {}, {}, cache.lengths, window(), scale());
+      return ops::span_attention(q, k, cache.values, in.spans, {}, {}, cache.lengths_there, window(), scale());
     }
-    const auto [ks, vs, cu_k] = side_by_side(k, values, cache.lengths);
+    const auto [ks, vs, cu_k] = side_by_side(k, cache.values, cache.lengths);
     return ops::span_attention(q, ks, vs, in.spans, in.sequences.cu_seqlens, cu_k, {}, window(), scale());
   }
 

@@ -58,7 +58,7 @@ class GatedDeltaNet : public Mixer {
       return ops::gated_delta_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), g.squeeze(1), beta.squeeze(1), S).unsqueeze(1);
     }
     const auto r = ops::gated_delta_rule(in.q, in.k, in.v, g, beta, S, in.sequences.cu_seqlens, in.spans);
-    S.copy_(r.final_state);
+    in.store(S, r.final_state);
     return r.o;
   }
 
@@ -83,7 +83,7 @@ class GatedDeltaNet : public Mixer {
   // Log decay and write strength of each token and head, [B, T, Hs] float32.
   std::pair<at::Tensor, at::Tensor> scalars(const Projections& u) const {
     // Both projections are narrow (one column a head): one product, in float32, as the decay must be.
-    const at::Tensor ba = u.wide(at::cat({b_proj_, a_proj_}));  // [B, T, 2 Hs]
+    const at::Tensor ba = u.wide({b_proj_, a_proj_});  // [B, T, 2 Hs]
     return ops::gated_delta_gates(ba, A_log_, dt_bias_, config_.allow_neg_eigval ? 2 : 1);
   }
 

@@ -64,7 +64,7 @@ class KimiDeltaAttention : public Mixer {
       return ops::kda_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), decay(f).squeeze(1), beta.squeeze(1), S).unsqueeze(1);
     }
     const auto r = ops::kda(in.q, in.k, in.v, decay(f), beta, S, in.sequences.cu_seqlens, in.spans);
-    S.copy_(r.final_state);
+    in.store(S, r.final_state);
     return r.o;
   }
 
@@ -91,7 +91,7 @@ class KimiDeltaAttention : public Mixer {
   std::pair<at::Tensor, at::Tensor> narrow(const Projections& u) const {
     // One product for both narrow projections, in float32, as the decay must be.
     const int64_t heads = config_.state_heads();
-    const at::Tensor bf = u.wide(at::cat({b_proj_, f_proj_}));  // [B, T, Hs + V]
+    const at::Tensor bf = u.wide({b_proj_, f_proj_});  // [B, T, Hs + V]
     const at::Tensor beta = bf.narrow(-1, 0, heads).sigmoid();
     return {bf.narrow(-1, heads, config_.value_dim()), config_.allow_neg_eigval ? beta * 2 : beta};
   }

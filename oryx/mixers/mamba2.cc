@@ -42,7 +42,7 @@ class Mamba2 : public Mixer {
   }
 
   at::Tensor forward(const MixerInput& in) const override {
-    at::Tensor dt_raw = in.project.wide(dt_proj_);  // [B, T, Hs], float32
+    at::Tensor dt_raw = in.project.wide({dt_proj_});  // [B, T, Hs], float32
     if (in.state == nullptr) {
       return ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, {}, in.sequences.cu_seqlens, in.spans).o;
     }
@@ -52,7 +52,7 @@ class Mamba2 : public Mixer {
       return ops::ssd_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), dt_raw.squeeze(1), dt_bias_, A_log_, D_, S).unsqueeze(1);
     }
     const auto r = ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, S, in.sequences.cu_seqlens, in.spans);
-    S.copy_(r.final_state);
+    in.store(S, r.final_state);
     return r.o;
   }
 
@@ -66,7 +66,7 @@ class Mamba2 : public Mixer {
   // after the token, read with its own key, is a S_{t-1} k + dt |k|^2 v. A token writes dt v k^T, whatever the state is.
   bool predicts_values() const override { return true; }
   std::optional<at::Tensor> surprise(const MixerInput& in, TokenMeasure measure) const override {
-    const at::Tensor dt_raw = in.project.wide(dt_proj_);  // [B, T, Hs]
+    const at::Tensor dt_raw = in.project.wide({dt_proj_});  // [B, T, Hs]
     const at::Tensor none = at::zeros_like(D_);
     const at::Tensor k = in.k.to(at::kFloat), v_in = in.v.to(at::kFloat);
     std::optional<at::Tensor> S;

@@ -27,12 +27,12 @@ struct Sequences {
 
 // Keys and values of all tokens so far, for mixers that look back: side by side, or, of one token a sequence on the CPU, in the pages where they stand.
 struct KeyValueCache {
-  at::Tensor keys, values;  // [N, capacity, Hk, K or V]; keys before RoPE
-  at::Tensor lengths;       // [N] int32 on the CPU: rows of them, those of this call's tokens last
+  at::Tensor keys, values;  // [N, longest, Hk, K or V]; keys before RoPE
+  at::Tensor lengths;       // [N] int32 on the CPU: rows of them, those of this call's tokens last; the longest has `longest`
   // A bounded state (RowWindow): query t sees token s when s < first or s > t - window. The rows above are then the last ones only.
-  int64_t window = 0;                    // 0: every row, and the two below are undefined
-  at::Tensor starts = {};                     // [N] int32 on the CPU: the position of row 0
-  // Where the keys are, int32, the same in all layers: of the rows [N, rows] and of the first rows [N, first]; and the lengths.
+  int64_t window = 0;                    // 0: every row, and what is said of first rows is undefined
+  at::Tensor starts = {};                     // [N] int32 on the CPU: the position of row 0; undefined: 0
+  // Where the keys are, int32, the same in all layers: positions of the rows [N, longest] and of the first rows [N, first]; and the lengths.
   at::Tensor positions = {}, first_positions = {}, lengths_there = {};
   at::Tensor first_keys = {}, first_values = {};  // [N, first, Hk, K or V]: zeros behind a sequence's own
   // Rows between, that are kept by choice (KeptRows): query t sees token kept_positions when kept_from <= t < kept_until. Undefined where none are.
@@ -58,6 +58,13 @@ struct MixerInput {
   // Keeps a row a token of one of the mixer's row_slots(), [B, T, shape...], and returns the rows to go on with: where the state has those
   // tokens' rows already (State::trim) it is these. Empty where no rows are kept.
   std::function<at::Tensor(const std::string& slot, const at::Tensor& rows)> keep = {};
+  ops::Copies* copies = nullptr;  // of the layer, run when its mixers are through
+
+  // The slot `to` of the state becomes `value`; whoever reads it does so behind the layer's mixers.
+  void store(const at::Tensor& to, const at::Tensor& value) const {
+    if (copies == nullptr) return void(to.copy_(value));
+    copies->add(to, value);
+  }
 };
 
 // Rows of one sequence that the state holds, for a mixer that replays them.

@@ -4,7 +4,10 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+
 #include "oryx/ops/few_rows/few_rows.h"
+#include "oryx/ops/halves/halves.h"
 
 namespace oryx {
 
@@ -24,7 +27,12 @@ at::Tensor unflat(const at::Tensor& y, const at::Tensor& x) {
 at::Tensor cast(const at::Tensor& weight, const at::Tensor& x) { return weight.scalar_type() == x.scalar_type() ? weight : weight.to(x.scalar_type()); }
 
 // Where few_rows_product() suits it stands in for the library's, so that a row's result does not depend on the rows beside it.
-at::Tensor row_product(const at::Tensor& x, const at::Tensor& weight) { return ops::few_rows_suit(x, weight) ? ops::few_rows_product(x, weight) : at::linear(x, weight); }
+at::Tensor row_product(const at::Tensor& x, const at::Tensor& weight) {
+  if (ops::few_rows_suit(x, weight)) return ops::few_rows_product(x, weight);
+  // What linear comes down to, past four calls on the way.
+  if (x.is_cuda() && !at::GradMode::is_enabled() && x.dim() > 1) return unflat(at::mm(flat(x), weight.t()), x);
+  return at::linear(x, weight);
+}
 
 // The sum of the shares of one activation's gradient, [rows, in].
 struct Sink : torch::CustomClassHolder {
@@ -69,16 +77,21 @@ struct FanOut : torch::autograd::Function<FanOut> {
 
 enum class Form { kPlain, kRows, kWide };
 
-// Both halves of a float32 matrix in bfloat16: hi + lo has 16 bits of mantissa.
-at::Tensor halves(const at::Tensor& weight) {
-  const at::Tensor hi = weight.to(at::kBFloat16);
-  return at::cat({hi, (weight - hi).to(at::kBFloat16)});
+// float32 weights over a bfloat16 activation on a GPU: two products in bfloat16 for one.
+bool by_halves(const at::Tensor& x, at::TensorList weights) {
+  return x.is_cuda() && x.scalar_type() == at::kBFloat16 && weights.size() <= 4 &&
+         std::all_of(weights.begin(), weights.end(), [](const at::Tensor& weight) { return weight.scalar_type() == at::kFloat; });
 }
 
-at::Tensor wide_product(const at::Tensor& x, const at::Tensor& weight) {
-  if (!x.is_cuda() || x.scalar_type() != at::kBFloat16 || weight.scalar_type() != at::kFloat) return at::linear(x.to(weight.scalar_type()), weight);
-  const int64_t n = weight.size(0);
-  const at::Tensor both = at::mm(flat(x), halves(weight).t(), at::kFloat);  // [rows, 2 n]
+// The weights' rows below each other.
+at::Tensor wide_product(const at::Tensor& x, at::TensorList weights) {
+  if (!by_halves(x, weights)) {
+    const at::Tensor weight = weights.size() == 1 ? weights[0] : at::cat(weights);
+    return at::linear(x.to(weight.scalar_type()), weight);
+  }
+  const at::Tensor halves = ops::bfloat16_halves(weights);
+  const int64_t n = halves.size(0) / 2;
+  const at::Tensor both = at::mm(flat(x), halves.t(), at::kFloat);  // [rows, 2 n]
   return unflat(both.narrow(1, 0, n) + both.narrow(1, n, n), x);
 }
 
@@ -90,7 +103,7 @@ struct Product : torch::autograd::Function<Product> {
     ctx->saved_data["form"] = form;
     ctx->save_for_backward({x, weight, index.value_or(at::Tensor())});
     ctx->set_materialize_grads(false);
-    if (form == static_cast<int64_t>(Form::kWide)) return wide_product(x, weight);
+    if (form == static_cast<int64_t>(Form::kWide)) return wide_product(x, {weight});
     if (form == static_cast<int64_t>(Form::kRows)) return at::linear(flat(x).index_select(0, *index), cast(weight, x));
     return at::linear(x, cast(weight, x));
   }
@@ -174,9 +187,11 @@ at::Tensor Projections::rows(const at::Tensor& weight, const at::Tensor& index) 
   return collects() ? Product::apply(x_, weight, std::optional<at::Tensor>(index), sink_, static_cast<int64_t>(Form::kRows)) : project(flat(x_).index_select(0, index), weight);
 }
 
-at::Tensor Projections::wide(const at::Tensor& weight) const {
+at::Tensor Projections::wide(at::TensorList weights) const {
+  if (!collects() && x_.is_cuda() && !at::GradMode::is_enabled()) return wide_product(x_, weights);
+  const at::Tensor weight = weights.size() == 1 ? weights[0] : at::cat(weights);
   if (collects()) return Product::apply(x_, weight, std::optional<at::Tensor>(), sink_, static_cast<int64_t>(Form::kWide));
-  return x_.is_cuda() && !at::GradMode::is_enabled() ? wide_product(x_, weight) : row_product(x_.to(weight.scalar_type()), weight);
+  return row_product(x_.to(weight.scalar_type()), weight);
 }
 
 }  // namespace oryx

@@ -28,8 +28,8 @@ class Projections {
   at::Tensor operator()(const at::Tensor& weight) const;
   // Of the rows `index` (int64, each at most once) of x flattened to [rows, in]: [n, out].
   at::Tensor rows(const at::Tensor& weight, const at::Tensor& index) const;
-  // In float32 from a float32 weight, also where x is bfloat16: [..., out]. For narrow products whose result must be exact: decays, steps.
-  at::Tensor wide(const at::Tensor& weight) const;
+  // In float32 from float32 weights, whose rows stand below each other, also where x is bfloat16: [..., out]. For narrow products whose result must be exact: decays, steps.
+  at::Tensor wide(at::TensorList weights) const;
 
  private:
   bool collects() const { return sink_.isCapsule(); }

@@ -17,7 +17,7 @@ at::Tensor rows_index(const at::Tensor& like) { return at::tensor(std::vector<in
 at::Tensor together(const Tensors& t) {
   const Projections p(t[0]);
   return p(t[1]).to(at::kFloat).square().sum() + p(t[2]).to(at::kFloat).sum() + p.rows(t[3], rows_index(t[0])).to(at::kFloat).square().sum() +
-         p.wide(t[4]).square().sum() + p.input().to(at::kFloat).pow(3).sum();
+         p.wide({t[4]}).square().sum() + p.input().to(at::kFloat).pow(3).sum();
 }
 
 at::Tensor apart(const Tensors& t) {

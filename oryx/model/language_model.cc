@@ -249,6 +249,9 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   // A state is updated in place, which a backward pass through it would not survive.
   TORCH_CHECK(input.state == nullptr || !at::GradMode::is_enabled() || !embed_.requires_grad(),
               "model: a forward pass with a state has no gradients; run it under NoGradGuard");
+  // Without gradients operators need not pass through autograd, which takes the host as long as a small one itself.
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+  if (!at::GradMode::is_enabled()) below.emplace();
   const PreparedInput ready = input.prepared ? *input.prepared : prepared(input);
   ForwardPass pass;
   pass.state = input.state;
@@ -275,8 +278,13 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   for (size_t i = 0; i < layers_.size(); ++i) {
     const MultiMixerLayer& layer = *layers_[i];
     const Routing& routing = routing_of(input, i);
-    auto run = [&layer, &routing, pass](const at::Tensor& a, const at::Tensor& b) mutable { return layer.forward(a, b, routing, pass); };
-    std::tie(x, delta) = input.checkpoint_layers && at::GradMode::is_enabled() ? checkpointed(run, x, delta) : run(x, delta);
+    if (input.checkpoint_layers && at::GradMode::is_enabled()) {
+      // A copy of the pass: the layer runs again when this call has long returned.
+      const auto run = [&layer, &routing, pass](const at::Tensor& a, const at::Tensor& b) mutable { return layer.forward(a, b, routing, pass); };
+      std::tie(x, delta) = checkpointed(run, x, delta);
+    } else {
+      std::tie(x, delta) = layer.forward(x, delta, routing, pass);
+    }
   }
   if (input.state != nullptr) input.state->advance(counts);
   return std::get<0>(ops::add_rms_norm(delta, x, norm_factor(config_.layer, final_norm_), config_.layer.norm_eps));

@@ -197,7 +197,7 @@ at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weig
   at::Tensor tail = pass.state->layer(index_).tensor(slot);  // [N, C, w - 1]
   if (x.size(1) == 1 && !pass.sequences.cu_seqlens) return ops::short_conv_step(x.squeeze(1), weight, bias, tail, act).unsqueeze(1);
   const auto r = ops::short_conv(x, weight, bias, tail, pass.sequences.cu_seqlens, act);
-  tail.copy_(r.final_state);
+  pass.copies.add(tail, r.final_state);
   return r.y;
 }
 
@@ -223,7 +223,7 @@ at::Tensor MultiMixerLayer::keep(const std::string& slot, const at::Tensor& rows
     const int64_t begin = pass.state->lengths()[0];
     return pass.state->rows(index_, slot, {begin}, {begin + rows.size(1)});
   }
-  pass.state->append(index_, slot, rows, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
+  pass.state->append(index_, slot, rows, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens, &pass.copies);
   return rows;
 }
 
@@ -269,7 +269,9 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
   for (size_t m = 0; m < mixers_.size(); ++m) {
     const size_t i = config_.share_kv ? 0 : m;
     const bool looks = kvs[i].cached && mixers_[m]->keeps_tokens() && (kept || combines_all() || routing.tokens(names_, m, u.device()).count > 0);
-    if (looks && !kvs[i].cache.made()) kvs[i].cache = past_and_present(groups_[i], kvs[i].k, kvs[i].v, pass);
+    if (!looks || kvs[i].cache.made()) continue;
+    pass.copies.run();  // this call's rows are among those that are looked at
+    kvs[i].cache = past_and_present(groups_[i], kvs[i].k, kvs[i].v, pass);
   }
   if (state != nullptr && state->has("mode")) keep("mode", routing.places(names_, u.device()), pass);
   std::vector<at::Tensor> outputs;  // [B, T, output heads, V] each
@@ -283,20 +285,23 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
     // A state must see every token; a mixer with none to answer for and no state to keep costs nothing.
     if (idle && !pass.surprise && (state == nullptr || !mixers_[m]->advances_everywhere())) continue;
     const Query& query = queries_[m];
+    const KeyValues& kv = kvs[config_.share_kv ? 0 : m];
     at::Tensor q;
-    if (auto it = projected.find(query.name); it != projected.end()) {
+    if (idle && !query.everywhere) {
+      q = kv.k;  // nobody reads what comes out: any query will do
+    } else if (auto it = projected.find(query.name); it != projected.end()) {
       q = it->second;
     } else {
       q = whole ? reads(query.proj) : project_query(query, tokens, reads);
       if (query.everywhere) projected.emplace(query.name, q);
     }
     if (query.conv.defined()) q = convolve(q, query.conv, query.conv_bias, names_[m] + ".q_conv", pass);
-    const KeyValues& kv = kvs[config_.share_kv ? 0 : m];
-    MixerInput input{u, reads, q.view({B, T, c.num_heads, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
+    MixerInput input{u, reads, q.view({B, T, -1, c.head_dim}), kv.k, kv.v, tokens.spans, pass.sequences, state,
                      kv.cached && mixers_[m]->keeps_tokens() ? &kv.cache : nullptr};
     if (state != nullptr && state->has(group_of(m).prefix + "keys")) {
       input.keep = [&](const std::string& slot, const at::Tensor& rows) { return keep(slot, rows, pass); };
     }
+    input.copies = &pass.copies;
     if (pass.surprise) {
       if (const auto score = mixers_[m]->surprise(input, TokenMeasure::kSurprise)) pass.surprise(*score);
     }
@@ -312,6 +317,7 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
     outputs.insert(first ? outputs.begin() : outputs.end(), part);
     rows.insert(first ? rows.begin() : rows.end(), &tokens);
   }
+  pass.copies.run();
   at::Tensor o;
   for (size_t i = 0; i < outputs.size(); ++i) {
     at::Tensor part = outputs[i];

@@ -32,6 +32,7 @@ struct ForwardPass {
   bool refill = false;  // the state holds these tokens' rows already
   std::optional<RowPlaces> places;  // made by the first layer that wants them
   std::optional<RowStore::Pages> pages;  // likewise
+  ops::Copies copies;  // what a layer leaves in the state
   // Called with each linear mixer's Mixer::surprise() when set; the pass must have no state.
   std::function<void(const at::Tensor&)> surprise;
   // Called with ("mixer_out" or "hidden", layer, tensor [B, T, D]) when set: for tests and probes.

@@ -23,7 +23,8 @@ RowPlaces row_places(const std::vector<int64_t>& begins, const std::vector<int64
   const auto N = static_cast<int64_t>(begins.size()), rows = *std::max_element(lengths.begin(), lengths.end());
   const auto there = at::device(device).dtype(at::kInt);
   RowPlaces p{ints(lengths), ints(begins), {}, at::arange(first, there).expand({N, first}), {}};
-  p.positions = N == 1 ? at::arange(begins[0], begins[0] + rows, there).unsqueeze(0) : to_device(p.starts.unsqueeze(1) + at::arange(rows, at::kInt), device);
+  const bool side_by_side = std::all_of(begins.begin(), begins.end(), [&](int64_t begin) { return begin == begins[0]; });
+  p.positions = side_by_side ? at::arange(begins[0], begins[0] + rows, there).expand({N, rows}) : to_device(p.starts.unsqueeze(1) + at::arange(rows, at::kInt), device);
   p.lengths_there = to_device(p.lengths, device);
   return p;
 }
@@ -35,11 +36,14 @@ KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, cons
   // Texts that are written side by side each have rows in places of their own: they are read there.
   if (k.device().is_cpu() && k.size(1) == 1 && pass.cu_seqlens.empty() && !state.kept().on()) return in_pages(group, pass);
   const std::vector<int64_t> counts = new_tokens(pass, k.size(1));
-  int64_t longest = 0;
-  for (size_t n = 0; n < counts.size(); ++n) longest = std::max(longest, state.lengths()[n] + counts[n]);
+  std::vector<int64_t> lengths(state.lengths());
+  for (size_t n = 0; n < counts.size(); ++n) lengths[n] += counts[n];
+  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
   if (state.bounded(longest)) return bounded(group, k, v, counts, pass);
-  return {state.rows(index_, group.prefix + "keys", longest), state.rows(index_, group.prefix + "values", longest),
-          state.lengths_tensor() + at::tensor(counts, at::kLong).to(at::kInt)};
+  if (!pass.places) pass.places = row_places(std::vector<int64_t>(counts.size(), 0), lengths, 0, k.device());
+  KeyValueCache cache{state.rows(index_, group.prefix + "keys", longest), state.rows(index_, group.prefix + "values", longest), pass.places->lengths};
+  cache.positions = pass.places->positions, cache.lengths_there = pass.places->lengths_there;
+  return cache;
 }
 
 KeyValueCache MultiMixerLayer::in_pages(const KeyValueGroup& group, ForwardPass& pass) const {

@@ -99,7 +99,9 @@ void RowStore::copy_pages(const std::vector<Move>& moves) const {
     TORCH_INTERNAL_ASSERT(most > 0, "state: pages out of order");
     for (int64_t at = 0; at < rows; at += most) {
       const int64_t count = std::min(most, rows - at);
-      for (size_t i = 0; i < specs_.size(); ++i) to.block->data[i].narrow(0, to.first + at, count).copy_(from.block->data[i].narrow(0, from.first + at, count));
+      ops::Copies copies;  // a launch writes nothing that another of its copies reads
+      for (size_t i = 0; i < specs_.size(); ++i) copies.add_rows(to.block->data[i], to.first + at, from.block->data[i], from.first + at, count);
+      copies.run();
     }
   }
 }

@@ -118,11 +118,13 @@ bool RowStore::writable(const Sequence& s, int64_t begin, int64_t end) const {
 
 // Tokens [begin, end) of one page.
 void RowStore::copy_rows(const Sequence& from, int64_t begin, int64_t end, const Page& to) const {
+  ops::Copies copies;
   int64_t row = to.first + begin % page_tokens_;
   for_each_run(from, begin, end, [&](const Block& block, int64_t first, int64_t rows) {
-    for (size_t i = 0; i < specs_.size(); ++i) to.block->data[i].narrow(0, row, rows).copy_(block.data[i].narrow(0, first, rows));
+    for (size_t i = 0; i < specs_.size(); ++i) copies.add_rows(to.block->data[i], row, block.data[i], first, rows);
     row += rows;
   });
+  copies.run();
 }
 
 void RowStore::make_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact) {
@@ -242,17 +244,19 @@ std::array<int64_t, 4> RowStore::kept(int64_t begin, int64_t end) const {
   return {begin, std::max(begin, std::min(end, bound_.first)), tail, end};
 }
 
-void RowStore::write(int64_t slot, int64_t n, int64_t begin, const at::Tensor& rows) {
+void RowStore::write(int64_t slot, int64_t n, int64_t begin, const at::Tensor& rows, ops::Copies* together) {
+  ops::Copies own, &copies = together != nullptr ? *together : own;
   const auto [head, head_end, tail, tail_end] = kept(begin, begin + rows.size(0));
   for (const auto& [from, to] : {std::pair(head, head_end), std::pair(tail, tail_end)}) {
     int64_t at = from - begin;
     if (from < to) {
       for_each_run(sequences_[static_cast<size_t>(n)], from, to, [&](const Block& block, int64_t first, int64_t count) {
-        block.data[static_cast<size_t>(slot)].narrow(0, first, count).copy_(rows.narrow(0, at, count));
+        copies.add_rows(block.data[static_cast<size_t>(slot)], first, rows, at, count);
         at += count;
       });
     }
   }
+  own.run();
 }
 
 at::Tensor RowStore::read(int64_t slot, int64_t length) const {

@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "oryx/ops/copies/copies.h"
 #include "oryx/state/page_pool.h"
 #include "oryx/state/slot.h"
 
@@ -88,8 +89,9 @@ class RowStore {
   std::vector<int32_t> page_numbers(int64_t n) const;
   int64_t version() const { return version_; }
   at::Tensor pooled(int64_t slot) const;  // the pool's memory: [pages * page_tokens, shape...]
-  // rows [T, shape...] become tokens [begin, begin + T) of sequence n; under a bound only those that it keeps of begin + T tokens.
-  void write(int64_t slot, int64_t n, int64_t begin, const at::Tensor& rows);
+  // rows [T, shape...] become tokens [begin, begin + T) of sequence n; under a bound only those that it keeps of begin + T tokens. On a GPU `together`, where given, does it when it runs:
+  // until then nothing may be read, nor pages move.
+  void write(int64_t slot, int64_t n, int64_t begin, const at::Tensor& rows, ops::Copies* together = nullptr);
   // Tokens [begins[n], ends[n]) of all sequences: [N, longest, shape...], unspecified behind a sequence's own. A view where pages lie side by side,
   // otherwise gathered. Every token must be held, but for those that lie behind a sequence's room.
   at::Tensor read(int64_t slot, const std::vector<int64_t>& begins, const std::vector<int64_t>& ends) const;

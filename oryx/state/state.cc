@@ -133,13 +133,14 @@ void State::prepare(const std::vector<int64_t>& counts) {
   budget_->check(marks * (mark_bytes(SlotKind::kRecurrent) + mark_bytes(SlotKind::kTail)));
 }
 
-void State::append(int64_t i, const std::string& name, const at::Tensor& rows, const std::vector<int64_t>* cu_seqlens) {
+void State::append(int64_t i, const std::string& name, const at::Tensor& rows, const std::vector<int64_t>* cu_seqlens, ops::Copies* together) {
   const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
   TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end() && it->second.rows >= 0, "state: no rows '", name, "' in layer ", i);
   for (int64_t n = 0; n < sequences(); ++n) {
     const int64_t begin = cu_seqlens != nullptr ? (*cu_seqlens)[n] : 0;
     const int64_t count = cu_seqlens != nullptr ? (*cu_seqlens)[n + 1] - begin : rows.size(1);
-    rows_.write(it->second.rows, n, lengths_[n], rows[cu_seqlens != nullptr ? 0 : n].narrow(0, begin, count));
+    const at::Tensor row = rows.select(0, cu_seqlens != nullptr ? 0 : n);
+    rows_.write(it->second.rows, n, lengths_[n], count == row.size(0) ? row : row.narrow(0, begin, count), together);
   }
 }
 

@@ -140,8 +140,9 @@ class State {
   void prepare(const std::vector<int64_t>& counts);
 
   // Writes rows behind those held, for slot `name` of layer `i`: rows [N, T, shape...], or [1, sum T, shape...] with
-  // the host copy of cu_seqlens. Lengths do not move before advance(), so that every layer appends at the same place.
-  void append(int64_t i, const std::string& name, const at::Tensor& rows, const std::vector<int64_t>* cu_seqlens);
+  // the host copy of cu_seqlens. Lengths do not move before advance(), so that every layer appends at the same place. On a GPU `together`, where given, writes them when it runs, before
+  // anybody reads them.
+  void append(int64_t i, const std::string& name, const at::Tensor& rows, const std::vector<int64_t>* cu_seqlens, ops::Copies* together = nullptr);
   // The first `length` rows of slot `name` of layer `i`: [N, length, shape...]; those behind a sequence's own length are unspecified. A view where
   // the pages of all sequences lie side by side (no forks), otherwise a copy.
   at::Tensor rows(int64_t i, const std::string& name, int64_t length) const;

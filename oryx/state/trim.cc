@@ -24,7 +24,9 @@ void State::take(int64_t n, Mark& mark) const {
   // The tensors of an entry that fell out of the ring are written again, unless a fork holds them.
   if (mark.page == nullptr || mark.page.use_count() > 1) mark.page = pool_->take();
   size_t at = 0;
-  for_each_fixed([&](const LayerState::Slot& slot) { mark.page->values[at++].copy_(slot.data[n]); });
+  ops::Copies copies;
+  for_each_fixed([&](const LayerState::Slot& slot) { copies.add(mark.page->values[at++], slot.data[n]); });
+  copies.run();
 }
 
 bool State::checkpoint_due(int64_t n, int64_t length) const {

@@ -6,10 +6,12 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "oryx/ops/adamw/adamw.h"
+#include "oryx/ops/copies/copies.h"
 #include "oryx/ops/cross_entropy/cross_entropy.h"
 #include "oryx/ops/decode_attention/decode_attention.h"
 #include "oryx/ops/gated_delta/gated_delta.h"
 #include "oryx/ops/gated_delta/gates.h"
+#include "oryx/ops/halves/halves.h"
 #include "oryx/ops/norm/norm.h"
 #include "oryx/ops/rope/rope.h"
 #include "oryx/ops/short_conv/short_conv.h"
@@ -153,6 +155,15 @@ TEST_F(CudaSmall, BoundByMemory) {
   const at::Tensor control = at::zeros({kAdamwControl}, at::kDouble).to(at::kCUDA);
   adamw_update(u, control, at::full({}, 2.5f).to(at::kCUDA), {}, 1);
   for (const at::Tensor& p : u.p) expect_finite(p, "parameter");
+  expect_finite(bfloat16_halves({full({3, 70}).detach(), full({1, 70}).detach()}), "halves");
+  Copies copies;
+  const at::Tensor rows = half({9, 2, 24}).detach(), places = at::zeros({50}, at::kChar).to(at::kCUDA), apart = full({40, 30}).detach(), whole_rows = full({3000}).detach();
+  copies.add_rows(rows, 4, half({5, 2, 24}).detach(), 0, 5);
+  copies.add_rows(places, 3, at::ones({41}, at::kChar).to(at::kCUDA), 0, 41);
+  copies.add_rows(apart.narrow(1, 3, 20), 1, full({39, 20}).detach(), 0, 39);
+  copies.add(whole_rows, full({3000}).detach());
+  copies.run();
+  for (const at::Tensor& x : {rows, apart, whole_rows}) expect_finite(x, "copy");
 }
 
 }  // namespace
