@@ -139,6 +139,89 @@ print("ok")
 )py");
 }
 
+// Log-probabilities, several answers and an echo, whole and as they come.
+TEST_F(Serve, ScoresAndChoicesAreOpenAis) {
+  passes(R"py(
+import math
+s = Server("--piece", "16", "--keep-every", "16", "--chat-template", r"{role}:{content};\n")
+prompt = "Once upon a time there was"
+plain = dict(prompt=prompt, temperature=0.9, seed=5, max_tokens=10)
+status, base = s.complete(**plain)
+assert base["choices"][0]["logprobs"] is None, base
+status, scored = s.complete(logprobs=3, **plain)
+choice = scored["choices"][0]; lp = choice["logprobs"]
+assert status == 200 and choice["text"] == base["choices"][0]["text"], (scored, base)
+assert len(lp["tokens"]) == len(lp["token_logprobs"]) == len(lp["top_logprobs"]) == len(lp["text_offset"]) == scored["usage"]["completion_tokens"], lp
+assert all(x <= 0 for x in lp["token_logprobs"]) and all(len(t) <= 3 and max(t.values()) >= x - 1e-9 for t, x in zip(lp["top_logprobs"], lp["token_logprobs"])), lp
+assert lp["text_offset"][0] == 0 and lp["text_offset"] == sorted(lp["text_offset"]), lp
+# Three answers: each is what its own seed gives, and the prompt counts once.
+status, three = s.complete(n=3, logprobs=0, **plain)
+assert [c["index"] for c in three["choices"]] == [0, 1, 2] and three["usage"]["prompt_tokens"] == len(prompt) + 1, three
+for i, c in enumerate(three["choices"]):
+    status, one = s.complete(**dict(plain, seed=5 + i), logprobs=0)
+    assert one["choices"][0]["text"] == c["text"] and one["choices"][0]["logprobs"] == c["logprobs"] and c["logprobs"]["top_logprobs"] is None, (one, c)
+assert len({c["text"] for c in three["choices"]}) > 1, three
+assert three["usage"]["completion_tokens"] == sum(len(c["logprobs"]["tokens"]) for c in three["choices"]), three
+# As they come: the pieces of each answer, put together.
+c, r = s.stream(n=3, logprobs=0, stream_options={"include_usage": True}, **plain)
+*chunks, last = list(events(r))
+assert last["choices"] == [] and last["usage"] == three["usage"] | {"prompt_tokens_details": last["usage"]["prompt_tokens_details"]}, last
+for i, want in enumerate(three["choices"]):
+    own = [x["choices"][0] for x in chunks if x["choices"][0]["index"] == i]
+    assert "".join(x["text"] for x in own) == want["text"] and own[-1]["finish_reason"] == want["finish_reason"], (own, want)
+    for key in ("tokens", "token_logprobs", "text_offset"):
+        assert sum((x["logprobs"][key] for x in own if x["logprobs"]), []) == want["logprobs"][key], (own, want)
+# An echo: the prompt's own tokens first, with what the model made of them; with max_tokens 0 they alone.
+status, echoed = s.complete(echo=True, logprobs=2, **plain)
+e = echoed["choices"][0]
+assert e["text"] == prompt + base["choices"][0]["text"], e
+n = len(prompt)
+assert "".join(e["logprobs"]["tokens"][:n]) == prompt and e["logprobs"]["text_offset"][:n] == list(range(n)), e
+assert e["logprobs"]["token_logprobs"][n:] == lp["token_logprobs"] and all(x < 0 for x in e["logprobs"]["token_logprobs"]), e
+status, only = s.complete(**dict(plain, max_tokens=0, echo=True, logprobs=2))
+o = only["choices"][0]
+assert o["text"] == prompt and o["finish_reason"] == "length" and o["logprobs"]["token_logprobs"] == e["logprobs"]["token_logprobs"][:n] and only["usage"]["completion_tokens"] == 0, only
+status, ids = s.complete(**dict(plain, prompt=list(prompt.encode()), max_tokens=0, echo=True, logprobs=0))
+assert ids["choices"][0]["logprobs"]["token_logprobs"][0] is None and len(ids["choices"][0]["logprobs"]["tokens"]) == n, ids
+status, silent = s.complete(**dict(plain, max_tokens=0, echo=True))
+assert silent["choices"][0]["text"] == prompt and silent["choices"][0]["logprobs"] is None, silent
+c, r = s.stream(echo=True, **plain)
+assert "".join(x["choices"][0]["text"] for x in events(r)) == e["text"]
+# Up to one of several stop strings: no token of what was cut off.
+text = base["choices"][0]["text"]
+stop = next(text[k:k + 2] for k in range(3, len(text) - 1) if text.isascii() or "\ufffd" not in text[k:k + 2])
+status, stopped = s.complete(stop=["never that", stop], logprobs=0, **plain)
+x = stopped["choices"][0]
+assert x["text"] == text[:text.index(stop)] and x["finish_reason"] == "stop" and all(at < max(1, len(x["text"])) for at in x["logprobs"]["text_offset"]), x
+# A chat.
+chat = {"messages": [{"role": "user", "content": "Hi there"}], "temperature": 0.9, "seed": 3, "max_tokens": 6, "logprobs": True, "top_logprobs": 2, "n": 2}
+r, text = s.ask("POST", "/v1/chat/completions", chat)
+answer = json.loads(text)
+for c in answer["choices"]:
+    content = c["logprobs"]["content"]
+    assert all(len(t["top_logprobs"]) == 2 and t["logprob"] <= t["top_logprobs"][0]["logprob"] and isinstance(t["bytes"], list) for t in content), content
+    assert bytes(sum((t["bytes"] for t in content), [])).decode(errors="replace") == c["message"]["content"], c
+c = http.client.HTTPConnection("127.0.0.1", s.port, timeout=100)
+c.request("POST", "/v1/chat/completions", json.dumps(dict(chat, stream=True)))
+chunks = list(events(c.getresponse()))
+for i, want in enumerate(answer["choices"]):
+    own = [x["choices"][0] for x in chunks if x["choices"][0]["index"] == i]
+    assert own[0]["delta"]["role"] == "assistant" and "".join(x["delta"].get("content", "") for x in own) == want["message"]["content"], own
+    assert sum((x["logprobs"]["content"] for x in own if x["logprobs"]), []) == want["logprobs"]["content"], own
+c.close()
+# More answers than there can be places; a client that goes takes all of its answers along.
+status, error = s.complete(n=100, **plain)
+assert status == 400 and "n is 100, but this server runs 8 and lets 64 wait" in error["error"]["message"], error
+c, r = s.stream(prompt="a", n=3, max_tokens=3000, temperature=0)
+next(events(r))
+before = s.metric('oryx_requests_total{end="cancelled"}')
+r.close(); c.close()
+s.wait_for('oryx_requests_total{end="cancelled"}', before + 3)
+assert s.stop()[0] == 0
+print("ok")
+)py");
+}
+
 // Routers that the server was started with, by default and by request; no other file is opened.
 TEST_F(Serve, RoutersDecideAsInGenerate) {
   passes(R"py(

@@ -153,12 +153,44 @@ std::vector<std::string> read_stops(Fields& fields) {
   return stops;
 }
 
-Json usage(const Completion& request, const Ended& ended) {
+constexpr int64_t kMostChoices = 128, kMostLikeliest = 20;
+
+// `n`, `logprobs` and their kin.
+void read_scores(Fields& fields, Completion& c, bool chat) {
+  fields.integer("n", c.n, 1);
+  if (c.n > kMostChoices) throw ApiError(400, fmt::format("n is {}, expected 1 to {}", c.n, kMostChoices), "n");
+  const auto at_most = [](const char* name, int64_t value) {
+    if (value > kMostLikeliest) throw ApiError(400, fmt::format("{} is {}, expected 0 to {}", name, value, kMostLikeliest), name);
+  };
+  if (chat) {
+    bool wanted = false;
+    fields.flag("logprobs", wanted);
+    if (wanted) c.top_logprobs = 0;
+    int64_t top = 0;
+    fields.integer("top_logprobs", top, 0);
+    at_most("top_logprobs", top);
+    if (top > 0 && !wanted) throw ApiError(400, fmt::format("top_logprobs is {}, which wants logprobs to be true", top), "top_logprobs");
+    c.top_logprobs = std::max(c.top_logprobs, wanted ? top : int64_t{-1});
+    return;
+  }
+  fields.flag("echo", c.echo);
+  if (const Json* found = fields.find("logprobs"); found != nullptr && *found != false) {
+    fields.integer("logprobs", c.top_logprobs, 0);
+    at_most("logprobs", c.top_logprobs);
+  }
+  int64_t best = c.n;
+  fields.integer("best_of", best, 1);
+  if (best != c.n) throw ApiError(400, fmt::format("best_of is {}, which is not served; expected n, {}, or nothing", best, c.n), "best_of");
+}
+
+Json usage(const Completion& request, const std::vector<Ended>& ended) {
   const int64_t prompt = static_cast<int64_t>(request.prompt.size());
+  int64_t tokens = 0;
+  for (const Ended& e : ended) tokens += e.new_tokens;
   return {{"prompt_tokens", prompt},
-          {"completion_tokens", ended.new_tokens},
-          {"total_tokens", prompt + ended.new_tokens},
-          {"prompt_tokens_details", {{"cached_tokens", ended.reused_tokens}}}};
+          {"completion_tokens", tokens},
+          {"total_tokens", prompt + tokens},
+          {"prompt_tokens_details", {{"cached_tokens", ended.front().reused_tokens}}}};
 }
 
 }  // namespace
@@ -216,7 +248,7 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
   fields.number("min_p", c.sampling.min_p);
   fields.integer("top_k", c.sampling.top_k, 0);
   fields.integer("seed", c.sampling.seed, 0);
-  fields.integer("max_tokens", c.max_tokens, 1);
+  fields.integer("max_tokens", c.max_tokens, 0);
   if (chat) fields.integer("max_completion_tokens", c.max_tokens, 1);
   fields.flag("stream", c.stream);
   if (const Json* options = fields.find("stream_options")) {
@@ -226,15 +258,12 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
     inner.finish();
   }
   fields.text("user", ignored);
-  fields.only("n", 1);
+  read_scores(fields, c, chat);
+  if (c.max_tokens == 0 && !c.echo) throw ApiError(400, "max_tokens is 0, expected an integer of at least 1 (0 with echo: the prompt alone)", "max_tokens");
   if (chat) {
-    fields.only("logprobs", false);
     fields.only("tools", Json::array());
     fields.only("response_format", {{"type", "text"}});
   } else {
-    fields.only("best_of", 1);
-    fields.only("echo", false);
-    fields.only("logprobs", 0);
     fields.only("suffix", "");
   }
   fields.only("presence_penalty", 0);
@@ -250,6 +279,7 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
   }
   try {
     c.prompt = chat ? read_messages(fields, defaults.chat, tokenizer) : read_prompt(fields, model, tokenizer);
+    c.framed = chat || body[asked].is_string() ? 1 : 0;
     fields.finish();
     c.sampling.validate();
   } catch (const ApiError&) {
@@ -272,47 +302,53 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
 
 namespace {
 
-// An answer with one choice, whose text stands under `key`.
-Json answer_of(const CompletionAnswer& a, const char* object, const char* key, const Json& text,
-               const std::string& reason) {
-  const Json choice = {
-      {key, text}, {"index", 0}, {"logprobs", nullptr}, {"finish_reason", reason.empty() ? Json() : Json(reason)}};
-  return {{"id", a.id},
-          {"object", object},
-          {"created", a.created},
-          {"model", a.model},
-          {"choices", Json::array({choice})}};
+Json choice_of(int64_t index, const char* key, const Json& text, const Json& logprobs, const std::string& reason) {
+  return {{key, text}, {"index", index}, {"logprobs", logprobs}, {"finish_reason", reason.empty() ? Json() : Json(reason)}};
+}
+
+Json answer_of(const CompletionAnswer& a, const char* object, Json choices) {
+  return {{"id", a.id}, {"object", object}, {"created", a.created}, {"model", a.model}, {"choices", std::move(choices)}};
 }
 
 }  // namespace
 
-Json CompletionAnswer::begin() const {
-  return answer_of(*this, "chat.completion.chunk", "delta", {{"role", "assistant"}, {"content", ""}}, "");
+Json CompletionAnswer::begin(int64_t index) const {
+  return answer_of(*this, "chat.completion.chunk", Json::array({choice_of(index, "delta", {{"role", "assistant"}, {"content", ""}}, nullptr, "")}));
 }
 
-Json CompletionAnswer::chunk(const std::string& text, const std::string& reason) const {
-  if (endpoint == Endpoint::kText) return answer_of(*this, "text_completion", "text", text, reason);
-  return answer_of(*this, "chat.completion.chunk", "delta", text.empty() ? Json::object() : Json{{"content", text}},
-                   reason);
+Json CompletionAnswer::chunk(int64_t index, const std::string& text, const Json& logprobs, const std::string& reason) const {
+  if (endpoint == Endpoint::kText) return answer_of(*this, "text_completion", Json::array({choice_of(index, "text", text, logprobs, reason)}));
+  const Json delta = text.empty() ? Json::object() : Json{{"content", text}};
+  return answer_of(*this, "chat.completion.chunk", Json::array({choice_of(index, "delta", delta, logprobs, reason)}));
 }
 
-Json CompletionAnswer::whole(const std::string& text, const std::string& reason, const Completion& request,
-                             const Ended& ended) const {
-  Json json = endpoint == Endpoint::kText
-                  ? chunk(text, reason)
-                  : answer_of(*this, "chat.completion", "message", {{"role", "assistant"}, {"content", text}}, reason);
+Json CompletionAnswer::whole(const std::vector<Whole>& answers, const Completion& request) const {
+  const bool chat = endpoint == Endpoint::kChat;
+  Json choices = Json::array();
+  std::vector<Ended> ended;
+  double share = 0;
+  for (const Whole& a : answers) {
+    const Json text = chat ? Json{{"role", "assistant"}, {"content", a.text}} : Json(a.text);
+    choices.push_back(choice_of(static_cast<int64_t>(choices.size()), chat ? "message" : "text", text, a.logprobs, finish_reason(a.ended.outcome)));
+    ended.push_back(a.ended);
+    share += a.ended.attention_share / static_cast<double>(answers.size());
+  }
+  Json json = answer_of(*this, chat ? "chat.completion" : "text_completion", std::move(choices));
   json["usage"] = usage(request, ended);
-  json["oryx"] = {{"schedule", request.schedule->text()},
-                  {"seed", request.sampling.seed},
-                  {"attention_share", ended.attention_share}};
+  json["oryx"] = {{"schedule", request.schedule->text()}, {"seed", request.sampling.seed}, {"attention_share", share}};
   return json;
 }
 
-Json CompletionAnswer::usage_chunk(const Completion& request, const Ended& ended) const {
-  Json json = chunk("", "");
+Json CompletionAnswer::usage_chunk(const Completion& request, const std::vector<Ended>& ended) const {
+  Json json = chunk(0, "", nullptr, "");
   json["choices"] = Json::array();
   json["usage"] = usage(request, ended);
   return json;
+}
+
+Json logprobs_of(const Completion& request, const Tokenizer& tokenizer, std::span<const ShownToken> tokens) {
+  if (request.top_logprobs < 0) return nullptr;
+  return request.endpoint == Endpoint::kChat ? chat_logprobs(tokenizer, tokens) : completion_logprobs(tokenizer, tokens, request.top_logprobs);
 }
 
 std::string finish_reason(Outcome outcome) { return outcome == Outcome::kLength ? "length" : "stop"; }

@@ -45,6 +45,10 @@ struct Completion {
   SamplingOptions sampling;
   int64_t max_tokens = 16;
   std::vector<std::string> stops;
+  int64_t n = 1;              // answers, of which the i-th is drawn by seed + i
+  int64_t top_logprobs = -1;  // likeliest tokens beside each token's log-probability; -1: no log-probabilities
+  bool echo = false;          // the prompt stands at the head of each answer
+  size_t framed = 0;          // tokens at the prompt's head that are not of its text: a begin of text
   bool stream = false, include_usage = false;
   Endpoint endpoint = Endpoint::kText;
 };
@@ -58,15 +62,23 @@ struct CompletionAnswer {
   std::string id, model;
   int64_t created = 0;
   Endpoint endpoint = Endpoint::kText;
-  // Of a chat, the first piece of a stream: the role.
-  Json begin() const;
-  // A piece of a stream, or the whole: finish_reason "" is null.
-  Json chunk(const std::string& text, const std::string& finish_reason) const;
-  Json whole(const std::string& text, const std::string& finish_reason, const Completion& request,
-             const Ended& ended) const;
+  // Of a chat, the first piece of a stream of answer `index`: the role.
+  Json begin(int64_t index) const;
+  // A piece of a stream, of answer `index`: finish_reason "" is null, and so are logprobs where none were asked for.
+  Json chunk(int64_t index, const std::string& text, const Json& logprobs, const std::string& finish_reason) const;
+  // All answers whole: one text, its logprobs and its end for each.
+  struct Whole {
+    std::string text;
+    Json logprobs;
+    Ended ended;
+  };
+  Json whole(const std::vector<Whole>& answers, const Completion& request) const;
   // The last piece of a stream with stream_options.include_usage: no choices, but usage.
-  Json usage_chunk(const Completion& request, const Ended& ended) const;
+  Json usage_chunk(const Completion& request, const std::vector<Ended>& ended) const;
 };
+
+// `logprobs` of these tokens, or null where none were asked for.
+Json logprobs_of(const Completion& request, const Tokenizer& tokenizer, std::span<const ShownToken> tokens);
 
 // "stop" for an end of text or a stop string, "length".
 std::string finish_reason(Outcome outcome);

@@ -55,6 +55,18 @@ TEST_F(CompletionBody, IsRead) {
   EXPECT_EQ(least.schedule->text(), "attention@prompt,linear@gen");
   EXPECT_EQ(least.sampling.temperature, 1);
   EXPECT_EQ(least.max_tokens, 16);
+  EXPECT_EQ(least.n, 1);
+  EXPECT_EQ(least.top_logprobs, -1);
+  EXPECT_EQ(least.framed, 0u);
+  const Completion scored = parse(R"({"prompt": "ab", "n": 3, "best_of": 3, "logprobs": 0, "echo": true, "max_tokens": 0})");
+  EXPECT_EQ(scored.n, 3);
+  EXPECT_EQ(scored.top_logprobs, 0);
+  EXPECT_TRUE(scored.echo);
+  EXPECT_EQ(scored.framed, 1u);
+  EXPECT_EQ(scored.max_tokens, 0);
+  EXPECT_EQ(parse(R"({"prompt": "ab", "logprobs": 5})").top_logprobs, 5);
+  EXPECT_EQ(parse(R"({"messages": [{"role": "user", "content": "a"}], "logprobs": true, "top_logprobs": 2})", Endpoint::kChat).top_logprobs, 2);
+  EXPECT_EQ(parse(R"({"messages": [{"role": "user", "content": "a"}], "logprobs": true})", Endpoint::kChat).top_logprobs, 0);
 }
 
 TEST(ServeChat, ATemplateIsOneMessage) {
@@ -93,6 +105,10 @@ TEST_F(CompletionBody, ChatsAreRead) {
   bad(R"({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})", "expected a text, or a list of parts of type text");
   bad(R"({"messages": [{"role": "user", "content": "a", "nmae": "b"}]})", "unknown field 'nmae'");
   bad(R"({"messages": [{"role": "user", "content": "a"}], "tools": [1]})", "tools is");
+  bad(R"({"messages": [{"role": "user", "content": "a"}], "logprobs": 3})", "logprobs is 3, expected true or false");
+  bad(R"({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 3})", "top_logprobs is 3, which wants logprobs to be true");
+  bad(R"({"messages": [{"role": "user", "content": "a"}], "logprobs": true, "top_logprobs": 21})", "top_logprobs is 21, expected 0 to 20");
+  bad(R"({"messages": [{"role": "user", "content": "a"}], "echo": true})", "unknown field 'echo'");
   try {
     parse_completion(R"({"messages": []})", *model_, *tokenizer_, {"tiny", "linear"}, Endpoint::kChat);
     ADD_FAILURE();
@@ -114,7 +130,7 @@ TEST_F(CompletionBody, IsRefusedInOneLine) {
   refuses(R"({"prompt": [257]})", "token id 257 is outside of the model's vocabulary of 257");
   refuses(R"({"prompt": [-1]})", "token id -1 is outside");
   refuses(R"({"prompt": [18446744073709551615]})", "is outside");
-  refuses(R"({"prompt": "a", "max_tokens": 0})", "max_tokens is 0, expected an integer of at least 1");
+  refuses(R"({"prompt": "a", "max_tokens": 0})", "max_tokens is 0, expected an integer of at least 1 (0 with echo");
   refuses(R"({"prompt": "a", "max_tokens": "7"})", "max_tokens is \"7\" (a string)");
   refuses(R"({"prompt": "a", "max_tokens": 18446744073709551615})", "max_tokens is 18446744073709551615");
   refuses(R"({"prompt": "a", "temperature": -0.5})", "temperature is -0.5");
@@ -122,7 +138,13 @@ TEST_F(CompletionBody, IsRefusedInOneLine) {
   refuses(R"({"prompt": "a", "stream": 1})", "stream is 1, expected true or false");
   refuses(R"({"prompt": "a", "stream_options": {"usage": true}})", "unknown field 'usage'");
   refuses(R"({"prompt": "a", "stop": ""})", "none empty");
-  refuses(R"({"prompt": "a", "n": 2})", "n is 2, which is not served; expected 1 or nothing");
+  refuses(R"({"prompt": "a", "n": 0})", "n is 0, expected an integer of at least 1");
+  refuses(R"({"prompt": "a", "n": 129})", "n is 129, expected 1 to 128");
+  refuses(R"({"prompt": "a", "n": 2, "best_of": 3})", "best_of is 3, which is not served; expected n, 2, or nothing");
+  refuses(R"({"prompt": "a", "logprobs": true})", "logprobs is true");
+  refuses(R"({"prompt": "a", "logprobs": 21})", "logprobs is 21, expected 0 to 20");
+  refuses(R"({"prompt": "a", "echo": 1})", "echo is 1, expected true or false");
+  refuses(R"({"prompt": "a", "top_logprobs": 1})", "unknown field 'top_logprobs'");
   refuses(R"({"prompt": "a", "schedule": "atention"})", "Did you mean 'attention'?");
   refuses(R"({"prompt": "a", "schedule": "{"})", "schedule");
   refuses(R"({"prompt": "a", "model": "huge"})", "the model 'huge' is not served here; expected 'tiny'", 404);

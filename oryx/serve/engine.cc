@@ -99,7 +99,7 @@ void Engine::Impl::check(const Request& r) const {
     if (id < 0 || id >= model.config().vocab_size)
       fail("token id {} is outside of the model's vocabulary of {}", id, model.config().vocab_size);
   }
-  if (r.max_tokens < 1) fail("max_tokens is {}, expected an integer of at least 1", r.max_tokens);
+  if (r.max_tokens < (r.score_prompt ? 0 : 1)) fail("max_tokens is {}, expected an integer of at least 1", r.max_tokens);
   const auto prompt = static_cast<int64_t>(r.prompt.size());
   if (r.max_tokens > std::numeric_limits<int32_t>::max() - prompt)
     fail("max_tokens is {}, expected at most {} after this prompt", r.max_tokens,

@@ -26,6 +26,7 @@
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
 #include "oryx/serve/metrics.h"
+#include "oryx/serve/scores.h"
 
 namespace oryx::serve {
 
@@ -56,6 +57,8 @@ struct Ended {
   double attention_share = 0;  // of the (token, layer) pairs that ran for it
 };
 
+inline bool failed(const Ended& ended) { return ended.outcome == Outcome::kFailed || ended.outcome == Outcome::kCancelled; }
+
 struct Request {
   std::vector<int32_t> prompt;                    // at least one token
   std::shared_ptr<const ModelSchedule> schedule;  // of the engine's model; of places and routers, not of other scores
@@ -63,9 +66,12 @@ struct Request {
   int64_t max_tokens = 16;
   int32_t eos_id = -1;     // ends the text and is not part of it; -1: nothing does
   int64_t vocab_size = 0;  // only tokens below are drawn; 0: all
+  int64_t top_logprobs = -1;  // on_scores is told of each new token, with so many likeliest ones; -1: of none
+  bool score_prompt = false;  // and before them of each token of the prompt, which is then read whole; max_tokens may be 0
   // Called by the thread that runs the model, and must not wait: each new token (false: it was the last one), and the
   // end, once for each request that was accepted.
   std::function<bool(int32_t id)> on_token = {};
+  std::function<void(TokenScores)> on_scores = {};  // before on_token
   std::function<void(const Ended&)> on_end = {};
 };
 

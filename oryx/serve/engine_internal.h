@@ -181,6 +181,8 @@ struct Engine::Impl {
   void jump(Run& run);
   void read_piece();
   void keep_prefix(Run& run);
+  // The prompt's tokens whose hidden states [n, D] are those of the tokens from `begin` on: of each the next one.
+  void score_piece(const Run& run, int64_t begin, const at::Tensor& hidden) const;
 
   // ---- writing (writing.cc)
 
@@ -189,6 +191,8 @@ struct Engine::Impl {
   void take_token(Run& run, const at::Tensor& all, const at::Tensor& hidden);
   // The same with the token that was drawn.
   void take_next(Run& run, int32_t next);
+  // Request::on_scores of a token, by the logits that it was drawn from.
+  void tell_scores(const Run& run, const at::Tensor& logits, int32_t next) const;
   bool writes(const Run& run) const { return !run.over && run.next >= 0; }
   // Whether keys and values are read where they stand, so that it does not matter who looks back and how far.
   bool reads_in_place() const { return model.device().is_cpu(); }
@@ -212,6 +216,8 @@ struct Engine::Impl {
   void make_slots();
   // Whether it is written in a slot. Routers read every token's hidden state.
   bool slotted(const Run& run) const { return slots && !run.routed; }
+  // Whether the host wants to see what its next token is drawn from.
+  static bool wants_logits(const Run& run) { return run.request.top_logprobs >= 0; }
   // Resolves the schedule some tokens ahead where `position` is not among those that are known -> its place there.
   size_t modes_ahead(Run& run, int64_t position) const;
   void seat_texts();

@@ -12,7 +12,7 @@
 
 #include "oryx/common/interrupt.h"
 #include "oryx/common/log.h"
-#include "oryx/serve/text.h"
+#include "oryx/serve/channel.h"
 
 namespace oryx::serve {
 
@@ -23,59 +23,9 @@ using namespace std::chrono_literals;
 constexpr auto kPoll = 50ms;                      // between looks at what does not wake: a gone client, Ctrl-C
 constexpr size_t kLongestBody = size_t{1} << 26;  // bytes: tokens of a long prompt as numbers
 
+constexpr char kBegun = 1, kOver = 2;              // of an answer in a stream
+
 std::string dumped(const Json& json) { return json.dump(-1, ' ', false, Json::error_handler_t::replace); }
-
-// One request between the thread that runs the model and the one that answers.
-class Channel {
- public:
-  Channel(const Tokenizer& tokenizer, const Completion& request) : text_(tokenizer, request.prompt, request.stops) {}
-
-  bool add(int32_t id) {
-    const std::string piece = text_.add(id);
-    const std::lock_guard lock(mutex_);
-    pieces_ += piece;
-    begun_ = true;
-    wake_.notify_all();
-    return !text_.stopped();
-  }
-  void end(const Ended& ended) {
-    const std::string piece = text_.finish();
-    const std::lock_guard lock(mutex_);
-    pieces_ += piece;
-    ended_ = ended;
-    wake_.notify_all();
-  }
-  // Waits a moment for news -> the text that has come since.
-  std::string take(bool& over) {
-    std::unique_lock lock(mutex_);
-    wake_.wait_for(lock, kPoll, [this] { return ended_.has_value() || !pieces_.empty(); });
-    over = ended_.has_value();
-    return std::exchange(pieces_, "");
-  }
-  void wait_for_begin() {
-    std::unique_lock lock(mutex_);
-    wake_.wait(lock, [this] { return ended_.has_value() || begun_; });
-  }
-  // Waits a moment for the end.
-  bool wait_for_end() {
-    std::unique_lock lock(mutex_);
-    return wake_.wait_for(lock, kPoll, [this] { return ended_.has_value(); });
-  }
-  // Behind the end.
-  const Ended& ended() const { return *ended_; }
-  bool is_over() {
-    const std::lock_guard lock(mutex_);
-    return ended_.has_value();
-  }
-
- private:
-  TextStream text_;  // of the thread that runs the model
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::string pieces_;
-  std::optional<Ended> ended_;
-  bool begun_ = false;
-};
 
 void answer(httplib::Response& res, const ApiError& e) {
   res.status = e.status();
@@ -87,8 +37,6 @@ ApiError error_of(const Ended& ended) {
   if (ended.outcome == Outcome::kCancelled) return ApiError(503, "the request was cut off: the server stops");
   return ApiError(500, ended.error);
 }
-
-bool failed(const Ended& ended) { return ended.outcome == Outcome::kFailed || ended.outcome == Outcome::kCancelled; }
 
 }  // namespace
 
@@ -162,45 +110,62 @@ struct HttpServer::Impl {
     }
   }
 
-  // A request in the engine. When nobody wants its answer any more, it is cancelled.
+  // A request in the engine, once for each answer. When nobody wants them any more, they are cancelled.
   struct Open {
     Impl& impl;
     Completion request;
     CompletionAnswer answer;
     std::shared_ptr<Channel> channel;
-    int64_t id = 0;
-    bool begun = false;  // the first event was handed over
+    std::vector<int64_t> ids;   // in the engine
+    std::vector<char> begun;    // the first event of an answer was handed over
 
     Open(Impl& i, Completion r)
-        : impl(i), request(std::move(r)), channel(std::make_shared<Channel>(impl.tokenizer, request)) {
+        : impl(i), request(std::move(r)), channel(std::make_shared<Channel>(impl.tokenizer, request)), begun(static_cast<size_t>(request.n), 0) {
       ++impl.open;
     }
     ~Open() {
-      if (id > 0 && !channel->is_over()) impl.engine.cancel(id);
+      cancel();
       --impl.open;
+    }
+    void cancel() {
+      for (size_t i = 0; i < ids.size(); ++i) {
+        if (!channel->is_over(i)) impl.engine.cancel(ids[i]);
+      }
     }
   };
 
-  void complete(const std::string& body, httplib::Response& res, Endpoint endpoint) {
-    if (closing) throw ApiError(503, "the server stops; nothing more is accepted");
-    const auto o = std::make_shared<Open>(*this, parse_completion(body, model, tokenizer, options.defaults, endpoint));
+  void submit(Open& o, size_t i) {
+    const Completion& c = o.request;
     Request r;
-    r.prompt = o->request.prompt;
-    r.schedule = o->request.schedule;
-    r.sampling = o->request.sampling;
-    r.max_tokens = o->request.max_tokens;
+    r.prompt = c.prompt;
+    r.schedule = c.schedule;
+    r.sampling = c.sampling;
+    r.sampling.seed = static_cast<int64_t>((static_cast<uint64_t>(c.sampling.seed) + i) & static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
+    r.max_tokens = c.max_tokens;
     r.eos_id = tokenizer.eos_id();
     r.vocab_size = tokenizer.vocab_size();
-    r.on_token = [channel = o->channel](int32_t id) { return channel->add(id); };
-    r.on_end = [channel = o->channel](const Ended& ended) { channel->end(ended); };
+    r.top_logprobs = c.top_logprobs;
+    r.score_prompt = c.echo && (c.top_logprobs >= 0 || c.max_tokens == 0);
+    r.on_token = [channel = o.channel, i](int32_t id) { return channel->add(i, id); };
+    if (c.top_logprobs >= 0) r.on_scores = [channel = o.channel, i](TokenScores scores) { channel->score(i, std::move(scores)); };
+    r.on_end = [channel = o.channel, i](const Ended& ended) { channel->end(i, ended); };
     try {
-      o->id = engine.submit(std::move(r));
+      o.ids.push_back(engine.submit(std::move(r)));
     } catch (const Busy& e) {
       throw ApiError(closing ? 503 : 429, e.what());
     } catch (const Error& e) {
       throw ApiError(400, e.what());
     }
-    o->answer = {fmt::format("{}-{}", endpoint == Endpoint::kChat ? "chatcmpl" : "cmpl", o->id), options.defaults.model, std::time(nullptr), endpoint};
+  }
+
+  void complete(const std::string& body, httplib::Response& res, Endpoint endpoint) {
+    if (closing) throw ApiError(503, "the server stops; nothing more is accepted");
+    const auto o = std::make_shared<Open>(*this, parse_completion(body, model, tokenizer, options.defaults, endpoint));
+    const Completion& c = o->request;
+    if (const int64_t most = engine.options().max_running + engine.options().max_queue; c.n > most)
+      throw ApiError(400, fmt::format("n is {}, but this server runs {} and lets {} wait", c.n, engine.options().max_running, engine.options().max_queue), "n");
+    for (int64_t i = 0; i < c.n; ++i) submit(*o, static_cast<size_t>(i));
+    o->answer = {fmt::format("{}-{}", endpoint == Endpoint::kChat ? "chatcmpl" : "cmpl", o->ids.front()), options.defaults.model, std::time(nullptr), endpoint};
     return o->request.stream ? stream(o, res) : whole(o, res);
   }
 
@@ -208,22 +173,17 @@ struct HttpServer::Impl {
   // while a prompt is read.
   void stream(const std::shared_ptr<Open>& o, httplib::Response& res) {
     res.set_header("Cache-Control", "no-cache");
-    res.set_chunked_content_provider("text/event-stream", [o](size_t, httplib::DataSink& sink) {
-      bool over = false;
-      const std::string text = o->channel->take(over);
-      if (!over && text.empty()) return sink.is_writable();
+    res.set_chunked_content_provider("text/event-stream", [this, o](size_t, httplib::DataSink& sink) {
+      const std::vector<Channel::News> all = o->channel->take();
+      if (std::all_of(all.begin(), all.end(), [](const auto& news) { return news.empty(); })) return sink.is_writable();
       std::string events;
       const auto event = [&](const Json& json) { events += "data: " + dumped(json) + "\n\n"; };
-      if (o->request.endpoint == Endpoint::kChat && !std::exchange(o->begun, true)) event(o->answer.begin());
-      if (!text.empty()) event(o->answer.chunk(text, ""));
+      bool broken = false;
+      for (size_t i = 0; i < all.size() && !broken; ++i) broken = !tell(*o, i, all[i], event);
+      const bool over = broken || std::all_of(o->begun.begin(), o->begun.end(), [](char c) { return c == kOver; });
+      if (broken) o->cancel();
       if (over) {
-        const Ended& ended = o->channel->ended();
-        if (failed(ended)) {
-          event(error_of(ended).json());
-        } else {
-          event(o->answer.chunk("", finish_reason(ended.outcome)));
-          if (o->request.include_usage) event(o->answer.usage_chunk(o->request, ended));
-        }
+        if (!broken && o->request.include_usage) event(o->answer.usage_chunk(o->request, all_ended(*o)));
         events += "data: [DONE]\n\n";
       }
       if (!events.empty() && !sink.write(events.data(), events.size())) return false;
@@ -232,23 +192,51 @@ struct HttpServer::Impl {
     });
   }
 
+  // The events of an answer's news; false for one that failed.
+  template <class F>
+  bool tell(Open& o, size_t i, const Channel::News& news, const F& event) const {
+    if (news.empty()) return true;
+    const auto index = static_cast<int64_t>(i);
+    if (o.request.endpoint == Endpoint::kChat && o.begun[i] == 0) event(o.answer.begin(index));
+    o.begun[i] = news.over ? kOver : kBegun;
+    if (!news.text.empty() || !news.tokens.empty()) event(o.answer.chunk(index, news.text, logprobs_of(o.request, tokenizer, news.tokens), ""));
+    if (!news.over) return true;
+    const Ended ended = o.channel->ended(i);
+    event(failed(ended) ? error_of(ended).json() : o.answer.chunk(index, "", nullptr, finish_reason(ended.outcome)));
+    return !failed(ended);
+  }
+
+  static std::vector<Ended> all_ended(const Open& o) {
+    std::vector<Ended> all;
+    for (size_t i = 0; i < o.ids.size(); ++i) all.push_back(o.channel->ended(i));
+    return all;
+  }
+  // One that failed, once all have ended or one failed.
+  static std::optional<Ended> failure(const Open& o) {
+    for (size_t i = 0; i < o.ids.size(); ++i) {
+      if (o.channel->is_over(i) && failed(o.channel->ended(i))) return o.channel->ended(i);
+    }
+    return std::nullopt;
+  }
+
+  Json whole_answer(const Open& o) const {
+    if (const auto ended = failure(o)) return error_of(*ended).json();
+    const std::vector<Channel::News> all = o.channel->take();
+    std::vector<CompletionAnswer::Whole> answers;
+    for (size_t i = 0; i < all.size(); ++i) answers.push_back({all[i].text, logprobs_of(o.request, tokenizer, all[i].tokens), o.channel->ended(i)});
+    return o.answer.whole(answers, o.request);
+  }
+
   // The status is known with the first token; from there on we look whether the client is there.
   void whole(const std::shared_ptr<Open>& o, httplib::Response& res) {
     o->channel->wait_for_begin();
-    const auto body = [o] {
-      bool over = false;
-      const std::string text = o->channel->take(over);
-      const Ended& ended = o->channel->ended();
-      return dumped(failed(ended) ? error_of(ended).json()
-                                  : o->answer.whole(text, finish_reason(ended.outcome), o->request, ended));
-    };
     if (o->channel->wait_for_end()) {
-      if (failed(o->channel->ended())) throw error_of(o->channel->ended());
-      return res.set_content(body(), "application/json");
+      if (const auto ended = failure(*o)) throw error_of(*ended);
+      return res.set_content(dumped(whole_answer(*o)), "application/json");
     }
-    res.set_chunked_content_provider("application/json", [o, body](size_t, httplib::DataSink& sink) {
+    res.set_chunked_content_provider("application/json", [this, o](size_t, httplib::DataSink& sink) {
       if (!o->channel->wait_for_end()) return sink.is_writable();
-      const std::string text = body();
+      const std::string text = dumped(whole_answer(*o));
       if (!sink.write(text.data(), text.size())) return false;
       sink.done();
       return true;

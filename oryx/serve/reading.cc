@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "oryx/serve/engine_internal.h"
 
@@ -21,7 +22,7 @@ std::string chunk_key(std::span<const int32_t> ids, const Routings& routings) {
 }
 
 void Engine::Impl::make_keys(Run& run) const {
-  const int64_t every = options.keep_every;
+  const int64_t every = run.request.score_prompt ? 0 : options.keep_every;
   for (int64_t begin = 0; every > 0 && begin + every < run.prompt(); begin += every) {
     run.keys.push_back(
         chunk_key(std::span(run.request.prompt).subspan(static_cast<size_t>(begin), static_cast<size_t>(every)),
@@ -88,7 +89,7 @@ void Engine::Impl::read_piece() {
     }
     input.routing = run.route(begin, n);
     input.state = &*run.state;
-    const at::Tensor last = model.hidden(input).squeeze(0).narrow(0, n - 1, 1);  // [1, D]
+    const at::Tensor hidden = model.hidden(input).squeeze(0), last = hidden.narrow(0, n - 1, 1);  // [n, D], [1, D]
     run.length += n;
     run.read += n;
     count(run, input.routing, n);
@@ -97,6 +98,7 @@ void Engine::Impl::read_piece() {
       ++stats.passes;
       stats.tokens_read += n;
     }
+    if (run.request.score_prompt && run.request.on_scores) score_piece(run, begin, hidden);
     keep_prefix(run);
     if (run.length < run.prompt()) return reading.push_back(&run);
     run.ended.reused_tokens = run.prompt() - run.read;
@@ -105,9 +107,26 @@ void Engine::Impl::read_piece() {
       ++(run.ended.reused_tokens > 0 ? stats.prefix_hits : stats.prefix_misses);
       stats.tokens_reused += run.ended.reused_tokens;
     }
+    if (run.request.max_tokens == 0) return end(run, Outcome::kLength);
     take_token(run, model.logits(last.clone()).squeeze(0).cpu(), last[0]);
   } catch (const std::exception& e) {
     end(run, Outcome::kFailed, e.what());
+  }
+}
+
+void Engine::Impl::score_piece(const Run& run, int64_t begin, const at::Tensor& hidden) const {
+  constexpr int64_t kRows = 64;  // of logits at once
+  const Request& r = run.request;
+  if (begin == 0) r.on_scores({r.prompt.front(), std::numeric_limits<double>::quiet_NaN(), {}});
+  const int64_t count = std::min(hidden.size(0), run.prompt() - 1 - begin);
+  for (int64_t from = 0; from < count; from += kRows) {
+    const int64_t rows = std::min(kRows, count - from);
+    const at::Tensor logits = model.logits(hidden.narrow(0, from, rows)).cpu();
+    for (int64_t j = 0; j < rows; ++j) {
+      const int32_t id = r.prompt[static_cast<size_t>(begin + from + j + 1)];
+      const bool known = r.vocab_size > 0 && id < r.vocab_size;  // a prompt may hold ids that the tokeniser does not know
+      r.on_scores(score_token(known ? logits[j].narrow(0, 0, r.vocab_size) : logits[j], id, std::max<int64_t>(0, r.top_logprobs)));
+    }
   }
 }
 

@@ -79,7 +79,8 @@ std::vector<SlotDecoder::Row> Engine::Impl::next_rows(std::vector<Run*>& runs) {
                     .id = flies ? SlotDecoder::kGiven : run->next,
                     .modes = run->ahead_modes.data() + at,
                     .below = run->request.vocab_size,
-                    .sampling = &run->request.sampling});
+                    .sampling = &run->request.sampling,
+                    .logits = wants_logits(*run)});
   }
   return rows;
 }
@@ -110,9 +111,13 @@ void Engine::Impl::take_results(const SlotDecoder::Pending& pending, const std::
     ++run.length;
     if (results.tokens[j] < 0) {
       end(run, Outcome::kFailed, "a logit is NaN or infinite; the model's weights or state are damaged");
-    } else {
-      take_next(run, results.tokens[j]);
+      continue;
     }
+    if (results.logits[j].defined()) {
+      const int64_t below = run.request.vocab_size > 0 ? run.request.vocab_size : results.logits[j].size(0);
+      tell_scores(run, results.logits[j].narrow(0, 0, below), results.tokens[j]);
+    }
+    take_next(run, results.tokens[j]);
   }
 }
 

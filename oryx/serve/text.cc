@@ -4,6 +4,10 @@
 
 namespace oryx::serve {
 
+int64_t count_characters(std::string_view text) {
+  return std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
+}
+
 TextStream::TextStream(const Tokenizer& tokenizer, std::span<const int32_t> prompt, std::vector<std::string> stops)
     : decoder_(tokenizer), stops_(std::move(stops)) {
   for (const int32_t id : prompt) decoder_.add(id);
@@ -12,6 +16,7 @@ TextStream::TextStream(const Tokenizer& tokenizer, std::span<const int32_t> prom
 std::string TextStream::give(std::string piece) {
   if (stopped_) return "";
   held_ += piece;
+  characters_ += count_characters(piece);
   size_t first = std::string::npos;
   for (const std::string& stop : stops_) first = std::min(first, held_.find(stop));
   if (first != std::string::npos) {

@@ -4,11 +4,15 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "oryx/data/tokenizer.h"
 
 namespace oryx::serve {
+
+// Of UTF-8: code points.
+int64_t count_characters(std::string_view text);
 
 // Whole characters only, and nothing that may still turn out to be part of a stop string, which is not part of the
 // text.
@@ -19,6 +23,8 @@ class TextStream {
 
   // -> what can be shown now.
   std::string add(int32_t id) { return give(decoder_.add(id)); }
+  // Characters of all tokens so far, held back ones included and half ones not; behind a stop string they are not counted on.
+  int64_t characters() const { return characters_; }
   // A stop string has come: nothing follows.
   bool stopped() const { return stopped_; }
   // -> what was held back, and what is left of half a character; nothing behind a stop string.
@@ -30,6 +36,7 @@ class TextStream {
   StreamDecoder decoder_;
   std::vector<std::string> stops_;
   std::string held_;
+  int64_t characters_ = 0;
   bool stopped_ = false;
 };
 

@@ -37,11 +37,18 @@ bool looks_back(const LanguageModel& model, const Routings& routings) {
 
 void Engine::Impl::take_token(Run& run, const at::Tensor& all, const at::Tensor& hidden) {
   const Request& r = run.request;
-  take_next(run, static_cast<int32_t>(sample_token(r.vocab_size > 0 ? all.narrow(0, 0, r.vocab_size) : all, r.sampling,
-                                                   static_cast<uint64_t>(run.length))));
+  const at::Tensor own = r.vocab_size > 0 ? all.narrow(0, 0, r.vocab_size) : all;
+  const auto next = static_cast<int32_t>(sample_token(own, r.sampling, static_cast<uint64_t>(run.length)));
+  tell_scores(run, own, next);
+  take_next(run, next);
   if (run.over || !run.routed) return;
   run.routed->after(hidden);
   run.routed->before({&run.next, 1});
+}
+
+void Engine::Impl::tell_scores(const Run& run, const at::Tensor& logits, int32_t next) const {
+  const Request& r = run.request;
+  if (r.top_logprobs >= 0 && r.on_scores && next != r.eos_id) r.on_scores(score_token(logits, next, r.top_logprobs));
 }
 
 void Engine::Impl::take_next(Run& run, int32_t next) {

@@ -120,7 +120,7 @@ void read_session(std::string_view bytes) {
   if (state.sequences() > 1) return;
   static const ModelSchedule schedule(session_model().config(), "linear");
   const SessionOptions room{.prompt_length = 0, .tokens = state.lengths()[0] + 2};
-  Session session(session_model(), schedule, room, std::move(state));
+  Session session(session_model(), schedule, room, std::move(state), end.routers);
   session.extend(std::vector<int32_t>{1, 2});
 }
 
