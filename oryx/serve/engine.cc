@@ -277,6 +277,7 @@ int64_t Engine::submit(Request request) {
     run->request = std::move(request);
     if (!run->request.schedule->gain_heads().empty()) {
       run->routed = std::make_unique<RoutedText>(impl.model, *run->request.schedule);
+      if (impl.slots) log::warn_once("texts whose schedules have a router are written operator by operator, beside the captured launches: it reads each token's hidden state (docs/modes.md)");
       run->routed->begin_prompt(run->prompt());
       if (run->routed->wants_prompt()) run->looked = 0;
     }

@@ -36,8 +36,8 @@ TEST(ServeScores, HaveOpenAisForms) {
   EXPECT_EQ(token_text(*tokenizer, 1000), "") << "a vocabulary that is padded";
   const std::vector<ShownToken> tokens{{{'a', std::nan(""), {}}, 0}, {{'b', -0.5, {{'b', -0.5}, {256, -2}, {1000, -3}, {'c', -INFINITY}}}, 1}};
   EXPECT_EQ(completion_logprobs(*tokenizer, tokens, 4),
-            Json::parse(R"({"tokens": ["a", "b"], "token_logprobs": [null, -0.5], "text_offset": [0, 1], "top_logprobs": [null, {"b": -0.5, "": -2.0, "c": -9999.0}]})"));
-  EXPECT_EQ(completion_logprobs(*tokenizer, std::span(tokens).last(1), 0), Json::parse(R"({"tokens": ["b"], "token_logprobs": [-0.5], "text_offset": [1], "top_logprobs": null})"));
+            Json::parse(R"({"tokens": ["a", "b"], "token_logprobs": [null, -0.5], "top_logprobs": [null, {"b": -0.5, "": -2.0, "c": -9999.0}], "text_offset": [0, 1]})"));
+  EXPECT_EQ(completion_logprobs(*tokenizer, std::span(tokens).last(1), 0), Json::parse(R"({"tokens": ["b"], "token_logprobs": [-0.5], "top_logprobs": null, "text_offset": [1]})"));
   EXPECT_EQ(chat_logprobs(*tokenizer, std::vector<ShownToken>{{{'b', -0.5, {{0xe2, -0.25}}}, 0}}),
             Json::parse(R"({"content": [{"token": "b", "logprob": -0.5, "bytes": [98], "top_logprobs": [{"token": "bytes:\\xe2", "logprob": -0.25, "bytes": [226]}]}]})"));
 }
