@@ -10,7 +10,9 @@
 #include "oryx/generate/session.h"
 #include "oryx/model/inspect.h"
 #include "oryx/model/test_support.h"
+#include "oryx/router/test_support.h"
 #include "oryx/serve/engine.h"
+#include "tests/support/folder.h"
 
 namespace oryx::serve {
 namespace {
@@ -148,6 +150,46 @@ TEST(ServeSlots, AnyInterleavingIsEachAlone) {
     EXPECT_GT(s.decode_rows, s.decode_passes);
     EXPECT_EQ(s.decode_passes, steps);
     EXPECT_EQ(s.running, 0);
+  }
+}
+
+// Beside slots: texts with routers are written as ever, and whose log-probabilities are wanted gets those of the texts that are not in slots.
+TEST(ServeSlots, RoutersAndScoresBesideThem) {
+  const test::TemporaryFolder folder;
+  const auto m = test::make(test::small({{"gated_delta_net", "attention"}}));
+  const std::string file = test::save_drawn_head(*m, true, folder / "h");
+  CounterRng rng(23);
+  const auto prompt = drawn_prompt(rng, 61, 40);
+  const std::vector<std::string> schedules{"linear,attention@gen", "linear,router(attention=0.3;" + file + ")", "attention", "linear,router(attention=0.5;window=8;" + file + ")@gen"};
+  const EngineOptions o{.max_running = 4, .piece = 16, .keep_every = 16, .state_budget = 1 << 24};
+  std::vector<std::vector<TokenScores>> scores[2];
+  int64_t steps = 0;
+  for (const bool slotted : {true, false}) {
+    Engine engine(*m, o, slotted ? plain_slots(steps) : [](const LanguageModel&, const StateOptions&, std::string*) { return std::unique_ptr<SlotDecoder>(); });
+    std::vector<Answer> answers(schedules.size());
+    std::vector<Request> requests;
+    auto& all = scores[slotted ? 0 : 1];
+    all.resize(schedules.size());
+    for (size_t i = 0; i < schedules.size(); ++i) {
+      requests.push_back(request_for(*m, prompt, schedules[i], 12, answers[i], {.temperature = i % 2 == 0 ? 0.0 : 0.9, .seed = 3}));
+      requests.back().top_logprobs = 2;
+      requests.back().vocab_size = 59;
+      requests.back().on_scores = [&all, i](TokenScores s) { all[i].push_back(std::move(s)); };
+      engine.submit(requests.back());
+    }
+    while (engine.step()) {
+    }
+    for (size_t i = 0; i < schedules.size(); ++i) {
+      EXPECT_EQ(answers[i].ended->error, "");
+      GenerateOptions g{.max_new_tokens = 12, .prefill_piece = o.piece, .vocab_size = 59, .sampling = requests[i].sampling};
+      EXPECT_EQ(answers[i].ids, generate(*m, *requests[i].schedule, prompt, g).ids) << schedules[i];
+      ASSERT_EQ(all[i].size(), 12u);
+      for (size_t t = 0; t < 12; ++t) EXPECT_EQ(all[i][t].id, answers[i].ids[t]);
+    }
+  }
+  EXPECT_GT(steps, 10);
+  for (size_t i = 0; i < schedules.size(); ++i) {
+    for (size_t t = 0; t < 12; ++t) EXPECT_NEAR(scores[0][i][t].logprob, scores[1][i][t].logprob, 1e-5);
   }
 }
 
