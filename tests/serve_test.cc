@@ -143,7 +143,7 @@ print("ok")
 TEST_F(Serve, ScoresAndChoicesAreOpenAis) {
   passes(R"py(
 import math
-s = Server("--piece", "16", "--keep-every", "16", "--chat-template", r"{role}:{content};\n")
+s = Server("--piece", "16", "--keep-every", "16", "--max-running", "8", "--max-queue", "64", "--chat-template", r"{role}:{content};\n")
 prompt = "Once upon a time there was"
 plain = dict(prompt=prompt, temperature=0.9, seed=5, max_tokens=10)
 status, base = s.complete(**plain)
@@ -187,6 +187,12 @@ status, silent = s.complete(**dict(plain, max_tokens=0, echo=True))
 assert silent["choices"][0]["text"] == prompt and silent["choices"][0]["logprobs"] is None, silent
 c, r = s.stream(echo=True, **plain)
 assert "".join(x["choices"][0]["text"] for x in events(r)) == e["text"]
+# Several prompts: the answers of each, one behind the other, as alone.
+status, both = s.complete(**dict(plain, prompt=[prompt, "Another"], n=2, echo=True, logprobs=1, max_tokens=4))
+assert [c["index"] for c in both["choices"]] == [0, 1, 2, 3] and both["usage"]["prompt_tokens"] == len(prompt) + 9, both
+for i, c in enumerate(both["choices"]):
+    status, one = s.complete(**dict(plain, prompt=[prompt, "Another"][i // 2], seed=5 + i % 2, echo=True, logprobs=1, max_tokens=4))
+    assert dict(one["choices"][0], index=i) == c, (one, c)
 # Up to one of several stop strings: no token of what was cut off.
 text = base["choices"][0]["text"]
 stop = next(text[k:k + 2] for k in range(3, len(text) - 1) if text.isascii() or "\ufffd" not in text[k:k + 2])
@@ -211,7 +217,7 @@ for i, want in enumerate(answer["choices"]):
 c.close()
 # More answers than there can be places; a client that goes takes all of its answers along.
 status, error = s.complete(n=100, **plain)
-assert status == 400 and "n is 100, but this server runs 8 and lets 64 wait" in error["error"]["message"], error
+assert status == 400 and "100 answers are asked for, but this server runs 8 and lets 64 wait" in error["error"]["message"], error
 c, r = s.stream(prompt="a", n=3, max_tokens=3000, temperature=0)
 next(events(r))
 before = s.metric('oryx_requests_total{end="cancelled"}')

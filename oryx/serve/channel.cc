@@ -11,24 +11,26 @@ constexpr auto kMoment = std::chrono::milliseconds(50);  // between looks at wha
 
 }  // namespace
 
-Channel::Channel(const Tokenizer& tokenizer, const Completion& request) : unseen_(request.framed) {
-  for (int64_t i = 0; i < request.n; ++i) answers_.emplace_back(TextStream(tokenizer, request.prompt, request.stops));
+Channel::Channel(const Tokenizer& tokenizer, const Completion& request) : prompts_(request.prompts.size()), unseen_(request.framed) {
+  for (int64_t i = 0; i < request.answers(); ++i)
+    answers_.emplace_back(TextStream(tokenizer, request.prompt_of(i), request.stops), static_cast<size_t>(i / request.n));
   if (!request.echo) return;
-  StreamDecoder decoder(tokenizer);
-  int64_t characters = 0;
-  for (const int32_t id : request.prompt) {
-    prompt_offsets_.push_back(characters);
-    const std::string piece = decoder.add(id);
-    characters += count_characters(piece);
-    prompt_ += piece;
+  for (size_t p = 0; p < prompts_.size(); ++p) {
+    StreamDecoder decoder(tokenizer);
+    for (const int32_t id : request.prompts[p]) {
+      prompts_[p].offsets.push_back(prompts_[p].characters);
+      const std::string piece = decoder.add(id);
+      prompts_[p].characters += count_characters(piece);
+      prompts_[p].text += piece;
+    }
   }
 }
 
 // The prompt's text comes with what follows it, or with the end.
 void Channel::echo(Answer& a) {
   if (std::exchange(a.echoed, true)) return;
-  a.pieces = prompt_;
-  a.shown = count_characters(prompt_);
+  a.pieces = prompts_[a.prompt].text;
+  a.shown = prompts_[a.prompt].characters;
 }
 
 void Channel::show(Answer& a, const std::string& piece) {
@@ -50,12 +52,13 @@ bool Channel::add(size_t i, int32_t id) {
 void Channel::score(size_t i, TokenScores scores) {
   Answer& a = answers_[i];
   const std::lock_guard lock(mutex_);
-  if (a.prompt_tokens < prompt_offsets_.size()) {
+  const Prompt& prompt = prompts_[a.prompt];
+  if (a.prompt_tokens < prompt.offsets.size()) {
     const size_t at = a.prompt_tokens++;
-    if (at >= unseen_) a.tokens.push_back({std::move(scores), prompt_offsets_[at]});
+    if (at >= unseen_) a.tokens.push_back({std::move(scores), prompt.offsets[at]});
     return;
   }
-  a.tokens.push_back({std::move(scores), count_characters(prompt_) + a.text.characters()});
+  a.tokens.push_back({std::move(scores), prompt.characters + a.text.characters()});
 }
 
 void Channel::end(size_t i, const Ended& ended) {

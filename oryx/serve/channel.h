@@ -18,7 +18,7 @@ namespace oryx::serve {
 
 class Channel {
  public:
-  // The tokeniser must outlive it. With echo the prompt's text stands at the head of each answer.
+  // The tokeniser must outlive it. With echo a prompt's text stands at the head of each answer to it.
   Channel(const Tokenizer& tokenizer, const Completion& request);
 
   // What has come of one answer since it was taken last.
@@ -46,8 +46,9 @@ class Channel {
 
  private:
   struct Answer {
-    explicit Answer(TextStream t) : text(std::move(t)) {}
+    Answer(TextStream t, size_t p) : text(std::move(t)), prompt(p) {}
     TextStream text;  // of the thread that runs the model
+    size_t prompt;    // which one it answers
     std::string pieces;
     std::deque<ShownToken> tokens;
     int64_t shown = 0;        // characters of the answer that were given out or stand in pieces
@@ -62,9 +63,13 @@ class Channel {
   mutable std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<Answer> answers_;
-  std::string prompt_;                   // its text, where it is echoed
-  std::vector<int64_t> prompt_offsets_;  // of its tokens
-  size_t unseen_ = 0;                    // tokens of the prompt that the client did not write
+  struct Prompt {
+    std::string text;
+    int64_t characters = 0;
+    std::vector<int64_t> offsets;  // of its tokens
+  };
+  std::vector<Prompt> prompts_;  // with what is echoed; empty ones without
+  size_t unseen_ = 0;            // tokens at a prompt's head that the client did not write
   bool begun_ = false;
 };
 

@@ -84,15 +84,12 @@ class Fields {
   std::vector<std::string> known_;
 };
 
-std::vector<int32_t> read_prompt(Fields& fields, const LanguageModel& model, const Tokenizer& tokenizer) {
-  const Json* prompt = fields.find("prompt");
-  if (prompt == nullptr) throw ApiError(400, "prompt is missing; expected a text or a list of token ids", "prompt");
-  if (prompt->is_string()) return tokenizer.encode_prompt(prompt->get<std::string>());
-  if (!prompt->is_array() || prompt->empty()) wrong("prompt", *prompt, "a text or a list of token ids");
+constexpr const char* kPrompts = "a text, a list of token ids, or a list of texts or of such lists";
+
+std::vector<int32_t> read_ids(const Json& list, const LanguageModel& model) {
   std::vector<int32_t> ids;
-  for (const Json& id : *prompt) {
-    if (!id.is_number_integer())
-      wrong("prompt", id, "a text or a list of token ids; several prompts are several requests");
+  for (const Json& id : list) {
+    if (!id.is_number_integer()) wrong("prompt", id, kPrompts);
     const bool known = (!id.is_number_unsigned() || id.get<uint64_t>() < (uint64_t{1} << 31)) &&
                        id.get<int64_t>() >= 0 && id.get<int64_t>() < model.config().vocab_size;
     if (!known)
@@ -103,6 +100,22 @@ std::vector<int32_t> read_prompt(Fields& fields, const LanguageModel& model, con
     ids.push_back(id.get<int32_t>());
   }
   return ids;
+}
+
+// One prompt, or several of one kind. `framed` becomes the tokens that the tokeniser puts before each text.
+std::vector<std::vector<int32_t>> read_prompts(Fields& fields, const LanguageModel& model, const Tokenizer& tokenizer, size_t& framed) {
+  const Json* prompt = fields.find("prompt");
+  if (prompt == nullptr) throw ApiError(400, fmt::format("prompt is missing; expected {}", kPrompts), "prompt");
+  const bool one = prompt->is_string() || (prompt->is_array() && !prompt->empty() && prompt->front().is_number());
+  const Json all = one ? Json::array({*prompt}) : *prompt;
+  if (!all.is_array() || all.empty()) wrong("prompt", *prompt, kPrompts);
+  framed = all.front().is_string() ? 1 : 0;
+  std::vector<std::vector<int32_t>> prompts;
+  for (const Json& p : all) {
+    if (p.is_string() != all.front().is_string() || (!p.is_string() && (!p.is_array() || p.empty()))) wrong("prompt", p, kPrompts);
+    prompts.push_back(p.is_string() ? tokenizer.encode_prompt(p.get<std::string>()) : read_ids(p, model));
+  }
+  return prompts;
 }
 
 // A message's content: a text, or a list of parts that are texts.
@@ -184,13 +197,16 @@ void read_scores(Fields& fields, Completion& c, bool chat) {
 }
 
 Json usage(const Completion& request, const std::vector<Ended>& ended) {
-  const int64_t prompt = static_cast<int64_t>(request.prompt.size());
-  int64_t tokens = 0;
-  for (const Ended& e : ended) tokens += e.new_tokens;
+  int64_t prompt = 0, tokens = 0, reused = 0;
+  for (const auto& ids : request.prompts) prompt += static_cast<int64_t>(ids.size());
+  for (size_t i = 0; i < ended.size(); ++i) {
+    tokens += ended[i].new_tokens;
+    if (static_cast<int64_t>(i) % request.n == 0) reused += ended[i].reused_tokens;  // as the prompt, once
+  }
   return {{"prompt_tokens", prompt},
           {"completion_tokens", tokens},
           {"total_tokens", prompt + tokens},
-          {"prompt_tokens_details", {{"cached_tokens", ended.front().reused_tokens}}}};
+          {"prompt_tokens_details", {{"cached_tokens", reused}}}};
 }
 
 }  // namespace
@@ -278,8 +294,13 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
     fields.finish();  // a misspelt prompt is said as such
   }
   try {
-    c.prompt = chat ? read_messages(fields, defaults.chat, tokenizer) : read_prompt(fields, model, tokenizer);
-    c.framed = chat || body[asked].is_string() ? 1 : 0;
+    c.framed = 1;
+    if (chat) {
+      c.prompts.push_back(read_messages(fields, defaults.chat, tokenizer));
+    } else {
+      c.prompts = read_prompts(fields, model, tokenizer, c.framed);
+    }
+    if (c.answers() > kMostChoices) throw ApiError(400, fmt::format("{} prompts with n {} are {} answers, expected at most {}", c.prompts.size(), c.n, c.answers(), kMostChoices), "prompt");
     fields.finish();
     c.sampling.validate();
   } catch (const ApiError&) {

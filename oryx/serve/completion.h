@@ -40,15 +40,18 @@ struct CompletionDefaults {
 enum class Endpoint { kText, kChat };
 
 struct Completion {
-  std::vector<int32_t> prompt;
+  std::vector<std::vector<int32_t>> prompts;  // at least one
   std::shared_ptr<const ModelSchedule> schedule;
   SamplingOptions sampling;
   int64_t max_tokens = 16;
   std::vector<std::string> stops;
-  int64_t n = 1;              // answers, of which the i-th is drawn by seed + i
+  int64_t n = 1;              // answers to each prompt, of which the i-th is drawn by seed + i
   int64_t top_logprobs = -1;  // likeliest tokens beside each token's log-probability; -1: no log-probabilities
   bool echo = false;          // the prompt stands at the head of each answer
-  size_t framed = 0;          // tokens at the prompt's head that are not of its text: a begin of text
+  size_t framed = 0;          // tokens at a prompt's head that are not of its text: a begin of text
+  // Of all prompts: those to prompt p are p * n and the n - 1 behind.
+  int64_t answers() const { return n * static_cast<int64_t>(prompts.size()); }
+  const std::vector<int32_t>& prompt_of(int64_t answer) const { return prompts[static_cast<size_t>(answer / n)]; }
   bool stream = false, include_usage = false;
   Endpoint endpoint = Endpoint::kText;
 };

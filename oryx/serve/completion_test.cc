@@ -43,7 +43,7 @@ TEST_F(CompletionBody, IsRead) {
   const Completion c = parse(
       R"({"model": "tiny", "prompt": "ab", "max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 3, "stop": "x", "stream": true,
     "stream_options": {"include_usage": true}, "schedule": "linear,attention@-2:", "user": "me", "n": 1, "logprobs": null, "logit_bias": {}, "frequency_penalty": 0.0})");
-  EXPECT_EQ(c.prompt, (std::vector<int32_t>{256, 'a', 'b'}));
+  EXPECT_EQ(c.prompts.at(0), (std::vector<int32_t>{256, 'a', 'b'}));
   EXPECT_EQ(c.schedule->text(), "linear,attention@-2:");
   EXPECT_EQ(c.max_tokens, 7);
   EXPECT_EQ(c.sampling.seed, 3);
@@ -51,7 +51,13 @@ TEST_F(CompletionBody, IsRead) {
   EXPECT_EQ(c.stops, std::vector<std::string>{"x"});
   EXPECT_TRUE(c.stream && c.include_usage);
   const Completion least = parse(R"({"prompt": [1, 2], "stop": ["a", "b"], "seed": null})");
-  EXPECT_EQ(least.prompt, (std::vector<int32_t>{1, 2}));
+  EXPECT_EQ(least.prompts.at(0), (std::vector<int32_t>{1, 2}));
+  using Prompts = std::vector<std::vector<int32_t>>;
+  EXPECT_EQ(parse(R"({"prompt": ["a", "bc"], "n": 2})").prompts, (Prompts{{256, 'a'}, {256, 'b', 'c'}}));
+  EXPECT_EQ(parse(R"({"prompt": [[1, 2], [3]]})").prompts, (Prompts{{1, 2}, {3}}));
+  EXPECT_EQ(parse(R"({"prompt": ["a", "b"], "n": 3})").answers(), 6);
+  EXPECT_EQ(parse(R"({"prompt": ["a", "b"], "n": 3})").prompt_of(2), (std::vector<int32_t>{256, 'a'}));
+  EXPECT_EQ(parse(R"({"prompt": [[1], [2]], "n": 3})").prompt_of(3), std::vector<int32_t>{2});
   EXPECT_EQ(least.schedule->text(), "attention@prompt,linear@gen");
   EXPECT_EQ(least.sampling.temperature, 1);
   EXPECT_EQ(least.max_tokens, 16);
@@ -87,7 +93,7 @@ TEST(ServeChat, ATemplateIsOneMessage) {
 TEST_F(CompletionBody, ChatsAreRead) {
   const auto text = [&](const char* body) {
     const Completion c = parse(body, Endpoint::kChat);
-    return tokenizer_->decode(c.prompt);
+    return tokenizer_->decode(c.prompts.at(0));
   };
   EXPECT_EQ(text(R"({"messages": [{"role": "user", "content": "ab"}]})"), "user: ab;\nassistant: ");
   EXPECT_EQ(text(R"({"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "user", "content": ""}]})"),
@@ -126,7 +132,13 @@ TEST_F(CompletionBody, IsRefusedInOneLine) {
   refuses(R"({"prompt": "a", "tempreature": 1})", "Did you mean 'temperature'?");
   refuses(R"({"prompt": "a", "prompt": "b"})", "stands twice");
   refuses(R"({"prompt": 5})", "prompt is 5, expected a text or a list of token ids");
-  refuses(R"({"prompt": ["a", "b"]})", "several prompts are several requests");
+  refuses(R"({"prompt": []})", "expected a text, a list of token ids, or a list of texts or of such lists");
+  refuses(R"({"prompt": ["a", 5]})", "prompt is 5, expected");
+  refuses(R"({"prompt": [[1], "a"]})", "prompt is \"a\" (a string), expected");
+  refuses(R"({"prompt": [1, "a"]})", "prompt is \"a\" (a string), expected");
+  refuses(R"({"prompt": [[1], []]})", "expected a text");
+  refuses(R"({"prompt": [[1], [257]]})", "token id 257 is outside");
+  refuses(R"({"prompt": ["a", "b"], "n": 65})", "2 prompts with n 65 are 130 answers, expected at most 128");
   refuses(R"({"prompt": [257]})", "token id 257 is outside of the model's vocabulary of 257");
   refuses(R"({"prompt": [-1]})", "token id -1 is outside");
   refuses(R"({"prompt": [18446744073709551615]})", "is outside");

@@ -120,7 +120,7 @@ struct HttpServer::Impl {
     std::vector<char> begun;    // the first event of an answer was handed over
 
     Open(Impl& i, Completion r)
-        : impl(i), request(std::move(r)), channel(std::make_shared<Channel>(impl.tokenizer, request)), begun(static_cast<size_t>(request.n), 0) {
+        : impl(i), request(std::move(r)), channel(std::make_shared<Channel>(impl.tokenizer, request)), begun(static_cast<size_t>(request.answers()), 0) {
       ++impl.open;
     }
     ~Open() {
@@ -137,10 +137,10 @@ struct HttpServer::Impl {
   void submit(Open& o, size_t i) {
     const Completion& c = o.request;
     Request r;
-    r.prompt = c.prompt;
+    r.prompt = c.prompt_of(static_cast<int64_t>(i));
     r.schedule = c.schedule;
     r.sampling = c.sampling;
-    r.sampling.seed = static_cast<int64_t>((static_cast<uint64_t>(c.sampling.seed) + i) & static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
+    r.sampling.seed = static_cast<int64_t>((static_cast<uint64_t>(c.sampling.seed) + i % static_cast<uint64_t>(c.n)) & static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
     r.max_tokens = c.max_tokens;
     r.eos_id = tokenizer.eos_id();
     r.vocab_size = tokenizer.vocab_size();
@@ -162,9 +162,9 @@ struct HttpServer::Impl {
     if (closing) throw ApiError(503, "the server stops; nothing more is accepted");
     const auto o = std::make_shared<Open>(*this, parse_completion(body, model, tokenizer, options.defaults, endpoint));
     const Completion& c = o->request;
-    if (const int64_t most = engine.options().max_running + engine.options().max_queue; c.n > most)
-      throw ApiError(400, fmt::format("n is {}, but this server runs {} and lets {} wait", c.n, engine.options().max_running, engine.options().max_queue), "n");
-    for (int64_t i = 0; i < c.n; ++i) submit(*o, static_cast<size_t>(i));
+    if (const int64_t most = engine.options().max_running + engine.options().max_queue; c.answers() > most)
+      throw ApiError(400, fmt::format("{} answers are asked for, but this server runs {} and lets {} wait", c.answers(), engine.options().max_running, engine.options().max_queue), "n");
+    for (int64_t i = 0; i < c.answers(); ++i) submit(*o, static_cast<size_t>(i));
     o->answer = {fmt::format("{}-{}", endpoint == Endpoint::kChat ? "chatcmpl" : "cmpl", o->ids.front()), options.defaults.model, std::time(nullptr), endpoint};
     return o->request.stream ? stream(o, res) : whole(o, res);
   }

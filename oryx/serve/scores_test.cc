@@ -46,7 +46,7 @@ TEST(ServeScores, HaveOpenAisForms) {
 TEST(ServeChannel, TokensStandWhereTheirTextBegins) {
   const auto tokenizer = make_byte_tokenizer();
   Completion c;
-  c.prompt = {256, 'P', 0xc3, 0xa9};  // P, e acute
+  c.prompts = {{256, 'P', 0xc3, 0xa9}};  // P, e acute
   c.stops = {"STOP"};
   c.n = 2;
   c.echo = true;
@@ -66,7 +66,7 @@ TEST(ServeChannel, TokensStandWhereTheirTextBegins) {
     }
   };
   for (size_t i = 0; i < 2; ++i) {
-    for (const int32_t id : c.prompt) channel.score(i, {id, -1, {}});
+    for (const int32_t id : c.prompts[0]) channel.score(i, {id, -1, {}});
   }
   for (const char byte : std::string("a\xe2\x82\xac SSTOP, no more")) {
     for (size_t i = 0; i < 2; ++i) {
