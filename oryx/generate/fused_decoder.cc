@@ -1,13 +1,18 @@
 #include "oryx/generate/fused_decoder.h"
 
 #include "oryx/common/error.h"
+#include "oryx/generate/captured_decoder.h"
 
 namespace oryx {
 
 namespace {
 
-// Filled by a static initialiser of a build with CUDA, read-only afterwards.
+// Filled by static initialisers of a build with CUDA, read-only afterwards.
 detail::FusedDecoderFactory& factory() {
+  static detail::FusedDecoderFactory f = nullptr;
+  return f;
+}
+detail::FusedDecoderFactory& captured_factory() {
   static detail::FusedDecoderFactory f = nullptr;
   return f;
 }
@@ -56,11 +61,25 @@ bool detail::register_fused_decoder(FusedDecoderFactory f) {
   return true;
 }
 
+bool detail::register_captured_decoder(FusedDecoderFactory f) {
+  captured_factory() = f;
+  return true;
+}
+
 std::unique_ptr<FusedDecoder> make_fused_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why) {
-  std::string reason = detail::fused_refusal(model, state.options());
-  if (reason.empty() && factory() == nullptr) reason = "this build has no CUDA";
-  if (reason.empty()) {
-    if (auto decoder = factory()(model, state, tokens, &reason)) return decoder;
+  std::string reason;
+  if (!model.device().is_cuda()) {
+    reason = "the model is not on a GPU";
+  } else if (factory() == nullptr || captured_factory() == nullptr) {
+    reason = "this build has no CUDA";
+  } else {
+    reason = detail::fused_refusal(model, state.options());
+    if (reason.empty()) {
+      if (auto decoder = factory()(model, state, tokens, &reason)) return decoder;
+    }
+    // What is said is why not even the general one will do.
+    reason.clear();
+    if (auto decoder = captured_factory()(model, state, tokens, &reason)) return decoder;
   }
   if (why != nullptr) *why = reason;
   return nullptr;

@@ -1,7 +1,5 @@
 #include "oryx/generate/slot_decoder.h"
 
-#include "oryx/generate/fused_decoder.h"
-
 namespace oryx {
 
 namespace {
@@ -20,8 +18,10 @@ bool detail::register_slot_decoder(SlotDecoderFactory f) {
 }
 
 std::unique_ptr<SlotDecoder> make_slot_decoder(const LanguageModel& model, const StateOptions& state, std::string* why) {
-  std::string reason = detail::fused_refusal(model, state);
-  if (reason.empty() && state.checkpoint_every > 0) reason = "the state keeps checkpoints";
+  std::string reason;
+  if (!model.device().is_cuda()) reason = "the model is not on a GPU";
+  if (reason.empty() && state.bound.on()) reason = "the state keeps some tokens' rows alone (a bounded one)";
+  if (reason.empty() && (state.ring > 0 || state.checkpoint_every > 0)) reason = "the state keeps a ring of convolution inputs, or checkpoints";
   if (reason.empty() && slot_decoder_factory() == nullptr) reason = "this build has no CUDA";
   if (reason.empty()) {
     if (auto decoder = slot_decoder_factory()(model, &reason)) return decoder;

@@ -1,4 +1,4 @@
-// The decoder of slots on CUDA: the chain of fused_chain_cuda.h over a table of places and pages.
+// The decoder of slots on CUDA: the chain of fused_chain_cuda.h, or, for models that it does not know, that of captured_chain_cuda.h, over a table of places and pages.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/cuda/CUDAEvent.h>
@@ -11,7 +11,9 @@
 #include "oryx/common/error.h"
 #include "oryx/common/random.h"
 #include "oryx/generate/cuda/draw.h"
+#include "oryx/generate/captured_chain_cuda.h"
 #include "oryx/generate/fused_chain_cuda.h"
+#include "oryx/generate/fused_decoder.h"
 #include "oryx/generate/slot_decoder.h"
 #include "oryx/ops/cuda/launch.h"
 #include "oryx/ops/rope/rope_rows_cuda.h"
@@ -34,27 +36,93 @@ struct Control {
   // Then modes [layers, N].
 };
 
-class CudaSlotDecoder : public SlotDecoder {
+// The fused chain, over the slots of a state with a pool of rows.
+class FusedSlots {
  public:
-  explicit CudaSlotDecoder(const LanguageModel& model) : model_(model), layers_(model.config().num_layers), vocab_(model.config().vocab_size), chain_(model, kMost) {
-    control_ = at::zeros({static_cast<int64_t>(sizeof(Control)) + layers_ * kMost}, bytes());
-  }
+  using Step = ChainStep;
+  explicit FusedSlots(const LanguageModel& model) : model_(model), chain_(model, kMost) {}
 
-  void attach(State& slots) override {
-    state_ = &slots;
-    given_ = at::zeros({slots.sequences()}, bytes().dtype(at::kInt));
-    slots_.clear(), graphs_.clear(), table_rows_.clear();
-    for (int64_t i = 0; i < layers_; ++i) {
+  // -> whether rows are kept
+  bool attach(const State& slots) {
+    slots_.clear();
+    bool paged = false;
+    for (int64_t i = 0; i < model_.config().num_layers; ++i) {
       const LayerState& layer = slots.layer(i);
       LayerSlots s{layer.tensor("k_conv"), layer.tensor("v_conv"), layer.tensor("gated_delta_net.S"), {}, {}, {}, {}, {}};
       if (layer.has("keys")) {
         const auto pool = [&](const char* name) { return slots.pooled_rows(i, name); };
         s.keys = pool("keys"), s.values = pool("values"), s.g = pool("gated_delta_net.g"), s.beta = pool("gated_delta_net.beta");
         if (layer.has("mode")) s.modes = pool("mode");
-        paged_ = true;
+        paged = true;
       }
       slots_.push_back(std::move(s));
     }
+    return paged;
+  }
+  void grow(int64_t capacity) { rope_ = ops::rope_rows_on(model_.device(), capacity, model_.layer(0).config().rope_theta, 128); }
+  void point(Step& s) const { s.slots = &slots_, s.rope = pointer<float>(rope_); }
+
+  int64_t mode_bytes(int64_t N) const { return model_.config().num_layers * N; }
+  bool write_mode(uint8_t* modes, int64_t N, int64_t layer, int64_t n, uint8_t mode) const {
+    TORCH_CHECK(mode == 0 || (slots_[static_cast<size_t>(layer)].keys.defined() && mode == 1), "slot decoder: mode ", int{mode}, " in layer ", layer);
+    modes[layer * N + n] = mode;
+    return mode != 0;
+  }
+  DecodeChain& chain() { return chain_; }
+  const DecodeChain& chain() const { return chain_; }
+
+ private:
+  const LanguageModel& model_;
+  DecodeChain chain_;
+  std::vector<LayerSlots> slots_;
+  at::Tensor rope_;
+};
+
+// The same of the chain of captured decoding.
+class CapturedSlots {
+ public:
+  using Step = captured::Step;
+  explicit CapturedSlots(const LanguageModel& model) : layers_(model.config().num_layers), chain_(model, kMost) {}
+
+  bool attach(const State& slots) {
+    slots_.clear();
+    bool paged = false;
+    for (int64_t i = 0; i < layers_; ++i) {
+      slots_.push_back(chain_.slots_of(slots.layer(i), i, [&](const std::string& name) { return slots.pooled_rows(i, name); }));
+      paged |= slots_.back().keys.defined();
+    }
+    return paged;
+  }
+  void grow(int64_t) {}  // allocate() does
+  void point(Step& s) const { s.slots = &slots_; }
+
+  int64_t mode_bytes(int64_t N) const { return chain_.mode_bytes(N); }
+  bool write_mode(uint8_t* modes, int64_t N, int64_t layer, int64_t n, uint8_t mode) const {
+    const bool looks_back = chain_.write_modes(modes, N, layer, n, mode);
+    TORCH_CHECK(!looks_back || slots_[static_cast<size_t>(layer)].keys.defined(), "slot decoder: mode ", int{mode}, " in layer ", layer);
+    return looks_back;
+  }
+  captured::Chain& chain() { return chain_; }
+  const captured::Chain& chain() const { return chain_; }
+
+ private:
+  int64_t layers_;
+  captured::Chain chain_;
+  std::vector<captured::Slots> slots_;
+};
+
+template <typename Over>
+class CudaSlotDecoder : public SlotDecoder {
+ public:
+  explicit CudaSlotDecoder(const LanguageModel& model) : model_(model), layers_(model.config().num_layers), vocab_(model.config().vocab_size), over_(model) {
+    control_ = at::zeros({static_cast<int64_t>(sizeof(Control)) + over_.mode_bytes(kMost)}, bytes());
+  }
+
+  void attach(State& slots) override {
+    state_ = &slots;
+    given_ = at::zeros({slots.sequences()}, bytes().dtype(at::kInt));
+    graphs_.clear(), table_rows_.clear();
+    paged_ = over_.attach(slots);
     if (slots.layer(layers_).has("ids")) id_rows_ = slots.pooled_rows(layers_, "ids");
     grow(1);
   }
@@ -109,7 +177,7 @@ class CudaSlotDecoder : public SlotDecoder {
     graphs_.clear(), table_rows_.clear();
     most_blocks_ = most, capacity_ = most * page;
     table_ = at::zeros({kMost, most}, bytes().dtype(at::kInt));
-    rope_ = ops::rope_rows_on(model_.device(), capacity_, model_.layer(0).config().rope_theta, 128);
+    over_.grow(capacity_);
   }
 
   // The smallest batch that has a capture of its own: what products cost goes by eights that double.
@@ -133,10 +201,7 @@ class CudaSlotDecoder : public SlotDecoder {
         c.draws[n] = {o->temperature, o->top_p, o->min_p, CounterRng(static_cast<uint64_t>(o->seed), static_cast<uint64_t>(held) + 1).uniform(), o->top_k};
       }
       for (int64_t i = 0; i < layers_; ++i) {
-        const uint8_t mode = row.modes[i];
-        TORCH_CHECK(mode == 0 || (slots_[static_cast<size_t>(i)].keys.defined() && mode == 1), "slot decoder: mode ", int{mode}, " in layer ", i);
-        modes[i * N + static_cast<int64_t>(n)] = mode;
-        attention |= mode != 0;
+        attention |= over_.write_mode(modes, N, i, static_cast<int64_t>(n), row.modes[i]);
       }
     }
     c.active[0] = static_cast<int32_t>(rows.size());
@@ -149,9 +214,11 @@ class CudaSlotDecoder : public SlotDecoder {
   }
 
   void draw(int64_t N) {
-    if (!weights_.defined()) weights_ = at::empty({kMost, vocab_}, bytes().dtype(at::kFloat));
+    const at::Tensor logits = over_.chain().logits(N);
+    const int64_t vocab = logits.stride(0);  // a row's length, a little more than the vocabulary; no more than `below` of it is looked at
+    if (!weights_.defined()) weights_ = at::empty({kMost, vocab}, bytes().dtype(at::kFloat));
     const auto* c = reinterpret_cast<const Control*>(control_.const_data_ptr<uint8_t>());
-    const OryxDraw a{chain_.logits(N).const_data_ptr(), c->draws, c->below, c->places, pointer<int32_t>(given_), pointer<float>(weights_), N, vocab_};
+    const OryxDraw a{logits.const_data_ptr(), c->draws, c->below, c->places, pointer<int32_t>(given_), pointer<float>(weights_), N, vocab};
     ops::cuda::check("oryx_draw", oryx_draw(&a, ops::cuda::stream_of(weights_)));
   }
 
@@ -173,27 +240,28 @@ class CudaSlotDecoder : public SlotDecoder {
     table_rows_ = std::move(now);
   }
 
-  ChainStep chain_step(int64_t N) const {
+  typename Over::Step chain_step(int64_t N) const {
     auto* memory = control_.mutable_data_ptr<uint8_t>();
     auto* c = reinterpret_cast<Control*>(memory);
-    ChainStep s;
-    s.N = N, s.capacity = capacity_, s.slots = &slots_, s.id_rows = id_rows_;
+    typename Over::Step s;
+    s.N = N, s.capacity = capacity_, s.id_rows = id_rows_;
     s.tokens = c->tokens, s.positions = c->positions, s.lengths = c->lengths, s.likeliest = pointer<int32_t>(given_), s.below = c->below;
-    s.modes = memory + sizeof(Control), s.rope = pointer<float>(rope_);
+    s.modes = memory + sizeof(Control);
+    over_.point(s);
     s.places = {c->active, c->places, paged_ ? pointer<int32_t>(table_) : nullptr, state_->options().page_tokens, most_blocks_};
     return s;
   }
 
   std::unique_ptr<at::cuda::CUDAGraph> capture(int64_t N, bool attention) {
-    const ChainStep s = chain_step(N);
-    if (attention) chain_.allocate(chain_step(kMost));  // once, for all sizes: others' captures know its place
+    const auto s = chain_step(N);
+    if (attention) over_.chain().allocate(chain_step(kMost));  // once, for all sizes: others' captures know its place
     // A capture has a stream of its own.
     const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, model_.device().index());
     cudaDeviceSynchronize();
     const c10::cuda::CUDAStreamGuard on(side);
     auto graph = std::make_unique<at::cuda::CUDAGraph>();
     graph->capture_begin();
-    chain_.launch(s, attention);
+    over_.chain().launch(s, attention);
     graph->capture_end();
     return graph;
   }
@@ -201,7 +269,7 @@ class CudaSlotDecoder : public SlotDecoder {
   void copy_logits(std::span<const Row> rows, std::span<at::Tensor> to) const {
     const auto wanted = std::count_if(rows.begin(), rows.end(), [](const Row& row) { return row.logits; });
     if (wanted == 0) return;
-    const at::Tensor all = chain_.logits(static_cast<int64_t>(rows.size())), host = pinned({wanted, vocab_}, all.scalar_type());
+    const at::Tensor all = over_.chain().logits(static_cast<int64_t>(rows.size())), host = pinned({wanted, vocab_}, all.scalar_type());
     const bool whole = wanted == static_cast<int64_t>(rows.size());
     if (whole) host.copy_(all, /*non_blocking=*/true);
     int64_t next = 0;
@@ -214,21 +282,22 @@ class CudaSlotDecoder : public SlotDecoder {
 
   const LanguageModel& model_;
   int64_t layers_, vocab_;
-  DecodeChain chain_;
+  Over over_;
   State* state_ = nullptr;
-  std::vector<LayerSlots> slots_;
   bool paged_ = false;
   int64_t capacity_ = 0, most_blocks_ = 0;
-  at::Tensor control_, given_, weights_, table_, rope_, id_rows_;
+  at::Tensor control_, given_, weights_, table_, id_rows_;
   std::vector<int64_t> table_rows_;  // what the table of pages was made for
   std::map<std::pair<int64_t, bool>, std::unique_ptr<at::cuda::CUDAGraph>> graphs_;  // by rows and whether anybody attends
 };
 
 std::unique_ptr<SlotDecoder> make_cuda_slot_decoder(const LanguageModel& model, std::string* why) {
   *why = fused::device_refusal(model.device());
-  if (why->empty()) *why = DecodeChain::refusal(model);
   if (!why->empty()) return nullptr;
-  return std::make_unique<CudaSlotDecoder>(model);
+  if (detail::fused_refusal(model, {}).empty() && DecodeChain::refusal(model).empty()) return std::make_unique<CudaSlotDecoder<FusedSlots>>(model);
+  *why = captured::refusal(model);
+  if (!why->empty()) return nullptr;
+  return std::make_unique<CudaSlotDecoder<CapturedSlots>>(model);
 }
 
 const bool registered = detail::register_slot_decoder(make_cuda_slot_decoder);

@@ -345,45 +345,64 @@ double greedy_gap(const LanguageModel& m, const Request& r, const std::vector<in
 }
 
 // Texts in all modes that come and go, more than a launch takes: each is greedy up to bfloat16's rounding, and those in linear modes are, to the token, what they are alone.
+void expect_each_alone(const LanguageModel& m, int64_t most) {
+  CounterRng rng(7);
+  const EngineOptions o{.max_running = most, .max_queue = 200, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 31};
+  Engine engine(m, o), alone(m, o);
+  ASSERT_TRUE(engine.fused());
+  const auto shared = drawn_prompt(rng, 320, 150);
+  std::vector<Answer> answers(static_cast<size_t>(most) + 30);
+  std::vector<Request> requests;
+  for (size_t i = 0; i < answers.size(); ++i) {
+    std::vector<int32_t> prompt(shared.begin(), shared.begin() + static_cast<int64_t>(rng.below(151)));
+    const auto own = drawn_prompt(rng, 320, 1 + rng.below(60));
+    prompt.insert(prompt.end(), own.begin(), own.end());
+    SamplingOptions sampling;
+    if (i % 4 == 1) sampling = {.temperature = 0.9, .top_p = 0.95, .seed = static_cast<int64_t>(i)};
+    requests.push_back(request_for(m, prompt, kSlotSchedules[i % kSlotSchedules.size()], 1 + static_cast<int64_t>(rng.below(90)), answers[i], sampling));
+    engine.submit(requests.back());
+    for (uint64_t n = rng.below(4); n > 0 && i > 20; --n) engine.step();
+  }
+  while (engine.step()) {
+  }
+  double worst = 0;
+  for (size_t i = 0; i < answers.size(); ++i) {
+    ASSERT_TRUE(answers[i].ended.has_value()) << i;
+    ASSERT_EQ(answers[i].ended->error, "") << i;
+    ASSERT_EQ(static_cast<int64_t>(answers[i].ids.size()), requests[i].max_tokens);
+    if (requests[i].sampling.temperature == 0 && i % 3 == 0) worst = std::max(worst, greedy_gap(m, requests[i], answers[i].ids, o.piece));
+    if (requests[i].schedule->text() != "linear") continue;
+    Answer one;
+    alone.submit(request_for(m, requests[i].prompt, "linear", requests[i].max_tokens, one, requests[i].sampling));
+    while (alone.step()) {
+    }
+    EXPECT_EQ(answers[i].ids, one.ids) << i;
+  }
+  // A logit's bfloat16 rounding and that of what it was made of.
+  EXPECT_LT(worst, 0.1);
+  EXPECT_GT(engine.stats().prefix_hits, 0);
+}
+
 TEST_F(ServeSlotsCuda, AnyInterleavingIsEachAlone) {
   for (const auto& [hidden, heads, intermediate, most] : {std::tuple{256, 2, 288, 7}, {384, 3, 256, 70}, {512, 4, 544, 20}}) {
     SCOPED_TRACE(hidden);
-    const auto m = gpu_model(hidden, heads, intermediate);
-    CounterRng rng(7);
-    const EngineOptions o{.max_running = most, .max_queue = 200, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 31};
-    Engine engine(*m, o), alone(*m, o);
-    ASSERT_TRUE(engine.fused());
-    const auto shared = drawn_prompt(rng, 320, 150);
-    std::vector<Answer> answers(static_cast<size_t>(most) + 30);
-    std::vector<Request> requests;
-    for (size_t i = 0; i < answers.size(); ++i) {
-      std::vector<int32_t> prompt(shared.begin(), shared.begin() + static_cast<int64_t>(rng.below(151)));
-      const auto own = drawn_prompt(rng, 320, 1 + rng.below(60));
-      prompt.insert(prompt.end(), own.begin(), own.end());
-      SamplingOptions sampling;
-      if (i % 4 == 1) sampling = {.temperature = 0.9, .top_p = 0.95, .seed = static_cast<int64_t>(i)};
-      requests.push_back(request_for(*m, prompt, kSlotSchedules[i % kSlotSchedules.size()], 1 + static_cast<int64_t>(rng.below(90)), answers[i], sampling));
-      engine.submit(requests.back());
-      for (uint64_t n = rng.below(4); n > 0 && i > 20; --n) engine.step();
-    }
-    while (engine.step()) {
-    }
-    double worst = 0;
-    for (size_t i = 0; i < answers.size(); ++i) {
-      ASSERT_TRUE(answers[i].ended.has_value()) << i;
-      ASSERT_EQ(answers[i].ended->error, "") << i;
-      ASSERT_EQ(static_cast<int64_t>(answers[i].ids.size()), requests[i].max_tokens);
-      if (requests[i].sampling.temperature == 0 && i % 3 == 0) worst = std::max(worst, greedy_gap(*m, requests[i], answers[i].ids, o.piece));
-      if (requests[i].schedule->text() != "linear") continue;
-      Answer one;
-      alone.submit(request_for(*m, requests[i].prompt, "linear", requests[i].max_tokens, one, requests[i].sampling));
-      while (alone.step()) {
-      }
-      EXPECT_EQ(answers[i].ids, one.ids) << i;
-    }
-    // A logit's bfloat16 rounding and that of what it was made of.
-    EXPECT_LT(worst, 0.1);
-    EXPECT_GT(engine.stats().prefix_hits, 0);
+    expect_each_alone(*gpu_model(hidden, heads, intermediate), most);
+  }
+}
+
+// The same of models that captured decoding's chain takes: heads of 64, other recurrences, several in a layer.
+TEST_F(ServeSlotsCuda, OtherModelsAreEachAlone) {
+  using Lists = std::vector<std::vector<std::string>>;
+  for (const auto& [mixers, most] : {std::pair<Lists, int64_t>{{{"gated_delta_net", "attention"}}, 70}, {{{"mamba2", "attention"}}, 12}, {{{"kimi_delta_attention", "sliding_window", "attention"}}, 5}}) {
+    SCOPED_TRACE(mixers[0][0]);
+    ModelConfig c;
+    c.vocab_size = 330, c.num_layers = 2, c.layer_mixers = mixers;
+    c.layer.hidden_size = 192, c.layer.num_heads = 3, c.layer.head_dim = 64, c.layer.intermediate_size = 224, c.layer.query_conv = most == 12;
+    c.validate();
+    LanguageModel m(c, at::kBFloat16);
+    m.initialize(1);
+    m.to(at::kCUDA);
+    expect_each_alone(m, most);
   }
 }
 
@@ -432,7 +451,7 @@ TEST_F(ServeSlotsCuda, OtherWays) {
   }
   EXPECT_EQ(c.ended->outcome, Outcome::kFailed);
   ModelConfig narrow = m->config();
-  narrow.layer.head_dim = 64, narrow.layer.num_heads = 4;
+  narrow.layer.qk_norm = true;
   LanguageModel other(narrow, at::kBFloat16);
   other.initialize(1);
   other.to(at::kCUDA);

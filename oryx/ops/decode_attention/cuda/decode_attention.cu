@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const __grid_constan
   const Layout layout = layout_of<K>(a.Hk, a.Hq > a.Hk);
   const int own = pieces_of(visible(a, n), layout.piece);
   if (own == 0) {
-    if (a.gate == nullptr) {
+    if (a.o_tiles == 0) {
       for (int i = inner; i < K; i += kPer) static_cast<bf16*>(a.o)[(n * a.Hq + head) * K + i] = __float2bfloat16_rn(0.0f);
     }
     return;
@@ -132,21 +132,26 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const __grid_constan
     for (int g = 0; g < kGroups; ++g) value += reinterpret_cast<const float*>(outputs[mine][g])[inner], sum += totals[mine][g];
     value /= sum;
   }
-  if (a.gate == nullptr) {
+  if (a.o_tiles == 0) {
     if (inner < K) static_cast<bf16*>(a.o)[(n * a.Hq + head) * K + inner] = __float2bfloat16_rn(value);
     return;
   }
-  float square = value * value;
+  if (a.head_norm != nullptr) {
+    float square = value * value;
 #pragma unroll
-  for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
-  if (lane == 0) squares[warp] = square;
-  __syncthreads();
+    for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
+    if (lane == 0) squares[warp] = square;
+    __syncthreads();
+    square = 0.0f;
+#pragma unroll
+    for (int w = 0; w < K / 32; ++w) square += squares[mine * (kPer / 32) + w];
+    if (inner < K) value *= rsqrtf(square / K + a.head_norm_eps) * __ldg(a.head_norm + inner);
+  }
   if (inner >= K) return;
-  square = 0.0f;
-#pragma unroll
-  for (int w = 0; w < K / 32; ++w) square += squares[mine * (kPer / 32) + w];
-  const float gate = __bfloat162float(static_cast<const bf16*>(a.gate)[n * a.gate_row + head * K + inner]);
-  value *= rsqrtf(square / K + a.head_norm_eps) * __ldg(a.head_norm + inner) * gate / (1.0f + __expf(-gate));
+  if (a.gate != nullptr) {
+    const float gate = __bfloat162float(static_cast<const bf16*>(a.gate)[n * a.gate_row + head * K + inner]);
+    value *= gate / (1.0f + __expf(-gate));
+  }
   *activation(a.o, a.o_tiles, n, head * K + inner) = __float2bfloat16_rn(value);
 }
 

@@ -25,13 +25,13 @@ typedef struct {
   int64_t rotated;         // values of a head that are rotated
   int64_t q_row;
   float scale;
-  // Of the split kernel alone, null elsewhere: o becomes RMSNorm(o) * head_norm * silu(gate) by head, in activations of Hq * V columns (oryx/ops/cuda/fragments.cuh), and what
+  // Of the split kernel alone: with o_tiles o becomes RMSNorm(o) * head_norm * silu(gate) by head, in activations of Hq * V columns (oryx/ops/cuda/fragments.cuh), and what
   // is not wanted is left as it is.
-  const void* gate;        // [N, Hq, V], gate_row elements between sequences
-  const float* head_norm;  // [V]
+  const void* gate;        // [N, Hq, V], gate_row elements between sequences; null: no gate
+  const float* head_norm;  // [V]; null: no norm
   int64_t gate_row;
   float head_norm_eps;
-  int32_t o_tiles;         // of those activations
+  int32_t o_tiles;         // of those activations; 0: o is dense, without norm and gate
 } OryxDecodeAttention;
 
 // bfloat16, K = V of 64 or 128, all of a head rotated or nothing, 1 to 8 query heads a key head, heads dense: split along the keys.

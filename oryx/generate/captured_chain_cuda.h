@@ -1,0 +1,96 @@
+// One token of each of up to 64 sequences by the chain of kernels of captured decoding (cuda/captured_step.h, cuda/decode_product.h, the operators' steps): what it launches, over
+// memory that others own, so that it can be captured.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "oryx/generate/captured_weights.h"
+#include "oryx/generate/cuda/captured_step.h"
+#include "oryx/generate/cuda/decode_product.h"
+#include "oryx/ops/decode_attention/cuda/decode_attention.h"
+
+namespace oryx::captured {
+
+// What a step reads and writes of a layer's state: recurrent ones by sequence, rows [sequences, capacity, ...], or with pages [rows of a pool, ...]; undefined where none are kept.
+struct Slots {
+  struct OfMixer {
+    at::Tensor S, query_tail;
+    std::vector<at::Tensor> scalar_rows;  // in the order of the mixer's scalars
+  };
+  at::Tensor key_tail, value_tail, keys, values, modes;
+  std::vector<OfMixer> mixers;
+};
+
+struct Step {
+  int64_t N = 0;
+  int64_t capacity = 0;  // tokens of a sequence at most
+  const std::vector<Slots>* slots = nullptr;
+  at::Tensor id_rows = {};  // undefined: ids are not kept
+  int32_t *tokens = nullptr, *positions = nullptr, *lengths = nullptr, *likeliest = nullptr;
+  const int32_t *below = nullptr, *feed_back = nullptr;
+  const uint8_t* modes = nullptr;  // as Chain::write_modes() leaves them
+  OryxBatchPlaces places = {};
+};
+
+class Chain {
+ public:
+  static constexpr int64_t kMost = 64;
+
+  // For at most `most` sequences, of a model that refusal() lets pass.
+  Chain(const LanguageModel& model, int64_t most);
+
+  // A layer's slots; rows as `rows(slot)` has them.
+  Slots slots_of(const LayerState& state, int64_t layer, const std::function<at::Tensor(const std::string&)>& rows) const;
+  // Whether some tensor of `state` is another than when `slots` were taken, rows aside.
+  bool moved(const LayerState& state, int64_t layer, const Slots& slots) const;
+
+  // Modes of a step of N sequences, as bytes: by layer each sequence's mixer (by its place), then which sequences want each mixer, and which want one that looks back.
+  int64_t mode_bytes(int64_t N) const { return static_cast<int64_t>(plan_.layers.size()) * (mixers_ + 2) * N; }
+  // Those of sequence n in a layer, into zeros -> whether it looks back.
+  bool write_modes(uint8_t* modes, int64_t N, int64_t layer, int64_t n, uint8_t place) const;
+
+  // Memory for attention over such a step, and angles for its capacity. Not during a capture.
+  void allocate(const Step& s);
+  // With `looks_back` also what mixers that look back need.
+  void launch(const Step& s, bool looks_back) const;
+  // [N, vocabulary] bfloat16 of the last step; rows may lie further apart.
+  at::Tensor logits(int64_t N) const { return logits_.narrow(0, 0, N).narrow(1, 0, vocab_); }
+  // Of weights that a step reads when all sequences are in one mode.
+  int64_t weight_bytes(int64_t place) const;
+
+ private:
+  // What one mixer's step reads and writes beside the state: those of all layers in turn.
+  struct MixerBuffers {
+    at::Tensor query, o, scalars[2], decays;  // bfloat16 [N, ...]; float32 [N, ...]
+  };
+
+  MixerBuffers buffers_of(size_t m, int64_t most, const at::TensorOptions& half) const;
+  int64_t modes_at(int64_t layer, int64_t what, int64_t N) const { return (layer * (mixers_ + 2) + what) * N; }
+  const uint8_t* modes_of(const Step& s, size_t layer) const { return s.modes + modes_at(static_cast<int64_t>(layer), 0, s.N); }
+  at::BFloat16* projected(int64_t column) const;
+  OryxProduct product_of(const Step& s, int form, const at::Tensor& weight, const at::Tensor& x, const at::Tensor& out, int64_t rows, int64_t K, double eps) const;
+  void run(const OryxProduct& a) const;
+  void residual(const Step& s, const at::Tensor& weight, const at::Tensor& x, int64_t K, const at::Tensor& norm_weight, size_t to) const;
+  void mix(const Step& s, size_t i, int64_t row, bool looks_back) const;
+  bool mix_whole(const Step& s, size_t i, const OryxCapturedPrepare& before, const OryxCapturedReadout& read) const;
+  OryxCapturedPrepare prepare_of(const Step& s, size_t i, int64_t row) const;
+  OryxCapturedReadout readout_of(const Step& s, size_t i, int64_t row) const;
+  void advance(const Step& s, size_t i, size_t m) const;
+  bool attend(const Step& s, size_t i, size_t m, int64_t row) const;
+  OryxDecodeAttention attention_of(const Step& s, size_t i, size_t m) const;
+
+  at::Device device_;
+  Plan plan_;
+  double final_eps_;
+  int64_t D_, vocab_, mixers_ = 0;
+  std::vector<MixerBuffers> buffers_;  // by place
+  std::vector<at::Tensor> ropes_;      // by layer
+  at::Tensor x_, u_, y_, mid_, projected_, narrow_, keys_, values_, squares_[2], logits_, workspace_;
+};
+
+}  // namespace oryx::captured
