@@ -131,8 +131,8 @@ TEST_F(CompletionBody, IsRefusedInOneLine) {
   refuses(R"({"promt": "a"})", "unknown field 'promt'. Did you mean 'prompt'?");
   refuses(R"({"prompt": "a", "tempreature": 1})", "Did you mean 'temperature'?");
   refuses(R"({"prompt": "a", "prompt": "b"})", "stands twice");
-  refuses(R"({"prompt": 5})", "prompt is 5, expected a text or a list of token ids");
-  refuses(R"({"prompt": []})", "expected a text, a list of token ids, or a list of texts or of such lists");
+  refuses(R"({"prompt": 5})", "prompt is 5, expected a text, a list of token ids, or a list of texts or of such lists");
+  refuses(R"({"prompt": []})", "expected a text, a list of token ids");
   refuses(R"({"prompt": ["a", 5]})", "prompt is 5, expected");
   refuses(R"({"prompt": [[1], "a"]})", "prompt is \"a\" (a string), expected");
   refuses(R"({"prompt": [1, "a"]})", "prompt is \"a\" (a string), expected");
