@@ -198,7 +198,13 @@ at::Tensor Session::extend(std::span<const int32_t> ids, int64_t keep) {
   for (int64_t begin = 0, n = 0; begin < count; begin += n) {
     check_interrupt();
     n = std::min(options_.piece, routed_.ready(count - begin));
-    const at::Tensor hidden = run(ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(n)));
+    at::Tensor hidden;
+    try {
+      hidden = run(ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(n)));
+    } catch (const c10::OutOfMemoryError&) {  // a GPU's: on the CPU checked_plan() has looked
+      fail("the device's memory does not hold a pass over {} tokens, about {} beside the state; use smaller pieces (--prefill-piece), or keep fewer keys and values (--kv)", n,
+           human_bytes(static_cast<double>(plan_.activations)));
+    }
     const int64_t wanted = std::min(n, begin + n - (count - keep));  // of this piece
     // A copy: a view would hold the whole piece.
     if (wanted > 0) kept.push_back(hidden.narrow(0, n - wanted, wanted).clone());

@@ -27,6 +27,7 @@ int64_t address(const at::Tensor& x, int64_t row) {
 }  // namespace
 
 void Copies::add(const at::Tensor& to, const at::Tensor& from) {
+  TORCH_CHECK(to.sizes() == from.sizes(), "copies: ", from.sizes(), " does not fit ", to.sizes());
   if (to.numel() == 0) return;
   if (to.dim() == 0) return add(to.unsqueeze(0), from.unsqueeze(0));
   add_rows(to, 0, from, 0, to.size(0));

@@ -71,6 +71,7 @@ TEST(Copies, RefuseWhatDoesNotFit) {
   EXPECT_THROW(copies.add_rows(x, 0, at::zeros({2, 2}), 1, 2), c10::Error);
   EXPECT_THROW(copies.add_rows(x, 0, at::zeros({2, 3}), 0, 2), c10::Error);
   EXPECT_THROW(copies.add(x, at::zeros({2, 2})), c10::Error);
+  EXPECT_THROW(copies.add(x, at::zeros({5, 2})), c10::Error);
 }
 
 }  // namespace
