@@ -1,10 +1,11 @@
 // RMSNorm, RMSNorm of a sum, and the gated forms. Bound by memory: a row is read once, held in registers and written once.
 //
-// kTeam threads share a row, each holding kPackets 16-byte packets of it (kTeam apart), and take kRows rows at a time so
-// that many loads are in flight. Rows that are too long, not a multiple of a packet, or misaligned take the plain kernels
-// below: one block a row, element by element.
+// Forward: norm_rows.cuh. Backward: norm_stream.cuh for plain rows of more than 16 packets; here for the others, where kTeam threads share a row, each holding
+// kPackets 16-byte packets of it (kTeam apart), and take kRows rows at a time so that many loads are in flight. Rows that are too long, not a multiple of a
+// packet, or misaligned take the kernels of norm_any.cuh: one block a row, element by element.
 #include "oryx/ops/norm/cuda/norm_any.cuh"
 #include "oryx/ops/norm/cuda/norm_launch.h"
+#include "oryx/ops/norm/cuda/norm_rows.cuh"
 #include "oryx/ops/norm/cuda/norm_stream.cuh"
 
 namespace oryx::ops::cuda {
@@ -35,100 +36,46 @@ __device__ __forceinline__ void team_sum(float (&x)[kRows], int parity) {
   }
 }
 
-template <typename T, int kForm, int kTeam, int kPackets, int kRows>
-__global__ __launch_bounds__(kThreads) void norm_forward(const Forward a) {
-  constexpr int V = kLanes<T>, kTeams = kThreads / kTeam;
-  constexpr bool kSecond = kForm != kPlain;  // a residual or a gate
-  const int lane = threadIdx.x % kTeam, packets = static_cast<int>(a.dim / V);
-  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / kTeam) * kRows;
-  const T* second = static_cast<const T*>(kForm == kAdd ? a.residual : a.gate);
-  Packet<T, V> x[kRows][kPackets], other[kSecond ? kRows : 1][kSecond ? kPackets : 1];
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-#pragma unroll
-    for (int p = 0; p < kPackets; ++p) {
-      const int i = lane + p * kTeam;
-      x[u][p].zero();
-      if constexpr (kSecond) other[u][p].zero();
-      if (first + u < a.rows && i < packets) {
-        const int64_t at = (first + u) * a.dim + i * V;
-        x[u][p].load(static_cast<const T*>(a.x) + at);
-        if constexpr (kSecond) other[u][p].load(second + at);
-      }
-    }
-  }
-  // The value that is normalised: x, x + residual, or x silu(gate).
-  const auto value = [&](int u, int p, float(&v)[V]) {
-    x[u][p].unpack(v);
-    if constexpr (kForm == kAdd || kForm == kGateFirst) {
-      float o[V];
-      other[u][p].unpack(o);
-#pragma unroll
-      for (int e = 0; e < V; ++e) v[e] = kForm == kAdd ? v[e] + o[e] : v[e] * silu(o[e]);
-    }
-  };
-  float squares[kRows];
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    squares[u] = 0.0f;
-#pragma unroll
-    for (int p = 0; p < kPackets; ++p) {
-      float v[V];
-      value(u, p, v);
-#pragma unroll
-      for (int e = 0; e < V; ++e) squares[u] += v[e] * v[e];
-    }
-  }
-  team_sum<kTeam, kRows>(squares, 0);
-#pragma unroll
-  for (int u = 0; u < kRows; ++u) {
-    const int64_t row = first + u;
-    if (row >= a.rows) break;
-    const float rstd = rsqrtf(squares[u] / static_cast<float>(a.dim) + a.eps);
-    if (lane == 0) a.rstd[row] = rstd;
-    const int64_t weights = a.groups == 1 ? 0 : row % a.groups * a.dim;
-#pragma unroll
-    for (int p = 0; p < kPackets; ++p) {
-      const int i = lane + p * kTeam;
-      if (i >= packets) break;
-      float v[V], w[V];
-      value(u, p, v);
-      load_any(a.weight, a.weight_dtype, weights + i * V, w);
-      Packet<T, V> out;
-      if constexpr (kForm == kAdd) {
-        out.pack(v);
-        out.store(static_cast<T*>(a.sum) + row * a.dim + i * V);
-      }
-#pragma unroll
-      for (int e = 0; e < V; ++e) v[e] *= rstd * (w[e] + a.weight_offset);
-      if constexpr (kForm == kGateAfter) {
-        float g[V];
-        other[u][p].unpack(g);
-#pragma unroll
-        for (int e = 0; e < V; ++e) v[e] *= silu(g[e]);
-      }
-      out.pack(v);
-      out.store(static_cast<T*>(a.y) + row * a.dim + i * V);
-    }
-  }
-}
-
 // blockIdx.y is the weight group. Block b of gridDim.x takes tiles b, b + gridDim.x, ...: the rows behind a partial sum
 // depend on shape and device only.
-template <typename T, int kForm, int kTeam, int kPackets, int kRows>
-__global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
+constexpr int resident_backward(int packets) { return packets > 2 ? 1 : 2; }  // blocks a multiprocessor: registers
+template <typename T, typename W, int kForm, int kTeam, int kPackets, int kRows>
+__global__ __launch_bounds__(kThreads, resident_backward(kPackets)) void norm_backward(const Backward a) {
   constexpr int V = kLanes<T>, kTeams = kThreads / kTeam;
   constexpr bool kGated = kForm != kPlain;
   const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam, packets = static_cast<int>(a.dim / V);
-  const int64_t per_group = a.rows / a.groups, weights = blockIdx.y * a.dim;
-  const int64_t tiles = (per_group + kTeams * kRows - 1) / (kTeams * kRows);
+  const int64_t per_group = a.per_group, tiles = (per_group + kTeams * kRows - 1) / (kTeams * kRows);
   float d_weight[kPackets][V];
 #pragma unroll
   for (int p = 0; p < kPackets; ++p) {
 #pragma unroll
     for (int e = 0; e < V; ++e) d_weight[p][e] = 0.0f;
   }
+  // Few weights stay in registers; more are read at each row.
+  constexpr bool kKeep = kPackets * V <= 16;
+  const auto weights_of = [&](int p, float(&w)[V]) {
+    const int i = lane + p * kTeam;
+#pragma unroll
+    for (int e = 0; e < V; ++e) w[e] = 0.0f;
+    if (i < packets) load_weights(static_cast<const W*>(a.weight) + blockIdx.y * a.dim + i * V, w);
+#pragma unroll
+    for (int e = 0; e < V; ++e) w[e] += a.weight_offset;
+  };
+  float kept[kKeep ? kPackets : 1][V];
+  if constexpr (kKeep) {
+#pragma unroll
+    for (int p = 0; p < kPackets; ++p) weights_of(p, kept[p]);
+  }
+  const auto weights = [&](int p, float(&w)[V]) {
+    if constexpr (kKeep) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) w[e] = kept[p][e];
+    } else {
+      weights_of(p, w);
+    }
+  };
   int parity = 0;
+#pragma unroll 1
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
     const int64_t first = (tile * kTeams + team) * kRows;
     // The third is the gate or, without one, d_sum.
@@ -159,19 +106,11 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
 #pragma unroll
       for (int e = 0; e < V; ++e) out[e] = element<kForm>(d[e], v[e], g[e], rstd[u]);
     };
-    const auto load_weights = [&](int p, float(&w)[V]) {
-      const int i = lane + p * kTeam;
-#pragma unroll
-      for (int e = 0; e < V; ++e) w[e] = 0.0f;
-      if (i < packets) load_any(a.weight, a.weight_dtype, weights + i * V, w);
-#pragma unroll
-      for (int e = 0; e < V; ++e) w[e] += a.weight_offset;
-    };
     float dots[kRows] = {};
 #pragma unroll
     for (int p = 0; p < kPackets; ++p) {
       float w[V];
-      load_weights(p, w);
+      weights(p, w);
 #pragma unroll
       for (int u = 0; u < kRows; ++u) {
         Element all[V];
@@ -189,12 +128,12 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
     for (int p = 0; p < kPackets; ++p) {
       const int i = lane + p * kTeam;
       float w[V];
-      load_weights(p, w);
+      weights(p, w);
 #pragma unroll
       for (int u = 0; u < kRows; ++u) {
         if (first + u >= per_group || i >= packets) break;
         const int64_t at = ((first + u) * a.groups + blockIdx.y) * a.dim + i * V;
-        const float mean = dots[u] / static_cast<float>(a.dim);
+        const float mean = dots[u] * a.inverse_dim;
         Element all[V];
         elements(u, p, all);
         float d_x[V], d_gate[V] = {};
@@ -217,84 +156,76 @@ __global__ __launch_bounds__(kThreads, 2) void norm_backward(const Backward a) {
     }
   }
   launch_dependents();
-  // The teams of the block, one after the other.
-  __shared__ float total[kTeam * kPackets * V];
-  for (int turn = 0; turn < kTeams; ++turn) {
-    if (team == turn) {
+  // The teams of the block, added in their order.
+  constexpr int kWidth = kTeam * kPackets * V;
+  __shared__ float total[kTeams][kWidth];
 #pragma unroll
-      for (int p = 0; p < kPackets; ++p) {
+  for (int p = 0; p < kPackets; ++p) {
 #pragma unroll
-        for (int e = 0; e < V; ++e) {
-          float& sum = total[(p * kTeam + lane) * V + e];
-          sum = turn == 0 ? d_weight[p][e] : sum + d_weight[p][e];
-        }
-      }
-    }
-    __syncthreads();
+    for (int e = 0; e < V; ++e) total[team][(p * V + e) * kTeam + lane] = d_weight[p][e];
   }
+  __syncthreads();
   float* to = a.partial + (static_cast<int64_t>(blockIdx.x) * a.groups + blockIdx.y) * a.dim;
-  for (int c = threadIdx.x; c < a.dim; c += kThreads) to[c] = total[c];
+#pragma unroll 1
+  for (int c = threadIdx.x; c < a.dim; c += kThreads) {
+    const int packet = c / V, at = (packet / kTeam * V + c % V) * kTeam + packet % kTeam;
+    float sum = total[0][at];
+#pragma unroll
+    for (int i = 1; i < kTeams; ++i) sum += total[i][at];
+    to[c] = sum;
+  }
 }
 
-constexpr int kSumColumns = 8, kSumThreads = kSumColumns * 32;
-__global__ __launch_bounds__(kSumThreads) void reduce_weight(const float* partial, int64_t count, int64_t width, void* d_weight, int dtype) {
+// The sum of a column of partial [count, width] in a fixed order: kSlices threads take every kSlices-th row, kDeep of them at once, so that one pass over the
+// rows of 132 multiprocessors with 3 blocks each is enough.
+constexpr int kSumColumns = 8, kSlices = 32, kSumThreads = kSumColumns * kSlices, kDeep = 13;
+__global__ __launch_bounds__(kSumThreads) void reduce_weight(const float* partial, int count, int width, void* d_weight, int dtype) {
+  __shared__ float sums[kSlices][kSumColumns + 1];
+  const int mine = static_cast<int>(threadIdx.x) % kSumColumns, slice = static_cast<int>(threadIdx.x) / kSumColumns;
+  const int column = static_cast<int>(blockIdx.x) * kSumColumns + mine, rows = column < width ? count : 0, step = kSlices * width;
+  const float* from = partial + static_cast<int64_t>(slice) * width + column;
+  float sum = 0.0f;
   wait_for_previous();
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + threadIdx.x % kSumColumns;
-  const float total = reduce_column<kSumColumns, kSumThreads / kSumColumns>(partial, count, width, column);
-  if (threadIdx.x < kSumColumns && column < width) store_any(d_weight, dtype, column, total);
+#pragma unroll 1
+  for (int first = slice; first < rows; first += kSlices * kDeep) {
+    float values[kDeep];
+#pragma unroll
+    for (int k = 0; k < kDeep; ++k) {
+      values[k] = first + k * kSlices < rows ? *from : 0.0f;
+      from += step;
+    }
+#pragma unroll
+    for (int k = 0; k < kDeep; ++k) sum += values[k];
+  }
+  sums[slice][mine] = sum;
+  __syncthreads();
+  if (slice > 0 || column >= width) return;
+  float total = 0.0f;
+#pragma unroll 8
+  for (int i = 0; i < kSlices; ++i) total += sums[i][mine];
+  store_any(d_weight, dtype, column, total);
 }
 
 int reduce_weights(const float* partial, int64_t count, int64_t width, void* d_weight, int dtype, cudaStream_t stream) {
-  return launch_after(reduce_weight, dim3(static_cast<unsigned>((width + kSumColumns - 1) / kSumColumns)), kSumThreads, 0, stream, partial, count, width,
-                      d_weight, dtype);
+  return launch_after(reduce_weight, dim3(static_cast<unsigned>((width + kSumColumns - 1) / kSumColumns)), kSumThreads, 0, stream, partial,
+                      static_cast<int>(count), static_cast<int>(width), d_weight, dtype);
 }
 
 // ---- the choice of a kernel
 
-template <typename T, int kForm, int kTeam, int kPackets, int kRows>
-void launch(const Forward& a, cudaStream_t stream) {
-  constexpr int kBlock = kThreads / kTeam * kRows;
-  norm_forward<T, kForm, kTeam, kPackets, kRows>
-      <<<static_cast<unsigned>((a.rows + kBlock - 1) / kBlock), kThreads, 0, stream>>>(a);
-}
-
 template <typename T, int kForm>
 int forward(const Forward& a, cudaStream_t stream) {
-  const bool wide = a.dim % kLanes<T> == 0 && aligned16(a.x) && aligned16(a.y) &&
-                    (kForm != kAdd || (aligned16(a.residual) && aligned16(a.sum))) &&
-                    (kForm < kGateAfter || aligned16(a.gate));
-  const int64_t packets = a.dim / kLanes<T>;
-  if (!wide || packets > 1024) {
+  const bool wide = a.dim % kLanes<T> == 0 && a.dim <= kLanes<T> * kMostRowPackets && a.rows <= INT32_MAX && aligned16(a.x) && aligned16(a.y) &&
+                    aligned16(a.weight) && (kForm != kAdd || (aligned16(a.residual) && aligned16(a.sum))) && (kForm < kGateAfter || aligned16(a.gate));
+  if (!wide) {
     const int64_t blocks = a.rows < multiprocessors() * 8 ? a.rows : multiprocessors() * 8;
     norm_forward_any<T, kForm><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
-  } else if (packets <= 8) {
-    launch<T, kForm, 8, 1, 4>(a, stream);
-  } else if (packets <= 16) {
-    launch<T, kForm, 16, 1, 4>(a, stream);
-  } else if (packets <= 64) {
-    launch<T, kForm, 32, 2, 2>(a, stream);
-  } else if (kForm == kPlain && packets <= 96) {
-    launch<T, kPlain, 16, 6, 1>(a, stream);
-  } else if (packets <= 128) {
-    launch<T, kForm, 32, 4, 1>(a, stream);
-  } else if (packets <= 256) {
-    if constexpr (kForm == kPlain) {
-      launch<T, kForm, 32, 8, 1>(a, stream);
-    } else {
-      launch<T, kForm, 128, 2, 1>(a, stream);
-    }
-  } else if (packets <= 512) {
-    launch<T, kForm, 128, 4, 1>(a, stream);
+  } else if (a.weight_dtype == kBfloat16) {
+    norm_rows<T, __nv_bfloat16, kForm>(a, stream);
   } else {
-    launch<T, kForm, 256, 4, 1>(a, stream);
+    norm_rows<T, float, kForm>(a, stream);
   }
   return cudaGetLastError();
-}
-
-// Blocks a weight group: at most what is resident at once, so that partial sums are few.
-int64_t backward_blocks(int64_t rows, int64_t groups, int64_t block_rows) {
-  const int64_t tiles = (rows / groups + block_rows - 1) / block_rows, most = (multiprocessors() * 2 + groups - 1) / groups;
-  return tiles < 1 ? 1 : tiles < most ? tiles : most;
 }
 
 // Rows of a block and its kernel for a shape; 0 packets: the kernel for any shape.
@@ -311,36 +242,52 @@ Plan backward_plan(int lanes, int64_t dim, bool gated, bool wide) {
   if (packets <= 64) return {32, 2, rows};
   if (packets <= 128) return {64, 2, rows};
   if (packets <= 256) return {128, 2, rows};
+  if (packets <= 512) return {256, 2, rows};
   return {256, 4, 1};
+}
+
+// Blocks a weight group: at most what is resident at once, so that partial sums are few.
+int64_t backward_blocks(int64_t rows, int64_t groups, const Plan& plan) {
+  const int64_t block_rows = kThreads / plan.team * plan.rows, resident = static_cast<int64_t>(multiprocessors()) * resident_backward(plan.packets);
+  const int64_t tiles = (rows / groups + block_rows - 1) / block_rows, most = (resident + groups - 1) / groups;
+  return tiles < 1 ? 1 : tiles < most ? tiles : most;
+}
+
+template <typename T, typename W, int kForm>
+void backward(const Backward& a, const Plan& plan, dim3 grid, cudaStream_t stream) {
+  constexpr int kRows = kForm == kPlain ? 2 : 1;
+  if (plan.team == 8) norm_backward<T, W, kForm, 8, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
+  if (plan.team == 16) norm_backward<T, W, kForm, 16, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
+  if constexpr (kForm != kPlain) {  // longer plain rows run as a stream
+    if (plan.team == 32 && plan.packets == 1) norm_backward<T, W, kForm, 32, 1, 2><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 32 && plan.packets == 2) norm_backward<T, W, kForm, 32, 2, 1><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 64) norm_backward<T, W, kForm, 64, 2, 1><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 128) norm_backward<T, W, kForm, 128, 2, 1><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 256 && plan.packets == 2) norm_backward<T, W, kForm, 256, 2, 1><<<grid, kThreads, 0, stream>>>(a);
+    if (plan.team == 256 && plan.packets == 4) norm_backward<T, W, kForm, 256, 4, 1><<<grid, kThreads, 0, stream>>>(a);
+  }
 }
 
 template <typename T, int kForm>
 int backward(const Backward& a, void* d_weight, cudaStream_t stream) {
-  const bool wide = aligned16(a.d_y) && aligned16(a.x) && aligned16(a.d_x) && aligned16(a.d_sum) &&
+  const bool wide = aligned16(a.d_y) && aligned16(a.x) && aligned16(a.d_x) && aligned16(a.d_sum) && aligned16(a.weight) &&
                     (kForm == kPlain || (aligned16(a.gate) && aligned16(a.d_gate)));
+  const bool bf16 = a.weight_dtype == kBfloat16;
   if constexpr (kForm == kPlain) {
     const StreamPlan plan = stream_plan(a.rows, wide && a.dim % kLanes<T> == 0 ? a.dim / kLanes<T> : 0, a.d_sum != nullptr);
     if (plan.packets > 0) {
-      a.d_sum != nullptr ? norm_backward_stream<T, true>(a, plan, stream) : norm_backward_stream<T, false>(a, plan, stream);
+      bf16 ? norm_backward_stream<T, __nv_bfloat16>(a, plan, stream) : norm_backward_stream<T, float>(a, plan, stream);
       return reduce_weights(a.partial, plan.blocks, a.dim, d_weight, a.weight_dtype, stream);
     }
   }
-  const Plan plan = backward_plan(kLanes<T>, a.dim, kForm != kPlain, wide);
-  const int64_t blocks = backward_blocks(a.rows, a.groups, kThreads / plan.team * plan.rows);
+  // Plain rows of more than 16 packets have no kernel here.
+  const Plan plan = backward_plan(kLanes<T>, a.dim, kForm != kPlain, wide && (kForm != kPlain || a.dim <= 16 * kLanes<T>));
+  const int64_t blocks = backward_blocks(a.rows, a.groups, plan);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.groups));
-  constexpr int kRows = kForm == kPlain ? 2 : 1;
   if (plan.packets == 0) {
     norm_backward_any<T, kForm><<<grid, kThreads, 0, stream>>>(a);
-  } else if (plan.team == 8) {
-    norm_backward<T, kForm, 8, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
-  } else if (plan.team == 16) {
-    norm_backward<T, kForm, 16, 1, 2 * kRows><<<grid, kThreads, 0, stream>>>(a);
-  } else if constexpr (kForm != kPlain) {  // longer plain rows run as a stream
-    if (plan.team == 32 && plan.packets == 1) norm_backward<T, kForm, 32, 1, 2><<<grid, kThreads, 0, stream>>>(a);
-    if (plan.team == 32 && plan.packets == 2) norm_backward<T, kForm, 32, 2, 1><<<grid, kThreads, 0, stream>>>(a);
-    if (plan.team == 64) norm_backward<T, kForm, 64, 2, 1><<<grid, kThreads, 0, stream>>>(a);
-    if (plan.team == 128) norm_backward<T, kForm, 128, 2, 1><<<grid, kThreads, 0, stream>>>(a);
-    if (plan.team == 256) norm_backward<T, kForm, 256, 4, 1><<<grid, kThreads, 0, stream>>>(a);
+  } else {
+    bf16 ? backward<T, __nv_bfloat16, kForm>(a, plan, grid, stream) : backward<T, float, kForm>(a, plan, grid, stream);
   }
   return reduce_weights(a.partial, blocks, a.dim * a.groups, d_weight, a.weight_dtype, stream);
 }
@@ -382,7 +329,7 @@ int oryx_norm_forward(int form, int dtype, int weight_dtype, const void* x, cons
                       const void* weight, void* y, void* sum, float* rstd, int64_t rows, int64_t dim, int64_t groups,
                       float eps, float weight_offset, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
-  const Forward a{x, residual, gate, weight, y, sum, rstd, rows, dim, groups, eps, weight_offset, weight_dtype};
+  const Forward a{x, residual, gate, weight, y, sum, rstd, rows, dim, groups, eps, weight_offset, 1.0f / static_cast<float>(dim), weight_dtype};
   return dtype == kBfloat16 ? forward_of<__nv_bfloat16>(form, a, stream) : forward_of<float>(form, a, stream);
 }
 
@@ -391,7 +338,7 @@ int64_t oryx_norm_backward_workspace(int form, int dtype, int64_t rows, int64_t 
   int64_t most = 0;
   for (const bool wide : {false, true}) {  // alignment is not known here
     const Plan plan = backward_plan(lanes, dim, form != kPlain, wide);
-    const int64_t blocks = backward_blocks(rows, groups, kThreads / plan.team * plan.rows);
+    const int64_t blocks = backward_blocks(rows, groups, plan);
     most = blocks > most ? blocks : most;
   }
   for (const bool sum : {false, true}) {
@@ -406,8 +353,8 @@ int oryx_norm_backward(int form, int dtype, int weight_dtype, const void* d_y, c
                        const void* weight, const float* rstd, const void* d_sum, void* d_x, void* d_gate, void* d_weight,
                        float* workspace, int64_t rows, int64_t dim, int64_t groups, float weight_offset,
                        cudaStream_t stream) {
-  const Backward a{d_y,       x,    gate, weight, rstd,          d_sum,       d_x, d_gate,
-                   workspace, rows, dim,  groups, weight_offset, weight_dtype};
+  const Backward a{d_y, x,  gate, weight, rstd, d_sum, d_x, d_gate, workspace, rows, dim, groups, rows / groups, weight_offset, 1.0f / static_cast<float>(dim),
+                   weight_dtype};
   return dtype == kBfloat16 ? backward_of<__nv_bfloat16>(form, a, d_weight, stream)
                             : backward_of<float>(form, a, d_weight, stream);
 }

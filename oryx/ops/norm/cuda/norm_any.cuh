@@ -32,7 +32,7 @@ __global__ __launch_bounds__(kThreads) void norm_forward_any(const Forward a) {
     };
     float squares = 0.0f;
     for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) squares += value(c) * value(c);
-    const float rstd = rsqrtf(block_sum(squares) / static_cast<float>(a.dim) + a.eps);
+    const float rstd = rsqrtf(block_sum(squares) * a.inverse_dim + a.eps);
     if (threadIdx.x == 0) a.rstd[row] = rstd;
     for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) {
       const float v = value(c);
@@ -48,7 +48,7 @@ template <typename T, int kForm>
 __global__ __launch_bounds__(kThreads) void norm_backward_any(const Backward a) {
   float* partial = a.partial + (static_cast<int64_t>(blockIdx.x) * a.groups + blockIdx.y) * a.dim;
   for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) partial[c] = 0.0f;
-  for (int64_t i = blockIdx.x; i < a.rows / a.groups; i += gridDim.x) {
+  for (int64_t i = blockIdx.x; i < a.per_group; i += gridDim.x) {
     const int64_t row = i * a.groups + blockIdx.y, at = row * a.dim;
     const float rstd = a.rstd[row];
     const auto get = [&](int64_t c) {
@@ -64,7 +64,7 @@ __global__ __launch_bounds__(kThreads) void norm_backward_any(const Backward a) 
       partial[c] += e.h * e.n;  // this thread's own column
       dot += e.h * e.n * weight(c);
     }
-    const float mean = block_sum(dot) / static_cast<float>(a.dim);
+    const float mean = block_sum(dot) * a.inverse_dim;
     for (int64_t c = threadIdx.x; c < a.dim; c += kThreads) {
       float d_x, d_gate = 0.0f;
       finish<kForm>(get(c), weight(c), rstd, mean, d_x, d_gate);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "oryx/ops/cuda/dependent_launch.cuh"
+#include "oryx/ops/cuda/load_weights.cuh"
 #include "oryx/ops/cuda/packet.cuh"
 
 namespace oryx::ops::cuda {
@@ -15,7 +16,7 @@ struct Forward {
   void *y, *sum;
   float* rstd;
   int64_t rows, dim, groups;
-  float eps, weight_offset;
+  float eps, weight_offset, inverse_dim;
   int weight_dtype;
 };
 
@@ -25,8 +26,8 @@ struct Backward {
   const void* d_sum;
   void *d_x, *d_gate;
   float* partial;  // [gridDim.x, groups * dim]
-  int64_t rows, dim, groups;
-  float weight_offset;
+  int64_t rows, dim, groups, per_group;  // rows of a weight group
+  float weight_offset, inverse_dim;
   int weight_dtype;
 };
 

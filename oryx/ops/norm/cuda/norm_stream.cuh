@@ -35,60 +35,60 @@ struct Place {  // of a thread
         teams(kWarp ? blockDim.x / 32 : 1) {}
 };
 
-template <int kPackets, int V>
-__device__ __forceinline__ void stream_weights(const void* weight, int dtype, float offset, int lane, int threads, int packets,
-                                               float (&w)[kPackets][V]) {
+template <typename W, int kPackets, int V>
+__device__ __forceinline__ void stream_weights(const void* weight, float offset, int lane, int threads, int packets, float (&w)[kPackets][V]) {
 #pragma unroll
   for (int p = 0; p < kPackets; ++p) {
     const int i = lane + p * threads;
 #pragma unroll
     for (int e = 0; e < V; ++e) w[p][e] = 0.0f;
     if (i >= packets) continue;
-    load_any(weight, dtype, static_cast<int64_t>(i) * V, w[p]);
+    load_weights(static_cast<const W*>(weight) + i * V, w[p]);
 #pragma unroll
     for (int e = 0; e < V; ++e) w[p][e] += offset;
   }
 }
 
 // With n = x rstd: d_x = rstd (d_y w - n mean(d_y w n)) (+ d_sum), d_w = sum over rows of d_y n.
-template <typename T, bool kWarp, int kPackets, int kBlocks, bool kSum>
+// kExact: a row is 32 kPackets packets.
+template <typename T, typename W, bool kWarp, bool kExact, int kPackets, int kBlocks, bool kSum>
 __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBlocks) void norm_backward_stream(const Backward a) {
   constexpr int V = kLanes<T>;
   const Place<kWarp> me;
-  const int packets = static_cast<int>(a.dim / V);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * me.teams;
+  const int packets = static_cast<int>(a.dim / V), rows = static_cast<int>(a.rows), step = static_cast<int>(gridDim.x) * me.teams;
+  const int64_t dim = kExact ? 32 * kPackets * V : a.dim;
   Packet<T, V> next_dy[kPackets], next_x[kPackets], next_sum[kSum ? kPackets : 1];
   float next_rstd = 0.0f;
   // A warp's loads leave together, without branches: behind the last row or packet a valid one is read again (its weight is 0). In a block's row
   // the addresses that takes would be registers too many.
-  const auto fetch = [&](int64_t row) {
-    if (row >= a.rows) {
+  const auto fetch = [&](int row) {
+    if (row >= rows) {
       if (!kWarp) return;
-      row = a.rows - 1;
+      row = rows - 1;
     }
     next_rstd = load_read_only(a.rstd + row);
+    const int64_t at = row * dim + me.lane * V;
+    const T *dy = static_cast<const T*>(a.d_y) + at, *x = static_cast<const T*>(a.x) + at, *sum = static_cast<const T*>(a.d_sum) + at;
 #pragma unroll
     for (int p = 0; p < kPackets; ++p) {
-      int i = me.lane + p * me.threads;
-      if (i >= packets) {
+      int i = p * me.threads * V;
+      if (!kExact && me.lane + p * me.threads >= packets) {
         if (!kWarp) break;
-        i = 0;
+        i = -me.lane * V;
       }
-      const int64_t at = row * a.dim + i * V;
-      next_dy[p].load(static_cast<const T*>(a.d_y) + at);
-      next_x[p].load(static_cast<const T*>(a.x) + at);
-      if constexpr (kSum) next_sum[p].load(static_cast<const T*>(a.d_sum) + at);
+      next_dy[p].load(dy + i);
+      next_x[p].load(x + i);
+      if constexpr (kSum) next_sum[p].load(sum + i);
     }
   };
 #pragma unroll
   for (int p = 0; p < kPackets; ++p) next_dy[p].zero(), next_x[p].zero();
-  int64_t row = static_cast<int64_t>(blockIdx.x) * me.teams + me.team;
+  int row = static_cast<int>(blockIdx.x) * me.teams + me.team;
   fetch(row);
   float w[kPackets][V], d_w[kPackets][V] = {};
-  stream_weights(a.weight, a.weight_dtype, a.weight_offset, me.lane, me.threads, packets, w);
-  const float inverse_dim = 1.0f / static_cast<float>(a.dim);
+  stream_weights<W>(a.weight, a.weight_offset, me.lane, me.threads, packets, w);
 #pragma unroll 1
-  for (int parity = 0; row < a.rows; row += step, parity ^= 1) {
+  for (int parity = 0; row < rows; row += step, parity ^= 1) {
     Packet<T, V> dy[kPackets], x[kPackets], sum[kSum ? kPackets : 1];
     const float rstd = next_rstd;
 #pragma unroll
@@ -109,11 +109,12 @@ __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBl
         dot += share * w[p][e];
       }
     }
-    const float mean = row_sum<kWarp>(dot, parity) * rstd * inverse_dim * rstd * rstd;
+    const float mean = row_sum<kWarp>(dot, parity) * rstd * a.inverse_dim * rstd * rstd;
+    T* to = static_cast<T*>(a.d_x) + row * dim + me.lane * V;
 #pragma unroll
     for (int p = 0; p < kPackets; ++p) {
-      const int i = me.lane + p * me.threads;
-      if (!kWarp && i >= packets) break;
+      const bool inside = kExact || me.lane + p * me.threads < packets;
+      if (!kWarp && !inside) break;
       float d[V], v[V], s[V] = {};
       dy[p].unpack(d), x[p].unpack(v);
       if constexpr (kSum) sum[p].unpack(s);
@@ -121,11 +122,11 @@ __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBl
       for (int e = 0; e < V; ++e) d[e] = s[e] + (d[e] * w[p][e] * rstd - v[e] * mean);
       Packet<T, V> out;
       out.pack(d);
-      if (i < packets) out.store(static_cast<T*>(a.d_x) + row * a.dim + i * V);
+      if (inside) out.store(to + p * me.threads * V);
     }
   }
   launch_dependents();
-  float* to = a.partial + static_cast<int64_t>(blockIdx.x) * a.dim;
+  float* to = a.partial + static_cast<int64_t>(blockIdx.x) * dim;
   if constexpr (kWarp) {  // the warps of the block, one after the other
     __shared__ float total[kStreamWarpThreads / 32][32 * kPackets * V];
 #pragma unroll
@@ -134,7 +135,8 @@ __global__ __launch_bounds__(kWarp ? kStreamWarpThreads : kMaxStreamThreads, kBl
       for (int e = 0; e < V; ++e) total[me.team][(p * V + e) * 32 + me.lane] = d_w[p][e];
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < a.dim; c += blockDim.x) {
+#pragma unroll 1
+    for (int c = threadIdx.x; c < static_cast<int>(dim); c += kStreamWarpThreads) {
       float sum = 0.0f;
 #pragma unroll
       for (int team = 0; team < kStreamWarpThreads / 32; ++team) sum += total[team][(c / V / 32 * V + c % V) * 32 + c / V % 32];
@@ -160,7 +162,7 @@ struct StreamPlan {
   int packets, threads, blocks;
 };
 inline StreamPlan stream_plan(int64_t rows, int64_t packets, bool sum) {
-  if (packets <= 16 || packets > 1024) return {0, 0, 0};
+  if (packets <= 16 || packets > 1024 || rows > INT32_MAX / 2) return {0, 0, 0};
   StreamPlan plan{3, kStreamWarpThreads, 3};
   if (packets <= kMostWarpPackets) {
     constexpr int kResident[] = {6, 4, 3, 2};  // registers
@@ -177,19 +179,30 @@ inline StreamPlan stream_plan(int64_t rows, int64_t packets, bool sum) {
   return plan;
 }
 
-template <typename T, bool kSum>
-void norm_backward_stream(const Backward& a, const StreamPlan& plan, cudaStream_t stream) {
+template <typename T, typename W, bool kExact, bool kSum>
+void norm_backward_warps(const Backward& a, const StreamPlan& plan, unsigned blocks, unsigned threads, cudaStream_t stream) {
+  if (plan.packets == 1) norm_backward_stream<T, W, true, kExact, 1, 3, kSum><<<blocks, threads, 0, stream>>>(a);
+  if (plan.packets == 2) norm_backward_stream<T, W, true, kExact, 2, 3, kSum><<<blocks, threads, 0, stream>>>(a);
+  if (plan.packets == 3) norm_backward_stream<T, W, true, kExact, 3, 3, kSum><<<blocks, threads, 0, stream>>>(a);
+  if (plan.packets == 4) norm_backward_stream<T, W, true, kExact, 4, 2, kSum><<<blocks, threads, 0, stream>>>(a);
+}
+template <typename T, typename W, bool kSum>
+void norm_backward_stream_of(const Backward& a, const StreamPlan& plan, cudaStream_t stream) {
   const unsigned blocks = static_cast<unsigned>(plan.blocks), threads = static_cast<unsigned>(plan.threads);
-  if (a.dim / kLanes<T> <= kMostWarpPackets) {
-    if (plan.packets == 1) norm_backward_stream<T, true, 1, 3, kSum><<<blocks, threads, 0, stream>>>(a);
-    if (plan.packets == 2) norm_backward_stream<T, true, 2, 3, kSum><<<blocks, threads, 0, stream>>>(a);
-    if (plan.packets == 3) norm_backward_stream<T, true, 3, 3, kSum><<<blocks, threads, 0, stream>>>(a);
-    if (plan.packets == 4) norm_backward_stream<T, true, 4, 2, kSum><<<blocks, threads, 0, stream>>>(a);
+  const int64_t packets = a.dim / kLanes<T>;
+  if (packets <= kMostWarpPackets) {
+    constexpr bool kExact = sizeof(T) == 2;
+    kExact && packets == plan.packets * 32 ? norm_backward_warps<T, W, kExact, kSum>(a, plan, blocks, threads, stream)
+                                           : norm_backward_warps<T, W, false, kSum>(a, plan, blocks, threads, stream);
   } else if (plan.packets == 3) {
-    norm_backward_stream<T, false, 3, 1, kSum><<<blocks, threads, 0, stream>>>(a);
+    norm_backward_stream<T, W, false, false, 3, 1, kSum><<<blocks, threads, 0, stream>>>(a);
   } else if constexpr (!kSum) {
-    norm_backward_stream<T, false, 4, 1, false><<<blocks, threads, 0, stream>>>(a);
+    norm_backward_stream<T, W, false, false, 4, 1, false><<<blocks, threads, 0, stream>>>(a);
   }
+}
+template <typename T, typename W>
+void norm_backward_stream(const Backward& a, const StreamPlan& plan, cudaStream_t stream) {
+  a.d_sum != nullptr ? norm_backward_stream_of<T, W, true>(a, plan, stream) : norm_backward_stream_of<T, W, false>(a, plan, stream);
 }
 
 }  // namespace
