@@ -124,8 +124,8 @@ void norm_rows(const Forward& a, cudaStream_t stream) {
   norm_rows<T, W, kForm, kTeam, kPackets, kBlock, kExact><<<static_cast<unsigned>((a.rows + kTeams - 1) / kTeams), kBlock, 0, stream>>>(a);
 }
 
-// Plain rows of 65 to 96 packets: a row to 16 threads of 6 packets. It reads each packet's weights, of either dtype, before it writes that packet, and not all of
-// them before the first: 38.3 to 38.5 us at 32768 x 768 where every form of norm_rows takes 39.3 or more.
+// Plain rows of 65 to 96 packets: a row to 16 threads of 6 packets. It reads each packet's weights, of either dtype, before it writes that packet, and not
+// all of them before the first: 38.3 to 38.5 us at 32768 x 768 where every form of norm_rows takes 39.3 or more.
 template <typename T>
 __global__ __launch_bounds__(kThreads) void norm_half_warps(const Forward a) {
   constexpr int V = kLanes<T>, kTeam = 16, kPackets = 6, kTeams = kThreads / kTeam;
