@@ -71,7 +71,7 @@ Json measure_steps(LanguageModel& model, Optimizer& optimizer, const std::string
   RandomSource source(shape.rows, shape.tokens, model.config().vocab_size);
   StepOptions options;
   options.checkpoint_layers = o.checkpoint_layers;
-  const std::unique_ptr<StepGraphs> graphs = o.cuda_graph.value_or(worth_capturing(model.config(), shape.rows * shape.tokens)) ? make_step_graphs(model, optimizer, options) : nullptr;
+  const std::unique_ptr<StepGraphs> graphs = o.cuda_graph.value_or(true) ? make_step_graphs(model, optimizer, options, o.cuda_graph ? CaptureWhere::kAnywhere : CaptureWhere::kInRoom) : nullptr;
   BatchFeed feed(source, schedule, model, {.pack = graphs != nullptr});
   if (gpu) reset_peak_device_memory(device);
   std::vector<StepResult> results;

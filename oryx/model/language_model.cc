@@ -10,6 +10,7 @@
 #include "oryx/common/progress.h"
 #include "oryx/model/checkpointing.h"
 #include "oryx/model/device.h"
+#include "oryx/ops/embedding/embedding.h"
 #include "oryx/ops/norm/norm.h"
 #include "oryx/ops/rope/rope.h"
 
@@ -273,7 +274,7 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   if (input.state != nullptr && !input.refill && input.state->layer(config_.num_layers).has("ids")) {
     input.state->append(config_.num_layers, "ids", ready.input_ids, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   }
-  at::Tensor x = at::embedding(embed_, ready.input_ids).to(compute_), delta;  // [B, T, D]
+  at::Tensor x = ops::embedding(embed_, ready.input_ids).to(compute_), delta;  // [B, T, D]
   if (config_.embedding_multiplier != 1) x = x * config_.embedding_multiplier;
   for (size_t i = 0; i < layers_.size(); ++i) {
     const MultiMixerLayer& layer = *layers_[i];

@@ -2,8 +2,10 @@
 // Skipped, saying so, where there is no CUDA.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <filesystem>
 
 #include "oryx/common/error.h"
@@ -242,20 +244,41 @@ TEST_F(CudaTraining, CapturedStepsGoOnWhereARunStopped) {
   expect_same("whole", "parts");
 }
 
-// Where memory is short, graphs are dropped in front of a step of a new kind, and captured anew: of one row of few chunks there are steps with all, some and none in attention.
+// Where memory is short, graphs are dropped in front of a step of a new kind, and captured anew; `auto` captures only where there is room beside. Of one row of two chunks there are
+// steps with all, some and none in attention. All but a few hundred megabytes of the device are taken meanwhile.
 TEST_F(CudaTraining, CapturedStepsGiveWay) {
+  if (getenv("ORYX_GPU_ALONE") == nullptr) GTEST_SKIP() << "takes the whole device's memory: where nothing else uses it, set ORYX_GPU_ALONE=1";
   const auto one_row = [] {
     RecallOptions r;
-    r.pairs = 16;
-    r.queries = 8;
+    r.length = 1 << 15;
     r.key_symbols = r.value_symbols = 24;
     r.filler_symbols = 8;
     return std::make_unique<RecallBatches>(r, 1, 7);
   };
-  for (const bool short_of_memory : {false, true}) {
-    at::Tensor blocker;  // more than half of an H100's memory
-    if (short_of_memory) blocker = at::empty({int64_t{45} << 30}, at::device(at::kCUDA).dtype(at::kByte));
-    expect_captured(short_of_memory ? "short" : "ample", [](TrainOptions& o) { o.chunk = 24; }, one_row);
+  const auto two_chunks = [](TrainOptions& o) { o.chunk = 1 << 14; };
+  auto* allocator = c10::getDeviceAllocator(at::kCUDA);
+  TrainOptions off = options("off", "cuda");
+  two_chunks(off);
+  off.cuda_graph = CudaGraph::kOff;
+  allocator->resetPeakStats(0);
+  const int64_t before = allocator->getDeviceStats(0).allocated_bytes[0].current;
+  run(off, one_row());
+  const int64_t step = allocator->getDeviceStats(0).allocated_bytes[0].peak - before;
+  for (const double steps : {1.25, 1.8, 0.0}) {  // that there is memory for; 0: all of the device
+    SCOPED_TRACE(steps);
+    at::Tensor blocker;
+    allocator->emptyCache();
+    const auto left = static_cast<int64_t>(steps * static_cast<double>(step));
+    if (left > 0) blocker = at::empty({static_cast<int64_t>(allocator->getMemoryInfo(0).first) - left}, at::device(at::kCUDA).dtype(at::kByte));
+    const std::string name = std::to_string(steps);
+    TrainOptions automatic = options(name + "-auto", "cuda");
+    two_chunks(automatic);
+    TrainSummary summary;
+    run(automatic, one_row(), &summary);
+    if (steps == 1.25) EXPECT_EQ(summary.captured, 0);
+    else EXPECT_GE(summary.captured, 1);
+    expect_same("off", name + "-auto");
+    if (steps != 1.25) expect_captured(name, two_chunks, one_row);
   }
 }
 

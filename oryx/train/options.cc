@@ -19,7 +19,7 @@ void TrainOptions::describe(Fields& f) {
   f.add("precision", precision, "of activations and matrix products; parameters are float32 always",
         {{"float32", Precision::kFloat32}, {"bfloat16", Precision::kBfloat16}});
   f.add("device", device, "where the model runs: cpu, cuda or cuda:N (docs/cuda.md)");
-  f.add("cuda_graph", cuda_graph, "on a GPU each kind of step is captured once and then launched whole; auto: where it can be and is worth it",
+  f.add("cuda_graph", cuda_graph, "on a GPU each kind of step is captured once and then launched whole; auto: where it can be and there is memory to spare",
         {{"auto", CudaGraph::kAuto}, {"on", CudaGraph::kOn}, {"off", CudaGraph::kOff}});
   f.add("checkpoint_layers", checkpoint_layers, "recompute each layer's activations in the backward pass: less memory, a third more time");
   f.add("lr", lr, "peak learning rate", above(0));

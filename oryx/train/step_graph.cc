@@ -41,13 +41,11 @@ bool detail::register_step_graphs(StepGraphsFactory f) {
   return true;
 }
 
-bool worth_capturing(const ModelConfig& config, int64_t tokens_per_batch) { return tokens_per_batch * config.layer.hidden_size <= int64_t{1} << 23; }
-
-std::unique_ptr<StepGraphs> make_step_graphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, std::string* why) {
+std::unique_ptr<StepGraphs> make_step_graphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, CaptureWhere where, std::string* why) {
   std::string reason = why_not_captured(model);
   if (reason.empty() && step_graphs_factory() == nullptr) reason = "this build has no CUDA";
   if (reason.empty()) {
-    if (auto graphs = step_graphs_factory()(model, optimizer, options, &reason)) return graphs;
+    if (auto graphs = step_graphs_factory()(model, optimizer, options, where, &reason)) return graphs;
   }
   if (why != nullptr) *why = reason;
   return nullptr;

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 
@@ -41,7 +42,15 @@ struct CapturedStep {
 
 class CudaStepGraphs : public StepGraphs {
  public:
-  CudaStepGraphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options) : model_(model), optimizer_(optimizer), options_(options), pool_(at::cuda::graph_pool_handle()), side_(c10::cuda::getStreamFromPool(false, model.device().index())) {}
+  CudaStepGraphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, CaptureWhere where)
+      : model_(model),
+        optimizer_(optimizer),
+        options_(options),
+        where_(where),
+        pool_(at::cuda::graph_pool_handle()),
+        side_(c10::cuda::getStreamFromPool(false, model.device().index())) {
+    c10::cuda::CUDACachingAllocator::resetPeakStats(model.device().index());  // the peak from here on is a step's
+  }
 
   bool run(const std::vector<FedBatch>& batches, BatchFeed& feed, double lr) override {
     if (broken_) return false;
@@ -70,21 +79,30 @@ class CudaStepGraphs : public StepGraphs {
 
  private:
   bool gathers() {
-    if (!std::exchange(told_, true)) log::info("layers as wide as these gather each mixer's tokens, as many as a batch has: such steps run kernel by kernel (docs/training.md)");
+    if (where_ == CaptureWhere::kAnywhere && !std::exchange(told_, true)) log::info("layers as wide as these gather each mixer's tokens, as many as a batch has: such steps run kernel by kernel (docs/training.md)");
     return by_kernels();
+  }
+
+  struct Memory {
+    int64_t free, reserved, used, most_used;  // of the device; of the allocator: from the device, for tensors, and for tensors at most
+  };
+  Memory memory() const {
+    size_t free = 0, all = 0;
+    ops::cuda::check("step graph", cudaMemGetInfo(&free, &all));
+    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(model_.device().index());
+    constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    return {static_cast<int64_t>(free), stats.reserved_bytes[kAll].current, stats.allocated_bytes[kAll].current, stats.allocated_bytes[kAll].peak};
   }
 
   // A step by kernels takes as much memory again as the graphs' pool: where that is more than there is, graphs go, and are captured anew.
   bool by_kernels() {
     if (steps_.empty()) return false;
-    size_t free = 0, all = 0;
-    ops::cuda::check("step graph", cudaMemGetInfo(&free, &all));
-    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(model_.device().index());
-    const auto held = static_cast<size_t>(stats.reserved_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].current);
-    if (free >= held) return false;
+    const Memory m = memory();
+    if (m.free + (m.reserved - m.used - pool_bytes_) >= step_bytes_) return false;
     ops::cuda::check("step graph", cudaDeviceSynchronize());
     steps_.clear();
     pool_ = at::cuda::graph_pool_handle();  // a pool that no graph uses any more takes no new ones
+    pool_bytes_ = 0;
     c10::cuda::CUDACachingAllocator::emptyCache();
     return false;
   }
@@ -96,6 +114,12 @@ class CudaStepGraphs : public StepGraphs {
     step.graph = std::make_unique<CapturedGraph>();
     ops::cuda::check("step graph", cudaDeviceSynchronize());
     c10::cuda::CUDACachingAllocator::emptyCache();
+    const Memory before = memory();
+    step_bytes_ = std::max(step_bytes_, before.most_used - before.used);
+    if (where_ == CaptureWhere::kInRoom && before.free + pool_bytes_ < step_bytes_ + step_bytes_ / 2) {
+      broken_ = true;
+      return false;
+    }
     const c10::cuda::CUDAStreamGuard on(side_);
     bool begun = false;
     try {
@@ -116,6 +140,7 @@ class CudaStepGraphs : public StepGraphs {
     } catch (const std::exception& e) {
       return give_up(step, begun, e.what());
     }
+    pool_bytes_ += memory().reserved - before.reserved;
     return true;
   }
 
@@ -130,20 +155,22 @@ class CudaStepGraphs : public StepGraphs {
   LanguageModel& model_;
   Optimizer& optimizer_;
   StepOptions options_;
+  CaptureWhere where_;
   c10::MempoolId_t pool_;
   c10::cuda::CUDAStream side_;  // of every capture: cuBLAS keeps a workspace for each stream that it has seen
   std::map<std::string, CapturedStep> steps_;
   std::set<std::string> seen_;  // kinds that have run
-  bool broken_ = false, told_ = false;
+  int64_t step_bytes_ = 0, pool_bytes_ = 0;  // the most that a step by kernels takes beside what stays; the pool
+  bool broken_ = false, told_ = false;       // no more captures; the notice has been given
 };
 
-std::unique_ptr<StepGraphs> make_cuda_step_graphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, std::string* why) {
+std::unique_ptr<StepGraphs> make_cuda_step_graphs(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, CaptureWhere where, std::string* why) {
   const auto* properties = at::cuda::getDeviceProperties(model.device().index());
   if (properties->major != 9) {
     *why = fmt::format("{}: the kernels are for Hopper", properties->name);
     return nullptr;
   }
-  return std::make_unique<CudaStepGraphs>(model, optimizer, options);
+  return std::make_unique<CudaStepGraphs>(model, optimizer, options, where);
 }
 
 const bool kStepGraphsRegistered = detail::register_step_graphs(make_cuda_step_graphs);

@@ -67,8 +67,7 @@ class Run {
         model_((check_memory(options), folder_.lock(), new_model(options))),  // refused before the folder is made
         optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}),
         schedule_(options.model, options.training_schedule()) {
-    const bool worth = worth_capturing(options.model, options.batch_size * options.seq_len);
-    if (options.cuda_graph == CudaGraph::kOn || (options.cuda_graph == CudaGraph::kAuto && worth)) capture_steps();
+    if (options.cuda_graph != CudaGraph::kOff) capture_steps();
     resume();
   }
 
@@ -105,8 +104,9 @@ class Run {
 
   void capture_steps() {
     std::string why;
-    graphs_ = make_step_graphs(model_, optimizer_, step_options(), &why);
-    if (graphs_ == nullptr && options_.cuda_graph == CudaGraph::kOn) fail("cuda_graph is on, but this model's steps cannot be captured: {}; use cuda_graph=auto or off", why);
+    const bool on = options_.cuda_graph == CudaGraph::kOn;
+    graphs_ = make_step_graphs(model_, optimizer_, step_options(), on ? CaptureWhere::kAnywhere : CaptureWhere::kInRoom, &why);
+    if (graphs_ == nullptr && on) fail("cuda_graph is on, but this model's steps cannot be captured: {}; use cuda_graph=auto or off", why);
   }
 
   void resume() {

@@ -11,7 +11,6 @@
 // Each adds in a fixed order: the same arguments give the same bits, gradients too. cuDNN's backward pass does not, which is why it is not called.
 // The first three read no device data on the host: spans and bounds out of range are the caller's fault there (the kernels of our own clip them).
 #include <ATen/ATen.h>
-#include <ATen/Context.h>
 #include <ATen/ops/_flash_attention_backward.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
@@ -20,6 +19,7 @@
 #include <torch/library.h>
 
 #include "oryx/common/log.h"
+#include "oryx/ops/fixed_order.h"
 #include "oryx/ops/span_attention/span_attention_hopper.h"
 #include "oryx/ops/span_attention/span_attention_internal.h"
 #include "oryx/ops/span_attention/span_attention_plan.h"
@@ -114,19 +114,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> flash_forward(const A
   o = o.view(a.q.sizes());
   return {p.keep.defined() ? at::where(p.keep, o, at::zeros({}, o.options())) : o, lse, rng, unused};
 }
-
-// Within its life libtorch's flash attention adds gradients in a fixed order.
-class FixedOrder {
- public:
-  FixedOrder() { context_.setDeterministicFillUninitializedMemory(false), context_.setDeterministicAlgorithms(true, false); }
-  FixedOrder(const FixedOrder&) = delete;
-  FixedOrder& operator=(const FixedOrder&) = delete;
-  ~FixedOrder() { context_.setDeterministicAlgorithms(on_, warns_), context_.setDeterministicFillUninitializedMemory(fills_); }
-
- private:
-  at::Context& context_ = at::globalContext();
-  const bool on_ = context_.deterministicAlgorithms(), warns_ = context_.deterministicAlgorithmsWarnOnly(), fills_ = context_.deterministicFillUninitializedMemory();
-};
 
 struct FlashAttention : torch::autograd::Function<FlashAttention> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& spans,
