@@ -131,17 +131,27 @@ int64_t Chain::weight_bytes(int64_t place) const {
   return bytes;
 }
 
+void Chain::reach(int64_t capacity) {
+  std::vector<at::Tensor> all(plan_.layers.size());
+  for (size_t i = 0; i < all.size(); ++i) {
+    const LayerPlan& l = plan_.layers[i];
+    const bool turns = l.config.rope_theta > 0 && std::any_of(l.mixers.begin(), l.mixers.end(), [](const MixerPlan& m) { return m.kind == Kind::kAttention; });
+    if (!turns) continue;
+    // Earlier captures know the ones that there are.
+    const bool reaches = i < ropes_.size() && ropes_[i].defined() && ropes_[i].size(0) >= capacity;
+    all[i] = reaches ? ropes_[i] : ops::rope_rows_on(device_, std::max<int64_t>(capacity, 2), l.config.rope_theta, rotated(l.config));
+  }
+  ropes_ = std::move(all);
+}
+
 void Chain::allocate(const Step& s) {
   int64_t bytes = 16;
-  ropes_.resize(plan_.layers.size());
+  reach(s.capacity);
   for (size_t i = 0; i < plan_.layers.size(); ++i) {
     const LayerPlan& l = plan_.layers[i];
     if (!(*s.slots)[i].keys.defined()) continue;
     for (size_t m = 0; m < l.mixers.size(); ++m) {
       if (l.mixers[m].kind != Kind::kAttention) continue;
-      // Earlier captures know the one that there is.
-      const bool short_of = !ropes_[i].defined() || ropes_[i].size(0) < s.capacity;
-      if (l.config.rope_theta > 0 && short_of) ropes_[i] = ops::rope_rows_on(device_, std::max<int64_t>(s.capacity, 2), l.config.rope_theta, rotated(l.config));
       const OryxDecodeAttention a = attention_of(s, i, m);
       if (oryx_decode_attention_supports(&a) != 0) {
         bytes = std::max(bytes, oryx_decode_attention_workspace(&a));

@@ -54,6 +54,8 @@ class Chain {
   // Those of sequence n in a layer, into zeros -> whether it looks back.
   bool write_modes(uint8_t* modes, int64_t N, int64_t layer, int64_t n, uint8_t place) const;
 
+  // Angles of tokens up to `capacity`: all or, where memory is short, an Error and those that there were.
+  void reach(int64_t capacity);
   // Memory for attention over such a step, and angles for its capacity. Not during a capture.
   void allocate(const Step& s);
   // With `looks_back` also what mixers that look back need.

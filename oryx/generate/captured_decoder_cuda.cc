@@ -1,11 +1,11 @@
 // Captured decoding: the FusedDecoder of the models that the fused kernels do not know, over the chain of captured_chain_cuda.h.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/cuda/CUDAGraph.h>
 
 #include <algorithm>
 
 #include "oryx/common/error.h"
+#include "oryx/generate/capture_graph_cuda.h"
 #include "oryx/generate/captured_chain_cuda.h"
 #include "oryx/generate/captured_decoder.h"
 #include "oryx/generate/fused_chain_cuda.h"
@@ -54,8 +54,8 @@ class CapturedDecoder : public FusedDecoder {
       host_modes_ = std::move(modes);
       modes_.copy_(at::tensor(host_modes_, at::kByte), /*non_blocking=*/true);
     }
-    std::unique_ptr<at::cuda::CUDAGraph>& graph = graphs_[looks_back ? 1 : 0];
-    if (graph == nullptr) graph = capture(looks_back);
+    std::unique_ptr<fused::DecodeGraph>& graph = graphs_[looks_back ? 1 : 0];
+    if (graph == nullptr) graph = fused::capture_graph(model_.device(), [&] { chain_.launch(chain_step(), looks_back); });
     graph->replay();
     fed_back_ = feeds_back_;
     state_.advance(std::vector<int64_t>(static_cast<size_t>(N_), 1));
@@ -140,18 +140,6 @@ class CapturedDecoder : public FusedDecoder {
     return s;
   }
 
-  std::unique_ptr<at::cuda::CUDAGraph> capture(bool looks_back) const {
-    // A capture has a stream of its own.
-    const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, model_.device().index());
-    cudaDeviceSynchronize();
-    const c10::cuda::CUDAStreamGuard on(side);
-    auto graph = std::make_unique<at::cuda::CUDAGraph>();
-    graph->capture_begin();
-    chain_.launch(chain_step(), looks_back);
-    graph->capture_end();
-    return graph;
-  }
-
   const LanguageModel& model_;
   State& state_;
   int64_t N_, layers_, capacity_, vocab_;
@@ -161,15 +149,15 @@ class CapturedDecoder : public FusedDecoder {
   std::vector<Slots> slots_;
   std::vector<uint8_t> host_modes_;
   std::vector<int64_t> expected_;  // lengths that the device counts with
-  std::unique_ptr<at::cuda::CUDAGraph> graphs_[2];  // of steps in which nobody looks back, and of all others
+  std::unique_ptr<fused::DecodeGraph> graphs_[2];  // of steps in which nobody looks back, and of all others
 };
 
 std::unique_ptr<FusedDecoder> make_captured(const LanguageModel& model, State& state, int64_t tokens, std::string* why) {
   *why = fused::device_refusal(model.device());
   if (why->empty()) *why = refusal(model);
-  if (state.row_bound().on()) *why = "the state keeps some tokens' rows alone (a bounded one)";
-  if (state.options().ring > 0) *why = "the state keeps a ring of convolution inputs";
-  if (state.sequences() > Chain::kMost) *why = fmt::format("{} sequences, expected at most {}", state.sequences(), Chain::kMost);
+  if (why->empty() && state.row_bound().on()) *why = "the state keeps some tokens' rows alone (a bounded one)";
+  if (why->empty() && state.options().ring > 0) *why = "the state keeps a ring of convolution inputs";
+  if (why->empty() && state.sequences() > Chain::kMost) *why = fmt::format("{} sequences, expected at most {}", state.sequences(), Chain::kMost);
   if (!why->empty()) return nullptr;
   return std::make_unique<CapturedDecoder>(model, state, tokens);
 }

@@ -1,7 +1,6 @@
 // The fused decoder on CUDA: one sequence by the persistent kernel of cuda/decode_step.h, several by the chain of kernels of fused_chain_cuda.h.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/cuda/CUDAGraph.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,6 +9,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/generate/cuda/decode_step.h"
+#include "oryx/generate/capture_graph_cuda.h"
 #include "oryx/generate/fused_chain_cuda.h"
 #include "oryx/generate/fused_decoder.h"
 #include "oryx/ops/cuda/launch.h"
@@ -176,18 +176,10 @@ class CudaDecoder : public FusedDecoder {
     ids_ = has_ids ? rows(model_.config().num_layers, "ids") : at::Tensor();
     place_sequences();
     persistent_ ? fill_table() : chain_->allocate(chain_step());
-    // A capture has a stream of its own.
-    const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, model_.device().index());
-    cudaDeviceSynchronize();
-    const c10::cuda::CUDAStreamGuard on(side);
-    for (std::unique_ptr<at::cuda::CUDAGraph>& graph : graphs_) graph.reset();
+    for (auto& graph : graphs_) graph.reset();
     // A chain without the kernels of attention, for steps in which nobody attends, and one with them. The persistent kernel needs no other.
     for (const bool attention : {false, true}) {
-      auto graph = std::make_unique<at::cuda::CUDAGraph>();
-      graph->capture_begin();
-      persistent_ ? launch_step() : chain_->launch(chain_step(), attention);
-      graph->capture_end();
-      graphs_[attention ? 1 : 0] = std::move(graph);
+      graphs_[attention ? 1 : 0] = fused::capture_graph(model_.device(), [&] { persistent_ ? launch_step() : chain_->launch(chain_step(), attention); });
     }
   }
 
@@ -263,7 +255,7 @@ class CudaDecoder : public FusedDecoder {
   std::vector<uint8_t> host_modes_;
   std::vector<LayerSlots> slots_;
   std::vector<int64_t> expected_;  // lengths that the device counts with
-  std::unique_ptr<at::cuda::CUDAGraph> graphs_[2];  // of steps in which nobody attends, and of all others
+  std::unique_ptr<fused::DecodeGraph> graphs_[2];  // of steps in which nobody attends, and of all others
 };
 
 std::unique_ptr<FusedDecoder> make_cuda_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why) {

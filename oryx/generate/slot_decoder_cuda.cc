@@ -2,7 +2,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/cuda/CUDAEvent.h>
-#include <ATen/cuda/CUDAGraph.h>
 
 #include <algorithm>
 #include <cstring>
@@ -11,6 +10,7 @@
 #include "oryx/common/error.h"
 #include "oryx/common/random.h"
 #include "oryx/generate/cuda/draw.h"
+#include "oryx/generate/capture_graph_cuda.h"
 #include "oryx/generate/captured_chain_cuda.h"
 #include "oryx/generate/fused_chain_cuda.h"
 #include "oryx/generate/fused_decoder.h"
@@ -93,7 +93,7 @@ class CapturedSlots {
     }
     return paged;
   }
-  void grow(int64_t) {}  // allocate() does
+  void grow(int64_t capacity) { chain_.reach(capacity); }
   void point(Step& s) const { s.slots = &slots_; }
 
   int64_t mode_bytes(int64_t N) const { return chain_.mode_bytes(N); }
@@ -175,9 +175,10 @@ class CudaSlotDecoder : public SlotDecoder {
     while (most * page < tokens) most *= 2;
     cudaDeviceSynchronize();
     graphs_.clear(), table_rows_.clear();
-    most_blocks_ = most, capacity_ = most * page;
-    table_ = at::zeros({kMost, most}, bytes().dtype(at::kInt));
-    over_.grow(capacity_);
+    // Nothing is promised before both are there.
+    const at::Tensor table = at::zeros({kMost, most}, bytes().dtype(at::kInt));
+    over_.grow(most * page);
+    table_ = table, most_blocks_ = most, capacity_ = most * page;
   }
 
   // The smallest batch that has a capture of its own: what products cost goes by eights that double.
@@ -252,18 +253,10 @@ class CudaSlotDecoder : public SlotDecoder {
     return s;
   }
 
-  std::unique_ptr<at::cuda::CUDAGraph> capture(int64_t N, bool attention) {
+  std::unique_ptr<fused::DecodeGraph> capture(int64_t N, bool attention) {
     const auto s = chain_step(N);
     if (attention) over_.chain().allocate(chain_step(kMost));  // once, for all sizes: others' captures know its place
-    // A capture has a stream of its own.
-    const c10::cuda::CUDAStream side = c10::cuda::getStreamFromPool(false, model_.device().index());
-    cudaDeviceSynchronize();
-    const c10::cuda::CUDAStreamGuard on(side);
-    auto graph = std::make_unique<at::cuda::CUDAGraph>();
-    graph->capture_begin();
-    over_.chain().launch(s, attention);
-    graph->capture_end();
-    return graph;
+    return fused::capture_graph(model_.device(), [&] { over_.chain().launch(s, attention); });
   }
 
   void copy_logits(std::span<const Row> rows, std::span<at::Tensor> to) const {
@@ -288,7 +281,7 @@ class CudaSlotDecoder : public SlotDecoder {
   int64_t capacity_ = 0, most_blocks_ = 0;
   at::Tensor control_, given_, weights_, table_, id_rows_;
   std::vector<int64_t> table_rows_;  // what the table of pages was made for
-  std::map<std::pair<int64_t, bool>, std::unique_ptr<at::cuda::CUDAGraph>> graphs_;  // by rows and whether anybody attends
+  std::map<std::pair<int64_t, bool>, std::unique_ptr<fused::DecodeGraph>> graphs_;  // by rows and whether anybody attends
 };
 
 std::unique_ptr<SlotDecoder> make_cuda_slot_decoder(const LanguageModel& model, std::string* why) {

@@ -33,12 +33,14 @@ size_t Engine::Impl::modes_ahead(Run& run, int64_t position) const {
   run.ahead_attention.assign(static_cast<size_t>(count), 0);
   for (int64_t i = 0; i < layers; ++i) {
     const auto& names = model.layer(i).mixer_names();
-    const int64_t attention = std::find(names.begin(), names.end(), "attention") - names.begin();
+    const auto attention = std::find(names.begin(), names.end(), "attention") - names.begin();
+    // Where all mixers' outputs are averaged each token attends (oryx::attention_share).
+    const bool always = model.config().layer.combine == "mean" && attention < static_cast<int64_t>(names.size());
     const at::Tensor places = routings[routings.size() == 1 ? 0 : static_cast<size_t>(i)]->places(names).contiguous();
     for (int64_t t = 0; t < count; ++t) {
       const int8_t place = places.const_data_ptr<int8_t>()[t];
       run.ahead_modes[static_cast<size_t>(t * layers + i)] = static_cast<uint8_t>(place);
-      run.ahead_attention[static_cast<size_t>(t)] += place == attention ? 1 / static_cast<double>(layers) : 0;
+      run.ahead_attention[static_cast<size_t>(t)] += always || place == attention ? 1 / static_cast<double>(layers) : 0;
     }
   }
   return static_cast<size_t>(position - run.ahead_from);

@@ -406,6 +406,28 @@ TEST_F(ServeSlotsCuda, OtherModelsAreEachAlone) {
   }
 }
 
+// Where all mixers' outputs are averaged every token attends, whatever its mode.
+TEST_F(ServeSlotsCuda, MeanOfMixersAttendsAlways) {
+  ModelConfig c;
+  c.vocab_size = 320, c.num_layers = 2, c.layer.combine = "mean";
+  c.layer.hidden_size = 128, c.layer.num_heads = 2, c.layer.head_dim = 64, c.layer.intermediate_size = 128;
+  c.validate();
+  LanguageModel m(c, at::kBFloat16);
+  m.initialize(1);
+  m.to(at::kCUDA);
+  CounterRng rng(11);
+  Engine engine(m, {.max_running = 2, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});
+  ASSERT_TRUE(engine.fused());
+  Answer answer;
+  const Request request = request_for(m, drawn_prompt(rng, 320, 20), "linear", 12, answer);
+  engine.submit(request);
+  while (engine.step()) {
+  }
+  ASSERT_EQ(answer.ended->error, "");
+  EXPECT_NEAR(answer.ended->attention_share, 1, 1e-9);
+  EXPECT_LT(greedy_gap(m, request, answer.ids, 64), 0.1);
+}
+
 // A text that is longer than all before makes room for itself: tables grow, captures are made anew.
 TEST_F(ServeSlotsCuda, LongTextsGrowTheTables) {
   const auto m = gpu_model(256, 2, 256, 2);
