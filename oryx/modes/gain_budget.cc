@@ -23,7 +23,7 @@ GainBudget::GainBudget(const GainHead& head, double share, int64_t window) : sha
 }
 
 double GainBudget::threshold() const {
-  if (window_.empty()) return threshold_;
+  if (window_.empty() || share_ <= 0) return threshold_;
   const double left = share_ * static_cast<double>(seen_ + 1) - static_cast<double>(taken_);
   const double wanted = share_ * (1 + std::clamp(left / (left > 0 ? behind_ : kAhead), -1.0, 1.0));
   const auto count = static_cast<double>(sorted_.size());
