@@ -283,6 +283,7 @@ refused(400, "nested deeper", body="[" * 100000)
 refused(400, "Did you mean 'temperature'?", body={"prompt": "a", "temprature": 1})
 refused(400, "max_tokens is \"many\" (a string)", body={"prompt": "a", "max_tokens": "many"})
 refused(400, "Did you mean 'attention'?", body={"prompt": "a", "schedule": "linear,atention@3:"})
+refused(400, "token id 300 is outside", body={"prompt": [300]})  # of a vocabulary longer than the tokeniser's
 refused(404, "is not served here", body={"prompt": "a", "model": "another"})
 refused(404, "GET /v1/nothing is not served", "GET", "/v1/nothing")
 # What is no HTTP at all, and half a request.

@@ -276,7 +276,7 @@ TEST(RouterBudget, AWindowKeepsTheShareWhateverTheGains) {
           ASSERT_EQ(budget.take(gain), again.take(gain));
           const double due = share * static_cast<double>(t), taken = static_cast<double>(budget.taken());
           ASSERT_LE(taken, due + GainBudget::kAhead) << share << " " << window << " " << kind << " " << t;
-          if (share == 0) ASSERT_EQ(taken, 0) << window << " " << kind << " " << t;
+          if (share == 0) { ASSERT_EQ(taken, 0) << window << " " << kind << " " << t; }
           ASSERT_GE(taken, due - behind - 1e-9) << share << " " << window << " " << kind << " " << t;
         }
       }

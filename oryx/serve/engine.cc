@@ -71,9 +71,9 @@ std::string to_string(Outcome outcome) {
 }
 
 void EngineOptions::validate() const {
-  if (max_running < 0) fail("max_running is {}, expected an integer of at least 1", max_running);
+  if (max_running < 0) fail("max_running is {}, expected an integer of at least 1, or 0 for the device's own", max_running);
   if (max_queue < 0) fail("max_queue is {}, expected an integer of at least 0", max_queue);
-  if (piece < 0) fail("piece is {}, expected an integer of at least 1", piece);
+  if (piece < 0) fail("piece is {}, expected an integer of at least 1, or 0 for the device's own", piece);
   if (keep_every < -1 || (keep_every > 0 && piece > 0 && keep_every % piece != 0))
     fail("keep_every is {}, expected 0 or a multiple of piece, {}", keep_every, piece);
   if (state_budget < 0) fail("state_budget is {}, expected an integer of at least 0", state_budget);
@@ -117,7 +117,14 @@ void Engine::Impl::check(const Request& r) const {
         r.schedule->text());
   const int64_t tokens = prompt + r.max_tokens;
   const Room room = need(tokens, 0), most = whole();
-  if (room.bytes > most.bytes || room.pages > most.pages) {
+  // On a GPU keys and values have a part of the budget to themselves, the pool.
+  if (room.pages > most.pages) {
+    fail(
+        "{} tokens of prompt and {} of text need {} of keys and values, but the pool for them is {} of a budget of {}; shorten the "
+        "prompt or max_tokens, raise --state-budget, or lower --max-running",
+        prompt, r.max_tokens, in_bytes(room.pages * page_bytes), in_bytes(most.pages * page_bytes), in_bytes(most.bytes + most.pages * page_bytes));
+  }
+  if (room.bytes > most.bytes) {
     fail(
         "{} tokens of prompt and {} of text need {} of state, but the whole budget is {}; shorten the prompt or "
         "max_tokens, or raise --state-budget",

@@ -134,6 +134,15 @@ struct HttpServer::Impl {
     }
   };
 
+  // A model's vocabulary may be longer than its tokeniser's: a prompt of such ids has no text, which is the request's fault.
+  std::shared_ptr<Open> opened(Completion request) {
+    try {
+      return std::make_shared<Open>(*this, std::move(request));
+    } catch (const Error& e) {
+      throw ApiError(400, e.what(), "prompt");
+    }
+  }
+
   void submit(Open& o, size_t i) {
     const Completion& c = o.request;
     Request r;
@@ -160,7 +169,7 @@ struct HttpServer::Impl {
 
   void complete(const std::string& body, httplib::Response& res, Endpoint endpoint) {
     if (closing) throw ApiError(503, "the server stops; nothing more is accepted");
-    const auto o = std::make_shared<Open>(*this, parse_completion(body, model, tokenizer, options.defaults, endpoint));
+    const auto o = opened(parse_completion(body, model, tokenizer, options.defaults, endpoint));
     const Completion& c = o->request;
     if (const int64_t most = engine.options().max_running + engine.options().max_queue; c.answers() > most)
       throw ApiError(400, fmt::format("{} answers are asked for, but this server runs {} and lets {} wait", c.answers(), engine.options().max_running, engine.options().max_queue), "n");

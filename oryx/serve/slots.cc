@@ -51,8 +51,15 @@ void Engine::Impl::seat_texts() {
     if (!writes(*run) || !slotted(*run) || run->slot >= 0) continue;
     const auto place = std::find(slots->runs.begin(), slots->runs.end(), nullptr);
     TORCH_CHECK(place != slots->runs.end(), "serve: no slot for a text that was admitted");
-    run->slot = place - slots->runs.begin();
-    slots->state.seat(run->slot, std::move(*run->state));
+    const int64_t slot = place - slots->runs.begin();
+    try {
+      slots->state.seat(slot, std::move(*run->state));
+    } catch (const std::exception& e) {
+      slots->state.clear(slot);
+      end(*run, Outcome::kFailed, e.what());
+      continue;
+    }
+    run->slot = slot;
     run->state.reset();
     *place = run.get();
   }

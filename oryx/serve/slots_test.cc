@@ -290,7 +290,7 @@ TEST(ServeSlots, TheBudgetIsDivided) {
       engine.submit(request_for(*m, {1}, "linear", 5000, never));
       FAIL();
     } catch (const Error& e) {
-      EXPECT_THAT(e.what(), HasSubstr("but the whole budget is"));
+      EXPECT_THAT(e.what(), HasSubstr("of keys and values, but the pool for them is"));
     }
   }
   Engine fewer(*m, {.max_running = 100, .piece = 16, .keep_every = 0, .state_budget = 16 * fixed + 600 * row}, plain_slots(steps));
