@@ -26,8 +26,18 @@ cudaError_t encode_tensor_map(CUtensorMap* map, const void* data, const cuuint64
   if (driver.status != cudaSuccess) return driver.status;
   cuuint32_t steps[kRank];
   for (cuuint32_t& step : steps) step = 1;
-  const CUresult status = driver.encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, strides, box, steps,
-                                        CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return driver.encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode();
+  if (status != CUDA_SUCCESS) {  // the driver wants a current context, which a thread in which nothing has run yet (autograd's, at its first operator) has not
+    int device = 0;
+    cudaError_t set = cudaGetDevice(&device);
+    if (set == cudaSuccess) set = cudaSetDevice(device);
+    if (set != cudaSuccess) return set;
+    status = encode();
+  }
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
