@@ -54,7 +54,7 @@ class CapturedDecoder : public FusedDecoder {
       host_modes_ = std::move(modes);
       modes_.copy_(at::tensor(host_modes_, at::kByte), /*non_blocking=*/true);
     }
-    std::unique_ptr<fused::DecodeGraph>& graph = graphs_[looks_back ? 1 : 0];
+    std::unique_ptr<ops::cuda::CapturedGraph>& graph = graphs_[looks_back ? 1 : 0];
     if (graph == nullptr) graph = fused::capture_graph(model_.device(), [&] { chain_.launch(chain_step(), looks_back); });
     graph->replay();
     fed_back_ = feeds_back_;
@@ -149,7 +149,7 @@ class CapturedDecoder : public FusedDecoder {
   std::vector<Slots> slots_;
   std::vector<uint8_t> host_modes_;
   std::vector<int64_t> expected_;  // lengths that the device counts with
-  std::unique_ptr<fused::DecodeGraph> graphs_[2];  // of steps in which nobody looks back, and of all others
+  std::unique_ptr<ops::cuda::CapturedGraph> graphs_[2];  // of steps in which nobody looks back, and of all others
 };
 
 std::unique_ptr<FusedDecoder> make_captured(const LanguageModel& model, State& state, int64_t tokens, std::string* why) {

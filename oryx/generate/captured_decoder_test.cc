@@ -7,6 +7,7 @@
 #include "oryx/generate/captured_weights.h"
 #include "oryx/generate/fused_decoder.h"
 #include "oryx/generate/session.h"
+#include "oryx/generate/test_support.h"
 
 namespace oryx {
 namespace {
@@ -47,10 +48,6 @@ class CapturedDecoderCuda : public testing::Test {
     if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
   }
 };
-
-double difference(const at::Tensor& x, const at::Tensor& ref) {
-  return ((x.to(at::kDouble) - ref.to(at::kDouble)).norm() / ref.to(at::kDouble).norm().clamp_min(1e-30)).item<double>();
-}
 
 // Biases and what is zero at first say something.
 void stir(const LanguageModel& model) {
@@ -107,7 +104,7 @@ void expect_generic(const ModelConfig& config, int64_t N, int64_t every = 1) {
     ASSERT_TRUE(decoder->fits());
     const at::Tensor logits = decoder->step(ids, input.routing);
     ASSERT_EQ(logits.sizes(), expected.sizes());
-    EXPECT_LT(difference(logits, expected), 3e-2) << "step " << t;
+    EXPECT_LT(test::norm_error(logits, expected), 3e-2) << "step " << t;
     const at::Tensor likeliest = decoder->likeliest().to(at::kLong);
     EXPECT_TRUE(at::equal(likeliest, logits.to(at::kFloat).argmax(-1))) << "step " << t;
     // The same token, but where logits lie closer than the noise.
@@ -118,14 +115,14 @@ void expect_generic(const ModelConfig& config, int64_t N, int64_t every = 1) {
       for (const SlotSpec& slot : slots[i]) {
         const auto layer = static_cast<int64_t>(i);
         if (slot.kind != SlotKind::kPerToken) {
-          EXPECT_LT(difference(own.layer(layer).tensor(slot.name), generic.layer(layer).tensor(slot.name)), 3e-2) << slot.name << " of layer " << i << ", step " << t;
+          EXPECT_LT(test::norm_error(own.layer(layer).tensor(slot.name), generic.layer(layer).tensor(slot.name)), 3e-2) << slot.name << " of layer " << i << ", step " << t;
           continue;
         }
         const std::vector<int64_t> begins(static_cast<size_t>(N), 0);
         const at::Tensor a = own.rows(layer, slot.name, begins, own.lengths()), b = generic.rows(layer, slot.name, begins, own.lengths());
         for (int64_t n = 0; n < N; ++n) {
           const int64_t length = own.lengths()[static_cast<size_t>(n)];
-          EXPECT_LT(difference(a[n].narrow(0, 0, length), b[n].narrow(0, 0, length)), 3e-2) << slot.name << " of layer " << i << ", sequence " << n << ", step " << t;
+          EXPECT_LT(test::norm_error(a[n].narrow(0, 0, length), b[n].narrow(0, 0, length)), 3e-2) << slot.name << " of layer " << i << ", sequence " << n << ", step " << t;
         }
       }
     }
@@ -207,26 +204,7 @@ TEST_F(CapturedDecoderCuda, FeedsBack) {
   }
 }
 
-TEST_F(CapturedDecoderCuda, GoesOnBehindTrimAndFork) {
-  const at::NoGradGuard no_grad;
-  LanguageModel model(captured_config({{"mamba2", "attention"}}), at::kBFloat16);
-  model.initialize(1);
-  model.to(at::kCUDA);
-  const ModelSchedule schedule(model.config(), "linear,attention@20:");
-  const std::vector<int32_t> ids(30, 17);
-  Session a(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = true}), b(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = false});
-  (void)a.extend(std::span(ids).first(16));
-  at::Tensor last;
-  for (int t = 0; t < 8; ++t) (void)a.step(17 + t);
-  a.trim(18);
-  const State fork = a.state().fork({0});
-  for (int t = 2; t < 8; ++t) last = a.step(17 + t).clone();
-  (void)b.extend(std::span(ids).first(16));
-  at::Tensor expected;
-  for (int t = 0; t < 8; ++t) expected = b.step(17 + t);
-  EXPECT_LT(difference(last, expected), 3e-2);
-  EXPECT_EQ(fork.lengths()[0], 18);
-}
+TEST_F(CapturedDecoderCuda, GoesOnBehindTrimAndFork) { test::expect_goes_on_behind_trim_and_fork(captured_config({{"mamba2", "attention"}})); }
 
 TEST_F(CapturedDecoderCuda, SaysWhyThereIsNone) {
   ModelConfig c = captured_config({{"mamba2"}, {"attention"}});

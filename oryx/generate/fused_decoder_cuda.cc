@@ -255,7 +255,7 @@ class CudaDecoder : public FusedDecoder {
   std::vector<uint8_t> host_modes_;
   std::vector<LayerSlots> slots_;
   std::vector<int64_t> expected_;  // lengths that the device counts with
-  std::unique_ptr<fused::DecodeGraph> graphs_[2];  // of steps in which nobody attends, and of all others
+  std::unique_ptr<ops::cuda::CapturedGraph> graphs_[2];  // of steps in which nobody attends, and of all others
 };
 
 std::unique_ptr<FusedDecoder> make_cuda_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why) {

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include "oryx/generate/session.h"
+#include "oryx/generate/test_support.h"
 
 namespace oryx {
 namespace {
@@ -49,10 +50,6 @@ class FusedDecoderCuda : public testing::Test {
   }
 };
 
-double error(const at::Tensor& x, const at::Tensor& ref) {
-  return ((x.to(at::kDouble) - ref.to(at::kDouble)).norm() / ref.to(at::kDouble).norm().clamp_min(1e-30)).item<double>();
-}
-
 // Sequences of different modes, which change from token to token, against the generic way from the same state. In steps other than each `every`-th one nobody attends.
 void compare(const ModelConfig& config, int64_t N, int64_t every = 1) {
   const at::NoGradGuard no_grad;
@@ -86,14 +83,14 @@ void compare(const ModelConfig& config, int64_t N, int64_t every = 1) {
     const at::Tensor expected = model.logits(model.hidden(input)).squeeze(1);
     ASSERT_TRUE(fused->fits());
     const at::Tensor logits = fused->step(ids, input.routing);
-    EXPECT_LT(error(logits, expected), 3e-2) << "step " << t;
+    EXPECT_LT(test::norm_error(logits, expected), 3e-2) << "step " << t;
     EXPECT_TRUE(at::equal(fused->likeliest().to(at::kLong), logits.to(at::kFloat).argmax(-1))) << "step " << t;
     for (int64_t i = 0; i < config.num_layers; ++i) {
       for (const char* slot : {"gated_delta_net.S", "k_conv", "v_conv"}) {
-        EXPECT_LT(error(own.layer(i).tensor(slot), generic.layer(i).tensor(slot)), 3e-2) << slot << " of layer " << i << ", step " << t;
+        EXPECT_LT(test::norm_error(own.layer(i).tensor(slot), generic.layer(i).tensor(slot)), 3e-2) << slot << " of layer " << i << ", step " << t;
       }
       for (const char* slot : {"keys", "values", "gated_delta_net.g", "gated_delta_net.beta", "mode"}) {
-        EXPECT_LT(error(own.rows(i, slot, kPrompt + t + 1), generic.rows(i, slot, kPrompt + t + 1)), 3e-2) << slot << " of layer " << i << ", step " << t;
+        EXPECT_LT(test::norm_error(own.rows(i, slot, kPrompt + t + 1), generic.rows(i, slot, kPrompt + t + 1)), 3e-2) << slot << " of layer " << i << ", step " << t;
       }
     }
     EXPECT_TRUE(at::equal(own.rows(config.num_layers, "ids", kPrompt + t + 1), generic.rows(config.num_layers, "ids", kPrompt + t + 1)));
@@ -109,29 +106,7 @@ TEST_F(FusedDecoderCuda, FewOfTheProductsShapeEqualGeneric) { compare(decoder_co
 TEST_F(FusedDecoderCuda, OneSequenceEqualsGeneric) { compare(decoder_config(256, 2, 256), 1); }
 TEST_F(FusedDecoderCuda, PersistentKernelEqualsGeneric) { compare(decoder_config(2048, 16, 5440), 1); }
 
-// What another changes in the state between steps is seen: a trim goes back, a fork takes the pages apart.
-TEST_F(FusedDecoderCuda, GoesOnBehindTrimAndFork) {
-  const at::NoGradGuard no_grad;
-  LanguageModel model(decoder_config(256, 2, 256), at::kBFloat16);
-  model.initialize(1);
-  model.to(at::kCUDA);
-  const ModelSchedule schedule(model.config(), "linear,attention@20:");
-  const std::vector<int32_t> ids(30, 17);
-  Session a(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = true}), b(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = false});
-  (void)a.extend(std::span(ids).first(16));
-  at::Tensor last;
-  for (int t = 0; t < 8; ++t) (void)a.step(17 + t);
-  a.trim(18);
-  const State fork = a.state().fork({0});
-  for (int t = 2; t < 8; ++t) last = a.step(17 + t).clone();
-  (void)b.extend(std::span(ids).first(16));
-  for (int t = 0; t < 8; ++t) {
-    const at::Tensor expected = b.step(17 + t);
-    if (t < 7) continue;
-    EXPECT_LT(error(last, expected), 3e-2);
-  }
-  EXPECT_EQ(fork.lengths()[0], 18);
-}
+TEST_F(FusedDecoderCuda, GoesOnBehindTrimAndFork) { test::expect_goes_on_behind_trim_and_fork(decoder_config(256, 2, 256)); }
 
 }  // namespace
 }  // namespace oryx

@@ -253,7 +253,7 @@ class CudaSlotDecoder : public SlotDecoder {
     return s;
   }
 
-  std::unique_ptr<fused::DecodeGraph> capture(int64_t N, bool attention) {
+  std::unique_ptr<ops::cuda::CapturedGraph> capture(int64_t N, bool attention) {
     const auto s = chain_step(N);
     if (attention) over_.chain().allocate(chain_step(kMost));  // once, for all sizes: others' captures know its place
     return fused::capture_graph(model_.device(), [&] { over_.chain().launch(s, attention); });
@@ -281,7 +281,7 @@ class CudaSlotDecoder : public SlotDecoder {
   int64_t capacity_ = 0, most_blocks_ = 0;
   at::Tensor control_, given_, weights_, table_, id_rows_;
   std::vector<int64_t> table_rows_;  // what the table of pages was made for
-  std::map<std::pair<int64_t, bool>, std::unique_ptr<fused::DecodeGraph>> graphs_;  // by rows and whether anybody attends
+  std::map<std::pair<int64_t, bool>, std::unique_ptr<ops::cuda::CapturedGraph>> graphs_;  // by rows and whether anybody attends
 };
 
 std::unique_ptr<SlotDecoder> make_cuda_slot_decoder(const LanguageModel& model, std::string* why) {

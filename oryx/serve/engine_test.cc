@@ -12,51 +12,17 @@
 #include "oryx/generate/generator.h"
 #include "oryx/model/inspect.h"
 #include "oryx/model/test_support.h"
+#include "oryx/serve/test_support.h"
 
 namespace oryx::serve {
 namespace {
 
+using test::alone, test::random_prompt, test::request_of, test::Text;
 using ::testing::HasSubstr;
-
-std::vector<int32_t> random_prompt(CounterRng& rng, int64_t vocab, size_t length) {
-  std::vector<int32_t> ids(length);
-  for (auto& id : ids) id = static_cast<int32_t>(rng.below(static_cast<uint64_t>(vocab)));
-  return ids;
-}
-
-struct Text {
-  std::vector<int32_t> ids;
-  std::optional<Ended> ended;
-};
-
-// A request that writes down what it gets.
-Request request_of(const LanguageModel& m, std::vector<int32_t> prompt, const std::string& schedule, int64_t max_tokens,
-                   Text& text, SamplingOptions sampling = {}) {
-  Request r;
-  r.prompt = std::move(prompt);
-  r.schedule = std::make_shared<ModelSchedule>(m.config(), schedule);
-  r.max_tokens = max_tokens;
-  r.sampling = sampling;
-  r.on_token = [&text](int32_t id) {
-    text.ids.push_back(id);
-    return true;
-  };
-  r.on_end = [&text](const Ended& e) {
-    EXPECT_FALSE(text.ended.has_value());
-    text.ended = e;
-  };
-  return r;
-}
 
 void run_all(Engine& engine) {
   while (engine.step()) {
   }
-}
-
-std::vector<int32_t> alone(const LanguageModel& m, const Request& r, int64_t piece, const StateOptions& state = {}) {
-  GenerateOptions o{.max_new_tokens = r.max_tokens, .prefill_piece = piece, .sampling = r.sampling};
-  o.state = state;
-  return generate(m, *r.schedule, r.prompt, o).ids;
 }
 
 const std::vector<std::string> kTextSchedules = {"linear",

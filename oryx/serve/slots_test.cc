@@ -12,45 +12,14 @@
 #include "oryx/model/test_support.h"
 #include "oryx/router/test_support.h"
 #include "oryx/serve/engine.h"
+#include "oryx/serve/test_support.h"
 #include "tests/support/folder.h"
 
 namespace oryx::serve {
 namespace {
 
+using test::alone, test::random_prompt, test::request_of, test::Text;
 using ::testing::HasSubstr;
-
-std::vector<int32_t> drawn_prompt(CounterRng& rng, int64_t vocab, uint64_t length) {
-  std::vector<int32_t> ids(length);
-  for (auto& id : ids) id = static_cast<int32_t>(rng.below(static_cast<uint64_t>(vocab)));
-  return ids;
-}
-
-struct Answer {
-  std::vector<int32_t> ids;
-  std::optional<Ended> ended;
-};
-
-Request request_for(const LanguageModel& m, std::vector<int32_t> prompt, const std::string& schedule, int64_t max_tokens, Answer& answer, SamplingOptions sampling = {}) {
-  Request r;
-  r.prompt = std::move(prompt);
-  r.schedule = std::make_shared<ModelSchedule>(m.config(), schedule);
-  r.max_tokens = max_tokens;
-  r.sampling = sampling;
-  r.on_token = [&answer](int32_t id) {
-    answer.ids.push_back(id);
-    return true;
-  };
-  r.on_end = [&answer](const Ended& e) {
-    EXPECT_FALSE(answer.ended.has_value());
-    answer.ended = e;
-  };
-  return r;
-}
-
-std::vector<int32_t> written_alone(const LanguageModel& m, const Request& r, int64_t piece) {
-  GenerateOptions o{.max_new_tokens = r.max_tokens, .prefill_piece = piece, .sampling = r.sampling};
-  return generate(m, *r.schedule, r.prompt, o).ids;
-}
 
 // Runs each row's sequence by itself, through the model. Results are asked for once, and late ones are the same.
 class PlainSlots : public SlotDecoder {
@@ -116,18 +85,18 @@ TEST(ServeSlots, AnyInterleavingIsEachAlone) {
     EngineOptions o{.max_running = 5, .max_queue = 100, .piece = 16, .keep_every = 16, .state_budget = 1 << 24};
     Engine engine(*m, o, plain_slots(steps));
     ASSERT_TRUE(engine.fused());
-    const auto shared = drawn_prompt(rng, 61, 40);
-    std::vector<Answer> answers(16);
+    const auto shared = random_prompt(rng, 61, 40);
+    std::vector<Text> answers(16);
     std::vector<Request> requests;
     std::vector<int64_t> ids;
     for (size_t i = 0; i < answers.size(); ++i) {
       std::vector<int32_t> prompt(shared.begin(), shared.begin() + static_cast<int64_t>(rng.below(41)));
-      const auto own = drawn_prompt(rng, 61, 1 + rng.below(30));
+      const auto own = random_prompt(rng, 61, 1 + rng.below(30));
       prompt.insert(prompt.end(), own.begin(), own.end());
       SamplingOptions sampling;
       if (i % 3 == 1) sampling = {.temperature = 0.9, .top_p = 0.95, .seed = static_cast<int64_t>(i)};
       const bool choice = c.config.mixers().size() > 1 && c.config.layer_mixers.size() == 1;
-      requests.push_back(request_for(*m, prompt, choice ? kSlotSchedules[i % kSlotSchedules.size()] : "linear", 1 + static_cast<int64_t>(rng.below(20)), answers[i], sampling));
+      requests.push_back(request_of(*m, prompt, choice ? kSlotSchedules[i % kSlotSchedules.size()] : "linear", 1 + static_cast<int64_t>(rng.below(20)), answers[i], sampling));
       ids.push_back(engine.submit(requests.back()));
       if (i == 9) engine.cancel(ids[8]);
       for (uint64_t n = rng.below(4); n > 0; --n) engine.step();
@@ -138,7 +107,7 @@ TEST(ServeSlots, AnyInterleavingIsEachAlone) {
     for (size_t i = 0; i < answers.size(); ++i) {
       ASSERT_TRUE(answers[i].ended.has_value()) << i;
       EXPECT_EQ(answers[i].ended->error, "") << i;
-      const auto alone = written_alone(*m, requests[i], o.piece);
+      const auto alone = test::alone(*m, requests[i], o.piece);
       if (answers[i].ended->outcome == Outcome::kCancelled) {
         EXPECT_EQ(answers[i].ids, std::vector<int32_t>(alone.begin(), alone.begin() + static_cast<int64_t>(answers[i].ids.size())));
         continue;
@@ -159,19 +128,19 @@ TEST(ServeSlots, RoutersAndScoresBesideThem) {
   const auto m = test::make(test::small({{"gated_delta_net", "attention"}}));
   const std::string file = test::save_drawn_head(*m, true, folder / "h");
   CounterRng rng(23);
-  const auto prompt = drawn_prompt(rng, 61, 40);
+  const auto prompt = random_prompt(rng, 61, 40);
   const std::vector<std::string> schedules{"linear,attention@gen", "linear,router(attention=0.3;" + file + ")", "attention", "linear,router(attention=0.5;window=8;" + file + ")@gen"};
   const EngineOptions o{.max_running = 4, .piece = 16, .keep_every = 16, .state_budget = 1 << 24};
   std::vector<std::vector<TokenScores>> scores[2];
   int64_t steps = 0;
   for (const bool slotted : {true, false}) {
     Engine engine(*m, o, slotted ? plain_slots(steps) : [](const LanguageModel&, const StateOptions&, std::string*) { return std::unique_ptr<SlotDecoder>(); });
-    std::vector<Answer> answers(schedules.size());
+    std::vector<Text> answers(schedules.size());
     std::vector<Request> requests;
     auto& all = scores[slotted ? 0 : 1];
     all.resize(schedules.size());
     for (size_t i = 0; i < schedules.size(); ++i) {
-      requests.push_back(request_for(*m, prompt, schedules[i], 12, answers[i], {.temperature = i % 2 == 0 ? 0.0 : 0.9, .seed = 3}));
+      requests.push_back(request_of(*m, prompt, schedules[i], 12, answers[i], {.temperature = i % 2 == 0 ? 0.0 : 0.9, .seed = 3}));
       requests.back().top_logprobs = 2;
       requests.back().vocab_size = 59;
       requests.back().on_scores = [&all, i](TokenScores s) { all[i].push_back(std::move(s)); };
@@ -200,23 +169,23 @@ TEST(ServeSlots, EndsWhileAStepIsUnderWay) {
   int64_t steps = 0;
   const EngineOptions o{.max_running = 3, .piece = 16, .keep_every = 0, .state_budget = 1 << 24};
   Engine engine(*m, o, plain_slots(steps));
-  Answer whole, until, stopped, cancelled;
-  const auto prompt = drawn_prompt(rng, 61, 20);
-  engine.submit(request_for(*m, prompt, "linear,attention@gen", 30, whole));
+  Text whole, until, stopped, cancelled;
+  const auto prompt = random_prompt(rng, 61, 20);
+  engine.submit(request_of(*m, prompt, "linear,attention@gen", 30, whole));
   while (engine.step()) {
   }
   EXPECT_EQ(whole.ended->attention_share, 29.0 / 49);
-  Request r = request_for(*m, prompt, "linear,attention@gen", 30, until);
+  Request r = request_of(*m, prompt, "linear,attention@gen", 30, until);
   r.eos_id = whole.ids[6];
   const auto end = std::find(whole.ids.begin(), whole.ids.end(), r.eos_id);
   engine.submit(r);
-  r = request_for(*m, prompt, "linear", 30, stopped);
+  r = request_of(*m, prompt, "linear", 30, stopped);
   r.on_token = [&](int32_t id) {
     stopped.ids.push_back(id);
     return stopped.ids.size() < 4;
   };
   engine.submit(r);
-  const int64_t id = engine.submit(request_for(*m, prompt, "attention", 30, cancelled));
+  const int64_t id = engine.submit(request_of(*m, prompt, "attention", 30, cancelled));
   while (cancelled.ids.size() < 5) engine.step();
   engine.cancel(id);
   while (engine.step()) {
@@ -231,12 +200,12 @@ TEST(ServeSlots, EndsWhileAStepIsUnderWay) {
   const EngineStats s = engine.stats();
   EXPECT_EQ(s.row_bytes, 0);
   EXPECT_EQ(s.running, 0);
-  Answer last;  // and the places are as good as new
-  const Request again = request_for(*m, prompt, "attention", 12, last);
+  Text last;  // and the places are as good as new
+  const Request again = request_of(*m, prompt, "attention", 12, last);
   engine.submit(again);
   while (engine.step()) {
   }
-  EXPECT_EQ(last.ids, written_alone(*m, again, 16));
+  EXPECT_EQ(last.ids, alone(*m, again, 16));
 }
 
 TEST(ServeSlots, AFailureEndsItsTextsAndNoOthers) {
@@ -245,10 +214,10 @@ TEST(ServeSlots, AFailureEndsItsTextsAndNoOthers) {
   int64_t steps = 0;
   const EngineOptions o{.max_running = 2, .piece = 16, .keep_every = 0, .state_budget = 1 << 24};
   Engine broken(*m, o, plain_slots(steps, 4));
-  Answer a, b, c;
-  broken.submit(request_for(*m, drawn_prompt(rng, 61, 9), "linear", 10, a));
-  broken.submit(request_for(*m, drawn_prompt(rng, 61, 9), "attention", 10, b));
-  broken.submit(request_for(*m, drawn_prompt(rng, 61, 9), "attention", 10, c));
+  Text a, b, c;
+  broken.submit(request_of(*m, random_prompt(rng, 61, 9), "linear", 10, a));
+  broken.submit(request_of(*m, random_prompt(rng, 61, 9), "attention", 10, b));
+  broken.submit(request_of(*m, random_prompt(rng, 61, 9), "attention", 10, c));
   while (broken.step()) {
   }
   EXPECT_THAT(a.ended->error, HasSubstr("the device is gone"));
@@ -257,9 +226,9 @@ TEST(ServeSlots, AFailureEndsItsTextsAndNoOthers) {
   EXPECT_EQ(broken.stats().row_bytes, 0);
   steps = 0;
   Engine damaged(*m, o, plain_slots(steps, -1, 1));
-  Answer d, e;
-  damaged.submit(request_for(*m, drawn_prompt(rng, 61, 9), "linear", 10, d));
-  damaged.submit(request_for(*m, drawn_prompt(rng, 61, 9), "linear", 10, e));
+  Text d, e;
+  damaged.submit(request_of(*m, random_prompt(rng, 61, 9), "linear", 10, d));
+  damaged.submit(request_of(*m, random_prompt(rng, 61, 9), "linear", 10, e));
   while (damaged.step()) {
   }
   EXPECT_EQ(d.ended->outcome, Outcome::kLength);
@@ -276,18 +245,18 @@ TEST(ServeSlots, TheBudgetIsDivided) {
   for (const int64_t keep : {0, 32}) {
     const EngineOptions o{.max_running = 4, .max_queue = 100, .piece = 16, .keep_every = keep, .state_budget = 12 * fixed + 600 * row};
     Engine engine(*m, o, plain_slots(steps));
-    std::vector<Answer> answers(10);
+    std::vector<Text> answers(10);
     std::vector<Request> requests;
-    for (Answer& answer : answers) {
-      requests.push_back(request_for(*m, drawn_prompt(rng, 61, 70), "linear,attention@gen", 20, answer));
+    for (Text& answer : answers) {
+      requests.push_back(request_of(*m, random_prompt(rng, 61, 70), "linear,attention@gen", 20, answer));
       engine.submit(requests.back());
     }
     while (engine.step()) EXPECT_LE(engine.stats().used_bytes(), o.state_budget);
-    for (size_t i = 0; i < answers.size(); ++i) EXPECT_EQ(answers[i].ids, written_alone(*m, requests[i], 16)) << i;
+    for (size_t i = 0; i < answers.size(); ++i) EXPECT_EQ(answers[i].ids, alone(*m, requests[i], 16)) << i;
     EXPECT_EQ(engine.stats().row_bytes > 0, keep > 0);
-    Answer never;
+    Text never;
     try {
-      engine.submit(request_for(*m, {1}, "linear", 5000, never));
+      engine.submit(request_of(*m, {1}, "linear", 5000, never));
       FAIL();
     } catch (const Error& e) {
       EXPECT_THAT(e.what(), HasSubstr("of keys and values, but the pool for them is"));
@@ -301,8 +270,8 @@ TEST(ServeSlots, TheBudgetIsDivided) {
   EngineOptions dropped{.max_running = 2, .piece = 16, .keep_every = 16, .state_budget = 40 * fixed};
   set_kv(dropped.state, "drop");
   Engine engine(*m, dropped, plain_slots(steps));
-  Answer answer;
-  engine.submit(request_for(*m, drawn_prompt(rng, 61, 70), "linear", 9, answer));
+  Text answer;
+  engine.submit(request_of(*m, random_prompt(rng, 61, 70), "linear", 9, answer));
   while (engine.step()) {
   }
   EXPECT_EQ(answer.ended->error, "");
@@ -350,16 +319,16 @@ void expect_each_alone(const LanguageModel& m, int64_t most) {
   const EngineOptions o{.max_running = most, .max_queue = 200, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 31};
   Engine engine(m, o), alone(m, o);
   ASSERT_TRUE(engine.fused());
-  const auto shared = drawn_prompt(rng, 320, 150);
-  std::vector<Answer> answers(static_cast<size_t>(most) + 30);
+  const auto shared = random_prompt(rng, 320, 150);
+  std::vector<Text> answers(static_cast<size_t>(most) + 30);
   std::vector<Request> requests;
   for (size_t i = 0; i < answers.size(); ++i) {
     std::vector<int32_t> prompt(shared.begin(), shared.begin() + static_cast<int64_t>(rng.below(151)));
-    const auto own = drawn_prompt(rng, 320, 1 + rng.below(60));
+    const auto own = random_prompt(rng, 320, 1 + rng.below(60));
     prompt.insert(prompt.end(), own.begin(), own.end());
     SamplingOptions sampling;
     if (i % 4 == 1) sampling = {.temperature = 0.9, .top_p = 0.95, .seed = static_cast<int64_t>(i)};
-    requests.push_back(request_for(m, prompt, kSlotSchedules[i % kSlotSchedules.size()], 1 + static_cast<int64_t>(rng.below(90)), answers[i], sampling));
+    requests.push_back(request_of(m, prompt, kSlotSchedules[i % kSlotSchedules.size()], 1 + static_cast<int64_t>(rng.below(90)), answers[i], sampling));
     engine.submit(requests.back());
     for (uint64_t n = rng.below(4); n > 0 && i > 20; --n) engine.step();
   }
@@ -372,8 +341,8 @@ void expect_each_alone(const LanguageModel& m, int64_t most) {
     ASSERT_EQ(static_cast<int64_t>(answers[i].ids.size()), requests[i].max_tokens);
     if (requests[i].sampling.temperature == 0 && i % 3 == 0) worst = std::max(worst, greedy_gap(m, requests[i], answers[i].ids, o.piece));
     if (requests[i].schedule->text() != "linear") continue;
-    Answer one;
-    alone.submit(request_for(m, requests[i].prompt, "linear", requests[i].max_tokens, one, requests[i].sampling));
+    Text one;
+    alone.submit(request_of(m, requests[i].prompt, "linear", requests[i].max_tokens, one, requests[i].sampling));
     while (alone.step()) {
     }
     EXPECT_EQ(answers[i].ids, one.ids) << i;
@@ -418,8 +387,8 @@ TEST_F(ServeSlotsCuda, MeanOfMixersAttendsAlways) {
   CounterRng rng(11);
   Engine engine(m, {.max_running = 2, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});
   ASSERT_TRUE(engine.fused());
-  Answer answer;
-  const Request request = request_for(m, drawn_prompt(rng, 320, 20), "linear", 12, answer);
+  Text answer;
+  const Request request = request_of(m, random_prompt(rng, 320, 20), "linear", 12, answer);
   engine.submit(request);
   while (engine.step()) {
   }
@@ -434,11 +403,11 @@ TEST_F(ServeSlotsCuda, LongTextsGrowTheTables) {
   CounterRng rng(8);
   const EngineOptions o{.max_running = 3, .piece = 512, .keep_every = 0, .state_budget = int64_t{1} << 31};
   Engine engine(*m, o);
-  std::vector<Answer> answers(3);
+  std::vector<Text> answers(3);
   std::vector<Request> requests;
   for (const uint64_t length : {100, 2040, 4500}) {
-    Answer& answer = answers[requests.size()];
-    requests.push_back(request_for(*m, drawn_prompt(rng, 320, length), "attention", 24, answer));
+    Text& answer = answers[requests.size()];
+    requests.push_back(request_of(*m, random_prompt(rng, 320, length), "attention", 24, answer));
     engine.submit(requests.back());
     for (int n = 0; n < 3; ++n) engine.step();
   }
@@ -457,18 +426,18 @@ TEST_F(ServeSlotsCuda, OtherWays) {
   EngineOptions o{.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29};
   set_kv(o.state, "drop");
   Engine dropped(*m, o), kept(*m, {.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});
-  Answer a, b;
-  const auto prompt = drawn_prompt(rng, 320, 100);
-  dropped.submit(request_for(*m, prompt, "linear", 40, a));
-  kept.submit(request_for(*m, prompt, "linear", 40, b));
+  Text a, b;
+  const auto prompt = random_prompt(rng, 320, 100);
+  dropped.submit(request_of(*m, prompt, "linear", 40, a));
+  kept.submit(request_of(*m, prompt, "linear", 40, b));
   while (dropped.step() || kept.step()) {
   }
   ASSERT_EQ(a.ended->error, "");
   EXPECT_EQ(a.ids, b.ids);
   const_cast<at::Tensor&>(m->parameter("layers.1.norm1.weight")).fill_(std::numeric_limits<float>::quiet_NaN());
   Engine damaged(*m, {.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});
-  Answer c;
-  damaged.submit(request_for(*m, prompt, "linear", 40, c));
+  Text c;
+  damaged.submit(request_of(*m, prompt, "linear", 40, c));
   while (damaged.step()) {
   }
   EXPECT_EQ(c.ended->outcome, Outcome::kFailed);
@@ -479,8 +448,8 @@ TEST_F(ServeSlotsCuda, OtherWays) {
   other.to(at::kCUDA);
   Engine generic(other, {.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});
   EXPECT_FALSE(generic.fused());
-  Answer d;
-  generic.submit(request_for(other, prompt, "linear,attention@gen", 10, d));
+  Text d;
+  generic.submit(request_of(other, prompt, "linear,attention@gen", 10, d));
   while (generic.step()) {
   }
   EXPECT_EQ(d.ended->error, "");

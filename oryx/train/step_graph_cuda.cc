@@ -5,7 +5,6 @@
 // optimiser's record are read afterwards, which lie outside.
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContextLight.h>
-#include <ATen/cuda/CUDAGraph.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAGuard.h>
 
@@ -15,6 +14,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/log.h"
+#include "oryx/ops/cuda/captured_graph.h"
 #include "oryx/ops/cuda/launch.h"
 #include "oryx/train/step_graph.h"
 
@@ -23,21 +23,9 @@ namespace {
 
 constexpr size_t kMostGraphs = 24, kMostKinds = 1000;
 
-class CapturedGraph : public at::cuda::CUDAGraph {
- public:
-  // What capture_end() leaves undone where the capture has failed, so that the process may go on without graphs.
-  void abandon() {
-    cudaGraph_t broken = nullptr;
-    if (cudaStreamEndCapture(capture_stream_.stream(), &broken) == cudaSuccess && broken != nullptr) (void)cudaGraphDestroy(broken);
-    (void)cudaGetLastError();
-    c10::cuda::CUDACachingAllocator::endAllocateToPool(capture_dev_, mempool_id_);
-    c10::cuda::CUDACachingAllocator::releasePool(capture_dev_, mempool_id_);
-  }
-};
-
 struct CapturedStep {
   std::vector<at::Tensor> inputs;  // a batch each
-  std::unique_ptr<CapturedGraph> graph;
+  std::unique_ptr<ops::cuda::CapturedGraph> graph;
 };
 
 class CudaStepGraphs : public StepGraphs {
@@ -111,7 +99,7 @@ class CudaStepGraphs : public StepGraphs {
     const auto pause = feed.pause();
     optimizer_.clear_gradients();
     for (const FedBatch& b : batches) step.inputs.push_back(at::empty_like(b.packed.bytes));
-    step.graph = std::make_unique<CapturedGraph>();
+    step.graph = std::make_unique<ops::cuda::CapturedGraph>();
     ops::cuda::check("step graph", cudaDeviceSynchronize());
     c10::cuda::CUDACachingAllocator::emptyCache();
     const Memory before = memory();
