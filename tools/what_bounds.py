@@ -25,6 +25,13 @@ CASES = {
                "--repeat", "1"],
     "decode": ["bench", "decode", {"preset": "1.4b", "model": {"num_layers": 2}}, "--contexts", "4096", "--tokens", "4"],
     "decode64": ["bench", "decode", {"preset": "1.4b", "model": {"num_layers": 2}}, "--contexts", "1024", "--tokens", "4", "--batch", "64"],
+    "grouped": ["bench", "step", {"preset": "1.4b-oryx-gdn", "model": {"num_layers": 1, "num_kv_heads": 4, "intermediate_size": 4992, "tie_word_embeddings": False}}, "--schedule",
+                "random(attention=0.25;chunk=256)", "--batch", "2", "--seq", "8192", "--no-cuda-graph", "--warmup", "0", "--repeat", "1"],
+    "prefill": ["bench", "prefill", {"preset": "1.4b", "model": {"num_layers": 2}}, "--lengths", "16384", "--shares", "10", "--piece", "8192", "--repeat", "1"],
+    "decode-130m": ["bench", "decode", "130m", "--contexts", "1024", "--tokens", "4", "--schedule", "linear"],
+    "decode-130m-attention": ["bench", "decode", "130m", "--contexts", "4096", "--tokens", "4", "--schedule", "attention"],
+    "decode-130m-mamba2": ["bench", "decode", "130m-mamba2", "--contexts", "1024", "--tokens", "4"],
+    "decode-130m-kda": ["bench", "decode", "130m-kda", "--contexts", "1024", "--tokens", "4"],
     "decode-attention": ["bench", "decode", {"preset": "1.4b", "model": {"num_layers": 2}}, "--contexts", "32768", "--tokens", "4", "--schedule", "attention"],
 }
 SHARES = {
@@ -121,7 +128,7 @@ def run(case, arguments, args):
         try:
             metrics = known()
             ncu = ["ncu", "--csv", "--page", "raw", "--clock-control", "none", "--metrics", ",".join(metrics), "--kernel-name-base", "demangled", "--kernel-name",
-                   "regex:oryx::decode" if case.startswith("decode") else "regex:oryx::", "--launch-count", str(args.launches)]
+                   "regex:oryx::decode|step_kernel" if case.startswith("decode") else "regex:oryx::", "--launch-count", str(args.launches)]
             done = subprocess.run(ncu + command, capture_output=True, text=True, timeout=args.limit)
         except FileNotFoundError as e:
             sys.exit(f"what_bounds: {e.filename} was not found: ncu is part of the CUDA toolkit, --oryx names the program of a `cuda` build")
