@@ -122,6 +122,35 @@ struct ServeBenchOptions {
 // of its memory, and fused (whether texts were written by captured launches). There a request of each schedule runs before, unmeasured: a process's first pass is slow.
 BenchResult bench_serve(const ServeBenchOptions& options);
 
+struct HttpBenchOptions {
+  std::string url;
+  std::string model;                         // its name in requests; "": the first that GET /v1/models names
+  std::string key;                           // a bearer token
+  bool chat = false;                         // /v1/chat/completions in place of /v1/completions
+  std::vector<std::string> schedules = {""};  // the field `schedule` of an Oryx server's requests; "": not sent
+  std::vector<double> rates;                 // arrivals a second, at random (exponential gaps); each a row
+  std::vector<int64_t> concurrency;          // or: requests in flight, the next one when one has ended; each a row
+  int64_t requests = 64, warmup = 2;         // of a row; before the first row, unmeasured
+  int64_t prompt_least = 512, prompt_most = 512;  // tokens of a prompt behind what it shares, drawn evenly
+  int64_t shared = 0, groups = 1;            // tokens that prompts of a group begin with
+  int64_t new_tokens = 64;
+  std::string prompts = "ids";               // ids: lists of token ids; text: that many common words, which are about as many tokens
+  int64_t vocab = 256;                       // ids are drawn below it
+  double temperature = 0;
+  bool ignore_eos = true;                    // sends "ignore_eos": answers are as long as asked for (vLLM, SGLang, Oryx)
+  std::string body;                          // a JSON object whose fields go into each request
+  std::vector<std::string> goodput;          // limits in milliseconds: ttft:500, tpot:50, e2e:5000
+  double timeout = 300;                      // seconds in which nothing comes of an answer
+  std::string name = {};                     // of this server, in the charts
+  std::vector<std::string> with = {};        // results of other calls (--json), whose lines join the charts
+};
+// Load on a server over HTTP with streamed answers: any that speaks OpenAI's completions or chats. Rows: schedule, rate or concurrency, requests, completed, failed, seconds (from the first
+// request to the last answer), requests_per_second, tokens_per_second (written), prompt_tokens and new_tokens (mean, as the server counts); of ttft (to the first piece of text), tpot
+// (between tokens, the mean of an answer), itl (between pieces of text, of all answers together) and e2e (to the last piece) *_ms_mean, _p50, _p90, _p99; in_flight (mean);
+// goodput (answers a second within the limits) where there are limits; state_bytes (the most at once, sampled) of a server that says it in /metrics as ours does. Ctrl-C ends the row that
+// runs: it counts what had come to its end. Throws Error when a row has no answer at all.
+BenchResult bench_http(const HttpBenchOptions& options);
+
 struct AttentionBenchOptions {
   int64_t length = 8192, heads = 12, head_dim = 64;
   int64_t repeat = 3;

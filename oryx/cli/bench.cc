@@ -1,4 +1,4 @@
-// oryx bench step|forward|prefill|decode|state|serve|attention: how fast and how large models are on this machine.
+// oryx bench step|forward|prefill|decode|state|serve|http|attention: how fast and how large models are on this machine.
 #include "oryx/bench/bench.h"
 
 #include "oryx/bench/measure.h"
@@ -63,6 +63,7 @@ void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(cons
     catch_interrupts();
     const Json machine = describe_machine();
     report(name, bench(*o), machine, *out);
+    if (interrupted()) throw Interrupted("interrupted; what had been measured is above");
   });
 }
 
@@ -170,6 +171,34 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   serve.add_option("--kv", v->kv, "keys and values: keep, drop, or bounded:F+W (docs/state.md)")->capture_default_str()->type_name("POLICY");
   serve.add_flag("--fused,!--no-fused", v->fused, "on a GPU, write by captured launches (default; docs/serving.md)");
   finish(serve, v, bench_serve);
+
+  CLI::App& http = *app.add_subcommand("http", "load on a server over HTTP with streamed answers, any that speaks OpenAI's API: time to the first token, between tokens, requests a second");
+  auto h = std::make_shared<HttpBenchOptions>();
+  http.add_option("URL", h->url, "the server, as http://127.0.0.1:8080")->required();
+  http.add_option("--model", h->model, "its name in requests (default: the first of GET /v1/models)")->type_name("NAME");
+  http.add_option("--key", h->key, "sent as a bearer token")->envname("OPENAI_API_KEY")->type_name("TEXT");
+  http.add_flag("--chat", h->chat, "ask /v1/chat/completions in place of /v1/completions");
+  http.add_option("--schedule", h->schedules, "modes of the requests, of an Oryx server (docs/modes.md); several, each with its own --schedule: rows of each")
+      ->expected(1)->allow_extra_args(false)->take_all()->type_name("TEXT");
+  http.add_option("--rate", h->rates, "arrivals a second, at random (Poisson); each a row")->delimiter(',')->check(CLI::Range(1e-6, 1e6))->type_name("X,X,...");
+  http.add_option("--concurrency", h->concurrency, "or requests in flight, the next one when one has ended; each a row")->delimiter(',')->check(CLI::Range(1, 4096))->type_name("N,N,...");
+  add_count(http, "--requests", h->requests, "requests of a row");
+  add_count(http, "--warmup", h->warmup, "requests before, unmeasured", 0);
+  add_count(http, "--prompt-least", h->prompt_least, "tokens of a prompt at least, behind what it shares");
+  add_count(http, "--prompt-most", h->prompt_most, "and at most");
+  add_count(http, "--shared", h->shared, "tokens that the prompts of a group begin with", 0);
+  add_count(http, "--groups", h->groups, "groups of prompts that begin alike");
+  add_count(http, "--new-tokens", h->new_tokens, "tokens of each answer");
+  http.add_option("--prompts", h->prompts, "ids: lists of token ids; text: as many common words")->check(CLI::IsMember({"ids", "text"}))->capture_default_str();
+  add_count(http, "--vocab", h->vocab, "ids are drawn below it");
+  http.add_option("--temperature", h->temperature, "of the answers; 0: greedy")->check(CLI::Range(0.0, 1e6))->capture_default_str();
+  http.add_flag("--ignore-eos,!--no-ignore-eos", h->ignore_eos, "send \"ignore_eos\", so that answers are as long as asked for (default); servers that do not know the field may refuse it");
+  http.add_option("--body", h->body, "fields that go into each request, as a JSON object")->type_name("JSON");
+  http.add_option("--goodput", h->goodput, "count answers within limits, in milliseconds: ttft:500,tpot:50,e2e:5000")->delimiter(',')->type_name("WHAT:MS,...");
+  http.add_option("--timeout", h->timeout, "seconds in which nothing comes of an answer: then it has failed")->check(CLI::Range(0.1, 86400.0))->capture_default_str()->type_name("S");
+  http.add_option("--name", h->name, "of this server, in the charts")->type_name("TEXT");
+  http.add_option("--with", h->with, "what another call wrote with --json: its lines join the charts")->expected(1)->allow_extra_args(false)->take_all()->type_name("FILE");
+  finish(http, h, bench_http);
 
   CLI::App& attention = *app.add_subcommand("attention", "time of span attention against the attended area");
   auto a = std::make_shared<AttentionBenchOptions>();

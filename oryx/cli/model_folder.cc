@@ -1,5 +1,6 @@
 #include "oryx/cli/model_folder.h"
 
+#include "oryx/bench/bench.h"
 #include "oryx/common/error.h"
 #include "oryx/model/checkpoint.h"
 #include "oryx/model/device.h"
@@ -45,6 +46,23 @@ void check_model_folder(const fs::path& path) {
   fail("{}: holds no model.safetensors; expected a model's folder, or a training run with a folder 'model'", folder.string());
 }
 
+namespace {
+
+// Brings the model to its device and checks the tokeniser against it.
+LoadedModel placed(LoadedModel out, at::Device device) {
+  out.model->to(device);
+  if (!device.is_cpu()) out.model->keep_copies();  // else each pass casts every matrix again
+  if (out.tokenizer && out.tokenizer->vocab_size() > out.model->config().vocab_size) {
+    fail("{}: the tokeniser has {} tokens, the model {}; do they belong together?", out.name, out.tokenizer->vocab_size(),
+         out.model->config().vocab_size);
+  }
+  return out;
+}
+
+at::ScalarType compute_of(const ModelArguments& a) { return a.precision == "bfloat16" ? at::kBFloat16 : at::kFloat; }
+
+}  // namespace
+
 LoadedModel load(const ModelArguments& a) {
   LoadedModel out;
   const at::Device device = parse_device(a.device);
@@ -53,14 +71,18 @@ LoadedModel load(const ModelArguments& a) {
   check_model_folder(folder);
   const fs::path tokenizer = a.tokenizer.empty() ? tokenizer_folder(folder, a.folder) : fs::path(a.tokenizer);
   if (!tokenizer.empty()) out.tokenizer = load_tokenizer(tokenizer);
-  out.model = load_model(folder, a.precision == "bfloat16" ? at::kBFloat16 : at::kFloat);
-  out.model->to(device);
-  if (!device.is_cpu()) out.model->keep_copies();  // else each pass casts every matrix again
-  if (out.tokenizer && out.tokenizer->vocab_size() > out.model->config().vocab_size) {
-    fail("{}: the tokeniser has {} tokens, the model {}; do they belong together?", out.name, out.tokenizer->vocab_size(),
-         out.model->config().vocab_size);
-  }
-  return out;
+  out.model = load_model(folder, compute_of(a));
+  return placed(std::move(out), device);
+}
+
+LoadedModel load_random(const ModelArguments& a) {
+  LoadedModel out;
+  const at::Device device = parse_device(a.device);
+  out.name = a.folder;
+  if (!a.tokenizer.empty()) out.tokenizer = load_tokenizer(a.tokenizer);
+  out.model = std::make_unique<LanguageModel>(BenchModel{.preset = a.folder}.config(), compute_of(a));
+  out.model->initialize(0);
+  return placed(std::move(out), device);
 }
 
 }  // namespace oryx::cli

@@ -35,5 +35,7 @@ void check_model_folder(const std::filesystem::path& path);
 
 // Throws Error for a damaged folder, and when tokeniser and model do not fit together.
 LoadedModel load(const ModelArguments& arguments);
+// The same with a preset or a training config in place of a folder: a model of random weights, for load tests. The tokeniser must be given.
+LoadedModel load_random(const ModelArguments& arguments);
 
 }  // namespace oryx::cli

@@ -21,6 +21,7 @@ struct ServeArguments {
   serve::HttpOptions http;
   std::string kv = "keep", name, chat;
   std::vector<std::string> routers;
+  bool random_weights = false;
 };
 
 // The folder's own name as it was given, not that of a checkpoint that RUN/model points to; of RUN/model the run's.
@@ -50,7 +51,7 @@ void serve_model(ServeArguments o) {
   set_kv(o.engine.state, o.kv);
   o.engine.validate();
   if (!o.chat.empty()) o.http.defaults.chat = serve::ChatTemplate(o.chat);
-  const LoadedModel loaded = load(o.model);
+  const LoadedModel loaded = o.random_weights ? load_random(o.model) : load(o.model);
   if (!loaded.tokenizer) fail("{}: has no tokeniser; give one with --tokenizer", loaded.name);
   for (const auto& text : o.routers) add_router(o.http.defaults, text);
   const ModelSchedule schedule(loaded.model->config(), o.http.defaults.schedule, [&](const std::string& file) { return own_router(o.http.defaults, file); });
@@ -75,6 +76,7 @@ void serve_model(ServeArguments o) {
 ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completions)", [](CLI::App& app) {
   auto o = std::make_shared<ServeArguments>();
   o->model.add_to(app);
+  app.add_flag("--random-weights", o->random_weights, "MODEL is a preset (130m) or a training config, served with random weights: for load tests (oryx bench http)");
   app.add_option("--host", o->http.host,
                  "the address to listen on; 0.0.0.0 is all of this machine's, and there is no access control")
       ->capture_default_str();

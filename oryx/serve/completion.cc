@@ -266,6 +266,7 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
   fields.integer("seed", c.sampling.seed, 0);
   fields.integer("max_tokens", c.max_tokens, 0);
   if (chat) fields.integer("max_completion_tokens", c.max_tokens, 1);
+  fields.flag("ignore_eos", c.ignore_eos);
   fields.flag("stream", c.stream);
   if (const Json* options = fields.find("stream_options")) {
     if (!options->is_object()) wrong("stream_options", *options, "an object");
@@ -284,6 +285,7 @@ Completion parse_completion(const std::string& text, const LanguageModel& model,
   }
   fields.only("presence_penalty", 0);
   fields.only("frequency_penalty", 0);
+  fields.only("repetition_penalty", 1);
   fields.only("logit_bias", Json::object());
   fields.text("schedule", schedule);
   c.stops = read_stops(fields);

@@ -44,6 +44,7 @@ struct Completion {
   std::shared_ptr<const ModelSchedule> schedule;
   SamplingOptions sampling;
   int64_t max_tokens = 16;
+  bool ignore_eos = false;  // an end of text is a token like others
   std::vector<std::string> stops;
   int64_t n = 1;              // answers to each prompt, of which the i-th is drawn by seed + i
   int64_t top_logprobs = -1;  // likeliest tokens beside each token's log-probability; -1: no log-probabilities

@@ -151,7 +151,7 @@ struct HttpServer::Impl {
     r.sampling = c.sampling;
     r.sampling.seed = static_cast<int64_t>((static_cast<uint64_t>(c.sampling.seed) + i % static_cast<uint64_t>(c.n)) & static_cast<uint64_t>(std::numeric_limits<int64_t>::max()));
     r.max_tokens = c.max_tokens;
-    r.eos_id = tokenizer.eos_id();
+    r.eos_id = c.ignore_eos ? -1 : tokenizer.eos_id();
     r.vocab_size = tokenizer.vocab_size();
     r.top_logprobs = c.top_logprobs;
     r.score_prompt = c.echo && (c.top_logprobs >= 0 || c.max_tokens == 0);
