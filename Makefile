@@ -2,6 +2,7 @@
 # make demo   the main job: recall and text (TEXT=DIR for your own text)
 # make test   the whole test suite
 # make bench  the benchmarks
+# PRESET=cuda builds for Hopper GPUs too, with CUDA's libraries, and nvcc where there is none, in .deps/ (docs/cuda.md)
 PRESET ?= cpu
 BUILD  := build/$(PRESET)
 JOBS   ?= $(shell nproc)
@@ -18,7 +19,7 @@ configure: setup
 	@cmake --preset $(PRESET) $(if $(wildcard $(BUILD)/build.ninja),> $(BUILD)/configure.log)
 
 setup:
-	@tools/setup.sh
+	@tools/setup.sh $(PRESET)
 
 demo: program
 	@$(BUILD)/oryx demo $(if $(TEXT),--text $(TEXT))

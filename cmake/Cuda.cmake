@@ -5,9 +5,9 @@ endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # CMake 3.25 does not know 90a: -gencode below
 set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # the one that libtorch_cuda loads, found below
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  find_program(ORYX_NVCC nvcc HINTS /usr/local/cuda/bin)
+  find_program(ORYX_NVCC nvcc HINTS /usr/local/cuda/bin "${TORCH_DIR}/../nvidia/cu13/bin")
   if(NOT ORYX_NVCC)
-    message(FATAL_ERROR "nvcc not found on PATH or in /usr/local/cuda/bin. Name it: -DCMAKE_CUDA_COMPILER=/path/to/nvcc (13.0)")
+    message(FATAL_ERROR "nvcc not found on PATH, in /usr/local/cuda/bin or beside libtorch. `make PRESET=cuda` fetches it; or name it: -DCMAKE_CUDA_COMPILER=/path/to/nvcc (13.0)")
   endif()
   set(CMAKE_CUDA_COMPILER "${ORYX_NVCC}")
 endif()
