@@ -12,6 +12,7 @@
 #include "oryx/ops/gated_delta/gated_delta.h"
 #include "oryx/ops/gated_delta/gates.h"
 #include "oryx/ops/halves/halves.h"
+#include "oryx/ops/kda/kda.h"
 #include "oryx/ops/norm/norm.h"
 #include "oryx/ops/rope/rope.h"
 #include "oryx/ops/short_conv/short_conv.h"
@@ -70,6 +71,18 @@ TEST_F(CudaSmall, GatedDeltaSegments) {
   for (const size_t i : {3, 4}) x[i].requires_grad_(true);
   const auto r = gated_delta_rule(x[0], x[1], x[2], x[3], x[4], x[5]);
   forward_and_backward({r.o, r.final_state}, x);
+}
+
+TEST_F(CudaSmall, Kda) {
+  for (const int64_t D : {64, 128}) {
+    const Tensors x = {half({1, 150, 2, D}), half({1, 150, 1, D}), half({1, 150, 1, D}), -full({1, 150, 1, D}).abs().detach(), full({1, 150, 1}).sigmoid().detach(), full({3, 1, D, D})};
+    for (const size_t i : {3, 4}) x[i].requires_grad_(true);
+    const auto r = kda(x[0], x[1], x[2], x[3], x[4], x[5], whole({0, 1, 70, 150}), whole({0, 10, 60, 0, 100, 140}).view({2, 3}));
+    forward_and_backward({r.o, r.final_state}, x);
+    const auto one = [](const at::Tensor& t) { return t.narrow(2, 0, 1); };  // a query head a state head
+    const auto plain = kda(one(x[0]), x[1], x[2], x[3], x[4]);
+    forward_and_backward({plain.o, plain.final_state}, {x.begin(), x.begin() + 5});
+  }
 }
 
 TEST_F(CudaSmall, Ssd) {

@@ -28,9 +28,9 @@ Inputs widen(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, cons
   return {wide(q), wide(k), wide(v), wide(g), wide(beta), state.has_value() && state->defined() ? wide(*state) : at::Tensor()};
 }
 
-// The vector kernels are float32 on the CPU; the chunked form runs anywhere.
+// The vector kernels are float32 on the CPU; what the CUDA kernels do not take goes the chunked form's way, which runs anywhere.
 bool by_kernels(const Inputs& x) {
-  if (x.g.is_cuda()) log::warn_once("kda: on CUDA by batched matrix products, slowly");
+  if (x.g.is_cuda()) log::warn_once("kda: on CUDA by batched matrix products, slowly (the kernels take bfloat16 with 64 or 128 key and as many value dimensions)");
   return x.g.is_cpu() && x.g.scalar_type() == at::kFloat;
 }
 
@@ -42,10 +42,33 @@ Gradients backward(const Problem& p, const Inputs& x, const Outputs& saved, cons
   return by_kernels(x) ? kimi::kernel_backward(p, x, saved, d_o, d_final) : kimi::chunked_backward(p, x, saved, d_o, d_final);
 }
 
+using DeviceForward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                                     const Optional&, const Optional&, const Optional&, std::optional<double>, double, bool);
+using DeviceBackward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const Optional&, const Optional&, const Optional&,
+    std::optional<double>, double, const at::Tensor&, const Optional&, const Optional&);
+
+const c10::OperatorHandle& device_forward_operator() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::_kda", "");
+  return op;
+}
+
+// Returns o, the final state and, if `save`, what the backward pass takes as `saved`.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> device_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
+                                                              const at::Tensor& beta, const Optional& initial_state, const Optional& cu_seqlens,
+                                                              const Optional& spans, std::optional<double> scale, double l2_eps, bool save) {
+  static const auto op = device_forward_operator().typed<DeviceForward>();
+  return op.call(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps, save);
+}
+
 std::tuple<at::Tensor, at::Tensor> rule(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g,
                                         const at::Tensor& beta, const Optional& initial_state, const Optional& cu_seqlens,
                                         const Optional& spans, std::optional<double> scale, double l2_eps) {
   const at::NoGradGuard no_grad;
+  if (kimi::device_kernels_take(q, v)) {
+    const auto [o, final_state, saved] = device_forward(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps, /*save=*/false);
+    return {o, final_state};
+  }
   const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
   const Outputs out = forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/false);
   return {out.o.to(v.scalar_type()), out.final_state};
@@ -57,10 +80,18 @@ class Rule : public torch::autograd::Function<Rule> {
                                                 const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
                                                 const Optional& initial_state, const Optional& cu_seqlens, const Optional& spans,
                                                 std::optional<double> scale, double l2_eps) {
-    const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Outputs out = ops::forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/true);
     const auto or_none = [](const Optional& x) { return x.value_or(at::Tensor()); };
+    ctx->set_materialize_grads(false);
+    if (kimi::device_kernels_take(q, v)) {
+      const auto [o, final_state, saved] = device_forward(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps, /*save=*/true);
+      ctx->save_for_backward({q, k, v, g, beta, or_none(initial_state), or_none(cu_seqlens), or_none(spans), saved, {}});
+      ctx->saved_data["scale"] = scale;
+      ctx->saved_data["l2_eps"] = l2_eps;
+      return {o, final_state};
+    }
+    const Problem p = check(q, k, v, g, beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+    const Outputs out = ops::forward(p, widen(q, k, v, g, beta, initial_state), /*save=*/true);
     ctx->save_for_backward({q, k, v, g, beta, or_none(initial_state), or_none(cu_seqlens), or_none(spans), out.chunk_states, out.residual});
     ctx->saved_data["scale"] = p.scale;
     ctx->saved_data["l2_eps"] = l2_eps;
@@ -70,12 +101,19 @@ class Rule : public torch::autograd::Function<Rule> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list up) {
     const auto s = ctx->get_saved_variables();
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Problem p = check(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["scale"].toDouble(),
-                            ctx->saved_data["l2_eps"].toDouble());
-    const auto wide = s[3].scalar_type(), narrow = s[0].scalar_type();
-    const Gradients d = ops::backward(p, widen(s[0], s[1], s[2], s[3], s[4], s[5]), {{}, {}, s[8], s[9]}, up[0].to(wide).contiguous(),
-                                      up[1].to(wide).contiguous());
     const at::Tensor none;
+    const double l2_eps = ctx->saved_data["l2_eps"].toDouble();
+    if (kimi::device_kernels_take(s[0], s[2])) {
+      static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::_kda_backward", "").typed<DeviceBackward>();
+      const auto [d_q, d_k, d_v, d_g, d_beta, d_state] =
+          op.call(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["scale"].toOptional<double>(), l2_eps, s[8], up[0], up[1]);
+      return {d_q, d_k, d_v, d_g, d_beta, s[5].defined() ? d_state : none, none, none, none, none};
+    }
+    const Problem p = check(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["scale"].toDouble(), l2_eps);
+    const auto wide = s[3].scalar_type(), narrow = s[0].scalar_type();
+    const auto upstream = [&](const at::Tensor& x, at::IntArrayRef shape) { return x.defined() ? x.to(wide).contiguous() : at::zeros(shape, s[3].options()); };
+    const Gradients d = ops::backward(p, widen(s[0], s[1], s[2], s[3], s[4], s[5]), {{}, {}, s[8], s[9]}, upstream(up[0], {p.B, p.T, p.Ho, p.V}),
+                                      upstream(up[1], {p.N, p.Hs, p.V, p.K}));
     return {d.q.to(narrow), d.k.to(narrow), d.v.to(narrow), d.g, d.beta, s[5].defined() ? d.state : none, none, none, none, none};
   }
 };
@@ -108,6 +146,11 @@ at::Tensor step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c
 
 }  // namespace
 
+bool kimi::device_kernels_take(const at::Tensor& q, const at::Tensor& v) {
+  return q.is_cuda() && q.scalar_type() == at::kBFloat16 && q.dim() == 4 && (q.size(3) == 64 || q.size(3) == 128) && v.dim() == 4 && v.size(3) == q.size(3) &&
+         device_forward_operator().hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+}
+
 TORCH_LIBRARY_FRAGMENT(oryx, m) {
   m.def(
       "kda(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state=None, Tensor? cu_seqlens=None, "
@@ -115,6 +158,15 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
   m.def(
       "kda_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float? scale=None, float l2_eps=1e-06) "
       "-> Tensor");
+}
+// The CUDA kernels (kda_cuda.cc): kda dispatches to them what they take.
+TORCH_LIBRARY_FRAGMENT(oryx, m) {
+  m.def(
+      "_kda(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? spans, float? scale, float l2_eps, bool save) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_kda_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? initial_state, Tensor? cu_seqlens, Tensor? spans, float? scale, float l2_eps, "
+      "Tensor saved, Tensor? d_o, Tensor? d_final_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(oryx, CPU, m) {
   m.impl("kda", rule);

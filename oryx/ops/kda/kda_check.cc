@@ -25,6 +25,12 @@ Problem check_arguments(std::string_view op, const at::Tensor& q, const at::Tens
   return gated_delta::check_arguments(op, q, k, v, one_channel(op, q, k, g), beta, initial_state, cu_seqlens, spans, scale, l2_eps);
 }
 
+Problem check_shapes(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
+                     const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& spans,
+                     std::optional<double> scale, double l2_eps) {
+  return gated_delta::check_shapes(op, q, k, v, one_channel(op, q, k, g), beta, initial_state, cu_seqlens, spans, scale, l2_eps);
+}
+
 Problem check_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
                    const at::Tensor& state, std::optional<double> scale, double l2_eps) {
   return gated_delta::check_step("kda_step", q, k, v, one_channel("kda_step", q, k, g), beta, state, scale, l2_eps);

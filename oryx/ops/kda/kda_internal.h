@@ -18,6 +18,14 @@ Problem check_arguments(std::string_view op, const at::Tensor& q, const at::Tens
                         const at::Tensor& beta, const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens,
                         const std::optional<at::Tensor>& spans, std::optional<double> scale, double l2_eps);
 
+// The same without a look at the values of cu_seqlens and spans, which may be in the making on a device: sequences, chunks and wanted stay empty, N is set.
+Problem check_shapes(std::string_view op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
+                     const std::optional<at::Tensor>& initial_state, const std::optional<at::Tensor>& cu_seqlens, const std::optional<at::Tensor>& spans,
+                     std::optional<double> scale, double l2_eps);
+
+// Whether the CUDA kernels (kda_cuda.cc) are in this build and take these inputs: bfloat16 on a CUDA device, K = V = 64 or 128.
+bool device_kernels_take(const at::Tensor& q, const at::Tensor& v);
+
 // The same for one token of each sequence (q, k, v three-dimensional).
 Problem check_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& g, const at::Tensor& beta,
                    const at::Tensor& state, std::optional<double> scale, double l2_eps);
