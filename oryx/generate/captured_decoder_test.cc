@@ -4,6 +4,8 @@
 #include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "oryx/generate/captured_weights.h"
 #include "oryx/generate/fused_decoder.h"
 #include "oryx/generate/session.h"
@@ -31,15 +33,40 @@ TEST(CapturedDecoder, KnowsTheModelsItSaysItKnows) {
     EXPECT_EQ(captured_refusal(captured_config(lists)), "");
   }
   EXPECT_EQ(captured_refusal(captured_config({{"gated_delta_net"}}), at::kFloat), "activations are not bfloat16 (--precision bfloat16)");
-  ModelConfig c = captured_config({{"attention"}});
-  c.layer.qk_norm = true;
-  EXPECT_EQ(captured_refusal(c), "layer 0: qk_norm");
-  c = captured_config({{"attention"}});
-  c.layer.norm_placement = "after";
-  EXPECT_EQ(captured_refusal(c), "layer 0: norm_placement after");
+  ModelConfig c = captured_config({{"gated_delta_net", "attention"}});
+  c.layer.qk_norm = true, c.layer.norm_placement = "after", c.layer.share_kv = false;
+  EXPECT_EQ(captured_refusal(c), "");
   c = captured_config({{"mamba2"}});
   c.layer.hidden_size = 200;
   EXPECT_EQ(captured_refusal(c), "layer 0: hidden_size 200, expected a multiple of 32");
+  EXPECT_EQ(captured::refusal(StateOptions{.bound = {4, 16}}), "");
+  StateOptions chosen{.bound = {4, 16}};
+  chosen.kept.by = "write", chosen.kept.budget = 8;
+  EXPECT_EQ(captured::refusal(chosen), "the state keeps rows by choice, which the host makes");
+  EXPECT_EQ(captured::refusal(StateOptions{.ring = 2}), "the state keeps a ring of convolution inputs");
+}
+
+// Where the products of a plan find what: keys and values of each mixer where they share none, norms in front or behind.
+TEST(CapturedDecoder, PlansHoldWhatLayersHave) {
+  const at::NoGradGuard no_grad;
+  ModelConfig c = captured_config({{"gated_delta_net", "attention"}});
+  c.layer.share_kv = false, c.layer.norm_placement = "after", c.layer.residual_multiplier = 0.5, c.layer.qk_norm = true, c.layer.zero_centred_norm = true;
+  LanguageModel model(c, at::kBFloat16);
+  model.initialize(1);
+  const captured::Plan plan = captured::make_plan(model);
+  const captured::LayerPlan& l = plan.layers[1];
+  ASSERT_EQ(l.groups.size(), 2u);
+  EXPECT_EQ(l.groups[0].prefix, "gated_delta_net.");
+  EXPECT_EQ(l.mixers[1].group, 1u);
+  std::vector<int64_t> columns = {l.groups[0].keys, l.groups[0].values, l.groups[1].keys, l.groups[1].values, l.gate, l.mixers[0].query, l.mixers[1].query};
+  for (const int64_t column : columns) EXPECT_EQ(column % 32, 0);
+  std::sort(columns.begin(), columns.end());
+  EXPECT_EQ(std::unique(columns.begin(), columns.end()), columns.end());
+  EXPECT_EQ(l.optional, l.mixers[1].query);
+  EXPECT_TRUE(l.norms_behind);
+  EXPECT_TRUE(at::equal(l.norm1, (model.parameter("layers.1.norm1.weight") + 1) * 0.5));
+  EXPECT_TRUE(at::equal(l.mixers[1].k_norm, model.parameter("layers.1.mixer.attention.k_norm.weight") + 1));
+  EXPECT_FALSE(l.mixers[0].k_norm.defined());
 }
 
 class CapturedDecoderCuda : public testing::Test {
@@ -57,8 +84,13 @@ void stir(const LanguageModel& model) {
   }
 }
 
+struct CapturedRun {
+  StateOptions state = {};
+  int64_t prompt = 37, steps = 6;
+};
+
 // Sequences of different lengths in modes of their own, which change from token to token; in steps other than each `every`-th one all are in their layers' first.
-void expect_generic(const ModelConfig& config, int64_t N, int64_t every = 1) {
+void expect_generic(const ModelConfig& config, int64_t N, int64_t every = 1, const CapturedRun& run = {}) {
   config.validate();
   const at::NoGradGuard no_grad;
   at::manual_seed(3);
@@ -72,8 +104,8 @@ void expect_generic(const ModelConfig& config, int64_t N, int64_t every = 1) {
       if (std::find(mixers.begin(), mixers.end(), name) == mixers.end()) mixers.push_back(name);
     }
   }
-  constexpr int64_t kPrompt = 37, kSteps = 6;
-  State generic = model.make_state(N), own = model.make_state(N);
+  const int64_t kPrompt = run.prompt, kSteps = run.steps;
+  State generic = model.make_state(N, run.state), own = model.make_state(N, run.state);
   generic.reserve(kPrompt + N + kSteps), own.reserve(kPrompt + N + kSteps);
   ModelInput prompt;
   std::vector<int32_t> bounds{0};
@@ -86,7 +118,7 @@ void expect_generic(const ModelConfig& config, int64_t N, int64_t every = 1) {
     (void)model.hidden(prompt);
   }
   std::string why;
-  const auto decoder = make_fused_decoder(model, own, kPrompt + N + kSteps, &why);
+  const auto decoder = make_fused_decoder(model, own, kPrompt + N + kSteps, &why, /*hidden=*/true);
   ASSERT_NE(decoder, nullptr) << why;
   const auto slots = LanguageModel::slots(config, at::kBFloat16);
   for (int64_t t = 0; t < kSteps; ++t) {
@@ -100,9 +132,10 @@ void expect_generic(const ModelConfig& config, int64_t N, int64_t every = 1) {
     input.input_ids = at::tensor(ids, at::kInt).to(at::kLong).view({N, 1});
     input.routing = {std::make_shared<Routing>(N, 1, mixers, spans)};
     input.state = &generic;
-    const at::Tensor expected = model.logits(model.hidden(input)).squeeze(1);
+    const at::Tensor hidden = model.hidden(input), expected = model.logits(hidden).squeeze(1);
     ASSERT_TRUE(decoder->fits());
     const at::Tensor logits = decoder->step(ids, input.routing);
+    EXPECT_LT(test::norm_error(decoder->hidden(), hidden.squeeze(1)), 3e-2) << "step " << t;
     ASSERT_EQ(logits.sizes(), expected.sizes());
     EXPECT_LT(test::norm_error(logits, expected), 3e-2) << "step " << t;
     const at::Tensor likeliest = decoder->likeliest().to(at::kLong);
@@ -118,10 +151,11 @@ void expect_generic(const ModelConfig& config, int64_t N, int64_t every = 1) {
           EXPECT_LT(test::norm_error(own.layer(layer).tensor(slot.name), generic.layer(layer).tensor(slot.name)), 3e-2) << slot.name << " of layer " << i << ", step " << t;
           continue;
         }
-        const std::vector<int64_t> begins(static_cast<size_t>(N), 0);
+        const std::vector<int64_t> begins = own.rows_from();
+        ASSERT_EQ(begins, generic.rows_from());
         const at::Tensor a = own.rows(layer, slot.name, begins, own.lengths()), b = generic.rows(layer, slot.name, begins, own.lengths());
         for (int64_t n = 0; n < N; ++n) {
-          const int64_t length = own.lengths()[static_cast<size_t>(n)];
+          const int64_t length = own.lengths()[static_cast<size_t>(n)] - begins[static_cast<size_t>(n)];
           EXPECT_LT(test::norm_error(a[n].narrow(0, 0, length), b[n].narrow(0, 0, length)), 3e-2) << slot.name << " of layer " << i << ", sequence " << n << ", step " << t;
         }
       }
@@ -180,6 +214,53 @@ TEST_F(CapturedDecoderCuda, OtherLayersEqualGeneric) {
   expect_generic(c, 2, 2);
 }
 
+// What imported models bring: norms of queries and keys, by head or over all (the second in layers whose norms stand behind, beside others), wide heads turned in part, keys of their own.
+TEST_F(CapturedDecoderCuda, QueryAndKeyNormsEqualGeneric) {
+  ModelConfig c = captured_config({{"gated_delta_net", "attention"}}, 4);
+  c.layer.qk_norm = true;
+  expect_generic(c, 3, 2);
+  c.layer.num_kv_heads = 2, c.layer.qk_norm_over = "all_heads";
+  expect_generic(c, 5, 2);
+  c = captured_config({{"attention"}}, 8, 256);
+  c.layer.num_kv_heads = 1, c.layer.rotary_dim = 64, c.layer.gate_activation = "sigmoid", c.layer.qk_norm = c.layer.zero_centred_norm = true, c.layer.conv = c.layer.head_norm = false;
+  expect_generic(c, 2);
+  c = captured_config({{"sliding_window", "attention"}}, 2, 36);
+  c.layer.qk_norm = true, c.layer.rope_theta = 0;
+  expect_generic(c, 2);
+}
+TEST_F(CapturedDecoderCuda, NormsBehindEqualGeneric) {
+  ModelConfig c = captured_config({{"mamba2", "attention"}});
+  c.layer.norm_placement = "after", c.layer.residual_multiplier = 0.5;
+  expect_generic(c, 9, 2);
+  c = captured_config({{"gated_delta_net"}, {"attention"}}, 4);  // as OLMo's hybrids: behind in the layers of attention alone
+  c.num_layers = 4, c.layer_mixers = {{"gated_delta_net"}, {"attention"}, {"attention"}, {"gated_delta_net"}};
+  c.layer_overrides["attention"] = {{"norm_placement", "after"}, {"qk_norm", true}, {"qk_norm_over", "all_heads"}, {"conv", false}, {"gate", false}, {"head_norm", false}};
+  expect_generic(c, 3);
+}
+TEST_F(CapturedDecoderCuda, KeysOfTheirOwnEqualGeneric) {
+  ModelConfig c = captured_config({{"gated_delta_net", "sliding_window", "attention"}, {"mamba2", "attention"}});
+  c.layer.share_kv = false;
+  expect_generic(c, 4);
+  c.layer.conv_bias = c.layer.query_conv = true;
+  expect_generic(c, 1, 2);
+}
+
+// A bounded state, over many pages and several moves of a window's rows to the front of their memory: the captures stay.
+TEST_F(CapturedDecoderCuda, BoundedStatesEqualGeneric) {
+  const auto bounded = [](int64_t first, int64_t window, int64_t back = 0) { return CapturedRun{.state = {.bound = {first, window, back}, .page_tokens = 4}, .prompt = 37, .steps = 40}; };
+  expect_generic(captured_config({{"gated_delta_net", "attention"}}), 3, 2, bounded(6, 13));
+  expect_generic(captured_config({{"mamba2", "attention"}}), 1, 1, bounded(0, 11));
+  expect_generic(captured_config({{"gated_delta_net", "sliding_window", "attention"}}), 2, 1, bounded(3, 16, 9));
+  ModelConfig c = captured_config({{"attention"}}, 4);
+  c.layer.num_kv_heads = 2, c.layer.window = 30;
+  expect_generic(c, 9, 1, bounded(21, 40));  // some texts are shorter than the bound at first
+  c = captured_config({{"gated_delta_net", "attention"}}, 4, 48);
+  c.layer.num_kv_heads = 2, c.layer.qk_norm = true, c.layer.qk_norm_over = "all_heads", c.layer.norm_placement = "after";
+  expect_generic(c, 2, 2, bounded(6, 13));
+  // The shape that the persistent kernel and the fused chain know goes through this one.
+  expect_generic(captured_config({{"gated_delta_net", "attention"}}, 2, 128), 2, 2, {.state = {.bound = {4, 64}}, .prompt = 90, .steps = 20});
+}
+
 // A step that runs what the one before found likeliest is the step that is told so.
 TEST_F(CapturedDecoderCuda, FeedsBack) {
   const at::NoGradGuard no_grad;
@@ -204,26 +285,81 @@ TEST_F(CapturedDecoderCuda, FeedsBack) {
   }
 }
 
-TEST_F(CapturedDecoderCuda, GoesOnBehindTrimAndFork) { test::expect_goes_on_behind_trim_and_fork(captured_config({{"mamba2", "attention"}})); }
+TEST_F(CapturedDecoderCuda, GoesOnBehindTrimAndFork) {
+  test::expect_goes_on_behind_trim_and_fork(captured_config({{"mamba2", "attention"}}));
+  test::expect_goes_on_behind_trim_and_fork(captured_config({{"mamba2", "attention"}}), {.bound = {4, 12, 24}, .page_tokens = 4});
+}
+
+// Decoders of one model share its packed weights, until these are written.
+TEST_F(CapturedDecoderCuda, WeightsArePackedOnce) {
+  const at::NoGradGuard no_grad;
+  LanguageModel model(captured_config({{"mamba2"}}), at::kBFloat16);
+  model.initialize(1);
+  model.to(at::kCUDA);
+  State a = model.make_state(1), b = model.make_state(1), c = model.make_state(1);
+  const std::vector<std::shared_ptr<const Routing>> routing = {std::make_shared<Routing>(1, 1, "mamba2")};
+  const auto first = make_fused_decoder(model, a, 8), second = make_fused_decoder(model, b, 8);
+  const at::Tensor x = first->step({5}, routing).clone(), y = second->step({5}, routing).clone();
+  EXPECT_TRUE(at::equal(x, y));
+  model.parameter("final_norm.weight").mul_(2);
+  EXPECT_LT(test::norm_error(make_fused_decoder(model, c, 8)->step({5}, routing), x * 2), 1e-2);
+}
 
 TEST_F(CapturedDecoderCuda, SaysWhyThereIsNone) {
-  ModelConfig c = captured_config({{"mamba2"}, {"attention"}});
-  c.layer.qk_norm = true;
-  LanguageModel model(c, at::kBFloat16);
+  LanguageModel model(captured_config({{"mamba2"}, {"attention"}}), at::kBFloat16);
   model.to(at::kCUDA);
-  State state = model.make_state(1);
+  State ring = model.make_state(1, {.ring = 2}), many = model.make_state(65);
   std::string why;
-  EXPECT_EQ(make_fused_decoder(model, state, 8, &why), nullptr);
-  EXPECT_EQ(why, "layer 1: qk_norm");
-  c.layer.qk_norm = false;
-  LanguageModel plain(c, at::kBFloat16);
-  plain.to(at::kCUDA);
-  State bounded = plain.make_state(1, {.bound = {4, 16}}), many = plain.make_state(65);
-  EXPECT_EQ(make_fused_decoder(plain, bounded, 8, &why), nullptr);
-  EXPECT_EQ(why, "the state keeps some tokens' rows alone (a bounded one)");
-  EXPECT_EQ(make_fused_decoder(plain, many, 8, &why), nullptr);
+  EXPECT_EQ(make_fused_decoder(model, ring, 8, &why), nullptr);
+  EXPECT_EQ(why, "the state keeps a ring of convolution inputs");
+  EXPECT_EQ(make_fused_decoder(model, many, 8, &why), nullptr);
   EXPECT_EQ(why, "65 sequences, expected at most 64");
 }
+
+// A few tokens from an empty state against the CPU's model: no kernel runs but those of captured decoding, so that compute-sanitizer sees these alone.
+class CapturedSmallCuda : public CapturedDecoderCuda {
+ protected:
+  static void expect_cpu(const ModelConfig& config, int64_t N, const StateOptions& options = {}, int64_t steps = 5) {
+    config.validate();
+    const at::NoGradGuard no_grad;
+    at::manual_seed(4);
+    LanguageModel here(config, at::kBFloat16), there(config, at::kBFloat16);
+    here.initialize(2), there.initialize(2);
+    stir(here);
+    for (size_t i = 0; i < here.parameters().size(); ++i) at::Tensor(there.parameters()[i]).copy_(here.parameters()[i]);
+    there.to(at::kCUDA);
+    State a = here.make_state(N, options), b = there.make_state(N, options);
+    b.reserve(steps);
+    std::string why;
+    const auto decoder = make_fused_decoder(there, b, steps, &why);
+    ASSERT_NE(decoder, nullptr) << why;
+    const auto& mixers = config.layer_mixers[0];
+    for (int64_t t = 0; t < steps; ++t) {
+      std::vector<RoutedSpan> spans;
+      std::vector<int32_t> ids;
+      for (int64_t n = 0; n < N; ++n) {
+        spans.push_back({static_cast<int32_t>(n), 0, 1, static_cast<int32_t>((n + t) % static_cast<int64_t>(mixers.size()))});
+        ids.push_back(static_cast<int32_t>((31 * n + 7 * t) % config.vocab_size));
+      }
+      ModelInput input;
+      input.input_ids = at::tensor(ids, at::kInt).to(at::kLong).view({N, 1});
+      input.routing = {std::make_shared<Routing>(N, 1, mixers, spans)};
+      input.state = &a;
+      const at::Tensor expected = here.logits(here.hidden(input)).squeeze(1);
+      EXPECT_LT(test::norm_error(decoder->step(ids, input.routing).cpu(), expected), 4e-2) << "step " << t;
+    }
+  }
+};
+TEST_F(CapturedSmallCuda, GatedDeltaNetAndAttention) { expect_cpu(captured_config({{"gated_delta_net", "attention"}}), 3); }
+TEST_F(CapturedSmallCuda, Mamba2) { expect_cpu(captured_config({{"mamba2"}}), 2); }
+TEST_F(CapturedSmallCuda, KimiDeltaAttention) { expect_cpu(captured_config({{"kimi_delta_attention"}}), 5); }
+TEST_F(CapturedSmallCuda, ThreeMixers) { expect_cpu(captured_config({{"mamba2", "gated_delta_net", "sliding_window"}}), 1); }
+TEST_F(CapturedSmallCuda, NormsAndKeysOfTheirOwn) {
+  ModelConfig c = captured_config({{"gated_delta_net", "attention"}});
+  c.layer.qk_norm = true, c.layer.qk_norm_over = "all_heads", c.layer.norm_placement = "after", c.layer.share_kv = false;
+  expect_cpu(c, 2);
+}
+TEST_F(CapturedSmallCuda, BoundedStates) { expect_cpu(captured_config({{"gated_delta_net", "attention"}}), 2, {.bound = {2, 5}, .page_tokens = 2}, 16); }
 
 }  // namespace
 }  // namespace oryx

@@ -50,18 +50,12 @@ std::vector<Scalar> scalars_of(Kind kind) {
 std::string layer_refusal(const MultiMixerLayer& layer) {
   const LayerConfig& c = layer.config();
   const auto& names = layer.mixer_names();
-  bool looks_back = false;
   for (const auto& name : names) {
     const bool attention = name == "attention" || name == "sliding_window";
-    looks_back |= attention;
     if (!attention && kind_of(name) == Kind::kAttention) return "mixer " + name;
   }
   if (names.size() > 4) return fmt::format("{} mixers", names.size());
-  if (!c.share_kv) return "share_kv off";
-  if (c.norm_placement != "before") return "norm_placement " + c.norm_placement;
-  if (c.qk_norm && looks_back) return "qk_norm";
   if (c.head_dim % 2 != 0 || c.value_dim() % 2 != 0) return fmt::format("heads of {} keys and {} values, expected even numbers", c.head_dim, c.value_dim());
-  if (looks_back && (c.value_heads() != c.kv_heads() || c.output_heads() != c.num_heads)) return "value heads of another number than keys";
   if (c.hidden_size % kStep != 0) return fmt::format("hidden_size {}, expected a multiple of {}", c.hidden_size, kStep);
   if (c.head_norm_groups > 0 && c.output_width() / c.head_norm_groups % 2 != 0) return "head_norm_groups of an odd number of values";
   return {};
@@ -97,15 +91,25 @@ LayerPlan plan_of(const LanguageModel& model, int64_t i) {
     plan.rows += in.back().size(0);
     return begin;
   };
-  plan.keys = add("mixer.k_proj.weight"), plan.values = add("mixer.v_proj.weight");
+  for (const std::string& name : c.share_kv ? std::vector<std::string>{""} : layer.mixer_names()) {
+    GroupPlan g;
+    g.prefix = name.empty() ? "" : name + ".";
+    const std::string own = "mixer." + g.prefix;
+    g.keys = add(own + "k_proj.weight"), g.values = add(own + "v_proj.weight");
+    if (c.conv) g.key_filter = wide(p(own + "k_conv.weight")), g.value_filter = wide(p(own + "v_conv.weight"));
+    if (c.conv && c.conv_bias) g.key_bias = wide(p(own + "k_conv.bias")), g.value_bias = wide(p(own + "v_conv.bias"));
+    plan.groups.push_back(std::move(g));
+  }
   if (c.gate) plan.gate = add("mixer.g_proj.weight");
   std::vector<at::Tensor> narrow;
   for (const std::string& name : layer.mixer_names()) {
     MixerPlan m;
     m.name = name;
     m.kind = kind_of(name);
+    m.group = c.share_kv ? 0 : plan.mixers.size();
     if (name == "sliding_window") m.window = c.window;
     const std::string own = "mixer." + name + ".";
+    if (m.kind == Kind::kAttention && c.qk_norm) m.q_norm = wide(norm_factor(c, p(own + "q_norm.weight"))), m.k_norm = wide(norm_factor(c, p(own + "k_norm.weight")));
     if (m.kind != Kind::kAttention) {
       for (const Scalar& scalar : scalars_of(m.kind)) {
         narrow.push_back(wide(p(own + scalar.weight)));
@@ -140,20 +144,20 @@ LayerPlan plan_of(const LanguageModel& model, int64_t i) {
     plan.narrow_rows = rounded(both.size(0));
     plan.narrow = packed(with_rows(both, plan.narrow_rows));
   }
-  const auto scaled = [&](const at::Tensor& w) { return c.residual_multiplier == 1 ? w : w * c.residual_multiplier; };
+  // What a part adds to the stream is multiplied: by its last weight, or by its norm behind.
+  plan.norms_behind = c.norm_placement == "after";
+  const auto multiplied = [&](const at::Tensor& w, bool here) { return here && c.residual_multiplier != 1 ? w * c.residual_multiplier : w; };
+  const auto scaled = [&](const at::Tensor& w) { return multiplied(w, !plan.norms_behind); };
+  const auto norm = [&](const std::string& name) { return wide(multiplied(norm_factor(c, p(name)), plan.norms_behind)); };
   plan.width = rounded(c.output_width());
   plan.out = packed(with_columns(scaled(p("mixer.o_proj.weight")), plan.width));
-  plan.norm1 = wide(norm_factor(c, p("norm1.weight")));
+  plan.norm1 = norm("norm1.weight");
   if (c.intermediate_size > 0) {
     plan.feed_forward = rounded(c.intermediate_size);
     const at::Tensor gate = with_rows(p("mlp.gate_proj.weight"), plan.feed_forward), up = with_rows(p("mlp.up_proj.weight"), plan.feed_forward);
     plan.gate_up = packed(at::stack({gate, up}, 1).flatten(0, 1));
     plan.down = packed(with_columns(scaled(p("mlp.down_proj.weight")), plan.feed_forward));
-    plan.norm2 = wide(norm_factor(c, p("norm2.weight")));
-  }
-  if (c.conv) {
-    plan.key_filter = wide(p("mixer.k_conv.weight")), plan.value_filter = wide(p("mixer.v_conv.weight"));
-    if (c.conv_bias) plan.key_bias = wide(p("mixer.k_conv.bias")), plan.value_bias = wide(p("mixer.v_conv.bias"));
+    plan.norm2 = norm("norm2.weight");
   }
   if (c.head_norm) plan.o_norm = wide(p("mixer.o_norm.weight"));
   return plan;
@@ -166,6 +170,12 @@ std::string refusal(const LanguageModel& model) {
   for (int64_t i = 0; i < model.config().num_layers; ++i) {
     if (const std::string why = layer_refusal(model.layer(i)); !why.empty()) return fmt::format("layer {}: {}", i, why);
   }
+  return {};
+}
+
+std::string refusal(const StateOptions& state) {
+  if (state.kept.on()) return "the state keeps rows by choice, which the host makes";
+  if (state.ring > 0) return "the state keeps a ring of convolution inputs";
   return {};
 }
 

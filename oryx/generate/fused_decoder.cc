@@ -66,15 +66,16 @@ bool detail::register_captured_decoder(FusedDecoderFactory f) {
   return true;
 }
 
-std::unique_ptr<FusedDecoder> make_fused_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why) {
+std::unique_ptr<FusedDecoder> make_fused_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why, bool hidden) {
   std::string reason;
   if (!model.device().is_cuda()) {
     reason = "the model is not on a GPU";
   } else if (factory() == nullptr || captured_factory() == nullptr) {
     reason = "this build has no CUDA";
   } else {
-    reason = detail::fused_refusal(model, state.options());
-    if (reason.empty()) {
+    // The persistent kernel keeps hidden states to itself.
+    if (!hidden) reason = detail::fused_refusal(model, state.options());
+    if (reason.empty() && !hidden) {
       if (auto decoder = factory()(model, state, tokens, &reason)) return decoder;
     }
     // What is said is why not even the general one will do.

@@ -29,6 +29,9 @@ class FusedDecoder {
   // for attention over rows that were dropped. The state may be changed by others between steps.
   virtual at::Tensor step(const std::vector<int32_t>& ids, const std::vector<std::shared_ptr<const Routing>>& routing) = 0;
 
+  // Behind a step: the sequences' final hidden states [N, D], normalised, as LanguageModel::hidden() has them. Only of a decoder that was asked for as one that has them.
+  virtual at::Tensor hidden() const = 0;
+
   // Of the first `below` logits of the last step (0: all), the likeliest, the first of equals: [N] int32 on the device.
   virtual at::Tensor likeliest() const = 0;
   // With `on` the likeliest token becomes the next one without the host: step({}, routing) then runs it.
@@ -39,8 +42,8 @@ class FusedDecoder {
 };
 
 // Null, with the reason in *why when given, where the model, its device or the state is not one that it knows. Model and state must outlive it.
-// `tokens`: what the state will hold at most.
-std::unique_ptr<FusedDecoder> make_fused_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why = nullptr);
+// `tokens`: what the state will hold at most. With `hidden` one that has hidden states.
+std::unique_ptr<FusedDecoder> make_fused_decoder(const LanguageModel& model, State& state, int64_t tokens, std::string* why = nullptr, bool hidden = false);
 
 namespace detail {
 // Why the model, over states of these options, is none that the fused decoders know, on whichever GPU; empty: it is.

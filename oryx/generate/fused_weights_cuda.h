@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "oryx/model/language_model.h"
@@ -24,16 +25,15 @@ struct PackedLayer {
 struct PackedWeights {
   // For the persistent kernel (cuda/decode_step.h), or for the chain (cuda/decode_product.h).
   PackedWeights(const LanguageModel& model, bool persistent);
+  // The model's, packed once for all.
+  static std::shared_ptr<const PackedWeights> of(const LanguageModel& model, bool persistent) {
+    return model.derived<PackedWeights>(persistent ? 1 : 0, [&] { return PackedWeights(model, persistent); });
+  }
   // That a step reads when all sequences are in one mode.
   int64_t bytes() const;
 
   std::vector<PackedLayer> layers;
   at::Tensor embed, head, final_norm;
 };
-
-template <typename T>
-T* pointer(const at::Tensor& t) {
-  return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
-}
 
 }  // namespace oryx::fused

@@ -173,17 +173,17 @@ at::Tensor Session::run(std::span<const int32_t> ids) {
 at::Tensor Session::step(int32_t id) {
   TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
   at::NoGradGuard no_grad;
-  if (routed_.on() && options_.fused && model_.device().is_cuda()) {
-    log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: a router reads each token's hidden state (docs/modes.md)");
-  } else if (!asked_ && options_.fused && model_.device().is_cuda()) {
+  if (!asked_ && options_.fused && model_.device().is_cuda()) {
     std::string why;
-    fused_ = make_fused_decoder(model_, state_, options_.tokens, &why);
+    fused_ = make_fused_decoder(model_, state_, options_.tokens, &why, /*hidden=*/routed_.on());
     if (fused_ == nullptr) log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: {} (docs/generation.md)", why);
   }
   asked_ = true;
   if (fused_ == nullptr || !fused_->fits()) return model_.logits(run({&id, 1})).squeeze(0);
+  routed_.before({&id, 1});
   const auto routing = route(length_, 1);
   const at::Tensor logits = fused_->step({id}, routing).squeeze(0);
+  if (routed_.on()) routed_.after(fused_->hidden()[0]);
   ++length_;
   attention_tokens_ += oryx::attention_share(model_.config(), routing);
   return logits;

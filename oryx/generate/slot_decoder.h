@@ -57,7 +57,7 @@ class SlotDecoder {
 std::unique_ptr<SlotDecoder> make_slot_decoder(const LanguageModel& model, const StateOptions& state, std::string* why = nullptr);
 
 namespace detail {
-using SlotDecoderFactory = std::unique_ptr<SlotDecoder> (*)(const LanguageModel&, std::string* why);
+using SlotDecoderFactory = std::unique_ptr<SlotDecoder> (*)(const LanguageModel&, const StateOptions& state, std::string* why);
 bool register_slot_decoder(SlotDecoderFactory factory);
 }  // namespace detail
 

@@ -1,4 +1,4 @@
-// The decoder of slots on CUDA: the chain of fused_chain_cuda.h, or, for models that it does not know, that of captured_chain_cuda.h, over a table of places and pages.
+// The decoder of slots on CUDA: over the chain of fused_chain_cuda.h, or, for models that it does not know, that of captured_chain_cuda.h, over a table of places and pages.
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/cuda/CUDAEvent.h>
@@ -16,14 +16,13 @@
 #include "oryx/generate/fused_decoder.h"
 #include "oryx/generate/slot_decoder.h"
 #include "oryx/ops/cuda/launch.h"
-#include "oryx/ops/rope/rope_rows_cuda.h"
 
 namespace oryx {
 namespace {
 
-using fused::ChainStep;
 using fused::DecodeChain;
-using fused::LayerSlots;
+using fused::page_entry;
+using fused::pages_of_bound;
 using fused::pointer;
 
 constexpr int64_t kMost = DecodeChain::kMost;
@@ -36,94 +35,24 @@ struct Control {
   // Then modes [layers, N].
 };
 
-// The fused chain, over the slots of a state with a pool of rows.
-class FusedSlots {
- public:
-  using Step = ChainStep;
-  explicit FusedSlots(const LanguageModel& model) : model_(model), chain_(model, kMost) {}
-
-  // -> whether rows are kept
-  bool attach(const State& slots) {
-    slots_.clear();
-    bool paged = false;
-    for (int64_t i = 0; i < model_.config().num_layers; ++i) {
-      const LayerState& layer = slots.layer(i);
-      LayerSlots s{layer.tensor("k_conv"), layer.tensor("v_conv"), layer.tensor("gated_delta_net.S"), {}, {}, {}, {}, {}};
-      if (layer.has("keys")) {
-        const auto pool = [&](const char* name) { return slots.pooled_rows(i, name); };
-        s.keys = pool("keys"), s.values = pool("values"), s.g = pool("gated_delta_net.g"), s.beta = pool("gated_delta_net.beta");
-        if (layer.has("mode")) s.modes = pool("mode");
-        paged = true;
-      }
-      slots_.push_back(std::move(s));
-    }
-    return paged;
-  }
-  void grow(int64_t capacity) { rope_ = ops::rope_rows_on(model_.device(), capacity, model_.layer(0).config().rope_theta, 128); }
-  void point(Step& s) const { s.slots = &slots_, s.rope = pointer<float>(rope_); }
-
-  int64_t mode_bytes(int64_t N) const { return model_.config().num_layers * N; }
-  bool write_mode(uint8_t* modes, int64_t N, int64_t layer, int64_t n, uint8_t mode) const {
-    TORCH_CHECK(mode == 0 || (slots_[static_cast<size_t>(layer)].keys.defined() && mode == 1), "slot decoder: mode ", int{mode}, " in layer ", layer);
-    modes[layer * N + n] = mode;
-    return mode != 0;
-  }
-  DecodeChain& chain() { return chain_; }
-  const DecodeChain& chain() const { return chain_; }
-
- private:
-  const LanguageModel& model_;
-  DecodeChain chain_;
-  std::vector<LayerSlots> slots_;
-  at::Tensor rope_;
-};
-
-// The same of the chain of captured decoding.
-class CapturedSlots {
- public:
-  using Step = captured::Step;
-  explicit CapturedSlots(const LanguageModel& model) : layers_(model.config().num_layers), chain_(model, kMost) {}
-
-  bool attach(const State& slots) {
-    slots_.clear();
-    bool paged = false;
-    for (int64_t i = 0; i < layers_; ++i) {
-      slots_.push_back(chain_.slots_of(slots.layer(i), i, [&](const std::string& name) { return slots.pooled_rows(i, name); }));
-      paged |= slots_.back().keys.defined();
-    }
-    return paged;
-  }
-  void grow(int64_t capacity) { chain_.reach(capacity); }
-  void point(Step& s) const { s.slots = &slots_; }
-
-  int64_t mode_bytes(int64_t N) const { return chain_.mode_bytes(N); }
-  bool write_mode(uint8_t* modes, int64_t N, int64_t layer, int64_t n, uint8_t mode) const {
-    const bool looks_back = chain_.write_modes(modes, N, layer, n, mode);
-    TORCH_CHECK(!looks_back || slots_[static_cast<size_t>(layer)].keys.defined(), "slot decoder: mode ", int{mode}, " in layer ", layer);
-    return looks_back;
-  }
-  captured::Chain& chain() { return chain_; }
-  const captured::Chain& chain() const { return chain_; }
-
- private:
-  int64_t layers_;
-  captured::Chain chain_;
-  std::vector<captured::Slots> slots_;
-};
-
-template <typename Over>
+// `Chain`: DecodeChain or captured::Chain.
+template <typename Chain>
 class CudaSlotDecoder : public SlotDecoder {
  public:
-  explicit CudaSlotDecoder(const LanguageModel& model) : model_(model), layers_(model.config().num_layers), vocab_(model.config().vocab_size), over_(model) {
-    control_ = at::zeros({static_cast<int64_t>(sizeof(Control)) + over_.mode_bytes(kMost)}, bytes());
+  explicit CudaSlotDecoder(const LanguageModel& model) : model_(model), layers_(model.config().num_layers), vocab_(model.config().vocab_size), chain_(model, kMost) {
+    control_ = at::zeros({static_cast<int64_t>(sizeof(Control)) + chain_.mode_bytes(kMost)}, bytes());
   }
 
   void attach(State& slots) override {
     state_ = &slots;
     given_ = at::zeros({slots.sequences()}, bytes().dtype(at::kInt));
     graphs_.clear(), table_rows_.clear();
-    paged_ = over_.attach(slots);
-    if (slots.layer(layers_).has("ids")) id_rows_ = slots.pooled_rows(layers_, "ids");
+    slots_.clear(), paged_ = false;
+    for (int64_t i = 0; i < layers_; ++i) {
+      slots_.push_back(chain_.slots_of(slots.layer(i), i, [&](const std::string& name) { return slots.row_memory(i, name); }));
+      paged_ |= slots_.back().keeps_rows();
+    }
+    if (slots.layer(layers_).has("ids")) id_rows_ = slots.row_memory(layers_, "ids");
     grow(1);
   }
 
@@ -165,20 +94,24 @@ class CudaSlotDecoder : public SlotDecoder {
   }
 
  private:
+  using Slots = typename Chain::Slots;
+
   at::TensorOptions bytes() const { return at::device(model_.device()).dtype(at::kByte); }
   static at::Tensor pinned(at::IntArrayRef shape, at::ScalarType dtype) { return at::empty(shape, at::device(at::kCPU).dtype(dtype).pinned_memory(true)); }
 
   // Room for sequences of so many tokens: the table of pages and that of angles. Captures that know the old ones go.
   void grow(int64_t tokens) {
     const int64_t page = state_->options().page_tokens;
-    int64_t most = 64;
-    while (most * page < tokens) most *= 2;
+    int64_t capacity = 64 * page;
+    while (capacity < tokens) capacity *= 2;
+    OryxBatchPlaces pages = pages_of_bound(*state_);
+    if (pages.lasting == 0) pages.page = page, pages.most_blocks = capacity / page;
     cudaDeviceSynchronize();
     graphs_.clear(), table_rows_.clear();
     // Nothing is promised before both are there.
-    const at::Tensor table = at::zeros({kMost, most}, bytes().dtype(at::kInt));
-    over_.grow(most * page);
-    table_ = table, most_blocks_ = most, capacity_ = most * page;
+    const at::Tensor table = at::zeros({kMost, pages.most_blocks}, bytes().dtype(at::kInt));
+    chain_.reach(capacity);
+    table_ = table, pages_ = pages, capacity_ = capacity;
   }
 
   // The smallest batch that has a capture of its own: what products cost goes by eights that double.
@@ -202,7 +135,9 @@ class CudaSlotDecoder : public SlotDecoder {
         c.draws[n] = {o->temperature, o->top_p, o->min_p, CounterRng(static_cast<uint64_t>(o->seed), static_cast<uint64_t>(held) + 1).uniform(), o->top_k};
       }
       for (int64_t i = 0; i < layers_; ++i) {
-        attention |= over_.write_mode(modes, N, i, static_cast<int64_t>(n), row.modes[i]);
+        const bool looks_back = chain_.write_modes(modes, N, i, static_cast<int64_t>(n), row.modes[i]);
+        TORCH_CHECK(!looks_back || slots_[static_cast<size_t>(i)].keeps_rows(), "slot decoder: mode ", int{row.modes[i]}, " in layer ", i);
+        attention |= looks_back;
       }
     }
     c.active[0] = static_cast<int32_t>(rows.size());
@@ -215,7 +150,7 @@ class CudaSlotDecoder : public SlotDecoder {
   }
 
   void draw(int64_t N) {
-    const at::Tensor logits = over_.chain().logits(N);
+    const at::Tensor logits = chain_.logits(N);
     const int64_t vocab = logits.stride(0);  // a row's length, a little more than the vocabulary; no more than `below` of it is looked at
     if (!weights_.defined()) weights_ = at::empty({kMost, vocab}, bytes().dtype(at::kFloat));
     const auto* c = reinterpret_cast<const Control*>(control_.const_data_ptr<uint8_t>());
@@ -227,42 +162,42 @@ class CudaSlotDecoder : public SlotDecoder {
     std::vector<int64_t> now{state_->pages_version()};
     for (const Row& row : rows) now.push_back(row.slot);
     if (now == table_rows_) return;
-    const at::Tensor host = pinned({static_cast<int64_t>(rows.size()), most_blocks_}, at::kInt);
+    const at::Tensor host = pinned({static_cast<int64_t>(rows.size()), pages_.most_blocks}, at::kInt);
     auto* to = host.mutable_data_ptr<int32_t>();
     for (const Row& row : rows) {
-      const std::vector<int32_t> pages = state_->page_numbers(row.slot);
-      // What is reserved beyond the table is not read before it has grown.
-      const size_t count = std::min(pages.size(), static_cast<size_t>(most_blocks_));
-      std::copy_n(pages.begin(), count, to);
-      std::fill(to + count, to + most_blocks_, 0);
-      to += most_blocks_;
+      std::fill(to, to + pages_.most_blocks, 0);
+      for (const RowStore::NumberedPage& page : state_->numbered_pages(row.slot)) {
+        const int64_t entry = page_entry(pages_, page.index);
+        if (entry < pages_.most_blocks) to[entry] = page.number;  // what is reserved beyond the table is not read before it has grown
+      }
+      to += pages_.most_blocks;
     }
     table_.narrow(0, 0, static_cast<int64_t>(rows.size())).copy_(host, /*non_blocking=*/true);
     table_rows_ = std::move(now);
   }
 
-  typename Over::Step chain_step(int64_t N) const {
+  fused::ChainStep<Slots> chain_step(int64_t N) const {
     auto* memory = control_.mutable_data_ptr<uint8_t>();
     auto* c = reinterpret_cast<Control*>(memory);
-    typename Over::Step s;
-    s.N = N, s.capacity = capacity_, s.id_rows = id_rows_;
+    fused::ChainStep<Slots> s;
+    s.N = N, s.capacity = capacity_, s.slots = &slots_, s.id_rows = id_rows_;
     s.tokens = c->tokens, s.positions = c->positions, s.lengths = c->lengths, s.likeliest = pointer<int32_t>(given_), s.below = c->below;
     s.modes = memory + sizeof(Control);
-    over_.point(s);
-    s.places = {c->active, c->places, paged_ ? pointer<int32_t>(table_) : nullptr, state_->options().page_tokens, most_blocks_};
+    s.places = pages_, s.bound = state_->options().bound;
+    s.places.active = c->active, s.places.places = c->places, s.places.blocks = paged_ ? pointer<int32_t>(table_) : nullptr;
     return s;
   }
 
   std::unique_ptr<ops::cuda::CapturedGraph> capture(int64_t N, bool attention) {
     const auto s = chain_step(N);
-    if (attention) over_.chain().allocate(chain_step(kMost));  // once, for all sizes: others' captures know its place
-    return fused::capture_graph(model_.device(), [&] { over_.chain().launch(s, attention); });
+    if (attention) chain_.allocate(chain_step(kMost));  // once, for all sizes: others' captures know its place
+    return fused::capture_graph(model_.device(), [&] { chain_.launch(s, attention); });
   }
 
   void copy_logits(std::span<const Row> rows, std::span<at::Tensor> to) const {
     const auto wanted = std::count_if(rows.begin(), rows.end(), [](const Row& row) { return row.logits; });
     if (wanted == 0) return;
-    const at::Tensor all = over_.chain().logits(static_cast<int64_t>(rows.size())), host = pinned({wanted, vocab_}, all.scalar_type());
+    const at::Tensor all = chain_.logits(static_cast<int64_t>(rows.size())), host = pinned({wanted, vocab_}, all.scalar_type());
     const bool whole = wanted == static_cast<int64_t>(rows.size());
     if (whole) host.copy_(all, /*non_blocking=*/true);
     int64_t next = 0;
@@ -275,22 +210,26 @@ class CudaSlotDecoder : public SlotDecoder {
 
   const LanguageModel& model_;
   int64_t layers_, vocab_;
-  Over over_;
+  Chain chain_;
+  std::vector<Slots> slots_;
   State* state_ = nullptr;
   bool paged_ = false;
-  int64_t capacity_ = 0, most_blocks_ = 0;
+  int64_t capacity_ = 0;
+  OryxBatchPlaces pages_ = {};  // how the table is laid out
   at::Tensor control_, given_, weights_, table_, id_rows_;
   std::vector<int64_t> table_rows_;  // what the table of pages was made for
   std::map<std::pair<int64_t, bool>, std::unique_ptr<ops::cuda::CapturedGraph>> graphs_;  // by rows and whether anybody attends
 };
 
-std::unique_ptr<SlotDecoder> make_cuda_slot_decoder(const LanguageModel& model, std::string* why) {
+std::unique_ptr<SlotDecoder> make_cuda_slot_decoder(const LanguageModel& model, const StateOptions& state, std::string* why) {
   *why = fused::device_refusal(model.device());
   if (!why->empty()) return nullptr;
-  if (detail::fused_refusal(model, {}).empty() && DecodeChain::refusal(model).empty()) return std::make_unique<CudaSlotDecoder<FusedSlots>>(model);
+  StateOptions unbounded = state;  // the chain reads a window's pages as it reads all
+  unbounded.bound = {};
+  if (detail::fused_refusal(model, unbounded).empty() && DecodeChain::refusal(model).empty()) return std::make_unique<CudaSlotDecoder<DecodeChain>>(model);
   *why = captured::refusal(model);
   if (!why->empty()) return nullptr;
-  return std::make_unique<CudaSlotDecoder<CapturedSlots>>(model);
+  return std::make_unique<CudaSlotDecoder<captured::Chain>>(model);
 }
 
 const bool registered = detail::register_slot_decoder(make_cuda_slot_decoder);

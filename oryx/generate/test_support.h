@@ -18,14 +18,14 @@ inline double norm_error(const at::Tensor& x, const at::Tensor& ref) {
 }
 
 // What another changes in the state between steps is seen: a trim goes back, a fork takes the pages apart.
-inline void expect_goes_on_behind_trim_and_fork(const ModelConfig& config) {
+inline void expect_goes_on_behind_trim_and_fork(const ModelConfig& config, const StateOptions& state = {}) {
   const at::NoGradGuard no_grad;
   LanguageModel model(config, at::kBFloat16);
   model.initialize(1);
   model.to(at::kCUDA);
   const ModelSchedule schedule(model.config(), "linear,attention@20:");
   const std::vector<int32_t> ids(30, 17);
-  Session a(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = true}), b(model, schedule, {.prompt_length = 16, .tokens = 40, .fused = false});
+  Session a(model, schedule, {.prompt_length = 16, .tokens = 40, .state = state, .fused = true}), b(model, schedule, {.prompt_length = 16, .tokens = 40, .state = state, .fused = false});
   (void)a.extend(std::span(ids).first(16));
   at::Tensor last, expected;
   for (int t = 0; t < 8; ++t) (void)a.step(17 + t);

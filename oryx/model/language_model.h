@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "oryx/model/config.h"
+#include "oryx/model/derived.h"
 #include "oryx/model/layer.h"
 #include "oryx/model/routing.h"
 #include "oryx/ops/cross_entropy/cross_entropy.h"
@@ -94,6 +95,12 @@ class LanguageModel : public Replay {
   const MultiMixerLayer& layer(int64_t i) const { return *layers_[static_cast<size_t>(i)]; }
   void requires_grad(bool on);
 
+  // `make()` -> T: what somebody makes of the parameters once and shares with all who ask after it (derived.h).
+  template <typename T, typename Make>
+  std::shared_ptr<const T> derived(int kind, Make make) const {
+    return derived_->get<T>(parameters_, kind, make);
+  }
+
  private:
   const at::Tensor& head() const { return config_.tie_word_embeddings ? embed_ : lm_head_; }
   // logits_scaling on the narrow side of the head: logits need not be passed over again, nor ever stand whole in the loss.
@@ -109,6 +116,7 @@ class LanguageModel : public Replay {
   ParameterMap map_;
   std::vector<std::unique_ptr<MultiMixerLayer>> layers_;
   at::Tensor embed_, final_norm_, lm_head_;
+  std::unique_ptr<Derived> derived_ = std::make_unique<Derived>();
 };
 
 }  // namespace oryx

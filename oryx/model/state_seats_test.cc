@@ -69,12 +69,12 @@ TEST(PagePool, AnyOrderKeepsPagesApart) {
 class EverySeat : public ::testing::TestWithParam<Case> {};
 
 // Sequences sit down, run with their neighbours, are copied out and leave: each is as if it had been alone, in the same bits.
-TEST_P(EverySeat, SeatedSequencesAreEachAlone) {
-  const ModelConfig& c = GetParam().config;
+void expect_seated_alone(const ModelConfig& c, const RowWindow& bound) {
   const auto m = make(c);
   CounterRng rng(41);
-  StateOptions options;
+  StateOptions options, plain_options;
   options.page_tokens = 8, options.row_pages = 64;
+  options.bound = plain_options.bound = bound;
   const State root = m->make_state(1, options);
   State seats = root.fork({0, 0, 0});
   const auto run_one = [&](State& state, const at::Tensor& ids, const std::vector<std::vector<int32_t>>& modes) {
@@ -84,7 +84,7 @@ TEST_P(EverySeat, SeatedSequencesAreEachAlone) {
   const auto seat = [&](int64_t place, int64_t length) {
     const at::Tensor ids = random_ids(rng, 1, length, c.vocab_size);
     const auto modes = random_modes(rng, 1, length, c.mixers().size());
-    State one = root.fork({0}), plain = m->make_state(1);
+    State one = root.fork({0}), plain = m->make_state(1, plain_options);
     one.reserve_behind(length + 20);
     run_one(one, ids, modes);
     run_one(plain, ids, modes);
@@ -125,7 +125,7 @@ TEST_P(EverySeat, SeatedSequencesAreEachAlone) {
     std::set<int32_t> pages;
     size_t count = 0;
     for (int64_t n = 0; n < 3; ++n) {
-      for (const int32_t page : seats.page_numbers(n)) pages.insert(page), ++count;
+      for (const auto& page : seats.numbered_pages(n)) pages.insert(page.number), ++count;
     }
     EXPECT_EQ(pages.size(), count);
   }
@@ -134,6 +134,9 @@ TEST_P(EverySeat, SeatedSequencesAreEachAlone) {
   (void)seats.unseat(2);
   EXPECT_EQ(root.free_pages(), root.row_pool().page_bytes > 0 ? 64 : 0);
 }
+
+TEST_P(EverySeat, SeatedSequencesAreEachAlone) { expect_seated_alone(GetParam().config, {}); }
+TEST_P(EverySeat, SeatedBoundedSequencesAreEachAlone) { expect_seated_alone(GetParam().config, {3, 11, 0}); }
 
 INSTANTIATE_TEST_SUITE_P(Models, EverySeat, ::testing::ValuesIn(cases()), [](const auto& info) { return info.param.name; });
 
@@ -172,8 +175,39 @@ TEST(StateSeats, APoolIsOneForAllForks) {
   EXPECT_TRUE(at::equal(a.rows(0, "keys", 20), before));
   a = root.fork({0});
   EXPECT_EQ(root.free_pages(), 4);  // b goes on with two of its pages
-  options.bound = {2, 8, 0};
-  EXPECT_THROW(m->make_state(1, options), Error);
+}
+
+// Under a bound a sequence has from its reservation on the pages that it will have at most, and no others; a fork takes its own.
+TEST(StateSeats, ABoundedSequenceHasItsPagesOfAPool) {
+  const auto m = make(small({{"gated_delta_net", "attention"}}));
+  StateOptions options;
+  options.page_tokens = 8, options.bound = {2, 8, 0};
+  State plain = m->make_state(1, options);
+  options.row_pages = 12;
+  const State root = m->make_state(1, options);
+  State a = root.fork({0});
+  a.reserve_behind(100);
+  EXPECT_EQ(root.free_pages(), 7);  // one of the first tokens, a window's twice, and one more at either border
+  CounterRng rng(6);
+  for (const int64_t tokens : {5, 30, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 20}) {
+    const at::Tensor ids = random_ids(rng, 1, tokens, 61);
+    const auto modes = routing(m->config(), random_modes(rng, 1, tokens, 2), 0, tokens);
+    EXPECT_TRUE(at::equal(run(*m, ids, modes, &a), run(*m, ids, modes, &plain)));
+    EXPECT_EQ(root.free_pages(), 7);
+  }
+  const std::vector<int64_t> begins = a.rows_from(), ends = a.lengths();
+  EXPECT_TRUE(at::equal(a.rows(0, "keys", begins, ends), plain.rows(0, "keys", begins, ends)));
+  std::set<int32_t> pages;
+  for (const auto& page : a.numbered_pages(0)) EXPECT_TRUE(pages.insert(page.number).second);
+  EXPECT_LE(pages.size(), 5u);
+  {
+    State b = a.fork({0});
+    b.reserve_behind(100);
+    EXPECT_EQ(root.free_pages(), 2);
+    a.reserve_behind(100);  // of the pages that it shares, one each of first and last tokens, it may need its own
+    EXPECT_EQ(root.free_pages(), 0);
+  }
+  EXPECT_EQ(root.free_pages(), 5);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Rows under a bound: pages from a region of constant size.
+// Rows under a bound: pages from a region of constant size, or so many of a pool.
 #include <ATen/ATen.h>
 
 #include "oryx/state/pages.h"
@@ -10,26 +10,50 @@ const RowStore::Entry* RowStore::find(const Sequence& s, int64_t index) const {
   return it != s.pages.end() && it->index == index ? &*it : nullptr;
 }
 
+// Those for which dropped(entry) holds.
+template <typename F>
+void RowStore::drop_pages(Sequence& s, F dropped) {
+  const size_t before = s.pages.size();
+  // What is nobody else's is wanted again.
+  for (const Entry& e : s.pages) {
+    if (pool_ != nullptr && dropped(e) && e.page.use_count() == 1) s.spare.push_back(e.page);
+  }
+  std::erase_if(s.pages, dropped);
+  if (s.pages.size() != before) find_runs(s);
+}
+
 void RowStore::retire(int64_t n, int64_t length) {
   Sequence& s = sequences_[static_cast<size_t>(n)];
   if (!bound_.on() || length - bound_.last <= bound_.first) return;
   s.from = std::max(s.from, length - bound_.last);
   const int64_t first = pages_of(bound_.first), last = s.from / page_tokens_;  // pages that lie wholly between
-  const size_t before = s.pages.size();
-  std::erase_if(s.pages, [&](const Entry& e) { return e.index >= first && e.index < last; });
-  if (s.pages.size() != before) find_runs(s);
+  drop_pages(s, [&](const Entry& e) { return e.index >= first && e.index < last; });
 }
 
 void RowStore::trim(int64_t n, int64_t length) {
   Sequence& s = sequences_[static_cast<size_t>(n)];
   if (!bound_.on()) return;  // pages behind the length are room
-  std::erase_if(s.pages, [&](const Entry& e) { return e.index >= pages_of(length); });
+  drop_pages(s, [&](const Entry& e) { return e.index >= pages_of(length); });
   s.from = length <= bound_.first ? 0 : std::min(s.from, length);
-  find_runs(s);
 }
 
-// What a region must give for tokens [length, need) of a sequence; `exact`: only its size is wanted, pages come when their tokens do. Of the sequence's own
-// pages those that another sequence holds too are replaced.
+// Pages that tokens [length, need) of a sequence want new; of its own those that another sequence holds too are replaced.
+std::vector<int64_t> RowStore::fresh_indices(const Sequence& s, int64_t length, int64_t need) const {
+  std::vector<int64_t> fresh;
+  const auto [head, head_end, tail, tail_end] = kept(length, need);
+  const auto want = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin / page_tokens_; begin < end && i < pages_of(end); ++i) {
+      const Entry* entry = find(s, i);
+      const bool free = entry != nullptr && entry->page.use_count() == 1;
+      if (!free && (fresh.empty() || fresh.back() < i)) fresh.push_back(i);
+    }
+  };
+  want(head, head_end);
+  want(tail, tail_end);
+  return fresh;
+}
+
+// What a region must give for tokens [length, need) of a sequence; `exact`: only its size is wanted, pages come when their tokens do.
 RowStore::Wanted RowStore::wanted(const Sequence& s, int64_t length, int64_t need, bool exact) const {
   Wanted w;
   if (need <= length) return w;
@@ -39,16 +63,7 @@ RowStore::Wanted RowStore::wanted(const Sequence& s, int64_t length, int64_t nee
     if (s.region.pages < size) w.region = std::max(size, static_cast<int64_t>(s.pages.size()));
     return w;
   }
-  const auto [head, head_end, tail, tail_end] = kept(length, need);
-  const auto want = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin / page_tokens_; begin < end && i < pages_of(end); ++i) {
-      const Entry* entry = find(s, i);
-      const bool free = entry != nullptr && entry->page.use_count() == 1;
-      if (!free && (w.fresh.empty() || w.fresh.back() < i)) w.fresh.push_back(i);
-    }
-  };
-  want(head, head_end);
-  want(tail, tail_end);
+  w.fresh = fresh_indices(s, length, need);
   const auto fresh = static_cast<int64_t>(w.fresh.size());
   if (s.region.used + fresh <= s.region.pages) return w;
   const bool grown = s.region.pages >= std::min(whole, pages_of(need));
@@ -120,7 +135,47 @@ void RowStore::compact(Sequence& s) {
   copy_pages(moves);
 }
 
+// The page `index` of a sequence: new, or in place of the one there, whose rows it takes over.
+void RowStore::put_in(Sequence& s, int64_t index, std::shared_ptr<const Page> page) {
+  const auto it = std::lower_bound(s.pages.begin(), s.pages.end(), index, [](const Entry& e, int64_t i) { return e.index < i; });
+  if (it == s.pages.end() || it->index != index) {
+    s.pages.insert(it, {index, std::move(page)});
+    return;
+  }
+  copy_pages({{*it->page, *page}});
+  it->page = std::move(page);
+}
+
+// `exact`: each sequence gets the pages that it will have at most. Else its spare ones are put in, and what is missing comes from those that nobody has.
+void RowStore::make_bounded_pool_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact) {
+  const int64_t whole = region_pages(bound_, page_tokens_);
+  std::vector<std::vector<int64_t>> fresh(sequences_.size());
+  std::vector<int64_t> missing(sequences_.size(), 0);
+  int64_t all = 0;
+  for (size_t n = 0; n < sequences_.size(); ++n) {
+    if (needs[n] <= lengths[n]) continue;
+    const Sequence& s = sequences_[n];
+    const auto spare = static_cast<int64_t>(s.spare.size()), own = std::count_if(s.pages.begin(), s.pages.end(), [](const Entry& e) { return e.page.use_count() == 1; });
+    if (!exact) fresh[n] = fresh_indices(s, lengths[n], needs[n]);
+    const int64_t wanted = exact ? std::min(whole, pages_of(needs[n])) - own : static_cast<int64_t>(fresh[n].size());
+    missing[n] = std::max<int64_t>(0, wanted - spare);
+    all += missing[n];
+  }
+  auto pages = fresh_pages(all);
+  size_t used = 0;
+  for (size_t n = 0; n < sequences_.size(); ++n) {
+    Sequence& s = sequences_[n];
+    for (int64_t i = 0; i < missing[n]; ++i) s.spare.push_back(std::move(pages[used++]));
+    for (const int64_t index : fresh[n]) {
+      put_in(s, index, std::move(s.spare.front()));
+      s.spare.pop_front();
+    }
+    if (!fresh[n].empty()) find_runs(s);
+  }
+}
+
 void RowStore::make_bounded_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact) {
+  if (pool_ != nullptr) return make_bounded_pool_room(lengths, needs, exact);
   std::vector<Wanted> all;
   int64_t pages = 0;
   for (size_t n = 0; n < sequences_.size(); ++n) {
@@ -149,16 +204,7 @@ void RowStore::make_bounded_room(const std::vector<int64_t>& lengths, const std:
     } else if (s.region.used + static_cast<int64_t>(w.fresh.size()) > s.region.pages) {
       compact(s);
     }
-    for (const int64_t index : w.fresh) {
-      auto page = take_page(s);
-      const auto it = std::lower_bound(s.pages.begin(), s.pages.end(), index, [](const Entry& e, int64_t i) { return e.index < i; });
-      if (it == s.pages.end() || it->index != index) {
-        s.pages.insert(it, {index, std::move(page)});
-        continue;
-      }
-      copy_pages({{*it->page, *page}});
-      it->page = std::move(page);
-    }
+    for (const int64_t index : w.fresh) put_in(s, index, take_page(s));
     find_runs(s);
   }
 }

@@ -20,7 +20,7 @@ void StateOptions::validate() const {
   if (bound.on() && drop_rows) fail("a state cannot both drop its rows and keep those of a window; choose one");
   if (kept.on() && !bound.on()) fail("rows kept by '{}' stand beside those of a window: give it one (bound)", kept.by);
   kept.validate();
-  if (row_pages < 0 || (row_pages > 0 && bound.on())) fail("a state bounded to some rows has no pool of {} pages", row_pages);
+  if (row_pages < 0 || (row_pages > 0 && kept.on())) fail("a state that keeps rows by choice has no pool of {} pages", row_pages);
   if (page_tokens < 1 || page_tokens > (1 << 20)) fail("pages of {} tokens, expected 1 to {}", page_tokens, 1 << 20);
 }
 

@@ -56,7 +56,6 @@ std::shared_ptr<RowStore::Block> RowStore::make_block(int64_t pages) const {
 }
 
 void RowStore::make_pool(int64_t pages) {
-  TORCH_CHECK(!bound_.on(), "state: a pool of rows for a bounded store");
   if (specs_.empty()) return;
   TORCH_CHECK(pages * page_tokens_ <= INT32_MAX, "state: a pool of ", pages, " pages");
   pool_ = std::make_shared<Pool>(Pool{make_block(pages), PagePool(pages)});
@@ -223,18 +222,20 @@ void RowStore::clear(int64_t n) {
   ++version_;
 }
 
-at::Tensor RowStore::pooled(int64_t slot) const {
-  TORCH_CHECK(pool_ != nullptr, "state: rows that have no pool");
-  return pool_->block->data[static_cast<size_t>(slot)];
+at::Tensor RowStore::memory(int64_t slot) const {
+  const Block* block = pool_ != nullptr ? pool_->block.get() : nullptr;
+  for (size_t n = 0; n < sequences_.size() && pool_ == nullptr; ++n) {
+    for (const Entry& e : sequences_[n].pages) {
+      if (block == nullptr) block = e.page->block.get();
+      if (block != e.page->block.get()) return {};
+    }
+  }
+  return block != nullptr ? block->data[static_cast<size_t>(slot)] : at::Tensor();
 }
 
-std::vector<int32_t> RowStore::page_numbers(int64_t n) const {
-  TORCH_CHECK(pool_ != nullptr || specs_.empty(), "state: numbers of pages without a pool");
-  std::vector<int32_t> out;
-  for (const auto& [index, page] : sequences_[static_cast<size_t>(n)].pages) {
-    TORCH_CHECK(index == static_cast<int64_t>(out.size()), "state: page ", out.size(), " is not held");
-    out.push_back(static_cast<int32_t>(page->first / page_tokens_));
-  }
+std::vector<RowStore::NumberedPage> RowStore::numbered_pages(int64_t n) const {
+  std::vector<NumberedPage> out;
+  for (const auto& [index, page] : sequences_[static_cast<size_t>(n)].pages) out.push_back({index, static_cast<int32_t>(page->first / page_tokens_)});
   return out;
 }
 
@@ -395,6 +396,7 @@ int64_t RowStore::reserved_bytes() const {
     for (const auto& [index, page] : s.pages) {
       if (all.count(page->block.get()) == 0) all[page.get()] = 1;
     }
+    for (const auto& page : s.spare) all[page.get()] = 1;
   }
   int64_t pages = 0;
   for (const auto& [what, each] : all) pages += each;

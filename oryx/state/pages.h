@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -61,7 +62,7 @@ struct RowBound {
 // two sequences hold is never written: who appends into it gets a copy.
 //
 // Under a bound a sequence's new pages come from a region of its own, in order; when the region is used up, the pages that are still held move to its
-// front. Memory is then constant, and the last rows stand side by side nearly always.
+// front. Memory is then constant, and the last rows stand side by side nearly always. Of a pool such a sequence has as many pages, which take turns, and nothing moves.
 class RowStore {
  public:
   static constexpr int64_t kPageTokens = 32;
@@ -71,7 +72,7 @@ class RowStore {
   // Declares a slot, before the first row -> its number.
   int64_t add(const SlotSpec& spec);
   // Takes memory for so many pages at once, behind the last add() and before the first row: all pages of this store and of its forks then stand there, numbered from 0, and come
-  // back to it one by one. Not for a bounded store.
+  // back to it one by one.
   void make_pool(int64_t pages);
   const PagePool* pool() const { return pool_ != nullptr ? &pool_->free : nullptr; }
 
@@ -85,10 +86,15 @@ class RowStore {
   void take(RowStore& from, int64_t n, int64_t to);
   // Sequence n has no pages any more.
   void clear(int64_t n);
-  // Of a store with a pool: the pages that sequence n has, by their numbers in it, and whether that may have changed since.
-  std::vector<int32_t> page_numbers(int64_t n) const;
+  // For readers on a device: the memory that every page of every sequence stands in, the pool's or a block that they have in common, [pages * page_tokens, shape...], undefined where they
+  // stand in several or there are none; the pages of sequence n by their numbers in it, ascending; and a number that differs when any of this may have changed.
+  at::Tensor memory(int64_t slot) const;
+  struct NumberedPage {
+    int64_t index;  // its tokens begin at index * page_tokens
+    int32_t number;
+  };
+  std::vector<NumberedPage> numbered_pages(int64_t n) const;
   int64_t version() const { return version_; }
-  at::Tensor pooled(int64_t slot) const;  // the pool's memory: [pages * page_tokens, shape...]
   // rows [T, shape...] become tokens [begin, begin + T) of sequence n; under a bound only those that it keeps of begin + T tokens. On a GPU `together`, where given, does it when it runs:
   // until then nothing may be read, nor pages move.
   void write(int64_t slot, int64_t n, int64_t begin, const at::Tensor& rows, ops::Copies* together = nullptr);
@@ -157,6 +163,7 @@ class RowStore {
     std::vector<Run> runs;
     int64_t from = 0;
     Region region;
+    std::deque<std::shared_ptr<const Page>> spare;  // of a bounded store with a pool: pages beside these that are the sequence's, the longest unused first
   };
   // What a call wants of one sequence's pages.
   struct Wanted {
@@ -179,6 +186,9 @@ class RowStore {
   std::array<int64_t, 4> kept(int64_t begin, int64_t end) const;
   const Entry* find(const Sequence& s, int64_t index) const;
   Wanted wanted(const Sequence& s, int64_t length, int64_t need, bool exact) const;
+  std::vector<int64_t> fresh_indices(const Sequence& s, int64_t length, int64_t need) const;
+  template <typename F>
+  void drop_pages(Sequence& s, F dropped);
   bool in_region(const Sequence& s, const Entry& e) const;
   int64_t pages_in_region(const Sequence& s) const;
   bool movable(const Sequence& s) const;
@@ -189,6 +199,8 @@ class RowStore {
   void copy_pages(const std::vector<Move>& moves) const;
   void compact(Sequence& s);
   void make_bounded_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact);
+  void make_bounded_pool_room(const std::vector<int64_t>& lengths, const std::vector<int64_t>& needs, bool exact);
+  void put_in(Sequence& s, int64_t index, std::shared_ptr<const Page> page);
 
   struct Pool {
     std::shared_ptr<Block> block;

@@ -148,7 +148,7 @@ std::vector<State> State::regroup(std::vector<State> sources, const std::vector<
 void State::seat(int64_t n, State one) {
   TORCH_CHECK(one.sequences() == 1 && one.budget_ == budget_ && one.pool_ == pool_, "state: a seat for a state that was not forked from this one's");
   TORCH_CHECK(lengths_[static_cast<size_t>(n)] == 0, "state: seat ", n, " is taken");
-  TORCH_CHECK(!kept_.on() && !rows_.bound().on() && options_.ring == 0 && options_.checkpoint_every == 0, "state: seats of a state with a bound or marks");
+  TORCH_CHECK(!kept_.on() && options_.ring == 0 && options_.checkpoint_every == 0, "state: seats of a state with rows kept by choice or marks");
   std::vector<at::Tensor> to, from;
   for_each_fixed([&](const LayerState::Slot& slot) { to.push_back(slot.data.narrow(0, n, 1)); });
   one.for_each_fixed([&](const LayerState::Slot& slot) { from.push_back(slot.data); });

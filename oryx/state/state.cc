@@ -162,10 +162,10 @@ std::vector<at::Tensor> State::pools(int64_t i, const std::string& name, const R
   return rows_.pools(it->second.rows, pages);
 }
 
-at::Tensor State::pooled_rows(int64_t i, const std::string& name) const {
+at::Tensor State::row_memory(int64_t i, const std::string& name) const {
   const auto it = layers_[static_cast<size_t>(i)].slots_.find(name);
   TORCH_CHECK(it != layers_[static_cast<size_t>(i)].slots_.end() && it->second.rows >= 0, "state: no rows '", name, "' in layer ", i);
-  return rows_.pooled(it->second.rows);
+  return rows_.memory(it->second.rows);
 }
 
 void State::advance(const std::vector<int64_t>& counts) {

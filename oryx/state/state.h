@@ -55,7 +55,7 @@ struct StateOptions {
   // Tokens of a page of rows: what forks share, and what a fork copies of a last, partly filled one is at most.
   int64_t page_tokens = RowStore::kPageTokens;
   // Memory for so many pages of rows is taken at once, and everything forked from the state has its rows there: readers on a device find all of them by one table of numbers. 0: memory
-  // is taken as rows come. Not with a bound.
+  // is taken as rows come. Not with rows kept by choice.
   int64_t row_pages = 0;
   // Of a bounded state: rows that are kept by choice beside the first and the last ones, which attention then sees too.
   KeptRule kept = {};
@@ -189,16 +189,16 @@ class State {
 
   // For a state whose sequences are places that come to be taken and left: recurrent slots and tails stay where they are, whoever sits there. seat() makes sequence n, which must hold
   // no token, that of `one`, a state of one sequence forked from the same: its rows move as they are, with what was reserved, its recurrent slots and tails are copied; unseat() is the way
-  // back. Behind it and behind clear() sequence n holds no token and no rows; what its recurrent slots hold is unspecified until the next seat(). Not with a bound, checkpoints or a ring.
+  // back. Behind it and behind clear() sequence n holds no token and no rows; what its recurrent slots hold is unspecified until the next seat(). Not with rows kept by choice, checkpoints or a ring.
   void seat(int64_t n, State one);
   State unseat(int64_t n);
   void clear(int64_t n);
-  // Of a state with row_pages: the pages of sequence n by their numbers in the pool; a number that differs when they may have changed; and how many pages nobody has.
-  std::vector<int32_t> page_numbers(int64_t n) const { return rows_.page_numbers(n); }
+  // For readers on a device, where all pages of all sequences stand in one memory (RowStore::memory): that of slot `name` of layer `i`, [rows, shape...], else undefined; the pages of
+  // sequence n by their numbers in it; a number that differs when they may have changed. And how many pages of a pool nobody has.
+  at::Tensor row_memory(int64_t i, const std::string& name) const;
+  std::vector<RowStore::NumberedPage> numbered_pages(int64_t n) const { return rows_.numbered_pages(n); }
   int64_t pages_version() const { return rows_.version(); }
   int64_t free_pages() const { return rows_.pool() != nullptr ? rows_.pool()->free() : 0; }
-  // The memory of all pages of slot `name` of layer `i`: [pages * page_tokens, shape...].
-  at::Tensor pooled_rows(int64_t i, const std::string& name) const;
 
   // Sequences that recurrent slots and tails have room for beyond those that there are.
   int64_t spare_sequences() const { return room_ - sequences(); }

@@ -9,7 +9,7 @@ from model import Model, fragments
 
 
 class Places(C.Structure):  # all null: row n is sequence n
-    _fields_ = [(n, C.c_void_p) for n in "active places blocks".split()] + [(n, C.c_int64) for n in "page most_blocks".split()]
+    _fields_ = [(n, C.c_void_p) for n in "active places blocks".split()] + [(n, C.c_int64) for n in "page most_blocks lasting".split()]
 
 
 class Embed(C.Structure):
@@ -80,7 +80,7 @@ class Batch:
         s, m, N = self.state[l], self.m, self.N
         q, gate = self.proj[:, 4 * m.D:], self.proj[:, 2 * m.D:3 * m.D]
         st = lambda t: (t.stride(0), t.stride(1), t.stride(2)) if t is not None else (0, 0, 0)
-        return Attention(p(q), p(s["keys"]), p(s["values"]), p(self.y), p(self.lengths), None, p(self.modes[l]), p(m.rope), N, m.H, m.H, 128, 128, self.capacity, 0, 0, *st(s["keys"]), *st(s["values"]), 0, 128,
+        return Attention(p(q), p(s["keys"]), p(s["values"]), p(self.y), p(self.lengths), None, p(self.modes[l]), p(m.rope), N, m.H, m.H, 128, 128, self.capacity, 0, 0, 0, *st(s["keys"]), *st(s["values"]), 0, 0, 0, 128,
                          self.proj.stride(0), 128**-0.5, p(gate), p(m.layers[l]["o_norm"]), self.proj.stride(0), 1e-6, self.tiles)
 
     def product(self, w, x, out, rows, K, form=ROWS, squares=None, needed=None, narrow=None, norm=None, to=None):

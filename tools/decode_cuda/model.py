@@ -11,8 +11,8 @@ class Layer(C.Structure):
 
 
 class Step(C.Structure):
-    _fields_ = [("layers", C.c_void_p), ("maps", C.c_void_p), ("num_layers", C.c_int32), ("vocab_size", C.c_int32), ("below", C.c_int32), ("capacity", C.c_int64)] + [
-        (n, C.c_void_p) for n in "embed head final_norm rope token position modes feed_back id_rows likeliest logits workspace".split()] + [
+    _fields_ = [("layers", C.c_void_p), ("maps", C.c_void_p), ("num_layers", C.c_int32), ("vocab_size", C.c_int32), ("capacity", C.c_int64)] + [
+        (n, C.c_void_p) for n in "embed head final_norm rope token position modes feed_back id_rows below likeliest logits workspace".split()] + [
         (n, C.c_float) for n in "norm_eps head_norm_eps attention_scale".split()]
 
 
@@ -77,14 +77,15 @@ class Model:
         self.token, self.position, self.modes, self.feed, self.likeliest = i32([5]), i32([0]), torch.zeros(L, dtype=torch.uint8, device=DEV), i32([0]), i32([0])
         self.ids = torch.zeros(capacity, dtype=torch.int32, device=DEV)
         self.logits = torch.empty(vocab, device=DEV)
+        self.below = torch.full((1,), vocab, dtype=torch.int32, device=DEV)
         self.work = torch.zeros(lib.oryx_decode_workspace(D, L), dtype=torch.uint8, device=DEV)
         table = (Layer * L)(*[Layer(*[{**d, **w}[f].data_ptr() for f, _ in Layer._fields_]) for d, w in zip(self.layers, self.packed)])
         self.table = torch.frombuffer(bytearray(bytes(table)), dtype=torch.uint8).to(DEV)
         maps = C.create_string_buffer(256 * L)
         ok(lib.oryx_decode_maps(table, L, D, C.c_int64(capacity), maps))
         self.maps = torch.frombuffer(bytearray(maps.raw), dtype=torch.uint8).to(DEV)
-        self.step = Step(self.table.data_ptr(), self.maps.data_ptr(), L, vocab, vocab, capacity, *[t.data_ptr() for t in (self.embed, self.head, self.final_norm, self.rope, self.token, self.position, self.modes, self.feed,
-                         self.ids, self.likeliest, self.logits, self.work)], 1e-6, 1e-6, 128**-0.5)
+        self.step = Step(self.table.data_ptr(), self.maps.data_ptr(), L, vocab, capacity, *[t.data_ptr() for t in (self.embed, self.head, self.final_norm, self.rope, self.token, self.position, self.modes, self.feed,
+                         self.ids, self.below, self.likeliest, self.logits, self.work)], 1e-6, 1e-6, 128**-0.5)
 
     def run(self):
         ok(lib.oryx_decode_step(C.byref(self.step), self.D, self.F, stream()))

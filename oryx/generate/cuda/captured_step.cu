@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kReadoutWarps * 32) readout_kernel(const __gri
 using namespace oryx::decode_cuda;
 
 extern "C" int oryx_captured_prepare(const OryxCapturedPrepare* a, void* stream) {
-  if (a->N < 1 || a->N > 65535 || a->num_channels > kOryxCapturedMost || a->num_scalars > kOryxCapturedMost) return cudaErrorInvalidValue;
+  if (a->N < 1 || a->N > 65535 || a->num_channels > kOryxCapturedChannels || a->num_scalars > kOryxCapturedScalars) return cudaErrorInvalidValue;
   int64_t items = 1;
   for (int i = 0; i < a->num_channels; ++i) {
     if (a->channels[i].channels % 2 != 0) return cudaErrorInvalidValue;

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-enum { kOryxCapturedMost = 8, kOryxCapturedMixers = 4 };
+enum { kOryxCapturedMixers = 4, kOryxCapturedChannels = 3 * kOryxCapturedMixers, kOryxCapturedScalars = 2 * kOryxCapturedMixers };
 
 // Neighbouring columns of what was projected: keys, values or the query of a linear mixer. Channels are even; rows are dense but for the distance of sequences.
 typedef struct {
@@ -41,8 +41,8 @@ typedef struct {
   const void* projected;  // bfloat16 [N, row]
   const float* narrow;    // [N, narrow_row]
   int64_t row, narrow_row, N, capacity;
-  OryxCapturedChannels channels[kOryxCapturedMost];
-  OryxCapturedScalars scalars[kOryxCapturedMost];
+  OryxCapturedChannels channels[kOryxCapturedChannels];
+  OryxCapturedScalars scalars[kOryxCapturedScalars];
   int32_t num_channels, num_scalars;
   const int32_t* positions;  // [N] tokens before
   const uint8_t* modes;      // [N] each sequence's mixer, by its place in the layer

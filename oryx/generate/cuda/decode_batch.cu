@@ -1,4 +1,4 @@
-// Kernels of decode_batch.h: the first and the last of a batch's step.
+// Kernels of decode_batch.h: the first and the last of a batch's step, and sums behind a norm.
 #include <cfloat>
 
 #include "oryx/generate/cuda/decode_batch.h"
@@ -11,6 +11,19 @@ constexpr int kThreads = 256;
 
 __device__ __forceinline__ void unpack8(uint4 w, float (&x)[8]) {
   x[0] = low(w.x), x[1] = high(w.x), x[2] = low(w.y), x[3] = high(w.y), x[4] = low(w.z), x[5] = high(w.z), x[6] = low(w.w), x[7] = high(w.w);
+}
+
+__device__ __forceinline__ int square_parts(int D) { return (D / 32 + 3) / 4 * 4; }
+
+// Eight columns of x * weight, where there is one, for a product.
+__device__ __forceinline__ void write_activations(void* out, int tiles, int n, int c, const float (&x)[8], const float* weight) {
+  float w[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+  if (weight != nullptr) {
+    const float4 p = load_read_only(reinterpret_cast<const float4*>(weight + c)), q = load_read_only(reinterpret_cast<const float4*>(weight + c) + 1);
+    w[0] = p.x, w[1] = p.y, w[2] = p.z, w[3] = p.w, w[4] = q.x, w[5] = q.y, w[6] = q.z, w[7] = q.w;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) *activation_pair(out, tiles, n, c + i) = pack(x[i] * w[i], x[i + 1] * w[i + 1]);
 }
 
 // A thread has eight columns.
@@ -30,11 +43,52 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const __grid_constant__
   if (c >= D) return;
   float4* to = reinterpret_cast<float4*>(a.x + n * D + c);
   to[0] = make_float4(x[0], x[1], x[2], x[3]), to[1] = make_float4(x[4], x[5], x[6], x[7]);
-  if (c % 32 == 0) a.squares[n * ((D / 32 + 3) / 4 * 4) + c / 32] = squares;
-  const float4 p = __ldg(reinterpret_cast<const float4*>(a.weight + c)), q = __ldg(reinterpret_cast<const float4*>(a.weight + c) + 1);
-  const float w[8] = {p.x, p.y, p.z, p.w, q.x, q.y, q.z, q.w};
+  if (c % 32 == 0) a.squares[n * square_parts(D) + c / 32] = squares;
+  write_activations(a.out, a.tiles, static_cast<int>(n), c, x, a.weight);
+}
+
+constexpr int kAddNormThreads = 512;
+
+// A block a sequence.
+__global__ void __launch_bounds__(kAddNormThreads) add_norm_kernel(const __grid_constant__ OryxBatchAddNorm a) {
+  __shared__ float sums[kAddNormThreads / 32];
+  const int64_t n = blockIdx.x;
+  const int D = static_cast<int>(a.D), t = threadIdx.x;
+  launch_dependents();
+  wait_for_previous();
+  if (n >= active_of(a.places, a.N)) return;
+  const bf16* const row = static_cast<const bf16*>(a.y) + n * D;
+  float squares = 0.0f, y[8];
+  for (int c = 8 * t; c < D; c += 8 * kAddNormThreads) {
+    unpack8(__ldcg(reinterpret_cast<const uint4*>(row + c)), y);
 #pragma unroll
-  for (int i = 0; i < 8; i += 2) *activation_pair(a.out, a.tiles, static_cast<int>(n), c + i) = pack(x[i] * w[i], x[i + 1] * w[i + 1]);
+    for (int i = 0; i < 8; ++i) squares = fmaf(y[i], y[i], squares);
+  }
+  squares = warp_sum(squares);
+  if (t % 32 == 0) sums[t / 32] = squares;
+  __syncthreads();
+  squares = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kAddNormThreads / 32; ++w) squares += sums[w];
+  const float scale = rsqrtf(squares / static_cast<float>(D) + a.eps);
+  // Lanes of a warp go on together: four of them have the 32 columns of a sum.
+  for (int base = 0; base < D; base += 8 * kAddNormThreads) {
+    const int c = base + 8 * t;
+    float x[8] = {}, sum = 0.0f;
+    if (c < D) {
+      unpack8(__ldcg(reinterpret_cast<const uint4*>(row + c)), y);
+      float4* const to = reinterpret_cast<float4*>(a.x + n * D + c);
+      const float4 lo = __ldcg(to), hi = __ldcg(to + 1);
+      const float before[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) x[i] = fmaf(y[i] * scale, __ldg(a.norm + c + i), before[i]), sum = fmaf(x[i], x[i], sum);
+      to[0] = make_float4(x[0], x[1], x[2], x[3]), to[1] = make_float4(x[4], x[5], x[6], x[7]);
+      write_activations(a.out, a.tiles, static_cast<int>(n), c, x, a.weight);
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (c < D && c % 32 == 0) a.squares[n * square_parts(D) + c / 32] = sum;
+  }
 }
 
 constexpr int kFinishThreads = 1024;
@@ -105,6 +159,11 @@ extern "C" int oryx_batch_embed(const OryxBatchEmbed* a, void* stream) {
   if (a->D % 32 != 0 || a->N > 65535) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>((a->D / 8 + kThreads - 1) / kThreads), static_cast<unsigned>(a->N));
   return launch_after(embed_kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream), *a);
+}
+
+extern "C" int oryx_batch_add_norm(const OryxBatchAddNorm* a, void* stream) {
+  if (a->D % 32 != 0) return cudaErrorInvalidValue;
+  return launch_after(add_norm_kernel, dim3(static_cast<unsigned>(a->N)), kAddNormThreads, 0, static_cast<cudaStream_t>(stream), *a);
 }
 
 extern "C" int oryx_batch_finish(const OryxBatchFinish* a, void* stream) {

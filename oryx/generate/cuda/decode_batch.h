@@ -11,12 +11,13 @@
 extern "C" {
 #endif
 
-// Which sequences the rows are. All null or 0: row n is sequence n, all N count, and the tokens of a sequence are kept side by side.
+// Which sequences the rows are, and where what is kept of their tokens stands. All null or 0: row n is sequence n, all N count, and the tokens of a sequence are kept side by side.
 typedef struct {
   const int32_t* active;   // [1] rows that count
   const int32_t* places;   // [N] of each row: where its recurrent state, its tails and its likeliest token stand
-  const int32_t* blocks;   // [N, most_blocks] pages of each row's tokens: token t is kept at row blocks[n][t / page] * page + t % page
+  const int32_t* blocks;   // [N, most_blocks] pages of each row's tokens: token t is kept at row blocks[n][entry] * page + t % page
   int64_t page, most_blocks;
+  int64_t lasting;         // entry: i = t / page, or, for i from `lasting` on, lasting + (i - lasting) % (most_blocks - lasting); 0: i
 } OryxBatchPlaces;
 
 // Activations (out) lie packed for decode_product.h, in `tiles` tiles of eight sequences.
@@ -25,7 +26,7 @@ typedef struct {
 typedef struct {
   const void* embed;       // bfloat16 [vocab, D]
   const int32_t* tokens;   // [N]; with places a token below 0 stands for the likeliest one behind the place's last step
-  const float* weight;     // [D]
+  const float* weight;     // [D], or null: x is read as it is
   float* x;                // [N, D]
   void* out;               // activations of D columns
   float* squares;          // [8 tiles][D / 32, up to a multiple of 4]
@@ -35,6 +36,21 @@ typedef struct {
   OryxBatchPlaces places;
 } OryxBatchEmbed;
 int oryx_batch_embed(const OryxBatchEmbed* a, void* stream);
+
+// x += RMSNorm(y) * norm, of a part whose norm stands behind it, and what the next product reads of x.
+typedef struct {
+  const void* y;           // bfloat16 [N, D]
+  const float* norm;       // [D]
+  const float* weight;     // [D] or null, as above
+  float* x;                // [N, D]
+  void* out;               // activations of D columns
+  float* squares;          // as above
+  int64_t N, D;            // D a multiple of 32
+  float eps;
+  int32_t tiles;
+  OryxBatchPlaces places;
+} OryxBatchAddNorm;
+int oryx_batch_add_norm(const OryxBatchAddNorm* a, void* stream);
 
 // Convolutions, gates, the recurrent state and, for the sequences in linear mode, its readout, head norm and gate; what the state keeps of the token.
 typedef struct {

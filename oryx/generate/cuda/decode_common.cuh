@@ -41,13 +41,21 @@ __device__ __forceinline__ float warp_sum8(const float (&x)[8]) {
   return c + __shfl_xor_sync(~0u, c, 1);
 }
 
+// Where the compiler may not make the load ahead of a test that does not pass.
+__device__ __forceinline__ float4 load_read_only(const float4* p) {
+  float4 x;
+  asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p));
+  return x;
+}
+
 // Rows that count; the place of row n; the row of what is kept where token `position` of row n is, behind n * `sequence` elements.
 __device__ __forceinline__ int active_of(const OryxBatchPlaces& p, int64_t N) { return p.active == nullptr ? static_cast<int>(N) : min(__ldg(p.active), static_cast<int>(N)); }
 __device__ __forceinline__ int place_of(const OryxBatchPlaces& p, int n) { return p.places == nullptr ? n : __ldg(p.places + n); }
 __device__ __forceinline__ int64_t kept_row(const OryxBatchPlaces& p, int n, int position) {
   if (p.blocks == nullptr) return position;
-  const int page = static_cast<int>(p.page);
-  return __ldg(p.blocks + n * p.most_blocks + position / page) * p.page + position % page;
+  const int page = static_cast<int>(p.page), lasting = static_cast<int>(p.lasting), i = position / page;
+  const int entry = lasting == 0 || i < lasting ? i : lasting + (i - lasting) % (static_cast<int>(p.most_blocks) - lasting);
+  return __ldg(p.blocks + n * p.most_blocks + entry) * p.page + position % page;
 }
 
 // Inputs of the convolutions of four channels: three a channel, oldest first.

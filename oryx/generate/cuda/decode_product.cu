@@ -84,9 +84,10 @@ __global__ void __launch_bounds__(kWarps * 32, kWarps == 4 ? 3 : 1) product_kern
   constexpr int kHalf = kN / 2;
   const int rank = static_cast<int>(blockIdx.y), at = threadIdx.x / kItems, row4 = threadIdx.x % kItems * 4, own_n = rank * kHalf + at;
   const bool works = kForm == kOryxProductResidual && threadIdx.x < kHalf * kItems, writes = works && own_n < a.N;
-  float4 before = make_float4(0, 0, 0, 0), factor = before;
+  float4 before = make_float4(0, 0, 0, 0), factor = make_float4(1, 1, 1, 1);
   float* const x_out = kForm == kOryxProductResidual ? a.sum + own_n * a.rows + first + row4 : nullptr;
-  if (writes) before = __ldcg(reinterpret_cast<const float4*>(x_out)), factor = __ldg(reinterpret_cast<const float4*>(a.norm_weight + first + row4));
+  if (writes) before = __ldcg(reinterpret_cast<const float4*>(x_out));
+  if (writes && a.norm_weight != nullptr) factor = load_read_only(reinterpret_cast<const float4*>(a.norm_weight + first + row4));
   float acc[2][kTiles][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {

@@ -30,7 +30,7 @@ typedef struct {
   float* narrow_out;          // [N, narrow]
   int64_t narrow_rows, narrow;
   float* sum;                 // form residual: [N, rows], += the product
-  const float* norm_weight;   // [rows]
+  const float* norm_weight;   // [rows] or null: out is the sum
   float* sum_squares;         // [8 tiles][rows / 32, up to a multiple of 4]; what lies behind rows / 32 is left alone
 } OryxProduct;
 

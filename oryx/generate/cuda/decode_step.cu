@@ -168,7 +168,7 @@ __device__ void consume(const OryxDecodeStep& a, Shared& s, int head, int rank) 
   grid.wait();
   add_sums<kD>(x, ws, 2 * a.num_layers - 1);
   weighted(x, weight, u, b, s);
-  const int pieces = head_pieces(a);
+  const int pieces = head_pieces(a), below = __ldcg(a.below);
   float best = -FLT_MAX, scale = 0.0f;
   int index = 0x7fffffff;
   const auto better = [&](float y, int id) {
@@ -185,7 +185,7 @@ __device__ void consume(const OryxDecodeStep& a, Shared& s, int head, int rank) 
     const float y = row_total(red, row) * scale;
     if (t >> 2 < count * kRows && (t & 3) == 0) {
       a.logits[id] = y;
-      if (id < a.below) better(y, id);
+      if (id < below) better(y, id);
     }
   }
 #pragma unroll

@@ -40,7 +40,7 @@ typedef struct {
 typedef struct {
   const OryxDecodeLayer* layers;  // [num_layers] on the device
   const void* maps;               // oryx_decode_maps() of them on the device, 64-byte aligned; unused without keys
-  int32_t num_layers, vocab_size, below;
+  int32_t num_layers, vocab_size;
   int64_t capacity;               // rows of keys and values
   const void* embed;              // bfloat16 [vocab_size, D]
   const void* head;               // bfloat16 [vocab_size, D] in row pieces
@@ -51,7 +51,8 @@ typedef struct {
   const uint8_t* modes;           // [num_layers] 0: linear, 1: attention
   const int32_t* feed_back;       // [1] non-zero: the likeliest token becomes the next to run
   int32_t* id_rows;               // [capacity] may be null
-  int32_t* likeliest;             // [1] of the first `below` logits, the first of equals
+  const int32_t* below;           // [1] so many of the logits are looked at
+  int32_t* likeliest;             // [1] of these, the first of equals
   float* logits;                  // [vocab_size]
   void* workspace;                // oryx_decode_workspace() bytes, zeroed once before the first launch
   float norm_eps, head_norm_eps, attention_scale;

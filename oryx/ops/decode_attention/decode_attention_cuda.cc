@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "oryx/common/error.h"
-#include "oryx/common/log.h"
 #include "oryx/ops/cuda/launch.h"
 #include "oryx/ops/decode_attention/cuda/decode_attention.h"
 #include "oryx/ops/decode_attention/decode_attention_internal.h"
@@ -32,46 +31,23 @@ at::Tensor decode_cuda(const at::Tensor& q_in, const at::Tensor& keys_in, const 
   at::Tensor o = at::empty({N, Hq, V}, q.options());
   if (N == 0 || capacity == 0) return o.zero_();
   const at::Tensor table = theta > 0 ? rope_rows_on(q.device(), capacity, theta, rotated) : at::Tensor();
-  const OryxDecodeAttention a{q.const_data_ptr(),
-                              keys.const_data_ptr(),
-                              values.const_data_ptr(),
-                              o.mutable_data_ptr(),
-                              lengths.const_data_ptr<int32_t>(),
-                              blocks.defined() ? blocks.const_data_ptr<int32_t>() : nullptr,
-                              wanted.defined() ? reinterpret_cast<const uint8_t*>(wanted.const_data_ptr<bool>()) : nullptr,
-                              table.defined() ? table.const_data_ptr<float>() : nullptr,
-                              N,
-                              Hq,
-                              Hk,
-                              K,
-                              V,
-                              capacity,
-                              page,
-                              most,
-                              keys.stride(0),
-                              keys.stride(1),
-                              keys.stride(2),
-                              values.stride(0),
-                              values.stride(1),
-                              values.stride(2),
-                              window,
-                              table.defined() ? rotated : 0,
-                              Hq * K,
-                              static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(K)))),
-                              nullptr,
-                              nullptr,
-                              0,
-                              0,
-                              0};
+  OryxDecodeAttention a{};
+  a.q = q.const_data_ptr(), a.keys = keys.const_data_ptr(), a.values = values.const_data_ptr(), a.o = o.mutable_data_ptr();
+  a.lengths = lengths.const_data_ptr<int32_t>();
+  if (blocks.defined()) a.blocks = blocks.const_data_ptr<int32_t>();
+  if (wanted.defined()) a.wanted = reinterpret_cast<const uint8_t*>(wanted.const_data_ptr<bool>());
+  if (table.defined()) a.rope = table.const_data_ptr<float>(), a.rotated = rotated;
+  a.N = N, a.Hq = Hq, a.Hk = Hk, a.K = K, a.V = V, a.capacity = capacity, a.page = page, a.most_blocks = most;
+  a.key_row = keys.stride(0), a.key_token = keys.stride(1), a.key_head = keys.stride(2);
+  a.value_row = values.stride(0), a.value_token = values.stride(1), a.value_head = values.stride(2);
+  a.window = window, a.q_row = Hq * K, a.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(K))));
   if (q.scalar_type() == at::kBFloat16 && oryx_decode_attention_supports(&a) != 0) {
     const at::Tensor workspace = at::empty({oryx_decode_attention_workspace(&a)}, q.options().dtype(at::kByte));
     cuda::check("decode_attention", oryx_decode_attention(&a, workspace.mutable_data_ptr(), cuda::stream_of(q)));
     return o;
   }
-  if (q.scalar_type() == at::kBFloat16) {
-    log::warn_once("decode_attention: {} query and {} key heads of {} and {} values run in the plain kernel, slowly", Hq, Hk, K, V);
-  }
-  cuda::check("decode_attention", oryx_decode_attention_plain(&a, cuda::kernel_dtype("decode_attention", q), cuda::stream_of(q)));
+  const at::Tensor workspace = at::empty({oryx_decode_attention_general_workspace(&a)}, q.options().dtype(at::kByte));
+  cuda::check("decode_attention", oryx_decode_attention_general(&a, cuda::kernel_dtype("decode_attention", q), workspace.mutable_data_ptr(), cuda::stream_of(q)));
   return o;
 }
 

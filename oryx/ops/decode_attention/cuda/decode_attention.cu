@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const __grid_constan
   launch_dependents();
   wait_for_previous();
   const Layout layout = layout_of<K>(a.Hk, a.Hq > a.Hk);
-  const int own = pieces_of(visible(a, n), layout.piece);
+  const int own = visible(a, n).pieces(layout.piece);
   if (own == 0) {
     if (a.o_tiles == 0) {
       for (int i = inner; i < K; i += kPer) static_cast<bf16*>(a.o)[(n * a.Hq + head) * K + i] = __float2bfloat16_rn(0.0f);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const __grid_constan
   }
   int64_t before = 0, total = 0;
   for (int i = t; i < a.N; i += kJoinThreads) {
-    const int pieces = pieces_of(visible(a, i), layout.piece);
+    const int pieces = visible(a, i).pieces(layout.piece);
     total += pieces, before += i < n ? pieces : 0;
   }
 #pragma unroll
@@ -201,7 +201,7 @@ extern "C" int oryx_decode_attention_supports(const OryxDecodeAttention* a) {
   const auto strides = [](int64_t row, int64_t token) { return row % 8 == 0 && token % 8 == 0; };
   return (a->K == 64 || a->K == 128) && a->V == a->K && group >= 1 && group <= kMostGroup && a->Hq % a->Hk == 0 && a->key_head == a->K && a->value_head == a->V &&
          strides(a->key_row, a->key_token) && strides(a->value_row, a->value_token) && (a->rope == nullptr || a->rotated == a->K) && aligned(a->q) && a->q_row % 4 == 0 &&
-         aligned(a->keys) && aligned(a->values) && a->N <= 65535;
+         aligned(a->keys) && aligned(a->values) && a->q_norm == nullptr && a->N <= 65535;
 }
 
 extern "C" int64_t oryx_decode_attention_workspace(const OryxDecodeAttention* a) {

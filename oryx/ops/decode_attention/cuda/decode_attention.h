@@ -1,4 +1,6 @@
-// C interface of the decode attention kernels (decode_attention.cu, decode_attention_plain.cu): pointers, sizes in elements, a stream; each returns a cudaError_t.
+// C interface of the decode attention kernels (decode_attention.cu, decode_attention_general.cu): pointers, sizes in elements, a stream; each returns a cudaError_t.
+//
+// The query of a sequence of n tokens stands at p = n - 1 and sees the keys s <= p with s > p - window or s < first, of these none with s <= p - reach.
 #pragma once
 
 #include <stdint.h>
@@ -19,9 +21,12 @@ typedef struct {
   int64_t N, Hq, Hk, K, V;
   int64_t capacity;        // tokens of a sequence at most
   int64_t page, most_blocks;  // tokens of a page; unused without blocks
+  int64_t lasting;         // of blocks: page i of a sequence has entry i, or, from `lasting` on, lasting + (i - lasting) % (most_blocks - lasting); 0: all have entry i
   int64_t key_row, key_token, key_head;  // strides of keys: between sequences (pages), tokens, heads
   int64_t value_row, value_token, value_head;
-  int64_t window;          // 0: unlimited
+  int64_t window;          // 0: unlimited, and `first` says nothing
+  int64_t first;           // tokens that are seen beside the window
+  int64_t reach;           // 0: unlimited
   int64_t rotated;         // values of a head that are rotated
   int64_t q_row;
   float scale;
@@ -32,15 +37,21 @@ typedef struct {
   int64_t gate_row;
   float head_norm_eps;
   int32_t o_tiles;         // of those activations; 0: o is dense, without norm and gate
+  // Of the general kernel alone: queries and keys pass through an RMSNorm before they are rotated, by head with one weight [K], or (norm_together) over all heads with weights
+  // [Hq, K] and [Hk, K]. Null: they do not.
+  const float *q_norm, *k_norm;
+  float norm_eps;
+  int32_t norm_together;
 } OryxDecodeAttention;
 
-// bfloat16, K = V of 64 or 128, all of a head rotated or nothing, 1 to 8 query heads a key head, heads dense: split along the keys.
+// bfloat16, K = V of 64 or 128, all of a head rotated or nothing, 1 to 8 query heads a key head, heads dense, no norm: split along the keys.
 int oryx_decode_attention_supports(const OryxDecodeAttention* a);
 int64_t oryx_decode_attention_workspace(const OryxDecodeAttention* a);
 int oryx_decode_attention(const OryxDecodeAttention* a, void* workspace, void* stream);
 
-// Any shape, float32 (dtype 0) or bfloat16 (1): a block for each query head of each sequence.
-int oryx_decode_attention_plain(const OryxDecodeAttention* a, int dtype, void* stream);
+// Any shape with K and V up to 1024, float32 (dtype 0) or bfloat16 (1).
+int64_t oryx_decode_attention_general_workspace(const OryxDecodeAttention* a);
+int oryx_decode_attention_general(const OryxDecodeAttention* a, int dtype, void* workspace, void* stream);
 
 #ifdef __cplusplus
 }

@@ -100,15 +100,20 @@ __device__ void consume_grouped(const OryxDecodeAttention& a, Shared& s, const L
         const uint2 w = __ldg(from_q), x = __ldg(from_q + 1), y = __ldg(from_q + K / 8), z = __ldg(from_q + K / 8 + 1);
         lo = make_uint4(w.x, w.y, x.x, x.y), hi = make_uint4(y.x, y.y, z.x, z.y);
       }
-      if (turns) {
-        at_position(range.end - 1, i).apply(lo, hi);
-        angle[i] = at_position(min(range.begin + from * piece + side * kTileTokens + r, range.end - 1), i);
-      }
+      if (turns) at_position(range.end - 1, i).apply(lo, hi);
       own_q[64 * i] = lo, own_q[64 * i + 32] = hi;  // read by this lane alone
     }
+    int first = range.first_of(from, piece), end = range.end_of(from, piece);  // of the piece, and of the tokens side by side with it
+    bool starts = true;
 #pragma unroll 1
-    for (int i = from; i < to; ++i) {
-      const int tokens = works ? min(max(range.end - (range.begin + i * piece + side * kTileTokens), 0), kTileTokens) : 0;
+    for (int i = from; i < to; ++i, first += piece) {
+      if (first >= end) first = range.begin, end = range.end, starts = true;
+      const int tokens = works ? min(max(end - (first + side * kTileTokens), 0), kTileTokens) : 0;
+      if (starts && turns) {
+#pragma unroll
+        for (int h = 0; h < kHalf; ++h) angle[h] = at_position(min(first + side * kTileTokens + r, range.end - 1), h);
+        starts = false;
+      }
       const uint32_t tile = (side * kTileTokens * heads + local) * (K * 2);
       uint32_t at = in.wait() + tile + r * row_bytes + 16 * c;
       uint4 lo[kHalf][2], hi[kHalf][2];

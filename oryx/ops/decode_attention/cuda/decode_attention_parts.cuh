@@ -5,7 +5,7 @@
 #include "oryx/ops/cuda/fragments.cuh"
 #include "oryx/ops/cuda/hopper.cuh"
 #include "oryx/ops/cuda/packet.cuh"
-#include "oryx/ops/decode_attention/cuda/decode_attention.h"
+#include "oryx/ops/decode_attention/cuda/decode_attention_seen.cuh"
 
 namespace oryx::decode_attention_cuda {
 namespace {
@@ -40,27 +40,11 @@ struct Layout {
   }
 };
 
-struct Range {  // keys that a query sees
-  int begin, end;
-};
-__device__ __forceinline__ Range visible(const OryxDecodeAttention& a, int n) {
-  if (a.wanted != nullptr && a.wanted[n] == 0) return {0, 0};
-  const int end = min(max(__ldg(a.lengths + n), 0), static_cast<int>(a.capacity));
-  return {a.window > 0 && end > a.window ? end - static_cast<int>(a.window) : 0, end};
-}
-__device__ __forceinline__ int pieces_of(Range r, int piece) { return (r.end - r.begin + piece - 1) / piece; }
-
-__device__ __forceinline__ int64_t place(const OryxDecodeAttention& a, int n, int token, int64_t row, int64_t step) {
-  if (a.blocks == nullptr) return n * row + token * step;
-  const int page = static_cast<int>(a.page);
-  return __ldg(a.blocks + n * a.most_blocks + token / page) * row + (token % page) * step;
-}
-
 // First sequence of this share and the pieces before it, by one warp.
 __device__ void find_share(const OryxDecodeAttention& a, int piece, Shared& s) {
   const int lane = threadIdx.x & 31, N = static_cast<int>(a.N);
   int64_t total = 0;
-  for (int n = lane; n < N; n += 32) total += pieces_of(visible(a, n), piece);
+  for (int n = lane; n < N; n += 32) total += visible(a, n).pieces(piece);
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(~0u, total, d);
   const int64_t begin = total * blockIdx.x / gridDim.x;
@@ -68,7 +52,7 @@ __device__ void find_share(const OryxDecodeAttention& a, int piece, Shared& s) {
   int first = N;
   for (int base = 0; base < N; base += 32) {
     const int n = base + lane;
-    int64_t mine = n < N ? pieces_of(visible(a, n), piece) : 0, sum = mine;
+    int64_t mine = n < N ? visible(a, n).pieces(piece) : 0, sum = mine;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const int64_t other = __shfl_up_sync(~0u, sum, d);
@@ -96,7 +80,7 @@ __device__ __forceinline__ void for_each_part(const OryxDecodeAttention& a, cons
   const int end = s.end;
   for (int n = s.first; at < end; ++n) {
     const Range r = visible(a, n);
-    const int count = pieces_of(r, piece);
+    const int count = r.pieces(piece);
     if (count == 0) continue;
     const int from = at - before, to = min(end - before, count);
     f(n, r, from, to);
@@ -136,9 +120,9 @@ __device__ void produce(const OryxDecodeAttention& a, Shared& s, const Layout& l
   Ring<kStageBytes> ring(s);
   for_each_part(a, s, piece, [&](int n, Range r, int from, int to) {
     for (int i = from; i < to; ++i) {
-      const int first = r.begin + i * piece, tokens = min(piece, r.end - first);
-      // Where the tokens of a piece lie side by side it is one copy, else one a token.
-      const bool whole = dense && (a.blocks == nullptr || first % a.page + tokens <= a.page);
+      const int first = r.first_of(i, piece), tokens = min(piece, r.end_of(i, piece) - first);
+      // Tokens that lie side by side are one copy: where rows are dense those of a page, or all.
+      const int together = !dense ? 1 : a.blocks == nullptr ? tokens : static_cast<int>(a.page), into = a.blocks == nullptr ? 0 : first % together;
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         const bf16* from_rows = static_cast<const bf16*>(part == 0 ? a.keys : a.values) + head * K;
@@ -147,10 +131,9 @@ __device__ void produce(const OryxDecodeAttention& a, Shared& s, const Layout& l
         const uint32_t full = ring.full + 8 * ring.stage;
         if (lane == 0) barrier_expect(full, tokens * row_bytes);
         __syncwarp();
-        if (whole) {
-          if (lane == 0) bulk_load(ring.slot(), from_rows + place(a, n, first, row, step), tokens * row_bytes, full);
-        } else {
-          for (int t = lane; t < tokens; t += 32) bulk_load(ring.slot() + t * row_bytes, from_rows + place(a, n, first + t, row, step), row_bytes, full);
+        for (int c = lane; c * together < into + tokens; c += 32) {
+          const int t = max(c * together - into, 0), count = min((c + 1) * together - into, tokens) - t;
+          bulk_load(ring.slot() + t * row_bytes, from_rows + place(a, n, first + t, row, step), count * row_bytes, full);
         }
         ring.step();
       }

@@ -71,11 +71,11 @@ __device__ void consume_single(const OryxDecodeAttention& a, Shared& s, const La
       q_hi[0] = low(y.x) * scale, q_hi[1] = high(y.x) * scale, q_hi[2] = low(y.y) * scale, q_hi[3] = high(y.y) * scale;
     }
     // The angle at this slot's first token of a piece is fetched a piece ahead.
-    const auto angle_at = [&](int i) { return angles_of<K>(a.rope, position - min(r.begin + i * piece + side * kSingleTokens, position), l); };
+    const auto angle_at = [&](int i) { return angles_of<K>(a.rope, position - min(r.first_of(i, piece) + side * kSingleTokens, position), l); };
     Angles next{};
     if (turns) next = angle_at(from);
     for (int i = from; i < to; ++i) {
-      const int first = r.begin + i * piece + side * kSingleTokens, tokens = works ? min(max(r.end - first, 0), kSingleTokens) : 0;
+      const int first = r.first_of(i, piece) + side * kSingleTokens, tokens = works ? min(max(r.end_of(i, piece) - first, 0), kSingleTokens) : 0;
       const Angles angle = next;
       if (turns && i + 1 < to) next = angle_at(i + 1);
       float lo[4], hi[4], score[kSingleTokens];
