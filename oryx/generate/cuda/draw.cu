@@ -59,6 +59,30 @@ __device__ Sum block_sum(Sum x, Shared& s) {
   return all;
 }
 
+// Sums over the threads in their order, the same every time: of those up to this one, and of all.
+template <typename T>
+struct Prefix {
+  T up_to, all;
+};
+template <typename T>
+__device__ Prefix<T> block_prefix(T mine, T (&warps)[kWarps]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  T up_to = mine, before{}, all{};
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const T other = __shfl_up_sync(~0u, up_to, d);
+    if (lane >= d) up_to += other;
+  }
+  __syncthreads();
+  if (lane == 31) warps[warp] = up_to;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += warps[w];
+    all += warps[w];
+  }
+  return {before + up_to, all};
+}
+
 // Candidates whose key is at least `key`.
 __device__ Sum at_least(const Row& r, int key, Shared& s) {
   Sum x{0, 0};
@@ -96,16 +120,7 @@ __device__ int id_of(const Row& r, int key, int j, Shared& s) {
   const int chunk = (r.below + kThreads - 1) / kThreads, begin = min(static_cast<int>(threadIdx.x) * chunk, r.below), end = min(begin + chunk, r.below);
   int mine = 0;
   for (int i = begin; i < end; ++i) mine += r.key(i) == key ? 1 : 0;
-  int up_to = mine;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int other = __shfl_up_sync(~0u, up_to, d);
-    if (threadIdx.x % 32 >= d) up_to += other;
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 31) s.counts[threadIdx.x / 32] = up_to;
-  __syncthreads();
-  for (int w = 0; w < static_cast<int>(threadIdx.x) / 32; ++w) up_to += s.counts[w];
+  const int up_to = block_prefix(mine, s.counts).up_to;
   if (j < up_to && j >= up_to - mine) {
     int left = j - (up_to - mine);
     for (int i = begin; i < end; ++i) {
@@ -121,22 +136,9 @@ __device__ int draw_of_all(const Row& r, double uniform, Shared& s) {
   const int chunk = (r.below + kThreads - 1) / kThreads, begin = min(static_cast<int>(threadIdx.x) * chunk, r.below), end = min(begin + chunk, r.below);
   double mine = 0;
   for (int i = begin; i < end; ++i) mine += static_cast<double>(r.weights[i]);
-  double up_to = mine;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const double other = __shfl_up_sync(~0u, up_to, d);
-    if (threadIdx.x % 32 >= d) up_to += other;
-  }
-  __syncthreads();
-  if (threadIdx.x % 32 == 31) s.weights[threadIdx.x / 32] = up_to;
-  if (threadIdx.x == 0) s.found = -1;
-  __syncthreads();
-  double before = 0, all = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < static_cast<int>(threadIdx.x) / 32) before += s.weights[w];
-    all += s.weights[w];
-  }
-  const double target = uniform * all, end_sum = before + up_to;
+  if (threadIdx.x == 0) s.found = -1;  // nobody has found anything before the sums are there
+  const auto [end_sum, all] = block_prefix(mine, s.weights);
+  const double target = uniform * all;
   double sum = end_sum - mine;
   // The first chunk that gets beyond the target; rounding may let none of its candidates do so: then its last one.
   if (mine > 0 && end_sum > target) {
