@@ -79,6 +79,7 @@ struct DecodeBenchOptions {
   int64_t tokens = 16;  // decoded at each context, the first of them not timed
   int64_t batch = 1;    // sequences side by side
   bool fused = true;    // on a GPU by one captured launch a token (oryx/generate/fused_decoder.h)
+  std::string kv = "keep";  // keys and values that the state holds (set_kv)
 };
 // Token by token behind each of the contexts, whose rows are random. Rows: context, ms_per_token (the median; on a GPU the mean of tokens that follow one another without the
 // host), relative to the first, bound_ms (weights, recurrent states read and written and, for tokens in attention, their rows, over the rate of a large copy on the device) and

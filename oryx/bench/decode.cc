@@ -8,6 +8,7 @@
 
 #include "oryx/bench/bench.h"
 #include "oryx/bench/measure.h"
+#include "oryx/bench/random_rows.h"
 #include "oryx/common/error.h"
 #include "oryx/common/log.h"
 #include "oryx/common/random.h"
@@ -39,8 +40,8 @@ double copy_rate(at::Device device) {
 // A batch of sequences that decode side by side, through the fused decoder where there is one.
 class DecodeBatch {
  public:
-  DecodeBatch(const LanguageModel& model, const ModelSchedule& schedule, int64_t sequences, int64_t prompt, int64_t tokens, bool fused)
-      : model_(model), schedule_(schedule), prompt_(prompt), state_(model.make_state(sequences)) {
+  DecodeBatch(const LanguageModel& model, const ModelSchedule& schedule, int64_t sequences, int64_t prompt, int64_t tokens, const StateOptions& state, bool fused)
+      : model_(model), schedule_(schedule), prompt_(prompt), state_(model.make_state(sequences, state)) {
     state_.reserve(tokens);
     std::string why;
     if (fused && model.device().is_cuda()) {
@@ -53,24 +54,7 @@ class DecodeBatch {
     for (int64_t n = 0; n < sequences; ++n) ids_[n][0] = static_cast<int64_t>(rng.below(static_cast<uint64_t>(model.config().vocab_size)));
   }
 
-  // Random rows up to `length` tokens: what they hold changes no time.
-  void fill(int64_t length) {
-    constexpr int64_t kPiece = 512;
-    const auto slots = LanguageModel::slots(model_.config(), model_.compute_dtype());
-    while (state_.lengths()[0] < length) {
-      const int64_t count = std::min(kPiece, length - state_.lengths()[0]), N = state_.sequences();
-      for (size_t i = 0; i < slots.size(); ++i) {
-        for (const SlotSpec& spec : slots[i]) {
-          if (spec.kind != SlotKind::kPerToken) continue;
-          std::vector<int64_t> shape = {N, count};
-          shape.insert(shape.end(), spec.shape.begin(), spec.shape.end());
-          const auto options = at::device(model_.device()).dtype(spec.dtype);
-          state_.append(static_cast<int64_t>(i), spec.name, at::isFloatingType(spec.dtype) ? at::randn(shape, options) : at::zeros(shape, options), nullptr);
-        }
-      }
-      state_.advance(std::vector<int64_t>(static_cast<size_t>(N), count));
-    }
-  }
+  void fill(int64_t length) { fill_rows(model_, state_, length); }
 
   void step() {
     const auto routing = route(state_.lengths()[0]);
@@ -133,6 +117,9 @@ BenchResult bench_decode(const DecodeBenchOptions& o) {
       fail("contexts {} and {}: expected each at least {} tokens (--tokens) above the one before", o.contexts[i - 1], o.contexts[i], o.tokens);
     }
   }
+  StateOptions state;
+  set_kv(state, o.kv);
+  if (state.kept.on()) fail("--kv {}: rows here are random, so that none can be chosen; expected keep, drop or bounded:F+W", o.kv);
   LanguageModel model(config, o.model.compute());
   model.initialize(0);
   model.to(device);
@@ -140,7 +127,7 @@ BenchResult bench_decode(const DecodeBenchOptions& o) {
   const double rate = copy_rate(device);
   const int64_t longest = o.contexts.back() + o.tokens;
   // The same sequences grow through all contexts; what is decoded at one is part of the next.
-  DecodeBatch batch(model, schedule, o.batch, longest, longest + o.tokens, o.fused);
+  DecodeBatch batch(model, schedule, o.batch, longest, longest + o.tokens, state, o.fused);
   int64_t weights = 0;  // bytes that a step reads of them
   if (batch.fused() != nullptr) weights = batch.fused()->weight_bytes(0);
   for (const ModeUse& use : report_parameters(config).modes) {
@@ -162,7 +149,7 @@ BenchResult bench_decode(const DecodeBenchOptions& o) {
     } else {
       ms = 1e3 * time_repeated(0, std::max<int64_t>(1, o.tokens - 1), [&] { batch.step(); }).median();
     }
-    const StateBytes predicted = state_bytes(config, batch.state().lengths()[0], o.model.compute()), measured = batch.state().bytes();
+    const StateBytes predicted = state_bytes(config, batch.state().lengths()[0], o.model.compute(), state), measured = batch.state().bytes();
     const double moved = static_cast<double>(weights) + 2.0 * static_cast<double>(measured.recurrent) + share * static_cast<double>(measured.tokens);
     const double bound = 1e3 * moved / rate;
     rows.push_back({{"context", context},
@@ -187,7 +174,7 @@ BenchResult bench_decode(const DecodeBenchOptions& o) {
                           {"recurrent_bytes", "recurrent", cell_bytes()},
                           {"resident_bytes", "process", cell_bytes()}};
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"device", o.model.device}, {"schedule", o.schedule}, {"batch", o.batch},
-                    {"contexts", o.contexts}, {"tokens", o.tokens}, {"copy_bytes_per_second", rate}, {"fused", batch.fused() != nullptr}};
+                    {"contexts", o.contexts}, {"tokens", o.tokens}, {"kv", o.kv}, {"copy_bytes_per_second", rate}, {"fused", batch.fused() != nullptr}};
   return result;
 }
 

@@ -136,6 +136,7 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   add_list(decode, "--contexts", d->contexts, "tokens before, ascending");
   add_count(decode, "--tokens", d->tokens, "decoded at each context, the first of them not timed", 2);
   add_count(decode, "--batch", d->batch, "sequences side by side");
+  decode.add_option("--kv", d->kv, "keys and values: keep, drop, or bounded:F+W (docs/state.md)")->capture_default_str()->type_name("WHAT");
   decode.add_flag("--fused,!--no-fused", d->fused, "on a GPU, by one captured launch a token (default; docs/generation.md)");
   decode.add_option("--device", d->model.device, "cpu, cuda or cuda:N")->capture_default_str();
   finish(decode, d, bench_decode);
