@@ -14,6 +14,7 @@
 
 #include "oryx/common/error.h"
 #include "oryx/common/progress.h"
+#include "oryx/parallel/launcher.h"
 
 namespace oryx::cli {
 
@@ -172,6 +173,7 @@ void parse_and_run(std::vector<std::string> arguments) {
 }
 
 int report(int code, std::string_view what) {
+  if (report_to_launcher(code, one_line(what))) return code;
   ProgressBar::wipe_line();
   std::fputs(fmt::format("oryx: error: {}\n", one_line(what)).c_str(), stderr);
   return code;

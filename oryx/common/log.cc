@@ -1,5 +1,6 @@
 #include "oryx/common/log.h"
 
+#include <atomic>
 #include <cstdio>
 #include <mutex>
 #include <set>
@@ -9,7 +10,14 @@
 
 namespace oryx::log {
 
+namespace {
+std::atomic<bool> silent{false};
+}
+
+void say_nothing() { silent = true; }
+
 void line(std::string_view level, std::string_view text) {
+  if (silent) return;
   // A progress bar may stand on the terminal's current line: it is wiped first and redraws itself at its next tick.
   ProgressBar::wipe_line();
   fmt::print(stderr, "{}{}\n", level, text);

@@ -7,6 +7,8 @@
 
 namespace oryx::log {
 
+// From now on this process logs nothing: of several that do the same, one speaks.
+void say_nothing();
 void line(std::string_view level, std::string_view text);
 // True the first time `key` is seen in this process; used to say a thing once (a slow path taken, a fallback).
 bool first_time(std::string_view key);

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/DeviceGuard.h>
 
 #include "oryx/model/routed_cost.h"
 #include "oryx/ops/cross_entropy/cross_entropy.h"
@@ -47,7 +48,7 @@ FedBatch BatchFeed::draw() {
   for (auto& piece : batch.pieces) {
     piece.context.seed = options_.seed;
     piece.context.step = static_cast<uint64_t>(options_.first_step + drawn_ / options_.accumulate);
-    piece.context.sequence += sequence_;
+    if (!batch.weight) piece.context.sequence += sequence_;
   }
   sequence_ += batch.pieces.size();
   ++drawn_;
@@ -60,6 +61,7 @@ FedBatch BatchFeed::draw() {
   fed.attention_share = attention_share(model_.config(), fed.input.routing);
   fed.flops = pieces_flops(model_.config(), fed.input.routing, batch.pieces);
   fed.position = std::move(drawn.position);
+  fed.weight = batch.weight;
   fed.targets = batch.targets;  // checked and sent by the loss, without waiting
   if (!options_.pack) {
     model_.prepare(fed.input);
@@ -67,12 +69,13 @@ FedBatch BatchFeed::draw() {
   }
   model_.check_ids(fed.input.input_ids);
   ops::check_targets(fed.targets, model_.config().vocab_size);
-  fed.packed = pack_batch(model_, fed.input, fed.targets, spans_);
+  fed.packed = pack_batch(model_, fed.input, fed.targets, spans_, fed.weight);
   spans_ = std::max(spans_, fed.packed.layout->spans);
   return fed;
 }
 
 void BatchFeed::work() {
+  const c10::DeviceGuard on(model_.device());
   try {
     while (true) {
       {

@@ -7,6 +7,7 @@
 #include <deque>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "oryx/model/language_model.h"
@@ -31,6 +32,7 @@ struct FedBatch {
   double attention_share = 0;  // of the tokens
   double flops = 0;            // of the model's forward pass, as docs/training.md counts them
   Json position;               // of the source behind this batch
+  std::optional<double> weight;  // TrainBatch::weight
 };
 
 class BatchFeed {

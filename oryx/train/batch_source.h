@@ -17,8 +17,11 @@ namespace oryx {
 struct TrainBatch {
   at::Tensor input_ids, targets;         // [rows, tokens] int64, as the model takes them: packed batches are one row
   std::optional<at::Tensor> cu_seqlens;  // [N + 1] int32 when packed
-  // The sequences of the batch; context.sequence counts them from 0. The trainer fills in seed and step.
+  // The sequences of the batch; context.sequence counts them from 0. The feed fills in seed and step.
   std::vector<ModePiece> pieces;
+  // Of a batch that is one process's share of a step (rank_batches.h): the share of the step's targets that it holds, by which its mean loss counts; and its pieces' context.sequence counts
+  // through the whole step already. Not set: the batch is whole.
+  std::optional<double> weight = {};
 };
 
 class BatchSource {

@@ -3,25 +3,59 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <cmath>
+
 #include "oryx/common/error.h"
 
 namespace oryx {
 
-Optimizer::Optimizer(const LanguageModel& model, ops::AdamwOptions options)
-    : model_(model), specs_(model.specs()), parameters_(model.parameters()), options_(options) {
-  for (const auto& p : parameters_) {
-    m_.push_back(at::zeros_like(p));
-    v_.push_back(at::zeros_like(p));
+Optimizer::Optimizer(const LanguageModel& model, ops::AdamwOptions options, ProcessGroup* group)
+    : model_(model), specs_(model.specs()), shards_(group == nullptr ? nullptr : std::make_unique<Shards>(model, *group)), options_(options) {
+  if (shards_ != nullptr) {
+    const at::TensorOptions here = at::TensorOptions(model.device()).dtype(at::kFloat);
+    for (size_t b = 0; b < shards_->buckets(); ++b) part_m_.push_back(at::zeros({shards_->part(b)}, here)), part_v_.push_back(at::zeros({shards_->part(b)}, here));
+    for (const Shards::Piece& piece : shards_->pieces()) {
+      parameters_.push_back(piece.p);
+      weights_.push_back(piece.weight);
+      decays_.push_back(specs_[piece.parameter].weight_decay);
+      m_.push_back(part_m_[piece.bucket].narrow(0, piece.at, piece.p.numel()));
+      v_.push_back(part_v_[piece.bucket].narrow(0, piece.at, piece.p.numel()));
+    }
+  } else {
+    parameters_ = model.parameters();
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      decays_.push_back(specs_[i].weight_decay);
+      m_.push_back(at::zeros_like(parameters_[i]));
+      v_.push_back(at::zeros_like(parameters_[i]));
+    }
   }
   if (!model.device().is_cpu()) control_ = at::zeros({ops::kAdamwControl}, at::TensorOptions(model.device()).dtype(at::kDouble));
 }
 
 at::Tensor Optimizer::gradient(size_t i) const {
+  if (shards_ != nullptr) return shards_->pieces()[i].g;
   if (!sums_.empty() && sums_[i].defined()) return sums_[i];
   return model_.leaf(i).grad();
 }
 
-void Optimizer::collect_gradients() {
+at::Tensor Optimizer::weight(size_t i) const {
+  if (shards_ != nullptr) return weights_[i];
+  return model_.copies().empty() || !model_.copies()[i].defined() ? at::Tensor() : model_.copies()[i].detach();
+}
+
+std::vector<at::Tensor> Optimizer::gradients() const {
+  std::vector<at::Tensor> all;
+  for (size_t i = 0; i < parameters_.size(); ++i) all.push_back(gradient(i));
+  return all;
+}
+
+void Optimizer::begin(int64_t passes) {
+  clear_gradients();
+  if (shards_ != nullptr) shards_->begin(passes, early_);
+}
+
+void Optimizer::next_pass() {
+  if (shards_ != nullptr) return shards_->next_pass();
   if (model_.copies().empty()) return;
   at::NoGradGuard no_grad;
   sums_.resize(parameters_.size());
@@ -38,6 +72,16 @@ void Optimizer::collect_gradients() {
   }
 }
 
+void Optimizer::end(const at::Tensor& loss) {
+  if (shards_ != nullptr) shards_->end(loss);
+}
+
+at::Tensor Optimizer::sum_over_processes(const at::Tensor& loss) {
+  if (shards_ == nullptr) return loss;
+  shards_->reduce();
+  return shards_->loss();
+}
+
 void Optimizer::update(const at::Tensor& loss, double lr, double clip) {
   ops::AdamwUpdate lists;
   for (size_t i = 0; i < parameters_.size(); ++i) {
@@ -46,13 +90,18 @@ void Optimizer::update(const at::Tensor& loss, double lr, double clip) {
     lists.g.push_back(g.defined() ? g : at::zeros_like(parameters_[i]));
     lists.m.push_back(m_[i]);
     lists.v.push_back(v_[i]);
-    lists.weight.push_back(model_.copies().empty() ? at::Tensor() : model_.copies()[i]);
-    if (lists.weight.back().defined()) lists.weight.back() = lists.weight.back().detach();
-    lists.decays.push_back(specs_[i].weight_decay);
+    lists.weight.push_back(weight(i));
+    lists.decays.push_back(decays_[i]);
   }
   ops::AdamwOptions o = options_;
   o.lr = lr;
-  ops::adamw_update(lists, control_, loss, o, clip);
+  if (shards_ == nullptr) return ops::adamw_update(lists, control_, loss, o, clip);
+  at::Tensor squares = ops::sum_of_squares(lists.g);
+  if (!squares.defined()) squares = at::zeros({}, control_.options());
+  shards_->group().all_reduce(squares);
+  shards_->group().finish();
+  ops::adamw_update(lists, control_, loss, o, clip, squares);
+  shards_->gather_weights();
 }
 
 void Optimizer::set_rate(double lr) { control_[ops::kAdamwRate].fill_(lr); }
@@ -67,9 +116,12 @@ void Optimizer::set_steps(int64_t steps) {
 }
 
 double Optimizer::gradient_norm() const {
-  std::vector<at::Tensor> gradients;
-  for (size_t i = 0; i < parameters_.size(); ++i) gradients.push_back(gradient(i));
-  return ops::global_norm(gradients);
+  const double own = ops::global_norm(gradients());
+  if (shards_ == nullptr) return own;
+  const at::Tensor squares = at::full({}, own * own, at::kDouble).to(model_.device());
+  shards_->group().all_reduce(squares);
+  shards_->group().finish();
+  return std::sqrt(squares.item<double>());
 }
 
 void Optimizer::step(double lr, double grad_scale) {
@@ -80,12 +132,13 @@ void Optimizer::step(double lr, double grad_scale) {
   step_group(true, o, grad_scale);
   o.weight_decay = 0;
   step_group(false, o, grad_scale);
+  if (shards_ != nullptr) shards_->gather_weights();
 }
 
 void Optimizer::step_group(bool decays, const ops::AdamwOptions& options, double grad_scale) {
   std::vector<at::Tensor> parameters, gradients, m, v;
   for (size_t i = 0; i < parameters_.size(); ++i) {
-    if (specs_[i].weight_decay != decays) continue;
+    if (decays_[i] != decays) continue;
     const at::Tensor g = gradient(i);
     parameters.push_back(parameters_[i]);
     gradients.push_back(g.defined() ? g : at::zeros_like(parameters_[i]));
@@ -97,10 +150,39 @@ void Optimizer::step_group(bool decays, const ops::AdamwOptions& options, double
 
 void Optimizer::clear_gradients() {
   sums_.clear();
-  for (size_t i = 0; i < parameters_.size(); ++i) model_.leaf(i).mutable_grad().reset();
+  for (size_t i = 0; i < specs_.size(); ++i) model_.leaf(i).mutable_grad().reset();
+}
+
+void Optimizer::assemble() {
+  if (shards_ == nullptr) return;
+  shards_->assemble_parameters();
+  const bool keeps = shards_->group().first();
+  NamedTensors m(specs_.size()), v(specs_.size());
+  const auto taker = [&](const char* prefix, NamedTensors& into) {
+    return [&, prefix](size_t i, const at::Tensor& whole) {
+      if (keeps) into[i] = {prefix + specs_[i].name, whole.cpu().clone()};
+    };
+  };
+  shards_->assemble([&](size_t bucket) { return part_m_[bucket]; }, taker("m.", m));
+  shards_->assemble([&](size_t bucket) { return part_v_[bucket]; }, taker("v.", v));
+  assembled_.clear();
+  for (size_t i = 0; keeps && i < specs_.size(); ++i) assembled_.push_back(std::move(m[i])), assembled_.push_back(std::move(v[i]));
+}
+
+void Optimizer::drop_assembled() {
+  assembled_.clear();
+  if (shards_ != nullptr) shards_->release_parameters();
+}
+
+void Optimizer::prepare_load() {
+  if (shards_ != nullptr) shards_->hold_parameters();
 }
 
 NamedTensors Optimizer::state() const {
+  if (shards_ != nullptr) {
+    TORCH_CHECK(!assembled_.empty(), "optimizer: the moments of several processes are whole between assemble() and drop_assembled(), on rank 0");
+    return assembled_;
+  }
   NamedTensors out;
   for (size_t i = 0; i < specs_.size(); ++i) {
     out.emplace_back("m." + specs_[i].name, m_[i]);
@@ -111,14 +193,27 @@ NamedTensors Optimizer::state() const {
 
 void Optimizer::load(const SafetensorsReader& file, int64_t steps) {
   at::NoGradGuard no_grad;
-  for (const auto& [name, t] : state()) {
+  const auto read = [&](const char* prefix, size_t i) {
+    const std::string name = prefix + specs_[i].name;
     const at::Tensor stored = file.load(name);
-    if (stored.sizes() != t.sizes() || stored.scalar_type() != t.scalar_type()) {
+    if (stored.sizes() != at::IntArrayRef(specs_[i].shape) || stored.scalar_type() != model_.parameters()[i].scalar_type()) {
       fail("{}: tensor '{}' is {} {}, the model wants {} {}", file.path(), name, at::toString(stored.scalar_type()),
-           fmt::join(stored.sizes(), "x"), at::toString(t.scalar_type()), fmt::join(t.sizes(), "x"));
+           fmt::join(stored.sizes(), "x"), at::toString(model_.parameters()[i].scalar_type()), fmt::join(specs_[i].shape, "x"));
     }
-    at::Tensor target = t;
-    target.copy_(stored);
+    return stored;
+  };
+  if (shards_ != nullptr) {
+    shards_->take_parameters();
+    for (size_t k = 0; k < parameters_.size(); ++k) {
+      const Shards::Piece& piece = shards_->pieces()[k];
+      m_[k].copy_(read("m.", piece.parameter).view({-1}).narrow(0, piece.from, m_[k].numel()));
+      v_[k].copy_(read("v.", piece.parameter).view({-1}).narrow(0, piece.from, v_[k].numel()));
+    }
+    return set_steps(steps);
+  }
+  for (size_t i = 0; i < specs_.size(); ++i) {
+    m_[i].copy_(read("m.", i));
+    v_[i].copy_(read("v.", i));
   }
   set_steps(steps);
 }

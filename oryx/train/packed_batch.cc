@@ -23,7 +23,7 @@ int64_t span_room(int64_t n) {
   return room;
 }
 
-BatchLayout layout_of(const LanguageModel& model, const ModelInput& input, int64_t least_spans) {
+BatchLayout layout_of(const LanguageModel& model, const ModelInput& input, int64_t least_spans, bool weighs) {
   using Share = BatchLayout::Group::Share;
   BatchLayout l;
   l.rows = input.input_ids.size(0), l.tokens = input.input_ids.size(1);
@@ -59,6 +59,7 @@ BatchLayout layout_of(const LanguageModel& model, const ModelInput& input, int64
   const int64_t tokens = l.rows * l.tokens;
   l.ids_at = take(8 * tokens), l.targets_at = take(8 * tokens), l.positions_at = take(4 * tokens);
   if (l.bounds > 0) l.bounds_at = take(4 * l.bounds);
+  if (weighs) l.weight_at = take(4);
   for (auto& group : l.groups) {
     for (const Share share : group.shares) {
       const bool some = share == Share::kSome;
@@ -88,10 +89,10 @@ at::Tensor padded_bounds(const at::Tensor& cu_seqlens, int64_t documents) {
   return values > documents ? cu_seqlens : at::cat({cu_seqlens, cu_seqlens.narrow(0, values - 1, 1).expand({documents + 1 - values})});
 }
 
-PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, const at::Tensor& targets, int64_t least_spans) {
+PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, const at::Tensor& targets, int64_t least_spans, std::optional<double> weight) {
   using Share = BatchLayout::Group::Share;
   const at::NoGradGuard no_grad;
-  auto layout = std::make_shared<BatchLayout>(layout_of(model, input, least_spans));
+  auto layout = std::make_shared<BatchLayout>(layout_of(model, input, least_spans, weight.has_value()));
   const BatchLayout& l = *layout;
   const bool on_gpu = !model.device().is_cpu();
   at::Tensor bytes = at::empty({l.bytes}, at::TensorOptions(at::kByte).pinned_memory(on_gpu));
@@ -104,6 +105,7 @@ PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, cons
   put(l.targets_at, targets, at::kLong);
   put(l.positions_at, ops::sequence_positions(l.rows, l.tokens, input.cu_seqlens), at::kInt);
   if (l.bounds > 0) put(l.bounds_at, *input.cu_seqlens, at::kInt);
+  if (weight) put(l.weight_at, at::full({}, *weight, at::kFloat), at::kFloat);
   std::vector<const Routing*> distinct;
   for (size_t i = 0; i < l.routings.size(); ++i) {
     if (l.routings[i] == distinct.size()) distinct.push_back(input.routing[i].get());
@@ -132,6 +134,7 @@ UnpackedBatch unpack_batch(const BatchLayout& l, const at::Tensor& bytes) {
   UnpackedBatch out;
   out.input.input_ids = view(l.ids_at, at::kLong, {l.rows, l.tokens});
   out.targets = view(l.targets_at, at::kLong, {l.rows, l.tokens});
+  if (l.weight_at >= 0) out.weight = view(l.weight_at, at::kFloat, {});
   if (l.bounds > 0) out.input.cu_seqlens = view(l.bounds_at, at::kInt, {l.bounds});
   out.input.prepared = PreparedInput{out.input.input_ids, view(l.positions_at, at::kInt, {l.rows, l.tokens}), out.input.cu_seqlens, {}};
   std::vector<Routing::LayerSets> sets(static_cast<size_t>(*std::max_element(l.routings.begin(), l.routings.end())) + 1);

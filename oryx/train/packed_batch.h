@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,7 +30,7 @@ struct BatchLayout {
     std::vector<int64_t> spans_at;        // int32 [spans, 3], the last ones empty; -1 where the mixer has all tokens or none
   };
   int64_t rows = 0, tokens = 0, bounds = 0, spans = 0;  // bounds: values of cu_seqlens, 0 where not packed; spans: room for those of a mixer
-  int64_t ids_at = 0, targets_at = 0, positions_at = 0, bounds_at = -1, bytes = 0;
+  int64_t ids_at = 0, targets_at = 0, positions_at = 0, bounds_at = -1, weight_at = -1, bytes = 0;
   std::vector<size_t> routings;  // of each entry of ModelInput::routing its place among the distinct ones
   std::vector<Group> groups;
   bool fixed_shapes = true;  // false where some layer's products have as many rows as a mixer has tokens
@@ -42,12 +43,12 @@ struct PackedBatch {
   at::Tensor bytes;  // [layout->bytes] uint8 on the model's device
 };
 
-// input as ModelInput takes it, without a state and on the CPU; targets int64 like its ids. least_spans: room for so many spans of each mixer at least.
-PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, const at::Tensor& targets, int64_t least_spans = 0);
+// input as ModelInput takes it, without a state and on the CPU; targets int64 like its ids. least_spans: room for so many spans of each mixer at least. weight: StepBatch::weight.
+PackedBatch pack_batch(const LanguageModel& model, const ModelInput& input, const at::Tensor& targets, int64_t least_spans = 0, std::optional<double> weight = {});
 
 struct UnpackedBatch {
   ModelInput input;
-  at::Tensor targets;
+  at::Tensor targets, weight;  // the weight undefined where none was given
 };
 // The batch again, as views of `bytes`: it changes with them. What it takes to make masks of places is launched here.
 UnpackedBatch unpack_batch(const BatchLayout& layout, const at::Tensor& bytes);

@@ -161,6 +161,7 @@ Json RunFolder::load(int64_t step, LanguageModel& model, Optimizer& optimizer) c
                      trainer["step"] == step && trainer.value("optimizer_steps", Json()).is_number_unsigned() &&
                      trainer["optimizer_steps"] <= step;
   if (!whole) fail("{}: lacks step (the folder's), optimizer_steps or data; is this a checkpoint of the trainer?", (folder / "trainer.json").string());
+  optimizer.prepare_load();
   load_parameters(model, SafetensorsReader(folder / "model.safetensors"));
   optimizer.load(SafetensorsReader(folder / "optimizer.safetensors"), trainer["optimizer_steps"].get<int64_t>());
   return trainer;

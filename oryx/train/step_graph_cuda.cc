@@ -1,4 +1,4 @@
-// Captured steps: forward, backward, gradient norm, clipping and AdamW of all of a step's batches in one graph.
+// Captured steps: forward, backward, gradient norm, clipping and AdamW of all of a step's batches in one graph; of several processes, forward and backward.
 //
 // A graph reads its batches from memory of its own, which run() fills in front of each replay (packed_batch.h); the learning rate, the number of steps taken, and whether the
 // step is taken at all lie on the device anyway. All graphs share one pool: they run one behind the other, and of what one leaves only the parameters, moments and the
@@ -60,6 +60,8 @@ class CudaStepGraphs : public StepGraphs {
     for (size_t i = 0; i < batches.size(); ++i) step.inputs[i].copy_(batches[i].packed.bytes, /*non_blocking=*/true);
     optimizer_.set_rate(lr);
     step.graph->replay();
+    for (const at::Tensor& p : model_.parameters()) p.unsafeGetTensorImpl()->bump_version();  // as the operators do when they run
+    if (optimizer_.divided()) optimizer_.update(optimizer_.sum_over_processes({}), lr, options_.clip);
     return true;
   }
 
@@ -110,15 +112,17 @@ class CudaStepGraphs : public StepGraphs {
     }
     const c10::cuda::CUDAStreamGuard on(side_);
     bool begun = false;
+    optimizer_.sum_early(false);
     try {
       step.graph->capture_begin(pool_, cudaStreamCaptureModeThreadLocal);
       begun = true;
       const at::Tensor loss = add_gradients(model_, optimizer_, options_, [&](int64_t i) {
         const auto place = static_cast<size_t>(i);
         UnpackedBatch batch = unpack_batch(*batches[place].packed.layout, step.inputs[place]);
-        return StepBatch{std::move(batch.input), std::move(batch.targets)};
+        return StepBatch{std::move(batch.input), std::move(batch.targets), std::move(batch.weight)};
       });
-      optimizer_.update(loss, Optimizer::kRateOnDevice, options_.clip);
+      // Of several processes each captures when its own batches are of a kind that it has seen: what they do together stays outside.
+      if (!optimizer_.divided()) optimizer_.update(loss, Optimizer::kRateOnDevice, options_.clip);
       optimizer_.clear_gradients();  // their memory is the graph's
     } catch (const std::exception& e) {
       return give_up(step, begun, e.what());
@@ -128,12 +132,14 @@ class CudaStepGraphs : public StepGraphs {
     } catch (const std::exception& e) {
       return give_up(step, begun, e.what());
     }
+    optimizer_.sum_early(true);
     pool_bytes_ += memory().reserved - before.reserved;
     return true;
   }
 
   bool give_up(CapturedStep& step, bool begun, std::string_view why) {
     broken_ = true;
+    optimizer_.sum_early(true);
     if (begun) step.graph->abandon();
     optimizer_.clear_gradients();
     log::warn("a training step could not be captured in a CUDA graph ({}); steps run kernel by kernel from here on", why.substr(0, why.find('\n')));

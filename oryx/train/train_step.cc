@@ -18,19 +18,23 @@ void StepResult::read() {
 }
 
 at::Tensor add_gradients(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, const std::function<StepBatch(int64_t)>& batch) {
-  optimizer.clear_gradients();
+  optimizer.begin(options.accumulate);
   const double weight = 1.0 / static_cast<double>(options.accumulate);
   at::Tensor total;
+  bool shares = false;
   for (int64_t i = 0; i < options.accumulate; ++i) {
     StepBatch b = batch(i);
     b.input.checkpoint_layers = options.checkpoint_layers;
     const at::Tensor loss = model.loss(model.hidden(b.input), b.targets, options.z_loss).loss;
-    torch::autograd::backward({loss}, {at::full({}, weight, loss.options())});
-    if (options.accumulate > 1) optimizer.collect_gradients();
-    const at::Tensor part = loss.detach();
+    torch::autograd::backward({loss}, {b.weight.defined() ? b.weight : at::full({}, weight, loss.options())});
+    if (options.accumulate > 1) optimizer.next_pass();
+    shares = b.weight.defined();
+    const at::Tensor part = shares ? loss.detach() * b.weight : loss.detach();
     total = total.defined() ? total + part : part;
   }
-  return options.accumulate > 1 ? total * weight : total;
+  if (options.accumulate > 1 && !shares) total = total * weight;
+  optimizer.end(total);
+  return total;
 }
 
 StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchFeed& feed, double lr, const StepOptions& options, StepGraphs* graphs) {
@@ -52,14 +56,15 @@ StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchFeed& fee
   }
   const at::Tensor total = add_gradients(model, optimizer, options, [&](int64_t i) {
     FedBatch b = batches.empty() ? take() : std::move(batches[static_cast<size_t>(i)]);
-    return StepBatch{std::move(b.input), std::move(b.targets)};
+    return StepBatch{std::move(b.input), std::move(b.targets), b.weight ? at::full({}, *b.weight, at::TensorOptions(model.device()).dtype(at::kFloat)) : at::Tensor()};
   });
+  const at::Tensor loss = optimizer.sum_over_processes(total);
   if (optimizer.on_device()) {
-    optimizer.update(total, lr, options.clip);
+    optimizer.update(loss, lr, options.clip);
     result.record = optimizer.record();
     return result;
   }
-  result.loss = total.item<double>();
+  result.loss = loss.item<double>();
   result.gradient_norm = optimizer.gradient_norm();
   result.skipped = !std::isfinite(result.loss) || !std::isfinite(result.gradient_norm);
   if (result.skipped) return result;

@@ -44,8 +44,9 @@ StepResult train_step(LanguageModel& model, Optimizer& optimizer, BatchSource& s
 struct StepBatch {
   ModelInput input;
   at::Tensor targets;
+  at::Tensor weight = {};  // float32, one value on the model's device: by which its loss counts in the step's. Undefined: as the others, and together 1
 };
-// The first half of a step: fills the gradients of the mean loss over the options' batches, and returns that loss.
+// The first half of a step: fills the gradients of the mean loss over the options' batches, and returns that loss; of several processes the own share of both.
 at::Tensor add_gradients(LanguageModel& model, Optimizer& optimizer, const StepOptions& options, const std::function<StepBatch(int64_t)>& batch);
 
 }  // namespace oryx

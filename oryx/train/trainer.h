@@ -10,6 +10,7 @@
 #include "oryx/data/tokenizer.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
+#include "oryx/parallel/process_group.h"
 #include "oryx/train/batch_source.h"
 #include "oryx/train/options.h"
 #include "oryx/train/run_folder.h"
@@ -31,7 +32,7 @@ struct TrainSummary {
   int64_t step = 0;        // reached
   bool interrupted = false;
   double seconds = 0;
-  int64_t tokens = 0;      // of this call
+  int64_t tokens = 0;      // of this call, of all processes
   double last_loss = 0;
   int64_t captured = 0;          // kinds of steps that were captured (cuda_graph)
   std::vector<Json> validation;  // the last one's results
@@ -39,7 +40,13 @@ struct TrainSummary {
 
 // Trains from the newest whole checkpoint in options.out, or from the start, to options.steps. Ctrl-C saves and returns with
 // `interrupted`. A step whose loss or gradient is not finite is skipped and logged; ten in a row throw Error.
-TrainSummary train(const TrainOptions& options, TrainTask& task);
+// group: processes that share each step's batches; every rank calls it alike, on options.device of its own, and rank 0 alone writes options.out, which all must be able to read. Null: one process.
+TrainSummary train(const TrainOptions& options, TrainTask& task, ProcessGroup* group = nullptr);
+
+// What of the options can be known to fail with so many processes of this host, before any is started. Throws Error.
+void check_processes(const TrainOptions& options, int64_t processes);
+// The device of the process with this number on its host: the GPU of that number for "cuda". Throws Error.
+std::string device_of_process(const std::string& device, int64_t local_rank, int64_t processes);
 
 // RUN/report.html from the metrics' lines.
 void write_report(const RunFolder& run, const TrainOptions& options, const std::vector<Json>& metrics);

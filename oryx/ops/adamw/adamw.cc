@@ -141,9 +141,9 @@ void adamw_step(at::Tensor p, const at::Tensor& g, at::Tensor m, at::Tensor v, i
   adamw_step_all({std::move(p)}, {g}, {std::move(m)}, {std::move(v)}, step, options, grad_scale);
 }
 
-void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& o, double clip) {
+void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& o, double clip, const at::Tensor& squares) {
   using Signature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::IntArrayRef, at::Tensor&, const at::Tensor&,
-                         double, double, double, double, double, double);
+                         double, double, double, double, double, double, const std::optional<at::Tensor>&);
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::adamw_update", "").typed<Signature>();
   const size_t n = lists.p.size();
   TORCH_CHECK(lists.g.size() == n && lists.m.size() == n && lists.v.size() == n && lists.weight.size() == n && lists.decays.size() == n,
@@ -155,7 +155,15 @@ void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor
   const std::vector<int64_t> decays(lists.decays.begin(), lists.decays.end());
   at::NoGradGuard no_grad;
   at::AutoDispatchBelowADInplaceOrView guard;
-  op.call(lists.p, lists.g, lists.m, lists.v, weight, decays, control, loss, o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, clip);
+  op.call(lists.p, lists.g, lists.m, lists.v, weight, decays, control, loss, o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, clip,
+          squares.defined() ? std::optional<at::Tensor>(squares) : std::nullopt);
+}
+
+at::Tensor sum_of_squares(const std::vector<at::Tensor>& gradients) {
+  if (gradients.empty()) return {};
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::sum_of_squares", "").typed<at::Tensor(at::TensorList)>();
+  at::NoGradGuard no_grad;
+  return op.call(gradients);
 }
 
 double global_norm(const std::vector<at::Tensor>& gradients) {
@@ -178,7 +186,8 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
   m.def("global_norm(Tensor[] gradients) -> float");
   m.def(
       "adamw_update(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor(c!)[] v, Tensor(d!)[] weight, int[] decays, Tensor(e!) control, Tensor loss, float lr, "
-      "float beta1, float beta2, float eps, float weight_decay, float clip) -> ()");
+      "float beta1, float beta2, float eps, float weight_decay, float clip, Tensor? squares=None) -> ()");
+  m.def("sum_of_squares(Tensor[] gradients) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(oryx, CPU, m) {

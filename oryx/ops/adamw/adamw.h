@@ -37,7 +37,10 @@ struct AdamwUpdate {
 // steps taken (which is read: bias correction), and what is the kernels' own. options.lr below 0: the rate is control[kAdamwRate], so that a captured graph
 // takes another one at each replay.
 constexpr int64_t kAdamwControl = 10, kAdamwRate = 4;
-void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& options, double clip);
+// squares: float64, one value, the sum of squares of all gradients where the lists are but a part of them; undefined: of the lists' own.
+void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& options, double clip, const at::Tensor& squares = {});
+// The sum of squares of gradients on a GPU, float64 [], left there. No gradients: undefined.
+at::Tensor sum_of_squares(const std::vector<at::Tensor>& gradients);
 
 // sqrt of the sum of all squares, accumulated in double in an order that does not depend on the number of threads.
 // Undefined gradients are passed over.

@@ -43,7 +43,8 @@ void adamw_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at::Tensor
 
 // weight[i]: empty where p[i] has no bfloat16 copy.
 void adamw_update_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at::TensorList v, at::TensorList weight, at::IntArrayRef decays,
-                       at::Tensor& control, const at::Tensor& loss, double lr, double beta1, double beta2, double eps, double weight_decay, double clip) {
+                       at::Tensor& control, const at::Tensor& loss, double lr, double beta1, double beta2, double eps, double weight_decay, double clip,
+                       const std::optional<at::Tensor>& squares) {
   static_assert(sizeof(OryxAdamwControl) == kAdamwControl * sizeof(double));
   TORCH_CHECK(!p.empty(), "adamw_update: no parameters");
   const at::Device device = p[0].device();
@@ -72,14 +73,33 @@ void adamw_update_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at:
     for (const at::Tensor& t : {p[i], m[i], v[i]}) t.unsafeGetTensorImpl()->bump_version();
   }
   const auto count = static_cast<int64_t>(tensors.size());
-  const at::Tensor workspace = at::empty({oryx_sum_of_squares_workspace(tensors.data(), count)}, control.options());
-  const at::Tensor total = at::empty({}, control.options());
+  TORCH_CHECK(!squares || (squares->scalar_type() == at::kDouble && squares->numel() == 1 && squares->device() == device),
+              "adamw_update: squares must be one float64 on the parameters' device");
+  const at::Tensor workspace = at::empty({squares ? 0 : oryx_sum_of_squares_workspace(tensors.data(), count)}, control.options());
+  const at::Tensor total = squares ? *squares : at::empty({}, control.options());
   const OryxAdamwRates rates{lr, beta1, beta2, eps, weight_decay, clip};
   auto* state = reinterpret_cast<OryxAdamwControl*>(control.mutable_data_ptr<double>());
   const cudaStream_t stream = cuda::stream_of(control);
-  cuda::check("adamw_update", oryx_sum_of_squares(tensors.data(), count, workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>(), stream));
+  if (!squares) cuda::check("adamw_update", oryx_sum_of_squares(tensors.data(), count, workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>(), stream));
   cuda::check("adamw_update", oryx_adamw_control(total.const_data_ptr<double>(), loss.const_data_ptr<float>(), &rates, state, stream));
   cuda::check("adamw_update", oryx_adamw_controlled(tensors.data(), count, state, stream));
+}
+
+at::Tensor sum_of_squares_cuda(at::TensorList gradients) {
+  TORCH_CHECK(!gradients.empty(), "sum_of_squares: no gradients");
+  const c10::cuda::CUDAGuard guard(gradients[0].device());
+  std::vector<OryxAdamwTensor> tensors;
+  std::vector<at::Tensor> kept;
+  for (const at::Tensor& g : gradients) {
+    kept.push_back(usable(g));
+    const at::Tensor& d = kept.back();
+    tensors.push_back({nullptr, nullptr, nullptr, d.const_data_ptr(), nullptr, d.numel(), cuda::kernel_dtype("sum_of_squares", d), 0});
+  }
+  const auto count = static_cast<int64_t>(tensors.size());
+  const auto options = gradients[0].options().dtype(at::kDouble);
+  const at::Tensor workspace = at::empty({oryx_sum_of_squares_workspace(tensors.data(), count)}, options), total = at::empty({}, options);
+  cuda::check("sum_of_squares", oryx_sum_of_squares(tensors.data(), count, workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>(), cuda::stream_of(total)));
+  return total;
 }
 
 double global_norm_cuda(at::TensorList gradients) {
@@ -111,6 +131,7 @@ TORCH_LIBRARY_IMPL(oryx, CUDA, m) {
   m.impl("adamw_step", adamw_cuda);
   m.impl("global_norm", global_norm_cuda);
   m.impl("adamw_update", adamw_update_cuda);
+  m.impl("sum_of_squares", sum_of_squares_cuda);
 }
 
 }  // namespace oryx::ops

@@ -1,0 +1,44 @@
+// Several ranks as threads of one process: the same sockets as between processes.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <exception>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "oryx/parallel/process_group.h"
+#include "oryx/parallel/rendezvous.h"
+
+namespace oryx::test {
+
+// Runs f on every rank, and throws what the lowest rank threw that did not merely lose another. On CUDA rank r is on GPU r.
+inline void for_ranks(int64_t size, const std::function<void(ProcessGroup&)>& f, at::DeviceType type = at::kCPU) {
+  const Rendezvous table;
+  std::vector<std::exception_ptr> causes(static_cast<size_t>(size)), consequences(static_cast<size_t>(size));
+  std::vector<std::thread> threads;
+  for (int64_t rank = 0; rank < size; ++rank) {
+    threads.emplace_back([&, rank] {
+      at::set_num_threads(1);
+      Place place;
+      place.rank = place.local_rank = rank, place.size = place.local_size = size, place.port = table.port(), place.store_is_elsewhere = true;
+      try {
+        const auto group = join_group(place, type == at::kCPU ? at::Device(type) : at::Device(type, static_cast<at::DeviceIndex>(rank)));
+        f(*group);
+      } catch (const PeerLost&) {
+        consequences[static_cast<size_t>(rank)] = std::current_exception();
+      } catch (...) {
+        causes[static_cast<size_t>(rank)] = std::current_exception();
+      }
+    });
+  }
+  for (auto& t : threads) t.join();
+  for (const auto* list : {&causes, &consequences}) {
+    for (const auto& e : *list) {
+      if (e) std::rethrow_exception(e);
+    }
+  }
+}
+
+}  // namespace oryx::test
