@@ -86,8 +86,10 @@ try:
         assert row["tpot_ms_p50"] > 0 and row["state_bytes"] > 0 and 0 < row["in_flight"] <= row["concurrency"] * 1.001, row
         assert abs(row["goodput"] - row["requests_per_second"]) < 1e-9, row
     for i in (1, 2, 3): assert open(f"{folder}/chart-{i}.svg").read().startswith("<svg")
-    r = bench(port, "--rate", "50", "--requests", "5", "--prompts", "text", "--prompt-least", "8", "--prompt-most", "8", "--new-tokens", "4")
+    r = bench(port, "--rate", "20,50", "--seconds", "0.1", "--prompts", "text", "--prompt-least", "8", "--prompt-most", "8", "--new-tokens", "4", "--new-most", "6", "--json", out)
     assert r.returncode == 0 and "arrivals/s" in r.out, (r.out, r.err)
+    rows = json.load(open(out))["rows"]
+    assert [row["completed"] for row in rows] == [2, 5] and all(4 <= row["new_tokens"] <= 6 for row in rows), rows
     r = bench(port, "--schedule", "atention", "--rate", "50", "--requests", "2")
     assert r.returncode == 1 and "400: " in r.err and "attention" in r.err and r.err.count("\n") == 1, r.err
 finally:

@@ -86,6 +86,21 @@ struct DecodeBenchOptions {
 // the share of it that was reached, predicted_bytes and measured_bytes of state (see StateBytes).
 BenchResult bench_decode(const DecodeBenchOptions& options);
 
+struct SpeculateBenchOptions {
+  BenchModel model;
+  std::string schedule = "attention";  // of the text
+  std::string draft = "linear";
+  std::vector<int64_t> contexts = {4096, 32768};
+  int64_t tokens = 96;                        // of a run
+  std::vector<int64_t> draft_tokens = {3, 7};
+  std::vector<double> acceptance = {0.6, 0.8, 0.9, 1};  // the chance of each draft to be right, whatever the model says
+  bool fused = true;
+};
+// Token by token through a DraftedSession, behind contexts whose rows are random, every pass with as many drafts. Rows: context, draft_tokens (0: the text's modes alone), wanted (the
+// acceptance that was given) and acceptance (that came out), ms_per_token, all counted but the choice of the text's own tokens, speed (times that of the modes alone), tokens_a_pass, draft_ms (a
+// drafted token) and pass_ms.
+BenchResult bench_speculate(const SpeculateBenchOptions& options);
+
 struct StateBenchOptions {
   BenchModel model;
   std::string schedule = "linear";
@@ -107,16 +122,18 @@ struct ServeBenchOptions {
   int64_t requests = 24;                  // 0: as many as run side by side
   double rate = 0;                        // arrivals a second, at random (exponential gaps); 0: all at once
   int64_t prompt_least = 64, prompt_most = 512;  // tokens of a prompt behind what it shares, drawn evenly
+  std::vector<int64_t> prompts = {};      // in place of both: of each prompt; each a row
   int64_t shared = 256;                   // tokens that prompts of a group begin with; 0: none
   int64_t groups = 2;
   int64_t new_tokens = 32;
   double temperature = 0;                 // 0: greedy
   int64_t piece = 256, keep_every = 256;
+  double gap_ms = 0;  // EngineOptions::gap_seconds
   int64_t state_budget = 0;
   std::string kv = "keep";
-  bool fused = true;
+  bool fused = true, captured_pieces = true;
 };
-// Load on the serving engine (oryx/serve/engine.h), in this process and without HTTP. Every row serves the same requests with an engine of its own. Rows: schedule, running,
+// Load on the serving engine (oryx/serve/engine.h), in this process and without HTTP. Every row serves the same requests with an engine of its own. Rows: schedule, running, prompt (where there are several),
 // first_ms and first_p95_ms (from arrival to the first token), between_ms and between_p95_ms, read_per_second and written_per_second (tokens over the whole run), reused (share of
 // the prompts' tokens that kept prefixes spared), batch (sequences of a decoding pass, mean), and the most bytes of states at once, by part: recurrent_bytes of requests,
 // prefix_bytes (recurrent states of kept prefixes), row_bytes (keys and values of both); decode_per_second (tokens written a second while nothing was read); on a GPU also peak_bytes
@@ -132,9 +149,10 @@ struct HttpBenchOptions {
   std::vector<double> rates;                 // arrivals a second, at random (exponential gaps); each a row
   std::vector<int64_t> concurrency;          // or: requests in flight, the next one when one has ended; each a row
   int64_t requests = 64, warmup = 2;         // of a row; before the first row, unmeasured
+  double seconds = 0;                        // above 0: in place of `requests`, as many as arrive in so long at the row's rate
   int64_t prompt_least = 512, prompt_most = 512;  // tokens of a prompt behind what it shares, drawn evenly
   int64_t shared = 0, groups = 1;            // tokens that prompts of a group begin with
-  int64_t new_tokens = 64;
+  int64_t new_tokens = 64, new_most = 0;     // of an answer, drawn evenly up to new_most where that is given
   std::string prompts = "ids";               // ids: lists of token ids; text: that many common words, which are about as many tokens
   int64_t vocab = 256;                       // ids are drawn below it
   double temperature = 0;

@@ -132,14 +132,17 @@ class HttpLoad {
     for (const Json& prompt : prompts) {
       if (interrupted()) return;
       serve::HttpClient client(o_.url, o_.key, o_.timeout);
-      const Exchange e = exchange(client, path_, body_of(prompt, schedule), seconds_now);
+      const Exchange e = exchange(client, path_, body_of(prompt, o_.new_tokens, schedule), seconds_now);
       if (!e.error.empty()) fail("{}{}: {}", o_.url, path_, e.error);
     }
   }
 
   // rate > 0: arrivals at random; else `concurrency` at once. Null when Ctrl-C came before any answer.
   Json row(const std::string& schedule, double rate, int64_t concurrency) {
-    const std::vector<Json> prompts = draw_prompts(o_, o_.requests, 31);
+    const int64_t requests = rate > 0 && o_.seconds > 0 ? std::max<int64_t>(1, std::llround(rate * o_.seconds)) : o_.requests;
+    const std::vector<Json> prompts = draw_prompts(o_, requests, 31);
+    std::vector<int64_t> lengths;
+    for (CounterRng rng(33); lengths.size() < prompts.size();) lengths.push_back(o_.new_tokens + (o_.new_most > 0 ? static_cast<int64_t>(rng.below(static_cast<uint64_t>(o_.new_most - o_.new_tokens + 1))) : 0));
     std::vector<Exchange> all(prompts.size());
     std::vector<std::shared_ptr<serve::HttpClient>> clients(prompts.size());
     std::mutex mutex;
@@ -152,7 +155,7 @@ class HttpLoad {
         if (stop) return;
         clients[i] = client;
       }
-      all[i] = exchange(*client, path_, body_of(prompts[i], schedule), seconds_now);
+      all[i] = exchange(*client, path_, body_of(prompts[i], lengths[i], schedule), seconds_now);
       const std::lock_guard lock(mutex);
       clients[i].reset();
     };
@@ -174,7 +177,7 @@ class HttpLoad {
         threads.emplace_back([&, i] { ask(i), --running; });
       }
     } else {
-      for (int64_t w = 0; w < std::min<int64_t>(concurrency, o_.requests); ++w) {
+      for (int64_t w = 0; w < std::min<int64_t>(concurrency, requests); ++w) {
         ++running;
         threads.emplace_back([&] {
           for (size_t i; !stop && (i = next++) < prompts.size();) ask(i);
@@ -196,7 +199,7 @@ class HttpLoad {
     for (std::thread& thread : threads) thread.join();
     over = true;
     sampler.join();
-    Json json = {{"schedule", schedule}, {"requests", o_.requests}};
+    Json json = {{"schedule", schedule}, {"requests", requests}};
     rate > 0 ? json["rate"] = rate : json["concurrency"] = concurrency;
     json["line"] = o_.name.empty() ? schedule.empty() ? model_ : schedule : o_.name;
     return summed(json, all, start, state_bytes);
@@ -213,8 +216,8 @@ class HttpLoad {
     return json["data"][0]["id"];
   }
 
-  Json body_of(const Json& prompt, const std::string& schedule) const {
-    Json body = {{"model", model_}, {"max_tokens", o_.new_tokens}, {"temperature", o_.temperature}, {"stream", true}, {"stream_options", {{"include_usage", true}}}};
+  Json body_of(const Json& prompt, int64_t tokens, const std::string& schedule) const {
+    Json body = {{"model", model_}, {"max_tokens", tokens}, {"temperature", o_.temperature}, {"stream", true}, {"stream_options", {{"include_usage", true}}}};
     if (o_.chat) {
       body["messages"] = Json::array({{{"role", "user"}, {"content", prompt}}});
     } else {
@@ -268,7 +271,7 @@ class HttpLoad {
     }
     if (completed == 0 && interrupted()) return nullptr;
     if (completed == 0) fail("{}{}: no request was answered; the first error: {}", o_.url, path_, error);
-    if (failed > 0) log::warn("{} of {} requests failed; the first: {}", failed, o_.requests, error);
+    if (failed > 0) log::warn("{} of {} requests failed; the first: {}", failed, all.size(), error);
     const double seconds = std::max(1e-9, end - start);
     const auto per_second = [&](int64_t n) { return static_cast<double>(n) / seconds; };
     json["completed"] = completed, json["failed"] = failed, json["seconds"] = seconds;
@@ -354,6 +357,7 @@ EvalTable http_table(std::vector<Json> rows, bool rates, bool limits) {
 
 BenchResult bench_http(const HttpBenchOptions& o) {
   if (o.prompt_most < o.prompt_least) fail("--prompt-most is {}, expected at least --prompt-least, {}", o.prompt_most, o.prompt_least);
+  if (o.new_most > 0 && o.new_most < o.new_tokens) fail("--new-most is {}, expected at least --new-tokens, {}", o.new_most, o.new_tokens);
   if (o.rates.empty() == o.concurrency.empty()) fail("expected --rate (arrivals a second) or --concurrency (requests in flight), and not both");
   if (o.chat && o.prompts == "ids") fail("a chat's messages are texts; expected --prompts text with --chat");
   const bool rates = !o.rates.empty();
@@ -376,8 +380,8 @@ BenchResult bench_http(const HttpBenchOptions& o) {
   result.charts = http_charts(drawn, rates);
   result.table = http_table(std::move(rows), rates, !o.goodput.empty());
   if (interrupted()) result.note = "interrupted: the last row holds what had been answered";
-  result.options = {{"url", o.url},       {"model", load.model()}, {"chat", o.chat},       {"requests", o.requests}, {"warmup", o.warmup},
-                    {"prompt", {o.prompt_least, o.prompt_most}},   {"shared", o.shared},   {"groups", o.groups},     {"new_tokens", o.new_tokens},
+  result.options = {{"url", o.url},       {"model", load.model()}, {"chat", o.chat},       {"requests", o.requests}, {"seconds", o.seconds}, {"warmup", o.warmup},
+                    {"prompt", {o.prompt_least, o.prompt_most}},   {"shared", o.shared},   {"groups", o.groups},     {"new_tokens", {o.new_tokens, std::max(o.new_tokens, o.new_most)}},
                     {"prompts", o.prompts}, {"vocab", o.vocab},    {"temperature", o.temperature}, {"ignore_eos", o.ignore_eos},
                     {"body", o.body},     {"goodput", o.goodput}};
   return result;

@@ -67,9 +67,11 @@ Json serve_row(const LanguageModel& model, const ServeBenchOptions& o, const std
   serve::EngineOptions options{.max_running = running,
                                .max_queue = static_cast<int64_t>(arrivals.size()),
                                .piece = o.piece,
+                               .gap_seconds = o.gap_ms / 1e3,
                                .keep_every = o.keep_every,
                                .state_budget = o.state_budget,
-                               .fused = o.fused};
+                               .fused = o.fused,
+                               .captured_pieces = o.captured_pieces};
   set_kv(options.state, o.kv);
   const bool gpu = !model.device().is_cpu();
   if (gpu) reset_peak_device_memory(model.device());
@@ -174,8 +176,13 @@ BenchResult bench_serve(const ServeBenchOptions& o) {
   BenchResult result;
   for (const std::string& text : o.schedules) {
     for (const int64_t running : o.running) {
-      const auto arrivals = draw_arrivals(o, o.requests > 0 ? o.requests : running, config.vocab_size);
-      result.table.rows.push_back(serve_row(model, o, arrivals, text, running));
+      for (const int64_t prompt : o.prompts.empty() ? std::vector<int64_t>{0} : o.prompts) {
+        ServeBenchOptions own = o;
+        if (prompt > 0) own.prompt_least = own.prompt_most = prompt;
+        const auto arrivals = draw_arrivals(own, o.requests > 0 ? o.requests : running, config.vocab_size);
+        result.table.rows.push_back(serve_row(model, own, arrivals, text, running));
+        if (prompt > 0) result.table.rows.back()["prompt"] = prompt;
+      }
     }
   }
   result.table.columns = {{"schedule", "schedule", cell_text()},
@@ -192,6 +199,7 @@ BenchResult bench_serve(const ServeBenchOptions& o) {
                           {"recurrent_bytes", "recurrent", cell_bytes()},
                           {"prefix_bytes", "prefixes", cell_bytes()},
                           {"row_bytes", "rows", cell_bytes()}};
+  if (!o.prompts.empty()) result.table.columns.insert(result.table.columns.begin() + 2, {"prompt", "prompt", cell_text()});
   if (!device.is_cpu()) {
     result.table.columns.push_back({"peak_bytes", "GPU peak", cell_bytes()});
     result.table.columns.push_back({"fused", "fused", cell_text()});
@@ -207,9 +215,12 @@ BenchResult bench_serve(const ServeBenchOptions& o) {
                     {"new_tokens", o.new_tokens},
                     {"temperature", o.temperature},
                     {"piece", o.piece},
+                    {"gap_ms", o.gap_ms},
                     {"keep_every", o.keep_every},
                     {"kv", o.kv},
-                    {"fused", o.fused}};
+                    {"fused", o.fused},
+                    {"captured_pieces", o.captured_pieces},
+                    {"prompts", o.prompts}};
   return result;
 }
 

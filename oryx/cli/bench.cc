@@ -1,4 +1,4 @@
-// oryx bench step|forward|prefill|decode|state|serve|http|attention: how fast and how large models are on this machine.
+// oryx bench step|forward|prefill|decode|speculate|state|serve|http|attention: how fast and how large models are on this machine.
 #include "oryx/bench/bench.h"
 
 #include "oryx/bench/measure.h"
@@ -141,6 +141,18 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   decode.add_option("--device", d->model.device, "cpu, cuda or cuda:N")->capture_default_str();
   finish(decode, d, bench_decode);
 
+  CLI::App& speculate = *app.add_subcommand("speculate", "time of a token that is drafted in one mode and verified in another, by acceptance");
+  auto g = std::make_shared<SpeculateBenchOptions>();
+  add_model(speculate, g->model, g->schedule);
+  speculate.add_option("--draft", g->draft, "modes of the drafts")->capture_default_str()->type_name("SCHEDULE");
+  add_list(speculate, "--contexts", g->contexts, "tokens before, ascending");
+  add_count(speculate, "--tokens", g->tokens, "of each run", 2);
+  add_list(speculate, "--draft-tokens", g->draft_tokens, "drafted for a pass");
+  speculate.add_option("--acceptance", g->acceptance, "the chance of a draft to be right, whatever the model says: weights are random")->delimiter(',')->capture_default_str()->type_name("X,X,...");
+  speculate.add_flag("--fused,!--no-fused", g->fused, "on a GPU, by captured launches (default; docs/generation.md)");
+  speculate.add_option("--device", g->model.device, "cpu, cuda or cuda:N")->capture_default_str();
+  finish(speculate, g, bench_speculate);
+
   CLI::App& state = *app.add_subcommand("state", "trim, rejected draft, fork, save and load against reading the context again");
   auto t = std::make_shared<StateBenchOptions>();
   add_model(state, t->model, t->schedule);
@@ -167,10 +179,13 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   add_count(serve, "--new-tokens", v->new_tokens, "tokens of each answer");
   serve.add_option("--temperature", v->temperature, "of the answers; 0: greedy")->check(CLI::Range(0.0, 1e6))->capture_default_str();
   add_count(serve, "--piece", v->piece, "tokens of a prompt read at once");
+  serve.add_option("--gap", v->gap_ms, "milliseconds that a running text may wait for a token while prompts are read; 0: one piece")->check(CLI::Range(0.0, 3.6e6))->capture_default_str()->type_name("MS");
   add_count(serve, "--keep-every", v->keep_every, "keep prefixes at multiples of so many tokens; 0: none", 0);
   serve.add_option("--state-budget", v->state_budget, "memory for states (default: a quarter of what is free)")->transform(CLI::AsSizeValue(false))->type_name("BYTES");
   serve.add_option("--kv", v->kv, "keys and values: keep, drop, or bounded:F+W (docs/state.md)")->capture_default_str()->type_name("POLICY");
   serve.add_flag("--fused,!--no-fused", v->fused, "on a GPU, write by captured launches (default; docs/serving.md)");
+  serve.add_flag("--captured-pieces,!--no-captured-pieces", v->captured_pieces, "and read prompts in linear modes so too (default)");
+  serve.add_option("--prompt", v->prompts, "in place of least and most: tokens of each prompt behind what it shares; each a row")->delimiter(',')->check(CLI::Range(int64_t{1}, int64_t{1} << 30))->type_name("N,N,...");
   finish(serve, v, bench_serve);
 
   CLI::App& http = *app.add_subcommand("http", "load on a server over HTTP with streamed answers, any that speaks OpenAI's API: time to the first token, between tokens, requests a second");
@@ -184,12 +199,14 @@ ORYX_COMMAND(bench, "measure speed and memory on this machine", [](CLI::App& app
   http.add_option("--rate", h->rates, "arrivals a second, at random (Poisson); each a row")->delimiter(',')->check(CLI::Range(1e-6, 1e6))->type_name("X,X,...");
   http.add_option("--concurrency", h->concurrency, "or requests in flight, the next one when one has ended; each a row")->delimiter(',')->check(CLI::Range(1, 4096))->type_name("N,N,...");
   add_count(http, "--requests", h->requests, "requests of a row");
+  http.add_option("--seconds", h->seconds, "with --rate, in place of --requests: as many as arrive in so long")->check(CLI::Range(0.0, 1e6))->type_name("S");
   add_count(http, "--warmup", h->warmup, "requests before, unmeasured", 0);
   add_count(http, "--prompt-least", h->prompt_least, "tokens of a prompt at least, behind what it shares");
   add_count(http, "--prompt-most", h->prompt_most, "and at most");
   add_count(http, "--shared", h->shared, "tokens that the prompts of a group begin with", 0);
   add_count(http, "--groups", h->groups, "groups of prompts that begin alike");
   add_count(http, "--new-tokens", h->new_tokens, "tokens of each answer");
+  http.add_option("--new-most", h->new_most, "drawn evenly from --new-tokens up to it")->check(CLI::Range(int64_t{1}, int64_t{1} << 30))->type_name("N");
   http.add_option("--prompts", h->prompts, "ids: lists of token ids; text: as many common words")->check(CLI::IsMember({"ids", "text"}))->capture_default_str();
   add_count(http, "--vocab", h->vocab, "ids are drawn below it");
   http.add_option("--temperature", h->temperature, "of the answers; 0: greedy")->check(CLI::Range(0.0, 1e6))->capture_default_str();

@@ -53,12 +53,18 @@ Json bytes_json(const StateBytes& b) {
   return {{"recurrent", b.recurrent}, {"tails", b.tails}, {"tokens", b.tokens}, {"total", b.total()}};
 }
 
+Json draft_json(const DraftStats& d) {
+  return {{"drafted", d.drafted},   {"tested", d.tested},           {"accepted", d.accepted},           {"acceptance", d.acceptance()}, {"passes", d.passes},
+          {"alone", d.alone},       {"tokens_a_pass", d.tokens_a_pass()}, {"draft_seconds", d.draft_seconds}, {"verify_seconds", d.verify_seconds}};
+}
+
 Json stats_json(const GenerateStats& s) {
   return {{"held_tokens", s.held_tokens},
           {"prompt_tokens", s.prompt_tokens},
           {"new_tokens", s.new_tokens},
           {"prefill_tokens_per_second", s.prefill_tokens_per_second()},
           {"decode_ms_per_token", s.decode_ms_per_token()},
+          {"draft", draft_json(s.draft)},
           {"attention_share", s.attention_share},
           {"state_bytes", bytes_json(s.state)},
           {"predicted_state_bytes", bytes_json(s.predicted_state)},
@@ -70,6 +76,12 @@ void print_stats(const GenerateStats& s) {
   if (s.held_tokens > 0) fmt::print(stderr, "session    {} tokens, not read again\n", s.held_tokens);
   fmt::print(stderr, "prompt     {} tokens, {} tokens/s\n", s.prompt_tokens, human_count(s.prefill_tokens_per_second()));
   fmt::print(stderr, "generated  {} tokens, {:.2f} ms a token\n", s.new_tokens, s.decode_ms_per_token());
+  if (const DraftStats& d = s.draft; d.passes + d.alone > 0) {
+    fmt::print(stderr, "drafts     {} tokens, {:.1f}% of those tested accepted; {} passes of {:.2f} tokens, {} tokens without a draft\n", d.drafted, 100 * d.acceptance(), d.passes,
+               d.tokens_a_pass(), d.alone);
+    const auto each = [](double seconds, int64_t count) { return count > 0 ? 1e3 * seconds / static_cast<double>(count) : 0; };
+    fmt::print(stderr, "           {:.2f} ms a drafted token, {:.2f} ms a pass\n", each(d.draft_seconds, d.drafted), each(d.verify_seconds, d.passes));
+  }
   fmt::print(stderr, "attention  {:.1f}% of tokens\n", 100 * s.attention_share);
   fmt::print(stderr, "state      {}: recurrent {}, convolution tails {}, keys and values {} (predicted {})\n", bytes(s.state.total()),
              bytes(s.state.recurrent), bytes(s.state.tails), bytes(s.state.tokens), bytes(s.predicted_state.total()));
@@ -162,6 +174,10 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_option("--save-session", o->save_session, "save prompt and text there at the end, or at Ctrl-C, to go on from")->type_name("FILE");
   app.add_option("--kv", o->kv, "keys and values: keep, drop, bounded:F+W (those of the first F and the last W tokens), or rows chosen by a policy, as surprise:budget=256 (docs/state.md)")
       ->type_name("POLICY")->capture_default_str()->excludes(session);
+  auto* draft = app.add_option("--draft", o->generate.draft.schedule, "draft tokens in these modes, as linear, and verify several in one pass of the schedule's: the same text, sooner where that one is slow")
+      ->type_name("SCHEDULE");
+  app.add_option("--draft-tokens", o->generate.draft.tokens, "draft so many for one pass at most (1 to 15)")->type_name("N")->check(integer())->capture_default_str()->needs(draft);
+  app.add_flag("--draft-adapt,!--no-draft-adapt", o->generate.draft.adapt, "draft as many as pay by what was accepted and took so far (default), or always --draft-tokens")->needs(draft);
   app.add_flag("--fused,!--no-fused", o->generate.fused, "on a GPU, decode by one captured launch a token (default; docs/generation.md)");
   app.add_flag("--json", o->json, "print one JSON object at the end instead of the text");
   app.add_flag("--stats", o->stats, "print speed, share of attention and state bytes to standard error");

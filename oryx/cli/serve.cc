@@ -112,6 +112,10 @@ ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completion
                  "tokens of a prompt read at once: what a running text waits for at most (default: 256, on a GPU 1024)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->type_name("N");
+  app.add_option_function<double>("--gap", [o](double ms) { o->engine.gap_seconds = ms / 1e3; },
+                                  "milliseconds that a running text may wait for a token while prompts are read: so many pieces between two tokens as fit, at times none (default: one)")
+      ->check(CLI::Range(0.1, 3.6e6))
+      ->type_name("MS");
   app.add_option(
          "--keep-every", o->engine.keep_every,
          "keep the states of prompts' beginnings at multiples of so many tokens, a multiple of --piece; 0: none "
@@ -122,6 +126,7 @@ ORYX_COMMAND(serve, "answer requests over HTTP with a model (OpenAI's completion
       ->type_name("POLICY")
       ->capture_default_str();
   app.add_flag("--fused,!--no-fused", o->engine.fused, "on a GPU, write by captured launches (default; docs/serving.md)");
+  app.add_flag("--captured-pieces,!--no-captured-pieces", o->engine.captured_pieces, "on a GPU, read prompts in linear modes by captured launches too (default)");
   app.add_option("--grace", o->http.grace_seconds, "seconds that running requests have after Ctrl-C")
       ->check(CLI::Range(0.0, 86400.0))
       ->capture_default_str()

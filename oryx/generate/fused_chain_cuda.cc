@@ -101,7 +101,7 @@ void DecodeChain::launch(const Step& s, bool attention) const {
     in.needed = asks ? s.modes + i * static_cast<size_t>(s.N) : nullptr, in.optional = 4 * H_ * 128;
     in.narrow_weight = w.narrow.data_ptr(), in.narrow_out = pointer<float>(narrow_), in.narrow_rows = w.narrow_rows, in.narrow = 2 * H_;
     run(in);
-    mix(s, i, asks ? w.in_rows : 4 * H_ * 128);
+    s.verify != nullptr ? verify(s, i, asks ? w.in_rows : 4 * H_ * 128) : mix(s, i, asks ? w.in_rows : 4 * H_ * 128);
     if (asks && attends(s, i)) {
       const OryxDecodeAttention a = attention_of(s, i);
       check("oryx_decode_attention", oryx_decode_attention(&a, workspace_.data_ptr(), stream_of(u_)));
@@ -139,6 +139,21 @@ void DecodeChain::mix(const Step& s, size_t i, int64_t row) const {
   check("oryx_batch_mix", oryx_batch_mix(&a, stream_of(u_)));
 }
 
+// As mix(), of tokens of one sequence whose recurrent state and tails stay as they are.
+void DecodeChain::verify(const Step& s, size_t i, int64_t row) const {
+  const PackedLayer& w = packed_->layers[i];
+  const LayerSlots& l = (*s.slots)[i];
+  OryxVerifyMix a{};
+  a.layer = (*s.verify)[i];
+  a.projected = projected_.data_ptr(), a.narrow = pointer<float>(narrow_);
+  a.k_conv = pointer<float>(w.k_conv), a.v_conv = pointer<float>(w.v_conv), a.A_log = pointer<float>(w.A_log), a.dt_bias = pointer<float>(w.dt_bias), a.o_norm = pointer<float>(w.o_norm);
+  a.keys = pointer<void>(l.keys), a.values = pointer<void>(l.values), a.g_rows = pointer<float>(l.g), a.beta_rows = pointer<float>(l.beta), a.mode_rows = pointer<int8_t>(l.modes);
+  a.positions = s.positions, a.modes = s.modes + i * static_cast<size_t>(s.N), a.out = y_.data_ptr();
+  a.T = s.N, a.H = H_, a.row = row, a.capacity = s.capacity, a.tiles = static_cast<int32_t>(oryx_product_tiles(s.N));
+  a.head_norm_eps = static_cast<float>(model_.layer(static_cast<int64_t>(i)).config().o_norm_eps());
+  check("oryx_verify_mix", oryx_verify_mix(&a, stream_of(u_)));
+}
+
 OryxDecodeAttention DecodeChain::attention_of(const Step& s, size_t i) const {
   const PackedLayer& w = packed_->layers[i];
   const LayerSlots& l = (*s.slots)[i];
@@ -156,6 +171,10 @@ OryxDecodeAttention DecodeChain::attention_of(const Step& s, size_t i) const {
   a.gate = projected + 2 * width, a.gate_row = row, a.head_norm = pointer<float>(w.o_norm);
   a.head_norm_eps = static_cast<float>(model_.layer(static_cast<int64_t>(i)).config().o_norm_eps());
   a.o_tiles = static_cast<int32_t>(oryx_product_tiles(s.N));
+  if (s.verify != nullptr) {
+    a.N = 1, a.Hq = H_ * s.N, a.steps = s.N, a.step_wanted = a.wanted, a.wanted = nullptr;
+    a.lengths = s.lengths + s.N - 1;  // with the last token's own key
+  }
   return a;
 }
 

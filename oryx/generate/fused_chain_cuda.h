@@ -75,6 +75,7 @@ class DecodeChain : public GatedDeltaStack {
   void run(const OryxProduct& a) const;
   void residual(const Step& s, const at::Tensor& weight, const at::Tensor& x, int64_t K, const at::Tensor& norm_weight, size_t to) const;
   void mix(const Step& s, size_t i, int64_t row) const;
+  void verify(const Step& s, size_t i, int64_t row) const;
   OryxDecodeAttention attention_of(const Step& s, size_t i) const;
   bool attends(const Step& s, size_t i) const { return packed_->layers[i].attends && (*s.slots)[i].keys.defined(); }
 

@@ -3,8 +3,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 
+#include <algorithm>
 #include <chrono>
 #include <limits>
+#include <optional>
 
 #include "oryx/common/error.h"
 #include "oryx/common/interrupt.h"
@@ -21,6 +23,13 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 
 int64_t held_tokens(const GenerateOptions& o) { return o.from != nullptr ? o.from->lengths().at(0) : 0; }
 
+// A window is given the rows that a refused draft wants.
+StateOptions draft_state(const GenerateOptions& o) {
+  StateOptions state = o.state;
+  if (o.draft.on() && state.bound.on()) state.bound.back = std::max(state.bound.back, o.draft.tokens + 1);
+  return state;
+}
+
 void check(const ModelConfig& config, const ModelSchedule& schedule, std::span<const int32_t> prompt, const GenerateOptions& o) {
   if (prompt.empty() && o.from == nullptr) fail("the prompt is empty; there is nothing to go on from");
   if (prompt.empty() && !o.from_end.logits.defined()) fail("the prompt is empty, and the session does not hold what follows its text; give a prompt to go on with");
@@ -36,6 +45,7 @@ void check(const ModelConfig& config, const ModelSchedule& schedule, std::span<c
   }
   o.sampling.validate();
   o.state.validate();
+  if (o.draft.on()) check_draft(config, schedule, o.draft, o.from != nullptr ? o.from->options() : draft_state(o));
 }
 
 class Decoder {
@@ -49,6 +59,14 @@ class Decoder {
     out_.stats.held_tokens = held_;
     out_.stats.prompt_tokens = static_cast<int64_t>(prompt.size());
     out_.stats.predicted = session_.plan();
+    if (!options.draft.on()) return;
+    draft_schedule_.emplace(model.config(), options.draft.schedule);
+    const auto draw = [this](const at::Tensor& logits, int64_t position) {
+      const at::Tensor row = drawn_from(logits);
+      if (options_.sampling.temperature == 0 && row.is_cuda()) return draft_likeliest(row);  // no row of logits need come to the host
+      return static_cast<int32_t>(sample_token(row, options_.sampling, static_cast<uint64_t>(position)));
+    };
+    drafted_.emplace(session_, *draft_schedule_, options.draft, draw, options.eos_id);
   }
 
   void prefill(std::span<const int32_t> prompt) {
@@ -65,7 +83,7 @@ class Decoder {
   StopReason decode(const std::function<bool(int32_t)>& on_token) {
     at::NoGradGuard no_grad;
     while (!interrupted()) {
-      const auto next = static_cast<int32_t>(sample_token(logits_, options_.sampling, static_cast<uint64_t>(session_.length())));
+      const auto next = static_cast<int32_t>(sample_token(logits_, options_.sampling, static_cast<uint64_t>(drafted_ ? drafted_->length() : session_.length())));
       ++out_.stats.new_tokens;
       if (next == options_.eos_id) return StopReason::kEos;
       out_.ids.push_back(next);
@@ -78,6 +96,11 @@ class Decoder {
 
   Generated finish(StopReason stop) {
     out_.stop = stop;
+    if (drafted_) {
+      at::NoGradGuard no_grad;
+      drafted_->settle();
+      out_.stats.draft = drafted_->stats();
+    }
     if (options_.at_end && prompt_is_read_) {
       at::NoGradGuard no_grad;
       if (const int64_t all = held_ + out_.stats.prompt_tokens + static_cast<int64_t>(out_.ids.size()); session_.length() < all) take(session_.step(out_.ids.back()));
@@ -92,14 +115,16 @@ class Decoder {
  private:
   static SessionOptions session_options(const LanguageModel& model, const ModelSchedule& schedule, int64_t held, std::span<const int32_t> prompt, const GenerateOptions& o) {
     const int64_t length = held + static_cast<int64_t>(prompt.size());
-    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), o.state, gather_facts(model, schedule, prompt, {}, {}, /*routers=*/false), o.fused};
+    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), draft_state(o), gather_facts(model, schedule, prompt, {}, {}, /*routers=*/false), o.fused};
   }
 
   // The clock stops when the logits have come back from the device.
   void take(const at::Tensor& logits) {
     all_logits_ = logits.cpu();
-    logits_ = options_.vocab_size > 0 ? all_logits_.narrow(0, 0, options_.vocab_size) : all_logits_;
+    logits_ = drawn_from(all_logits_);
   }
+
+  at::Tensor drawn_from(const at::Tensor& logits) const { return options_.vocab_size > 0 ? logits.narrow(0, 0, options_.vocab_size) : logits; }
 
   TextEnd text_end() {
     end_.ids.insert(end_.ids.end(), out_.ids.begin(), out_.ids.end());
@@ -111,7 +136,7 @@ class Decoder {
 
   void step(int32_t id) {
     const auto start = std::chrono::steady_clock::now();
-    take(session_.step(id));
+    take(drafted_ ? drafted_->step(id, options_.max_new_tokens - out_.stats.new_tokens) : session_.step(id));
     out_.stats.decode_seconds += seconds_since(start);
     ++out_.stats.decode_steps;
   }
@@ -120,6 +145,8 @@ class Decoder {
   const GenerateOptions& options_;
   int64_t held_;
   Session session_;
+  std::optional<ModelSchedule> draft_schedule_;
+  std::optional<DraftedSession> drafted_;  // stands in for the session's step()
   at::Tensor all_logits_, logits_;  // [V]: after the last token; those that are drawn from
   TextEnd end_;
   bool prompt_is_read_ = false;

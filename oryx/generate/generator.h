@@ -9,6 +9,7 @@
 
 #include "oryx/generate/sampling.h"
 #include "oryx/generate/session.h"
+#include "oryx/generate/speculative.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
 #include "oryx/model/state_file.h"
@@ -23,6 +24,7 @@ struct GenerateOptions {
   SamplingOptions sampling = {};
   StateOptions state = {};       // what is kept of keys and values, among others
   bool fused = true;             // on a GPU decode by one captured launch a token (SessionOptions)
+  DraftOptions draft = {};       // tokens drafted in a cheaper mode and verified several at once: the same text. A bounded state is given the rows that this wants (bound.back).
   // Go on from this state of one sequence (one that was loaded, a fork), which is moved from: the prompt comes behind the tokens that it holds, and counts as the end of a
   // prompt that begins with them. `state` is then the state's own.
   State* from = nullptr;
@@ -42,6 +44,7 @@ struct GenerateStats {
   double decode_seconds = 0;       // of decode_steps passes over one token
   int64_t decode_steps = 0;
   double attention_share = 0;      // see Session
+  DraftStats draft;                // of DraftOptions; its times are part of decode_seconds
   MemoryPlan predicted;            // for the prompt and max_new_tokens
   StateBytes predicted_state;      // for the tokens that were really held at the end
   StateBytes state;                // measured at the end

@@ -108,6 +108,7 @@ Session::Session(Session&& other) noexcept
     : model_(other.model_), schedule_(other.schedule_), options_(other.options_), plan_(other.plan_), state_(std::move(other.state_)), length_(other.length_),
       attention_tokens_(other.attention_tokens_), routed_(std::move(other.routed_)) {
   other.fused_.reset();
+  other.verifier_.reset();
 }
 
 void Session::trim(int64_t length) {
@@ -121,12 +122,12 @@ void Session::count_attention() {
   attention_tokens_ = length_ > 0 ? oryx::attention_share(model_.config(), route(0, length_)) * static_cast<double>(length_) : 0;
 }
 
-std::vector<std::shared_ptr<const Routing>> Session::route(int64_t start, int64_t count) const {
+std::vector<std::shared_ptr<const Routing>> Session::route(const ModelSchedule& schedule, int64_t start, int64_t count) const {
   ModePiece piece{.row = 0, .column = 0, .length = count, .start = start, .context = {}};
   piece.context.prompt_length = options_.prompt_length;
   piece.context.seed = options_.seed;
   piece.context.facts = routed_.facts();
-  return schedule_.route({piece}, 1, count);
+  return schedule.route({piece}, 1, count);
 }
 
 void Session::look_ahead(std::span<const int32_t> prompt) {
@@ -156,13 +157,16 @@ void Session::look_ahead(std::span<const int32_t> prompt) {
   state_.reserve(options_.tokens);
 }
 
-at::Tensor Session::run(std::span<const int32_t> ids) {
+at::Tensor Session::run(std::span<const int32_t> ids) { return run_under(schedule_, ids, false); }
+
+at::Tensor Session::run_under(const ModelSchedule& schedule, std::span<const int32_t> ids, bool as_steps) {
   const auto count = static_cast<int64_t>(ids.size());
   routed_.before(ids);
   ModelInput input;
   input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, count});
-  input.routing = route(length_, count);
+  input.routing = route(schedule, length_, count);
   input.state = &state_;
+  input.as_steps = as_steps;
   const at::Tensor hidden = model_.hidden(input).squeeze(0);  // [count, D]
   routed_.after(hidden[count - 1]);
   length_ += count;
@@ -170,7 +174,9 @@ at::Tensor Session::run(std::span<const int32_t> ids) {
   return hidden;
 }
 
-at::Tensor Session::step(int32_t id) {
+at::Tensor Session::step(int32_t id) { return step_under(schedule_, id); }
+
+at::Tensor Session::step_under(const ModelSchedule& schedule, int32_t id) {
   TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
   at::NoGradGuard no_grad;
   if (!asked_ && options_.fused && model_.device().is_cuda()) {
@@ -179,14 +185,81 @@ at::Tensor Session::step(int32_t id) {
     if (fused_ == nullptr) log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: {} (docs/generation.md)", why);
   }
   asked_ = true;
-  if (fused_ == nullptr || !fused_->fits()) return model_.logits(run({&id, 1})).squeeze(0);
+  if (fused_ == nullptr || !fused_->fits()) return model_.logits(run_under(schedule, {&id, 1}, false)).squeeze(0);
   routed_.before({&id, 1});
-  const auto routing = route(length_, 1);
+  const auto routing = route(schedule, length_, 1);
   const at::Tensor logits = fused_->step({id}, routing).squeeze(0);
   if (routed_.on()) routed_.after(fused_->hidden()[0]);
   ++length_;
   attention_tokens_ += oryx::attention_share(model_.config(), routing);
   return logits;
+}
+
+void Session::hold() {
+  TORCH_CHECK(!routed_.on(), "session: a draft under a schedule with a router");
+  state_.hold();
+  held_length_ = length_;
+  held_attention_ = attention_tokens_;
+}
+
+at::Tensor Session::draft(int32_t id, const ModelSchedule& by) { return step_under(by, id); }
+
+void Session::back() {
+  state_.back(held_length_);
+  length_ = held_length_;
+  attention_tokens_ = held_attention_;
+}
+
+at::Tensor Session::steps(std::span<const int32_t> ids) {
+  const auto count = static_cast<int64_t>(ids.size());
+  TORCH_CHECK(count > 0 && length_ + count <= options_.tokens, "session: ", length_ + count, " tokens, reserved for ", options_.tokens);
+  TORCH_CHECK(!routed_.on(), "session: several tokens as steps under a schedule with a router");
+  at::NoGradGuard no_grad;
+  held_length_ = length_;
+  held_attention_ = attention_tokens_;
+  if (!asked_verifier_ && options_.fused && model_.device().is_cuda()) {
+    std::string why;
+    verifier_ = make_draft_verifier(model_, state_, options_.tokens, &why);
+    if (verifier_ == nullptr) log::warn_once("verifying drafts operator by operator, more slowly than by one captured launch: {} (docs/generation.md)", why);
+  }
+  asked_verifier_ = true;
+  verifying_ = verifier_ != nullptr && count >= 2 && count <= verifier_->most() && verifier_->fits(count);
+  if (verifying_) {
+    const at::Tensor logits = verifier_->run({ids.begin(), ids.end()}, route(length_, count));
+    length_ += count;
+    return logits;
+  }
+  state_.hold_steps(count);
+  return model_.logits(run_under(schedule_, ids, true));
+}
+
+void Session::keep(int64_t count) {
+  TORCH_CHECK(count > 0 && held_length_ + count <= length_, "session: the first ", count, " of ", length_ - held_length_, " tokens");
+  if (verifying_) {
+    verifier_->keep(count);
+    verifying_ = false;
+  } else if (held_length_ + count == length_) {
+    return;
+  } else {
+    state_.back(held_length_ + count);
+  }
+  length_ = held_length_ + count;
+  attention_tokens_ = held_attention_ + oryx::attention_share(model_.config(), route(held_length_, count)) * static_cast<double>(count);
+}
+
+bool Session::same_modes(const ModelSchedule& other, int64_t count) const {
+  const auto own = route(length_, count), others = route(other, length_, count);
+  const Routing *last_own = nullptr, *last_other = nullptr;
+  const std::vector<std::string>* last_mixers = nullptr;
+  for (int64_t i = 0; i < model_.config().num_layers; ++i) {
+    const Routing &a = *own[own.size() == 1 ? 0 : static_cast<size_t>(i)], &b = *others[others.size() == 1 ? 0 : static_cast<size_t>(i)];
+    const MultiMixerLayer& layer = model_.layer(i);
+    if (layer.mixer_names().size() == 1 || layer.config().combine == "mean") continue;  // no choice
+    if (&a == last_own && &b == last_other && layer.mixer_names() == *last_mixers) continue;
+    if (!at::equal(a.places(layer.mixer_names()), b.places(layer.mixer_names()))) return false;
+    last_own = &a, last_other = &b, last_mixers = &layer.mixer_names();
+  }
+  return true;
 }
 
 at::Tensor Session::extend(std::span<const int32_t> ids, int64_t keep) {

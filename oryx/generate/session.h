@@ -10,6 +10,7 @@
 
 #include "oryx/generate/fused_decoder.h"
 #include "oryx/generate/routed_text.h"
+#include "oryx/generate/verifier.h"
 #include "oryx/model/language_model.h"
 #include "oryx/model/scheduling.h"
 
@@ -60,6 +61,18 @@ class Session {
   // Forgets the tokens from `length` on (State::trim). Not for a schedule with a router, which reads a text forwards.
   void trim(int64_t length);
 
+  // What drafts want (speculative.h), of a session without routers: hold() remembers where it stands, draft() runs a token as step() does but under the schedule `by`, and back() stands
+  // there again, as if nothing had run since.
+  void hold();
+  at::Tensor draft(int32_t id, const ModelSchedule& by);
+  void back();
+  // Runs `ids` behind those held in one pass, each as step() would (by a DraftVerifier where there is one, else ModelInput::as_steps) -> logits [ids, vocabulary], valid until the next call.
+  // keep() then forgets all but the first `count` of them, at least one; before anything else is done.
+  at::Tensor steps(std::span<const int32_t> ids);
+  void keep(int64_t count);
+  // Whether the next `count` tokens run in the same mixers, in every layer, under the schedule `other`.
+  bool same_modes(const ModelSchedule& other, int64_t count) const;
+
   int64_t length() const { return length_; }
   const State& state() const { return state_; }
   // The schedule's facts so far: those it was given and, of tokens behind the prompt, the gains that its routers predicted for them.
@@ -73,7 +86,10 @@ class Session {
  private:
   at::Tensor run(std::span<const int32_t> ids);
   void count_attention();
-  std::vector<std::shared_ptr<const Routing>> route(int64_t start, int64_t count) const;
+  at::Tensor step_under(const ModelSchedule& schedule, int32_t id);
+  at::Tensor run_under(const ModelSchedule& schedule, std::span<const int32_t> ids, bool as_steps);
+  std::vector<std::shared_ptr<const Routing>> route(int64_t start, int64_t count) const { return route(schedule_, start, count); }
+  std::vector<std::shared_ptr<const Routing>> route(const ModelSchedule& schedule, int64_t start, int64_t count) const;
 
   const LanguageModel& model_;
   const ModelSchedule& schedule_;
@@ -84,7 +100,11 @@ class Session {
   double attention_tokens_ = 0;
   std::unique_ptr<FusedDecoder> fused_;  // made by the first step()
   bool asked_ = false;
+  std::unique_ptr<DraftVerifier> verifier_;  // made by the first steps()
+  bool asked_verifier_ = false, verifying_ = false;
   RoutedText routed_;
+  int64_t held_length_ = 0;  // by hold(), and before steps()
+  double held_attention_ = 0;
 };
 
 }  // namespace oryx

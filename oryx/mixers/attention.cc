@@ -88,6 +88,18 @@ class Attention : public Mixer {
     return at::zeros({in.q.size(0)}, at::device(in.q.device()).dtype(at::kBool)).index_fill_(0, rows, true);
   }
 
+  // The same by token, of [B * T]; on the CPU.
+  static std::optional<at::Tensor> wanted_tokens(const MixerInput& in) {
+    if (!in.spans) return std::nullopt;
+    const at::Tensor wanted = at::zeros({in.q.size(0), in.q.size(1)}, at::kBool);
+    for (int64_t i = 0; i < in.spans->size(0); ++i) {
+      const at::Tensor span = (*in.spans)[i];
+      const int64_t begin = span[1].item<int32_t>();
+      wanted[span[0].item<int32_t>()].narrow(0, begin, span[2].item<int32_t>() - begin).fill_(true);
+    }
+    return wanted.flatten();
+  }
+
   ops::DecodeRope decode_rope() const { return {config_.rope_theta > 0 ? config_.rope_theta : 0, config_.rotary_dim}; }
 
   at::Tensor one_token(const MixerInput& in) const {
@@ -97,14 +109,15 @@ class Attention : public Mixer {
         .unsqueeze(1);
   }
 
+  // One token of each sequence, or the tokens of one sequence as steps, each with its own length.
   at::Tensor over_pages(const MixerInput& in) const {
     const auto& cache = *in.cache;
-    ops::PagedDecode a{.q = normalised(in.q, q_norm_).squeeze(1),
+    ops::PagedDecode a{.q = normalised(in.q, q_norm_).flatten(0, 1),
                        .keys = cache.key_pools,
                        .values = cache.value_pools,
                        .lengths = cache.lengths,
                        .blocks = cache.blocks,
-                       .wanted = wanted_rows(in),
+                       .wanted = wanted_tokens(in),
                        .rope = decode_rope(),
                        .window = cache.window,
                        .first = cache.window > 0 ? cache.first : 0,
@@ -114,7 +127,7 @@ class Attention : public Mixer {
       a.k_norm = config_.zero_centred_norm ? k_norm_ + 1 : k_norm_;
       a.norm_eps = config_.norm_eps;
     }
-    return ops::paged_decode_attention(a).unsqueeze(1);
+    return ops::paged_decode_attention(a).unflatten(0, {in.q.size(0), in.q.size(1)});
   }
 
   at::Tensor over_cache(const at::Tensor& q, const MixerInput& in) const {

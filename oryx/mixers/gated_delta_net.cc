@@ -54,8 +54,9 @@ class GatedDeltaNet : public Mixer {
       beta = in.keep("gated_delta_net.beta", beta);
     }
     at::Tensor S = in.state->tensor("gated_delta_net.S");  // [N, Hs, V, K]
-    if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
-      return ops::gated_delta_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), g.squeeze(1), beta.squeeze(1), S).unsqueeze(1);
+    if (in.in_steps()) {
+      const auto step = [&](int64_t t) { return ops::gated_delta_step(in.q.select(1, t), in.k.select(1, t), in.v.select(1, t), g.select(1, t), beta.select(1, t), S); };
+      return in.by_token("gated_delta_net.S", step);
     }
     const auto r = ops::gated_delta_rule(in.q, in.k, in.v, g, beta, S, in.sequences.cu_seqlens, in.spans);
     in.store(S, r.final_state);

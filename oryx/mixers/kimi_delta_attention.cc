@@ -60,8 +60,10 @@ class KimiDeltaAttention : public Mixer {
       beta = in.keep("kimi_delta_attention.beta", beta);
     }
     at::Tensor S = in.state->tensor("kimi_delta_attention.S");  // [N, Hs, V, K]
-    if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
-      return ops::kda_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), decay(f).squeeze(1), beta.squeeze(1), S).unsqueeze(1);
+    if (in.in_steps()) {
+      const at::Tensor g = decay(f);
+      const auto step = [&](int64_t t) { return ops::kda_step(in.q.select(1, t), in.k.select(1, t), in.v.select(1, t), g.select(1, t), beta.select(1, t), S); };
+      return in.by_token("kimi_delta_attention.S", step);
     }
     const auto r = ops::kda(in.q, in.k, in.v, decay(f), beta, S, in.sequences.cu_seqlens, in.spans);
     in.store(S, r.final_state);

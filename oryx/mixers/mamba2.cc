@@ -48,8 +48,9 @@ class Mamba2 : public Mixer {
     }
     if (in.keep) dt_raw = in.keep("mamba2.dt", dt_raw);
     at::Tensor S = in.state->tensor("mamba2.S");  // [N, Hs, V, K]
-    if (in.q.size(1) == 1 && !in.sequences.cu_seqlens) {
-      return ops::ssd_step(in.q.squeeze(1), in.k.squeeze(1), in.v.squeeze(1), dt_raw.squeeze(1), dt_bias_, A_log_, D_, S).unsqueeze(1);
+    if (in.in_steps()) {
+      const auto step = [&](int64_t t) { return ops::ssd_step(in.q.select(1, t), in.k.select(1, t), in.v.select(1, t), dt_raw.select(1, t), dt_bias_, A_log_, D_, S); };
+      return in.by_token("mamba2.S", step);
     }
     const auto r = ops::ssd(in.q, in.k, in.v, dt_raw, dt_bias_, A_log_, D_, S, in.sequences.cu_seqlens, in.spans);
     in.store(S, r.final_state);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/stack.h>
 
 #include <functional>
 #include <memory>
@@ -59,6 +60,22 @@ struct MixerInput {
   // tokens' rows already (State::trim) it is these. Empty where no rows are kept.
   std::function<at::Tensor(const std::string& slot, const at::Tensor& rows)> keep = {};
   ops::Copies* copies = nullptr;  // of the layer, run when its mixers are through
+  // The tokens go one by one through the mixer's step, so that each gets the bits that it gets when it runs alone (ModelInput::as_steps; one sequence, with a state). stepped(slot, t) is
+  // then called when token t has gone through a recurrent slot, where it is given.
+  bool as_steps = false;
+  std::function<void(const std::string& slot, int64_t t)> stepped = {};
+
+  bool in_steps() const { return as_steps || (q.size(1) == 1 && !sequences.cu_seqlens); }
+  // step(t) -> o [B, output heads, V] of token t, which brings the recurrent slot over it -> [B, T, output heads, V].
+  template <class Step>
+  at::Tensor by_token(const std::string& slot, Step step) const {
+    std::vector<at::Tensor> o;
+    for (int64_t t = 0; t < q.size(1); ++t) {
+      o.push_back(step(t));
+      if (stepped) stepped(slot, t);
+    }
+    return o.size() == 1 ? o[0].unsqueeze(1) : at::stack(o, 1);
+  }
 
   // The slot `to` of the state becomes `value`; whoever reads it does so behind the layer's mixers.
   void store(const at::Tensor& to, const at::Tensor& value) const {

@@ -257,6 +257,9 @@ at::Tensor LanguageModel::hidden(const ModelInput& input) const {
   ForwardPass pass;
   pass.state = input.state;
   pass.refill = input.refill;
+  TORCH_CHECK(!input.as_steps || (input.state != nullptr && !input.refill && B == 1 && !input.cu_seqlens && input.state->sequences() == 1 && !input.state->kept().on()),
+              "model: tokens as steps are those of one sequence with a state that chooses no rows");
+  pass.as_steps = input.as_steps;
   pass.tap = input.tap;
   pass.sequences.cu_seqlens = ready.cu_seqlens;
   pass.sequences.positions = ready.positions;

@@ -34,6 +34,9 @@ struct ModelInput {
   State* state = nullptr;
   // The state holds the rows of these tokens already, and only its recurrent slots and tails are brought forward (State::trim).
   bool refill = false;
+  // Of a state of one sequence: a few tokens in one pass, but each as if it ran alone. On the CPU in float32, up to ops::kFewRows tokens, each gets the very bits that it gets in a pass
+  // of its own, and so do the state's slots; weights are read once for all of them. What verifies a draft: State::hold_steps() first, and State::back() reaches the end of each token.
+  bool as_steps = false;
   // Recompute each layer in the backward pass instead of keeping its activations.
   bool checkpoint_layers = false;
   std::function<void(std::string_view, int64_t, const at::Tensor&)> tap = {};

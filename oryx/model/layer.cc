@@ -195,6 +195,14 @@ at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weig
   if (pass.state == nullptr) return ops::short_conv(x, weight, bias, {}, pass.sequences.cu_seqlens, act).y;
   pass.state->record(index_, slot, x, pass.cu_seqlens.empty() ? nullptr : &pass.cu_seqlens);
   at::Tensor tail = pass.state->layer(index_).tensor(slot);  // [N, C, w - 1]
+  if (pass.as_steps) {
+    std::vector<at::Tensor> y;
+    for (int64_t t = 0; t < x.size(1); ++t) {
+      y.push_back(ops::short_conv_step(x.select(1, t), weight, bias, tail, act));
+      pass.state->keep_step(index_, slot, t);
+    }
+    return at::stack(y, 1);
+  }
   if (x.size(1) == 1 && !pass.sequences.cu_seqlens) return ops::short_conv_step(x.squeeze(1), weight, bias, tail, act).unsqueeze(1);
   const auto r = ops::short_conv(x, weight, bias, tail, pass.sequences.cu_seqlens, act);
   pass.copies.add(tail, r.final_state);
@@ -302,14 +310,17 @@ at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing
       input.keep = [&](const std::string& slot, const at::Tensor& rows) { return keep(slot, rows, pass); };
     }
     input.copies = &pass.copies;
+    input.as_steps = pass.as_steps;
+    if (pass.as_steps) input.stepped = [&](const std::string& slot, int64_t t) { pass.state->keep_step(index_, slot, t); };
     if (pass.surprise) {
       if (const auto score = mixers_[m]->surprise(input, TokenMeasure::kSurprise)) pass.surprise(*score);
     }
     at::Tensor part = mixers_[m]->forward(input);
     if (idle) continue;
-    // One-token steps read out every row; rows in another mode are dropped here.
-    if (T == 1 && state != nullptr && tokens.index.defined()) {
-      part = at::zeros_like(part).index_copy(0, tokens.index, part.index_select(0, tokens.index));
+    // Steps read out every row; rows in another mode are dropped here.
+    if ((T == 1 || pass.as_steps) && state != nullptr && tokens.index.defined()) {
+      const at::Tensor read = part.flatten(0, 1);
+      part = at::zeros_like(read).index_copy(0, tokens.index, read.index_select(0, tokens.index)).view_as(part);
     }
     // What looks back keeps its output for the backward pass; what does not stands first, to be written over.
     const bool first = !combines_all() && mixers_[m]->advances_everywhere();

@@ -30,6 +30,7 @@ struct ForwardPass {
   std::vector<int64_t> cu_seqlens;  // host copy, empty when not packed
   State* state = nullptr;
   bool refill = false;  // the state holds these tokens' rows already
+  bool as_steps = false;  // ModelInput::as_steps
   std::optional<RowPlaces> places;  // made by the first layer that wants them
   std::optional<RowStore::Pages> pages;  // likewise
   ops::Copies copies;  // what a layer leaves in the state
@@ -87,7 +88,7 @@ class MultiMixerLayer {
   bool combines_all() const { return config_.combine == "mean"; }
   const KeyValueGroup& group_of(size_t mixer) const { return groups_[config_.share_kv ? 0 : mixer]; }
   KeyValueCache past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, ForwardPass& pass) const;
-  KeyValueCache in_pages(const KeyValueGroup& group, ForwardPass& pass) const;
+  KeyValueCache in_pages(const KeyValueGroup& group, int64_t tokens, ForwardPass& pass) const;
   KeyValueCache bounded(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, const std::vector<int64_t>& counts, ForwardPass& pass) const;
   void add_kept(const KeyValueGroup& group, const std::vector<int64_t>& begins, const ForwardPass& pass, KeyValueCache& cache) const;
   bool choose_rows(const Projections& u, const std::vector<KeyValues>& kvs, ForwardPass& pass) const;

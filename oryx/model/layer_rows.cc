@@ -34,7 +34,7 @@ RowPlaces row_places(const std::vector<int64_t>& begins, const std::vector<int64
 KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, const at::Tensor& k, const at::Tensor& v, ForwardPass& pass) const {
   const State& state = *pass.state;
   // Texts that are written side by side each have rows in places of their own: they are read there.
-  if (k.device().is_cpu() && k.size(1) == 1 && pass.cu_seqlens.empty() && !state.kept().on()) return in_pages(group, pass);
+  if (k.device().is_cpu() && (k.size(1) == 1 || pass.as_steps) && pass.cu_seqlens.empty() && !state.kept().on()) return in_pages(group, k.size(1), pass);
   const std::vector<int64_t> counts = new_tokens(pass, k.size(1));
   std::vector<int64_t> lengths(state.lengths());
   for (size_t n = 0; n < counts.size(); ++n) lengths[n] += counts[n];
@@ -46,13 +46,15 @@ KeyValueCache MultiMixerLayer::past_and_present(const KeyValueGroup& group, cons
   return cache;
 }
 
-KeyValueCache MultiMixerLayer::in_pages(const KeyValueGroup& group, ForwardPass& pass) const {
+// One token of each sequence, or `tokens` of the one that there is: a row of lengths and pages for each of them.
+KeyValueCache MultiMixerLayer::in_pages(const KeyValueGroup& group, int64_t tokens, ForwardPass& pass) const {
   const State& state = *pass.state;
   if (!pass.pages) pass.pages = state.pages();
   KeyValueCache cache;
   cache.lengths = state.lengths_tensor() + 1;
+  if (tokens > 1) cache.lengths = cache.lengths + at::arange(tokens, at::kInt);
   cache.window = state.options().bound.window, cache.first = state.options().bound.first;
-  cache.blocks = pass.pages->blocks;
+  cache.blocks = tokens > 1 ? pass.pages->blocks.expand({tokens, -1}) : pass.pages->blocks;
   cache.key_pools = state.pools(index_, group.prefix + "keys", *pass.pages);
   cache.value_pools = state.pools(index_, group.prefix + "values", *pass.pages);
   return cache;

@@ -34,7 +34,9 @@ int64_t default_budget(at::Device device) {
 void divide_budget(const LanguageModel& model, EngineOptions& o) {
   const StateBytes none = state_bytes(model.config(), 0, model.compute_dtype(), o.state);
   const int64_t fixed = none.recurrent + none.tails;
-  const int64_t page = state_bytes(model.config(), o.state.page_tokens, model.compute_dtype(), o.state).tokens;
+  StateOptions all = o.state;  // a page holds what a bound drops, too
+  all.bound = {};
+  const int64_t page = state_bytes(model.config(), o.state.page_tokens, model.compute_dtype(), all).tokens;
   const int64_t most = page > 0 ? o.state_budget / 2 : o.state_budget;
   if (const int64_t running = fixed > 0 ? (most / fixed - 1) / 2 : o.max_running; running < o.max_running) {
     if (running < 1) {
@@ -76,6 +78,7 @@ void EngineOptions::validate() const {
   if (piece < 0) fail("piece is {}, expected an integer of at least 1, or 0 for the device's own", piece);
   if (keep_every < -1 || (keep_every > 0 && piece > 0 && keep_every % piece != 0))
     fail("keep_every is {}, expected 0 or a multiple of piece, {}", keep_every, piece);
+  if (!(gap_seconds >= 0 && gap_seconds <= 3600)) fail("gap_seconds is {}, expected 0 to 3600", gap_seconds);
   if (state_budget < 0) fail("state_budget is {}, expected an integer of at least 0", state_budget);
   if (state.kept.on())
     fail(
@@ -259,7 +262,12 @@ Engine::Engine(const LanguageModel& model, const EngineOptions& options, const D
     fail("the budget of states is {}, but an empty one takes {} already", in_bytes(options_.state_budget),
          in_bytes(none.total()));
   if (decoder != nullptr) divide_budget(model, options_);
+  const bool captured = decoder != nullptr && model.device().is_cuda() && options_.captured_pieces;
   impl_ = std::make_unique<Impl>(model, options_, std::move(decoder));
+  if (captured) {
+    impl_->pieces = make_piece_reader(model, options_.state, options_.piece, &why);
+    if (impl_->pieces == nullptr && !why.empty()) log::warn_once("prompts are read launch by launch, more slowly where they are short: {} (docs/serving.md)", why);
+  }
   const Room least = impl_->need(2, 0), whole = impl_->whole();
   if (least.bytes > whole.bytes || least.pages > whole.pages) {
     fail("the budget of states is {}, but a request of two tokens takes {}", in_bytes(options_.state_budget),
@@ -276,39 +284,57 @@ int64_t Engine::predicted_bytes(int64_t tokens) const {
   return room.bytes + room.pages * impl_->page_bytes;
 }
 
-int64_t Engine::submit(Request request) {
+// What needs no lock: checks, and what the prompt's beginnings are kept under.
+std::unique_ptr<Engine::Run> Engine::accepted(Request request) const {
   Impl& impl = *impl_;
   auto run = std::make_unique<Run>();
+  impl.check(request);
+  run->request = std::move(request);
+  if (!run->request.schedule->gain_heads().empty()) {
+    run->routed = std::make_unique<RoutedText>(impl.model, *run->request.schedule);
+    if (impl.slots) log::warn_once("texts whose schedules have a router are written operator by operator, beside the captured launches: it reads each token's hidden state (docs/modes.md)");
+    run->routed->begin_prompt(run->prompt());
+    if (run->routed->wants_prompt()) run->looked = 0;
+  }
+  if (run->looked < 0) impl.make_keys(*run);
+  return run;
+}
+
+int64_t Engine::submit(Request request) {
+  std::vector<Request> one;
+  one.push_back(std::move(request));
+  return submit(std::move(one)).front();
+}
+
+std::vector<int64_t> Engine::submit(std::vector<Request> requests) {
+  Impl& impl = *impl_;
+  const auto count = static_cast<int64_t>(requests.size());
+  std::vector<std::unique_ptr<Run>> runs;
   try {
-    impl.check(request);
-    run->request = std::move(request);
-    if (!run->request.schedule->gain_heads().empty()) {
-      run->routed = std::make_unique<RoutedText>(impl.model, *run->request.schedule);
-      if (impl.slots) log::warn_once("texts whose schedules have a router are written operator by operator, beside the captured launches: it reads each token's hidden state (docs/modes.md)");
-      run->routed->begin_prompt(run->prompt());
-      if (run->routed->wants_prompt()) run->looked = 0;
-    }
-    if (run->looked < 0) impl.make_keys(*run);
+    for (Request& request : requests) runs.push_back(accepted(std::move(request)));
   } catch (const Error&) {
     const std::lock_guard lock(impl.mutex);
-    ++impl.stats.refused;
+    impl.stats.refused += count;
     throw;
   }
   const std::lock_guard lock(impl.mutex);
-  if (impl.closed || static_cast<int64_t>(impl.queue.size()) >=
-                         options_.max_queue + std::max<int64_t>(0, options_.max_running - impl.stats.running)) {
-    ++impl.stats.refused;
+  const int64_t room = options_.max_queue + std::max<int64_t>(0, options_.max_running - impl.stats.running) - static_cast<int64_t>(impl.queue.size());
+  if (impl.closed || count > room) {
+    impl.stats.refused += count;
     if (impl.closed) throw Busy("the server is closing; nothing more is accepted");
-    throw Busy(fmt::format("{} requests run and {} wait, which is all that may; try again later", impl.stats.running,
-                           impl.queue.size()));
+    const std::string now = fmt::format("{} requests run and {} wait", impl.stats.running, impl.queue.size());
+    throw Busy(count == 1 ? now + ", which is all that may; try again later" : fmt::format("{}, and {} more are too many; try again later", now, count));
   }
-  run->id = impl.next_id++;
-  run->arrived = Clock::now();
-  const int64_t id = run->id;
-  impl.queue.push_back(std::move(run));
-  ++impl.stats.accepted;
+  std::vector<int64_t> ids;
+  for (auto& run : runs) {
+    run->id = impl.next_id++;
+    run->arrived = Clock::now();
+    ids.push_back(run->id);
+    impl.queue.push_back(std::move(run));
+  }
+  impl.stats.accepted += count;
   impl.wake.notify_all();
-  return id;
+  return ids;
 }
 
 void Engine::cancel(int64_t id) {
@@ -330,9 +356,11 @@ bool Engine::step() {
   impl.take_cancellations();
   impl.leave();
   impl.admit();
-  if (impl.running.empty()) return false;
-  if (!impl.reading.empty()) impl.land();  // tokens that are there do not wait for a piece of a prompt
-  impl.read_piece();
+  if (impl.running.empty()) {
+    impl.pace.pause();
+    return false;
+  }
+  impl.read_pieces();
   impl.write_tokens();
   impl.leave();
   return true;

@@ -34,10 +34,12 @@ struct EngineOptions {
   int64_t max_running = 0;   // requests that are read or written at once; 0: 8, by captured launches 64
   int64_t max_queue = 64;    // requests that may wait
   int64_t piece = 0;         // tokens of a prompt in one pass at most; 0: 256, on a GPU 1,024
+  double gap_seconds = 0;    // how long texts may wait for a token where prompts are read: so many pieces a round as fit, at times none; 0: one a round
   int64_t keep_every = -1;   // prefixes are kept at multiples of it, which must be a multiple of piece; 0: none are; -1: as piece
   int64_t state_budget = 0;  // bytes for the states of requests and prefixes; 0: a quarter of the memory that is free (on a GPU: half of its)
   StateOptions state = {};   // what is kept of keys and values (set_kv)
   bool fused = true;         // on a GPU: by captured launches, where the model is one that they know
+  bool captured_pieces = true;  // and with it: pieces of prompts in linear modes, each by one captured launch (piece_reader.h)
 
   // Throws Error.
   void validate() const;
@@ -93,6 +95,8 @@ class Engine {
   // bad sampling options, more bytes than the whole budget, a schedule that looks back at what is dropped), Busy for
   // one that could later.
   int64_t submit(Request request);
+  // The same of several that belong together: all are taken, or none is.
+  std::vector<int64_t> submit(std::vector<Request> requests);
   // It ends before its next token, unless it has ended.
   void cancel(int64_t id);
   EngineStats stats() const;
@@ -114,6 +118,7 @@ class Engine {
 
  private:
   struct Run;
+  std::unique_ptr<Run> accepted(Request request) const;
   struct Batch;
   struct Slots;
   struct Impl;

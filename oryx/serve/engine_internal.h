@@ -12,6 +12,7 @@
 #include "oryx/model/inspect.h"
 #include "oryx/model/routed_cost.h"
 #include "oryx/serve/engine.h"
+#include "oryx/serve/piece_reader.h"
 #include "oryx/serve/prefix_tree.h"
 
 namespace oryx::serve {
@@ -77,6 +78,32 @@ struct Engine::Slots {
   SlotDecoder::Pending pending;
 };
 
+// How long steps and pieces take, by the times at which steps' results come: a step runs behind the pieces that were launched before it. What may be read between two steps of texts
+// that should not wait longer than a given time follows from it.
+class Pace {
+ public:
+  // A step was launched: the pieces since the step before run before it.
+  void launched() { flying_.push_back(std::exchange(read_, 0)); }
+  void read(int64_t tokens) { read_ += tokens; }
+  // The results of the step that was launched longest ago are there.
+  void came(Clock::time_point now);
+  // No text is written: the time until the next results says nothing.
+  void pause() { last_.reset(), flying_.clear(); }
+  // Before the pieces of a round, between two tokens of texts that should come `gap` seconds apart at most.
+  void begin_round(double gap);
+  // Whether a piece of so many tokens may be read now; before anything is known, one a round.
+  bool allows(int64_t tokens) const { return token_ > 0 ? credit_ >= seconds_of(tokens) : read_ == 0; }
+  void spend(int64_t tokens) { credit_ -= seconds_of(tokens); }
+
+ private:
+  double seconds_of(int64_t tokens) const { return token_ * static_cast<double>(tokens); }
+  std::optional<Clock::time_point> last_;
+  int64_t read_ = 0;
+  std::deque<int64_t> flying_;   // tokens read before each step whose results nobody has looked at
+  double step_ = 0, token_ = 0;  // seconds, of late
+  double credit_ = 0;
+};
+
 // What a request takes of the budget: of a pool of rows that is part of it, pages.
 struct Room {
   int64_t bytes = 0, pages = 0;
@@ -86,6 +113,7 @@ struct Engine::Impl {
   const LanguageModel& model;
   const EngineOptions& options;
   std::unique_ptr<SlotDecoder> decoder;  // null: texts are written operator by operator
+  std::unique_ptr<PieceReader> pieces;   // null: prompts are read operator by operator
   std::string identity;    // of the model, as routers name it
   ModelSchedule linear;  // of what is read for them
   // The empty state that all others are forked from: one budget counts them.
@@ -98,6 +126,7 @@ struct Engine::Impl {
   std::deque<Run*> reading;                   // the first one's turn is next
   std::vector<Batch> batches;
   std::optional<Slots> slots;  // with a decoder
+  Pace pace;
 
   // Of all threads.
   mutable std::mutex mutex;
@@ -126,13 +155,15 @@ struct Engine::Impl {
 
   int64_t pages(int64_t tokens) const { return (tokens + options.state.page_tokens - 1) / options.state.page_tokens; }
   bool bounded() const { return root.row_bound().on(); }
-  int64_t region_bytes(int64_t tokens) const {
-    return page_bytes * std::min(RowStore::region_pages(root.row_bound(), options.state.page_tokens), pages(tokens));
+  // Of a bounded sequence at most.
+  int64_t region_pages(int64_t tokens) const {
+    return std::min(RowStore::region_pages(root.row_bound(), options.state.page_tokens), pages(tokens));
   }
+  int64_t region_bytes(int64_t tokens) const { return page_bytes * region_pages(tokens); }
   // Of a request of `tokens` tokens that begins at a kept prefix of `reused`. Under a bound a region may be replaced:
-  // both stand for a moment.
+  // both stand for a moment. Of a pool it has its own pages, whatever it shares.
   Room need(int64_t tokens, int64_t reused) const {
-    if (bounded()) return {fixed + 2 * region_bytes(tokens)};
+    if (bounded()) return pooled() ? Room{fixed, region_pages(tokens)} : Room{fixed + 2 * region_bytes(tokens)};
     return with_rows(fixed, pages(tokens) - reused / options.state.page_tokens);
   }
   bool pooled() const { return options.state.row_pages > 0; }
@@ -179,7 +210,12 @@ struct Engine::Impl {
   void count(Run& run, const Routings& routings, int64_t tokens);
   // A prompt that began alike may have come further meanwhile: prompts of a kind that arrive together are read once.
   void jump(Run& run);
-  void read_piece();
+  // -> tokens that were read
+  int64_t read_piece();
+  // One piece, or so many as texts may wait for.
+  void read_pieces();
+  // The tokens' hidden states [n, D], behind those that the run's state holds.
+  at::Tensor run_piece(Run& run, std::span<const int32_t> ids, const Routings& routing);
   void keep_prefix(Run& run);
   // The prompt's tokens whose hidden states [n, D] are those of the tokens from `begin` on: of each the next one.
   void score_piece(const Run& run, int64_t begin, const at::Tensor& hidden) const;

@@ -1,5 +1,6 @@
 // Requests that join and leave at any token give what each gives alone.
 #include "oryx/serve/engine.h"
+#include "oryx/serve/engine_internal.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
@@ -411,9 +412,14 @@ TEST(ServeEngine, RefusesInOneLine) {
   refused(request_of(*m, prompt, "linear", 5, text, {.temperature = -1}), "temperature is -1");
   refused(request_of(*m, prompt, "attention", 5, text), "looks back at tokens whose keys and values this server drops");
   refused(request_of(*m, prompt, "linear,surprise(attention=0.1)", 5, text), "wants scores of the whole prompt");
-  for (int i = 0; i < 2; ++i) engine.submit(request_of(*m, prompt, "attention@:8,linear@8:", 5, text));
+  // Those that belong together are taken together, or none is.
+  const Request fits = request_of(*m, prompt, "attention@:8,linear@8:", 5, text);
+  EXPECT_THROW(engine.submit(std::vector<Request>(3, fits)), Busy);
+  EXPECT_THROW(engine.submit(std::vector<Request>{fits, request_of(*m, {}, "linear", 5, text)}), Error);
+  EXPECT_EQ(engine.stats().queued, 0);
+  EXPECT_EQ(engine.submit(std::vector<Request>(2, fits)).size(), 2u);
   EXPECT_THROW(engine.submit(request_of(*m, prompt, "linear", 5, text)), Busy);
-  EXPECT_EQ(engine.stats().refused, 7);
+  EXPECT_EQ(engine.stats().refused, 12);
   const auto bad = [&](EngineOptions options, const char* line) {
     try {
       Engine never(*m, options);
@@ -428,6 +434,53 @@ TEST(ServeEngine, RefusesInOneLine) {
   EngineOptions chosen{.state_budget = 1 << 24};
   set_kv(chosen.state, "random:budget=8");
   bad(chosen, "are not served");
+}
+
+TEST(ServePace, ReadsWhatFitsBetweenTwoTokens) {
+  using namespace std::chrono_literals;
+  serve::Pace pace;
+  serve::Clock::time_point now{};
+  const auto step = [&](serve::Clock::duration after) {
+    pace.launched();
+    pace.came(now += after);
+  };
+  EXPECT_TRUE(pace.allows(100));  // nothing is known: one
+  pace.read(100);
+  EXPECT_FALSE(pace.allows(100));
+  step(5s);    // from when is not known
+  step(10ms);  // a step alone
+  pace.read(100);
+  step(30ms);  // 20 ms for 100 tokens
+  const auto pieces = [&](double gap) {
+    int n = 0;
+    for (pace.begin_round(gap); pace.allows(100); ++n) pace.spend(100);
+    return n;
+  };
+  EXPECT_EQ(pieces(0.1), 4);
+  EXPECT_EQ(pieces(0.021), 1);  // with what was left
+  EXPECT_EQ(pieces(0.021), 0);
+  EXPECT_EQ(pieces(0.021), 1);
+  int rounds = 0;
+  while (pieces(0.001) == 0) ASSERT_LT(++rounds, 1000);  // prompts are read even where steps alone take longer
+  EXPECT_GT(rounds, 50);
+}
+
+// How much is read between two tokens changes no text.
+TEST(ServeEngine, AGapChangesNoText) {
+  const auto m = oryx_model();
+  for (const double gap : {1e-6, 3600.0}) {
+    CounterRng rng(3);
+    Engine engine(*m, {.max_running = 4, .max_queue = 100, .piece = 8, .gap_seconds = gap, .keep_every = 16, .state_budget = 1 << 26});
+    std::vector<Text> answers(8);
+    std::vector<Request> requests;
+    for (Text& answer : answers) {
+      requests.push_back(request_of(*m, random_prompt(rng, 61, 1 + rng.below(60)), "linear,attention@-5:", 12, answer));
+      engine.submit(requests.back());
+    }
+    while (engine.step()) {
+    }
+    for (size_t i = 0; i < answers.size(); ++i) EXPECT_EQ(answers[i].ids, alone(*m, requests[i], 8)) << i;
+  }
 }
 
 // submit(), cancel() and stats() from other threads while one runs the model.

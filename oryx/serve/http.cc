@@ -143,7 +143,7 @@ struct HttpServer::Impl {
     }
   }
 
-  void submit(Open& o, size_t i) {
+  Request request_of(const Open& o, size_t i) const {
     const Completion& c = o.request;
     Request r;
     r.prompt = c.prompt_of(static_cast<int64_t>(i));
@@ -158,8 +158,15 @@ struct HttpServer::Impl {
     r.on_token = [channel = o.channel, i](int32_t id) { return channel->add(i, id); };
     if (c.top_logprobs >= 0) r.on_scores = [channel = o.channel, i](TokenScores scores) { channel->score(i, std::move(scores)); };
     r.on_end = [channel = o.channel, i](const Ended& ended) { channel->end(i, ended); };
+    return r;
+  }
+
+  // All answers of a request, or none where there is no room for them.
+  void submit(Open& o) {
+    std::vector<Request> requests;
+    for (int64_t i = 0; i < o.request.answers(); ++i) requests.push_back(request_of(o, static_cast<size_t>(i)));
     try {
-      o.ids.push_back(engine.submit(std::move(r)));
+      o.ids = engine.submit(std::move(requests));
     } catch (const Busy& e) {
       throw ApiError(closing ? 503 : 429, e.what());
     } catch (const Error& e) {
@@ -173,7 +180,7 @@ struct HttpServer::Impl {
     const Completion& c = o->request;
     if (const int64_t most = engine.options().max_running + engine.options().max_queue; c.answers() > most)
       throw ApiError(400, fmt::format("{} answers are asked for, but this server runs {} and lets {} wait", c.answers(), engine.options().max_running, engine.options().max_queue), "n");
-    for (int64_t i = 0; i < c.answers(); ++i) submit(*o, static_cast<size_t>(i));
+    submit(*o);
     o->answer = {fmt::format("{}-{}", endpoint == Endpoint::kChat ? "chatcmpl" : "cmpl", o->ids.front()), options.defaults.model, std::time(nullptr), endpoint};
     return o->request.stream ? stream(o, res) : whole(o, res);
   }

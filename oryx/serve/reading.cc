@@ -38,15 +38,11 @@ bool Engine::Impl::look_ahead(Run& run) {
   } else {
     const int64_t begin = run.looked, n = std::min(options.piece, run.prompt() - begin);
     const auto ids = prompt.subspan(static_cast<size_t>(begin), static_cast<size_t>(n));
-    if (bounded()) make_room({region_bytes(run.total())});
-    ModelInput input;
-    input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, n});
     ModePiece piece{.row = 0, .column = 0, .length = n, .start = begin, .context = {}};
     piece.context.prompt_length = run.prompt();
-    input.routing = linear.route({piece}, 1, n);
-    input.state = &*run.state;
-    run.routed->look_ahead(ids, model.hidden(input).squeeze(0));
+    run.routed->look_ahead(ids, run_piece(run, ids, linear.route({piece}, 1, n)));
     run.looked += n;
+    pace.read(n);
     const std::lock_guard lock(mutex);
     ++stats.passes;
     stats.tokens_ahead += n;
@@ -69,30 +65,87 @@ void Engine::Impl::jump(Run& run) {
   TORCH_CHECK(find_room(run), "serve: no room for a state in place of a larger one");
 }
 
-void Engine::Impl::read_piece() {
-  std::erase_if(reading, [](const Run* run) { return run->over; });
+at::Tensor Engine::Impl::run_piece(Run& run, std::span<const int32_t> ids, const Routings& routing) {
+  const auto n = static_cast<int64_t>(ids.size());
+  if (pieces != nullptr && pieces->takes(routing, n)) return pieces->read(*run.state, ids);
+  if (bounded() && !pooled()) make_room({region_bytes(run.total())});
+  ModelInput input;
+  input.input_ids = at::tensor(std::vector<int64_t>(ids.begin(), ids.end()), at::kLong).view({1, n});
+  input.routing = routing;
+  input.state = &*run.state;
+  return model.hidden(input).squeeze(0);
+}
+
+namespace {
+
+// Of what was measured before; the newest counts for a quarter.
+double blended(double before, double now) { return before == 0 ? now : 0.75 * before + 0.25 * now; }
+
+}  // namespace
+
+void Pace::came(Clock::time_point now) {
+  if (flying_.empty()) return;
+  const int64_t tokens = flying_.front();
+  flying_.pop_front();
+  if (last_) {
+    const double seconds = seconds_between(*last_, now);
+    if (tokens == 0) {
+      step_ = blended(step_, seconds);
+    } else if (seconds > step_) {
+      token_ = blended(token_, (seconds - step_) / static_cast<double>(tokens));
+    }
+  }
+  last_ = now;
+}
+
+void Pace::begin_round(double gap) {
+  // Prompts are read at a tenth of the time at least, however long the steps take; what a round does not use is not saved up, but for a piece that wants more than one.
+  const double share = std::max(gap - step_, 0.1 * gap);
+  credit_ = std::max(credit_, 0.0) + share;
+}
+
+void Engine::Impl::read_pieces() {
   if (reading.empty()) return;
+  const bool waits = std::any_of(running.begin(), running.end(), [this](const auto& run) { return writes(*run); });
+  if (!waits) pace.pause();
+  if (options.gap_seconds == 0 || !waits) {
+    land();  // tokens that are there do not wait for a piece of a prompt
+    return void(read_piece());
+  }
+  pace.begin_round(options.gap_seconds);
+  if (pace.allows(options.piece)) land();
+  while (pace.allows(options.piece)) {
+    const int64_t tokens = read_piece();
+    if (tokens == 0) break;
+    pace.spend(tokens);
+  }
+}
+
+int64_t Engine::Impl::read_piece() {
+  std::erase_if(reading, [](const Run* run) { return run->over; });
+  if (reading.empty()) return 0;
   Run& run = *reading.front();
   reading.pop_front();
+  int64_t tokens = 0;
   try {
-    if (run.looked >= 0 && !look_ahead(run)) return reading.push_back(&run);
+    if (run.looked >= 0 && !look_ahead(run)) {
+      reading.push_back(&run);
+      return std::min(options.piece, run.prompt());
+    }
     jump(run);
     const int64_t begin = run.length, n = std::min(options.piece, run.prompt() - begin);
-    if (bounded()) make_room({region_bytes(run.total())});
-    ModelInput input;
-    const auto first = run.request.prompt.begin() + begin;
-    input.input_ids = at::tensor(std::vector<int64_t>(first, first + n), at::kLong).view({1, n});
     if (run.routed) {
       // A kept prefix spares the model tokens that routers are told of nevertheless.
       const int64_t told = run.routed->length();
       run.routed->before(std::span(run.request.prompt).subspan(static_cast<size_t>(told), static_cast<size_t>(begin + n - told)));
     }
-    input.routing = run.route(begin, n);
-    input.state = &*run.state;
-    const at::Tensor hidden = model.hidden(input).squeeze(0), last = hidden.narrow(0, n - 1, 1);  // [n, D], [1, D]
+    const Routings routing = run.route(begin, n);
+    const at::Tensor hidden = run_piece(run, std::span(run.request.prompt).subspan(static_cast<size_t>(begin), static_cast<size_t>(n)), routing);
+    const at::Tensor last = hidden.narrow(0, n - 1, 1);  // [1, D]
     run.length += n;
     run.read += n;
-    count(run, input.routing, n);
+    pace.read(tokens = n);
+    count(run, routing, n);
     {
       const std::lock_guard lock(mutex);
       ++stats.passes;
@@ -100,32 +153,47 @@ void Engine::Impl::read_piece() {
     }
     if (run.request.score_prompt && run.request.on_scores) score_piece(run, begin, hidden);
     keep_prefix(run);
-    if (run.length < run.prompt()) return reading.push_back(&run);
+    if (run.length < run.prompt()) {
+      reading.push_back(&run);
+      return tokens;
+    }
     run.ended.reused_tokens = run.prompt() - run.read;
     {
       const std::lock_guard lock(mutex);
       ++(run.ended.reused_tokens > 0 ? stats.prefix_hits : stats.prefix_misses);
       stats.tokens_reused += run.ended.reused_tokens;
     }
-    if (run.request.max_tokens == 0) return end(run, Outcome::kLength);
-    take_token(run, model.logits(last.clone()).squeeze(0).cpu(), last[0]);
+    if (run.request.max_tokens == 0) {
+      end(run, Outcome::kLength);
+    } else {
+      take_token(run, model.logits(last.clone()).squeeze(0).cpu(), last[0]);
+    }
   } catch (const std::exception& e) {
     end(run, Outcome::kFailed, e.what());
   }
+  return tokens;
 }
 
 void Engine::Impl::score_piece(const Run& run, int64_t begin, const at::Tensor& hidden) const {
   constexpr int64_t kRows = 64;  // of logits at once
   const Request& r = run.request;
+  const int64_t top = std::max<int64_t>(0, r.top_logprobs);
   if (begin == 0) r.on_scores({r.prompt.front(), std::numeric_limits<double>::quiet_NaN(), {}});
   const int64_t count = std::min(hidden.size(0), run.prompt() - 1 - begin);
   for (int64_t from = 0; from < count; from += kRows) {
     const int64_t rows = std::min(kRows, count - from);
-    const at::Tensor logits = model.logits(hidden.narrow(0, from, rows)).cpu();
+    const std::span ids = std::span(r.prompt).subspan(static_cast<size_t>(begin + from + 1), static_cast<size_t>(rows));
+    const at::Tensor logits = model.logits(hidden.narrow(0, from, rows));
+    // A prompt may hold ids that the tokeniser does not know: among all that the model knows.
+    const bool known = r.vocab_size > 0 && std::all_of(ids.begin(), ids.end(), [&](int32_t id) { return id < r.vocab_size; });
+    if (known || r.vocab_size == 0) {
+      for (TokenScores& scores : score_rows(known ? logits.narrow(1, 0, r.vocab_size) : logits, ids, top)) r.on_scores(std::move(scores));
+      continue;
+    }
+    const at::Tensor here = logits.cpu();
     for (int64_t j = 0; j < rows; ++j) {
-      const int32_t id = r.prompt[static_cast<size_t>(begin + from + j + 1)];
-      const bool known = r.vocab_size > 0 && id < r.vocab_size;  // a prompt may hold ids that the tokeniser does not know
-      r.on_scores(score_token(known ? logits[j].narrow(0, 0, r.vocab_size) : logits[j], id, std::max<int64_t>(0, r.top_logprobs)));
+      const int32_t id = ids[static_cast<size_t>(j)];
+      r.on_scores(score_token(id < r.vocab_size ? here[j].narrow(0, 0, r.vocab_size) : here[j], id, top));
     }
   }
 }
@@ -134,9 +202,12 @@ void Engine::Impl::keep_prefix(Run& run) {
   if (options.keep_every == 0 || run.length % options.keep_every != 0) return;
   const auto chunks = static_cast<size_t>(run.length / options.keep_every);
   if (chunks > run.keys.size() || prefixes.holds(run.keys, chunks)) return;
-  // A last, partly filled page is copied.
-  if (!make_room(with_rows(fixed, run.length % options.state.page_tokens > 0 ? 1 : 0))) return;
+  // A last, partly filled page is copied. Of a pool a bounded sequence has pages in place of those that it shares now.
+  const bool replaces = bounded() && pooled();
+  const int64_t own = replaces ? region_pages(run.total()) : 0;
+  if (!make_room(with_rows(fixed, own + (run.length % options.state.page_tokens > 0 ? 1 : 0)))) return;
   prefixes.keep(run.keys, chunks, run.state->fork({0}));
+  if (replaces) run.state->reserve_behind(run.total());
 }
 
 }  // namespace oryx::serve

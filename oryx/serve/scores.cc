@@ -51,6 +51,41 @@ TokenScores score_token(const at::Tensor& logits, int32_t id, int64_t top) {
   return scores;
 }
 
+namespace {
+
+// Rises with x, and where two are equal with the lower place: what the likeliest are picked by, as partial_sort above. x [n, V] float32.
+at::Tensor ranks(const at::Tensor& x) {
+  const at::Tensor bits = (x + 0.0).view(at::kInt).to(at::kLong);  // + 0: one zero
+  const at::Tensor ordered = at::where(bits < 0, bits.bitwise_xor(0x7fffffff), bits);
+  return ordered * (int64_t{1} << 32) - at::arange(x.size(1), ordered.options());
+}
+
+}  // namespace
+
+std::vector<TokenScores> score_rows(const at::Tensor& logits, std::span<const int32_t> ids, int64_t top) {
+  const int64_t n = logits.size(0), V = logits.size(1), count = std::min(top, V);
+  TORCH_CHECK(n == static_cast<int64_t>(ids.size()), "score_rows: ", n, " rows for ", ids.size(), " ids");
+  for (const int32_t id : ids) {
+    if (id < 0 || id >= V) fail("token id {} has no logit among {}", id, V);
+  }
+  const at::Tensor x = logits.detach().to(at::kFloat), wide = x.to(at::kDouble);
+  const at::Tensor norm = wide.logsumexp(1, true);  // [n, 1]
+  const at::Tensor own = at::tensor(at::ArrayRef<int32_t>(ids.data(), ids.size()), at::kInt).to(x.device(), at::kLong).unsqueeze(1);
+  at::Tensor places = own;  // [n, 1 + count]
+  if (count > 0) places = at::cat({own, std::get<1>(ranks(x).topk(count, 1))}, 1);
+  const at::Tensor scores = (wide.gather(1, places) - norm).cpu();
+  places = places.cpu();
+  std::vector<TokenScores> all;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto* score = scores.const_data_ptr<double>() + i * (1 + count);
+    const auto* place = places.const_data_ptr<int64_t>() + i * (1 + count);
+    TokenScores one{static_cast<int32_t>(place[0]), score[0], {}};
+    for (int64_t j = 1; j <= count; ++j) one.top.emplace_back(static_cast<int32_t>(place[j]), score[j]);
+    all.push_back(std::move(one));
+  }
+  return all;
+}
+
 std::string token_text(const Tokenizer& tokenizer, int32_t id) {
   if (id < 0 || id >= tokenizer.vocab_size()) return "";
   const std::string_view bytes = tokenizer.token_bytes(id);

@@ -24,6 +24,9 @@ struct TokenScores {
 // logits [V] on the CPU; the `top` likeliest of them beside the token that came. Throws Error for an id outside of them.
 TokenScores score_token(const at::Tensor& logits, int32_t id, int64_t top);
 
+// The same of rows of logits [n, V] where they stand, for ids[i] of row i; `top` as above. What a GPU sums in another order differs in the last bits of a double.
+std::vector<TokenScores> score_rows(const at::Tensor& logits, std::span<const int32_t> ids, int64_t top);
+
 // A token and where its text begins: characters of the answer's text before it.
 struct ShownToken {
   TokenScores scores;

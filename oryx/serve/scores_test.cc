@@ -28,6 +28,31 @@ TEST(ServeScores, AreLogSoftmax) {
   EXPECT_EQ(score_token(logits, 4, 9).top.size(), 5u);
 }
 
+TEST(ServeScores, OfRowsAreThoseOfEach) {
+  at::Tensor logits = at::randn({7, 300}).to(at::kBFloat16);  // with equals among them
+  logits[2][5] = -0.0, logits[2][9] = 0.0, logits[3].fill_(1.5), logits[4][17] = -std::numeric_limits<float>::infinity();
+  const std::vector<int32_t> ids = {0, 299, 5, 100, 17, 6, 150};
+  for (const int64_t top : {0, 1, 20, 400}) {
+    const auto all = score_rows(logits, ids, top);
+    ASSERT_EQ(all.size(), ids.size());
+    for (size_t i = 0; i < all.size(); ++i) {
+      const TokenScores one = score_token(logits[static_cast<int64_t>(i)], ids[i], top);
+      EXPECT_EQ(all[i].id, one.id);
+      ASSERT_EQ(all[i].top.size(), one.top.size());
+      for (size_t j = 0; j < one.top.size(); ++j) {
+        EXPECT_EQ(all[i].top[j].first, one.top[j].first) << i << " " << j;
+        if (std::isfinite(one.top[j].second)) {
+          EXPECT_NEAR(all[i].top[j].second, one.top[j].second, 1e-9);
+        }
+      }
+      if (std::isfinite(one.logprob)) {
+        EXPECT_NEAR(all[i].logprob, one.logprob, 1e-9);
+      }
+    }
+  }
+  EXPECT_THROW(score_rows(logits, std::vector<int32_t>(7, 300), 0), Error);
+}
+
 TEST(ServeScores, HaveOpenAisForms) {
   const auto tokenizer = make_byte_tokenizer();
   EXPECT_EQ(token_text(*tokenizer, 'a'), "a");

@@ -102,6 +102,7 @@ void Engine::Impl::take_results(const SlotDecoder::Pending& pending, const std::
   } catch (const std::exception& e) {
     error = e.what();
   }
+  pace.came(Clock::now());
   for (Run* run : runs) --run->flights;
   if (!error.empty()) {
     for (Run* run : runs) end(*run, Outcome::kFailed, error);
@@ -142,7 +143,7 @@ void Engine::Impl::write_slots() {
   SlotDecoder::Pending pending;
   try {
     const auto rows = next_rows(runs);
-    if (!rows.empty()) pending = decoder->step(rows);
+    if (!rows.empty()) pending = decoder->step(rows), pace.launched();
   } catch (const std::exception& e) {
     land();
     for (Run* run : runs) end(*run, Outcome::kFailed, e.what());

@@ -5,6 +5,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <set>
+
 #include "oryx/common/random.h"
 #include "oryx/generate/generator.h"
 #include "oryx/generate/session.h"
@@ -75,14 +77,15 @@ Engine::Decoders plain_slots(int64_t& steps, int64_t fails_at = -1, int64_t dama
 const std::vector<std::string> kSlotSchedules = {"linear", "attention", "linear,attention@-5:", "attention@prompt,linear@gen", "random(attention=0.5;chunk=4)"};
 
 // Requests of all kinds that come and go at random rounds, launched a step ahead: each is what generate() makes of it alone.
-TEST(ServeSlots, AnyInterleavingIsEachAlone) {
+void expect_any_interleaving_alone(const std::set<std::string>& names, const std::string& kv) {
   for (const auto& c : test::cases()) {
-    if (c.name != "oryx_gdn" && c.name != "oryx_mamba2" && c.name != "transformer" && c.name != "inter_layer") continue;
-    SCOPED_TRACE(c.name);
+    if (names.count(c.name) == 0) continue;
+    SCOPED_TRACE(c.name + " " + kv);
     const auto m = test::make(c.config);
     CounterRng rng(17);
     int64_t steps = 0;
     EngineOptions o{.max_running = 5, .max_queue = 100, .piece = 16, .keep_every = 16, .state_budget = 1 << 24};
+    set_kv(o.state, kv);
     Engine engine(*m, o, plain_slots(steps));
     ASSERT_TRUE(engine.fused());
     const auto shared = random_prompt(rng, 61, 40);
@@ -107,7 +110,7 @@ TEST(ServeSlots, AnyInterleavingIsEachAlone) {
     for (size_t i = 0; i < answers.size(); ++i) {
       ASSERT_TRUE(answers[i].ended.has_value()) << i;
       EXPECT_EQ(answers[i].ended->error, "") << i;
-      const auto alone = test::alone(*m, requests[i], o.piece);
+      const auto alone = test::alone(*m, requests[i], o.piece, o.state);
       if (answers[i].ended->outcome == Outcome::kCancelled) {
         EXPECT_EQ(answers[i].ids, std::vector<int32_t>(alone.begin(), alone.begin() + static_cast<int64_t>(answers[i].ids.size())));
         continue;
@@ -121,6 +124,9 @@ TEST(ServeSlots, AnyInterleavingIsEachAlone) {
     EXPECT_EQ(s.running, 0);
   }
 }
+
+TEST(ServeSlots, AnyInterleavingIsEachAlone) { expect_any_interleaving_alone({"oryx_gdn", "oryx_mamba2", "transformer", "inter_layer"}, "keep"); }
+TEST(ServeSlots, AnyInterleavingOfBoundedTextsIsEachAlone) { expect_any_interleaving_alone({"oryx_gdn", "inter_layer"}, "bounded:3+9"); }
 
 // Beside slots: texts with routers are written as ever, and whose log-probabilities are wanted gets those of the texts that are not in slots.
 TEST(ServeSlots, RoutersAndScoresBesideThem) {
@@ -300,10 +306,10 @@ std::unique_ptr<LanguageModel> gpu_model(int64_t hidden, int64_t heads, int64_t 
 }
 
 // How far the logit of each of the answer's tokens lies below the highest one, at most, by the model operator by operator; in standard deviations of the logits.
-double greedy_gap(const LanguageModel& m, const Request& r, const std::vector<int32_t>& ids, int64_t piece) {
+double greedy_gap(const LanguageModel& m, const Request& r, const std::vector<int32_t>& ids, int64_t piece, const StateOptions& state = {}) {
   const at::NoGradGuard no_grad;
   const auto prompt = static_cast<int64_t>(r.prompt.size());
-  Session session(m, *r.schedule, {.prompt_length = prompt, .tokens = prompt + r.max_tokens, .piece = piece, .seed = static_cast<uint64_t>(r.sampling.seed), .fused = false});
+  Session session(m, *r.schedule, {.prompt_length = prompt, .tokens = prompt + r.max_tokens, .piece = piece, .seed = static_cast<uint64_t>(r.sampling.seed), .state = state, .fused = false});
   at::Tensor logits = m.logits(session.extend(r.prompt)).squeeze(0).to(at::kFloat).cpu();
   double gap = 0;
   for (size_t i = 0; i < ids.size(); ++i) {
@@ -314,9 +320,10 @@ double greedy_gap(const LanguageModel& m, const Request& r, const std::vector<in
 }
 
 // Texts in all modes that come and go, more than a launch takes: each is greedy up to bfloat16's rounding, and those in linear modes are, to the token, what they are alone.
-void expect_each_alone(const LanguageModel& m, int64_t most) {
+void expect_each_alone(const LanguageModel& m, int64_t most, const std::string& kv = "keep") {
   CounterRng rng(7);
-  const EngineOptions o{.max_running = most, .max_queue = 200, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 31};
+  EngineOptions o{.max_running = most, .max_queue = 200, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 31};
+  set_kv(o.state, kv);
   Engine engine(m, o), alone(m, o);
   ASSERT_TRUE(engine.fused());
   const auto shared = random_prompt(rng, 320, 150);
@@ -339,7 +346,7 @@ void expect_each_alone(const LanguageModel& m, int64_t most) {
     ASSERT_TRUE(answers[i].ended.has_value()) << i;
     ASSERT_EQ(answers[i].ended->error, "") << i;
     ASSERT_EQ(static_cast<int64_t>(answers[i].ids.size()), requests[i].max_tokens);
-    if (requests[i].sampling.temperature == 0 && i % 3 == 0) worst = std::max(worst, greedy_gap(m, requests[i], answers[i].ids, o.piece));
+    if (requests[i].sampling.temperature == 0 && i % 3 == 0) worst = std::max(worst, greedy_gap(m, requests[i], answers[i].ids, o.piece, o.state));
     if (requests[i].schedule->text() != "linear") continue;
     Text one;
     alone.submit(request_of(m, requests[i].prompt, "linear", requests[i].max_tokens, one, requests[i].sampling));
@@ -357,6 +364,18 @@ TEST_F(ServeSlotsCuda, AnyInterleavingIsEachAlone) {
     SCOPED_TRACE(hidden);
     expect_each_alone(*gpu_model(hidden, heads, intermediate), most);
   }
+}
+// Windows' pages take turns in the table, more than once round.
+TEST_F(ServeSlotsCuda, BoundedTextsAreEachAlone) {
+  expect_each_alone(*gpu_model(384, 3, 256), 70, "bounded:5+40");
+  ModelConfig c;
+  c.vocab_size = 330, c.num_layers = 2, c.layer_mixers = {{"mamba2", "attention"}};
+  c.layer.hidden_size = 192, c.layer.num_heads = 4, c.layer.num_kv_heads = 2, c.layer.head_dim = 64, c.layer.intermediate_size = 224, c.layer.qk_norm = true;
+  c.validate();
+  LanguageModel m(c, at::kBFloat16);
+  m.initialize(1);
+  m.to(at::kCUDA);
+  expect_each_alone(m, 9, "bounded:0+33");
 }
 
 // The same of models that captured decoding's chain takes: heads of 64, other recurrences, several in a layer.
@@ -441,9 +460,7 @@ TEST_F(ServeSlotsCuda, OtherWays) {
   while (damaged.step()) {
   }
   EXPECT_EQ(c.ended->outcome, Outcome::kFailed);
-  ModelConfig narrow = m->config();
-  narrow.layer.qk_norm = true;
-  LanguageModel other(narrow, at::kBFloat16);
+  LanguageModel other(m->config(), at::kFloat);
   other.initialize(1);
   other.to(at::kCUDA);
   Engine generic(other, {.max_running = 3, .piece = 64, .keep_every = 64, .state_budget = int64_t{1} << 29});

@@ -168,7 +168,7 @@ void Engine::Impl::write_one(Batch& batch) {
   int64_t regions = 0;
   for (const Run* run : batch.runs) {
     ids.push_back(run->next);
-    if (bounded()) regions += region_bytes(run->total());
+    if (bounded() && !pooled()) regions += region_bytes(run->total());
   }
   if (regions > 0) make_room({regions});
   input.input_ids = at::tensor(ids, at::kLong).view({N, 1});
@@ -223,6 +223,7 @@ Routings Engine::Impl::route_rows(const std::vector<Run*>& runs) const {
 void Engine::Impl::write_tokens() {
   if (slots) write_slots();
   form_batches();
+  if (!batches.empty()) pace.launched();
   for (Batch& batch : batches) {
     try {
       write_one(batch);
@@ -230,6 +231,7 @@ void Engine::Impl::write_tokens() {
       for (Run* run : batch.runs) end(*run, Outcome::kFailed, e.what());
     }
   }
+  if (!batches.empty()) pace.came(Clock::now());
 }
 
 void Engine::Impl::leave() {

@@ -174,6 +174,17 @@ class State {
   // True when trim() reaches every position: the rows determine every recurrent slot and tail, and none was dropped.
   bool replayable() const;
 
+  // Positions of a state of one sequence to come back to by a copy of recurrent slots and tails, bit for bit, whether it keeps rows or none: what a draft wants
+  // (oryx/generate/speculative.h). Pages of the fixed pool, taken once. hold() remembers the present one, and no other.
+  void hold();
+  // Remembers the position behind each of the next call's `tokens` tokens but the last, in place of what is held: the call must run them one by one (ModelInput::as_steps), and say of
+  // each recurrent slot and tail, by keep_step(), when token t of the call has gone through it.
+  void hold_steps(int64_t tokens);
+  void keep_step(int64_t i, const std::string& name, int64_t t);
+  // Goes back to a position that is held (or stays, at lengths()), and forgets the tokens behind it as trim() does. What was dropped under a bound since is gone: the state must keep the
+  // rows of as many tokens more (RowWindow::back).
+  void back(int64_t length);
+
   // A state whose sequence j is a copy of sequence from[j]: {0, 0, 0} makes three. Full pages of rows are shared until one of the two writes there;
   // recurrent slots and tails are copied, checkpoints and the ring's entries shared. One budget counts for all of them.
   State fork(const std::vector<int64_t>& from) const;
@@ -268,6 +279,7 @@ class State {
   bool sees_what_it_must(int64_t n, int64_t length) const;
   State one_sequence(int64_t n, const Mark* from) const;
   void adopt(int64_t n, int64_t length, const State& one);
+  void forget(int64_t n, int64_t length);
   bool tails_in_ring(int64_t n, int64_t length) const {
     return marks_[static_cast<size_t>(n)].recent_from <= std::max<int64_t>(0, length - tail_);
   }
@@ -293,6 +305,13 @@ class State {
   std::vector<int64_t> lengths_;
   std::vector<Marks> marks_;  // by sequence
   int64_t room_ = 0;    // sequences that recurrent slots and tails have memory for; their tensors are its first rows
+  // What hold() and hold_steps() keep: entry t of `marks` is the position `from` + t. Not part of forks.
+  struct Held {
+    int64_t from = 0, count = 0;
+    std::vector<Mark> marks;                                 // of which the first `count` count
+    std::map<std::pair<int64_t, std::string>, size_t> places;  // of (layer, slot) in the order of for_each_fixed
+  };
+  Held held_;
   int64_t recent_ = 0;  // tokens of the ring of convolution inputs
   int64_t tail_ = 0;    // w - 1: tokens of the longest tail
   int64_t refill_ = 0;  // Replay::refill_tokens()

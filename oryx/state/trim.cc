@@ -203,6 +203,11 @@ void State::adopt(int64_t n, int64_t length, const State& one) {
   one.for_each_fixed([&](const LayerState::Slot& slot) { values.push_back(slot.data[0]); });
   size_t at = 0;
   for_each_fixed([&](const LayerState::Slot& slot) { slot.data[n].copy_(values[at++]); });
+  forget(n, length);
+}
+
+// Sequence n ends at `length`, whose recurrent slots and tails stand in their places.
+void State::forget(int64_t n, int64_t length) {
   lengths_[static_cast<size_t>(n)] = length;
   rows_.trim(n, length);
   kept_.trim(n, length);

@@ -58,7 +58,9 @@ at::Tensor decode_rows(const PagedDecode& a) {
   const int64_t N = a.q.size(0), K = a.q.size(2), V = values[0].size(3);
   const bool paged = a.blocks.defined();
   at::Tensor q = a.q.contiguous();
-  const at::Tensor lengths = a.lengths.contiguous(), blocks = paged ? a.blocks.contiguous() : a.blocks;
+  // Rows of one sequence whose tokens come as several stay one, by which it is known.
+  const bool one_sequence = paged && N > 1 && a.blocks.stride(0) == 0;
+  const at::Tensor lengths = a.lengths.contiguous(), blocks = !paged ? a.blocks : one_sequence ? a.blocks[0].contiguous() : a.blocks.contiguous();
   attention_cpu::DecodeShape shape{};
   shape.query_heads = q.size(1), shape.key_heads = keys[0].size(2), shape.key = K, shape.value = V;
   shape.key_head_stride = keys[0].stride(2), shape.value_head_stride = values[0].stride(2);
@@ -88,7 +90,7 @@ at::Tensor decode_rows(const PagedDecode& a) {
     const VisibleRange seen = visible_keys(lengths.const_data_ptr<int32_t>()[n], a.window, a.first, a.reach);
     const auto i = static_cast<size_t>(n);
     sequences.push_back({n, seen.head, seen.head_end, seen.begin, seen.end, paged ? nullptr : key_rows[i], paged ? nullptr : value_rows[i],
-                         paged ? blocks.const_data_ptr<int32_t>() + n * blocks.size(1) : nullptr, angles});
+                         paged ? blocks.const_data_ptr<int32_t>() + (one_sequence ? 0 : n * blocks.size(1)) : nullptr, angles});
     if (angles != nullptr) angles += seen.head_end - seen.head + seen.end - seen.begin;
   }
   at::Tensor o = a.wanted ? at::zeros({N, q.size(1), V}, q.options()) : at::empty({N, q.size(1), V}, q.options());

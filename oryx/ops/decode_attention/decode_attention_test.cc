@@ -205,6 +205,34 @@ TEST(PagedDecodeAttention, FarPositionsInAWindow) {
   expect_like_naive(a, "reach 20");
 }
 
+// Tokens of one sequence that stand behind each other read its keys together, each as many as it sees: the bits that each gets alone, across the borders of blocks and parts.
+TEST(PagedDecodeAttention, TokensOfOneSequenceAreBitForBitAlone) {
+  at::manual_seed(15);
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
+    for (const int32_t longest : {5, 34, 515, 1100}) {
+      for (const auto& [window, first] : {std::pair<int64_t, int64_t>{0, 0}, {20, 2}}) {
+        constexpr int64_t kTokens = 5;
+        PagedDecode a = to(make_paged({longest}, 32, 4, 2, 32, 24), dtype);
+        a.window = window, a.first = first;
+        a.q = at::randn({kTokens, 4, 32}).to(dtype);
+        a.lengths = at::arange(longest - kTokens + 1, longest + 1, at::kInt);
+        a.blocks = a.blocks.expand({kTokens, -1});
+        const at::Tensor together = paged_decode_attention(a);
+        a.wanted = at::tensor({1, 0, 1, 1, 0}, at::kInt).to(at::kBool);
+        const at::Tensor some = paged_decode_attention(a);
+        a.wanted.reset();
+        for (int64_t t = 0; t < kTokens; ++t) {
+          PagedDecode one = a;
+          one.q = a.q.narrow(0, t, 1), one.lengths = a.lengths.narrow(0, t, 1), one.blocks = a.blocks.narrow(0, t, 1).contiguous();
+          const at::Tensor alone = paged_decode_attention(one)[0];
+          EXPECT_TRUE(at::equal(together[t], alone)) << longest << " " << window << " token " << t;
+          EXPECT_TRUE(at::equal(some[t], t == 1 || t == 4 ? at::zeros_like(alone) : alone)) << longest << " " << window << " token " << t;
+        }
+      }
+    }
+  }
+}
+
 // Pages or rows side by side, alone or beside others, on one thread or two: the same bits.
 TEST(PagedDecodeAttention, EachSequenceIsBitForBitAlone) {
   at::manual_seed(12);

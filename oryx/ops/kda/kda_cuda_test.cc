@@ -1,7 +1,12 @@
 // Kimi Delta Attention's CUDA kernels (bfloat16, K = V = 64 and 128) against the chunked form in float64 on the CPU. Skipped, saying so, where there is no CUDA.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/core/grad_mode.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cmath>
 
 #include "oryx/ops/gated_delta/delta_test_support.h"
 #include "oryx/ops/kda/kda.h"

@@ -29,7 +29,8 @@ struct DecodeSequence {
 
 // q [..., Hq, K] and o [..., Hq, V] contiguous, of `element`; q rotated already where keys are rotated as they are read;
 // lse [..., Hq] float32 (log2), or undefined. What a sequence gets is a function of its own keys alone, to the last bit,
-// wherever they stand and on any number of threads.
+// wherever they stand and on any number of threads. Neighbours with the same `blocks` that begin at the same keys (the
+// tokens of one sequence, each seeing one more) read them once.
 void decode_sequences(attention_cpu::Element element, const attention_cpu::DecodeShape& shape, const DecodeRows& rows,
                       const std::vector<DecodeSequence>& sequences, const at::Tensor& q, const at::Tensor& o,
                       const at::Tensor& lse, double scale);

@@ -1,4 +1,4 @@
-// One query a sequence: bound by reading keys and values once. Lanes run over the width of a head.
+// One query a sequence, or a few: bound by reading keys and values once. Lanes run over the width of a head.
 #include <cmath>
 #include <type_traits>
 
@@ -86,9 +86,9 @@ HWY_INLINE void NormKey(const T* HWY_RESTRICT k, int64_t heads, int64_t stride, 
   }
 }
 
-// Scores of the key in row `row`, at `position`, for every query head: score of head h to scores[h * kDecodeKeys].
+// Scores of the key in row `row`, at `position`, for every query and head: that of query i, head h to scores[(i * query_heads + h) * kDecodeKeys].
 template <typename T>
-HWY_INLINE void ScoreKey(const DecodeShape& s, const float* HWY_RESTRICT q, const T* HWY_RESTRICT row, const int32_t* position,
+HWY_INLINE void ScoreKey(const DecodeShape& s, const DecodeQuery* HWY_RESTRICT queries, int64_t count, const T* HWY_RESTRICT row, const int32_t* position,
                          float* HWY_RESTRICT scores, float* HWY_RESTRICT rotated, float* HWY_RESTRICT normed) {
   const int64_t group = s.query_heads / s.key_heads;
   const int64_t angles = s.cosine != nullptr ? *position * s.half : 0;
@@ -105,8 +105,11 @@ HWY_INLINE void ScoreKey(const DecodeShape& s, const float* HWY_RESTRICT q, cons
     } else {
       RotateKey(k, s.cosine + angles, s.sine + angles, s.half, s.key, rotated);
     }
-    for (int64_t h = g * group; h < (g + 1) * group; ++h)
-      scores[h * kDecodeKeys] = turned != nullptr ? Dot(q + h * s.key, turned, s.key) : Dot(q + h * s.key, k, s.key);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* q = queries[i].q;
+      for (int64_t h = g * group; h < (g + 1) * group; ++h)
+        scores[(i * s.query_heads + h) * kDecodeKeys] = turned != nullptr ? Dot(q + h * s.key, turned, s.key) : Dot(q + h * s.key, k, s.key);
+    }
   }
 }
 
@@ -133,33 +136,44 @@ HWY_INLINE void DecodeSoftmax(int64_t keys, float* HWY_RESTRICT s, float* max, f
 }
 
 template <typename T>
-void Decode(const DecodeShape& s, const float* q, const DecodeKeys& rows, float* max, float* sum, float* acc, float* scores) {
-  const int64_t group = s.query_heads / s.key_heads;
-  float* rotated = scores + s.query_heads * kDecodeKeys;
+void Decode(const DecodeShape& s, const DecodeQuery* queries, int64_t count, const DecodeKeys& rows, float* scores) {
+  const int64_t group = s.query_heads / s.key_heads, one = s.query_heads * kDecodeKeys;
+  float* rotated = scores + count * one;
   float* normed = rotated + s.key;
-  std::fill(max, max + s.query_heads, -1e30f);
-  std::fill(sum, sum + s.query_heads, 0.0f);
-  std::fill(acc, acc + s.query_heads * s.value, 0.0f);
+  for (int64_t i = 0; i < count; ++i) {
+    std::fill(queries[i].max, queries[i].max + s.query_heads, -1e30f);
+    std::fill(queries[i].sum, queries[i].sum + s.query_heads, 0.0f);
+    std::fill(queries[i].acc, queries[i].acc + s.query_heads * s.value, 0.0f);
+  }
+  int64_t first = 0;  // the first query that sees key j + t
   for (int64_t j = 0; j < rows.count; j += kDecodeKeys) {
-    const int64_t keys = std::min(kDecodeKeys, rows.count - j);
-    for (int64_t t = 0; t < keys; ++t)
-      ScoreKey(s, q, static_cast<const T*>(rows.keys[j + t]), rows.positions + j + t, scores + t, rotated, normed);
-    for (int64_t h = 0; h < s.query_heads; ++h) {
-      DecodeSoftmax(keys, scores + h * kDecodeKeys, max + h, sum + h, acc + h * s.value, s.value);
-    }
+    const int64_t keys = std::min(kDecodeKeys, rows.count - j), before = first;
     for (int64_t t = 0; t < keys; ++t) {
+      while (queries[first].keys <= j + t) ++first;
+      ScoreKey(s, queries + first, count - first, static_cast<const T*>(rows.keys[j + t]), rows.positions + j + t, scores + first * one + t, rotated, normed);
+    }
+    for (int64_t i = before; i < count; ++i) {
+      const DecodeQuery& query = queries[i];
+      const int64_t seen = std::min(keys, query.keys - j);
+      if (seen <= 0) continue;
+      for (int64_t h = 0; h < s.query_heads; ++h) DecodeSoftmax(seen, scores + i * one + h * kDecodeKeys, query.max + h, query.sum + h, query.acc + h * s.value, s.value);
+    }
+    int64_t sees = before;
+    for (int64_t t = 0; t < keys; ++t) {
+      while (queries[sees].keys <= j + t) ++sees;
       const T* row = static_cast<const T*>(rows.values[j + t]);
-      for (int64_t h = 0; h < s.query_heads; ++h)
-        AddScaled(scores[h * kDecodeKeys + t], row + h / group * s.value_head_stride, acc + h * s.value, s.value);
+      for (int64_t i = sees; i < count; ++i) {
+        for (int64_t h = 0; h < s.query_heads; ++h)
+          AddScaled(scores[i * one + h * kDecodeKeys + t], row + h / group * s.value_head_stride, queries[i].acc + h * s.value, s.value);
+      }
     }
   }
 }
 
-void DecodePart(Element element, const DecodeShape& s, const float* q, const DecodeKeys& keys, float* max, float* sum,
-                float* acc, float* scratch) {
+void DecodePart(Element element, const DecodeShape& s, const DecodeQuery* queries, int64_t count, const DecodeKeys& keys, float* scratch) {
   const auto run = [&](auto* type) HWY_ATTR {
     using T = std::remove_pointer_t<decltype(type)>;
-    Decode<T>(s, q, keys, max, sum, acc, scratch);
+    Decode<T>(s, queries, count, keys, scratch);
   };
   element == Element::kFloat32 ? run(static_cast<float*>(nullptr)) : run(static_cast<hwy::bfloat16_t*>(nullptr));
 }
@@ -192,11 +206,10 @@ namespace oryx::ops::attention_cpu {
 HWY_EXPORT(DecodePart);
 HWY_EXPORT(DecodeMerge);
 
-int64_t decode_scratch(const DecodeShape& s) { return s.query_heads * 32 + s.key + s.key * (s.norm_over_heads ? s.key_heads : 1); }
+int64_t decode_scratch(const DecodeShape& s, int64_t queries) { return queries * s.query_heads * 32 + s.key + s.key * (s.norm_over_heads ? s.key_heads : 1); }
 
-void decode_part(Element element, const DecodeShape& s, const float* q, const DecodeKeys& keys, float* max, float* sum,
-                 float* acc, float* scratch) {
-  HWY_DYNAMIC_DISPATCH(DecodePart)(element, s, q, keys, max, sum, acc, scratch);
+void decode_part(Element element, const DecodeShape& s, const DecodeQuery* queries, int64_t count, const DecodeKeys& keys, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(DecodePart)(element, s, queries, count, keys, scratch);
 }
 
 void decode_merge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o,

@@ -45,7 +45,8 @@ constexpr float kLn2 = 0.693147180559945309417f;
 
 // Decode: one query of every head of one sequence over a list of keys, all heads together, so that keys and values
 // stream as they lie: rows of Hk heads, each row wherever it stands. q is float32 [Hq, K], already times scale *
-// log2(e). Partial results: max [Hq], sum [Hq], acc [Hq, V].
+// log2(e). Partial results: max [Hq], sum [Hq], acc [Hq, V]. Several queries of one sequence, each over the first so
+// many of the keys, read (and rotate) them once, and each gets the bits that it gets alone.
 struct DecodeShape {
   int64_t query_heads, key_heads, key, value;
   int64_t key_head_stride, value_head_stride;  // within a row, in elements
@@ -64,9 +65,14 @@ struct DecodeKeys {
   const int32_t* positions;   // [count]; where keys are rotated
   int64_t count;
 };
-int64_t decode_scratch(const DecodeShape& s);
-void decode_part(Element element, const DecodeShape& s, const float* q, const DecodeKeys& keys, float* max, float* sum,
-                 float* acc, float* scratch);
+struct DecodeQuery {
+  const float* q;
+  float *max, *sum, *acc;
+  int64_t keys;  // it sees the first so many, one at least
+};
+// `queries` rise in the keys that they see, the last one sees all.
+int64_t decode_scratch(const DecodeShape& s, int64_t queries);
+void decode_part(Element element, const DecodeShape& s, const DecodeQuery* queries, int64_t count, const DecodeKeys& keys, float* scratch);
 // Merges the parts [parts, ...] in order into o [Hq, V] and lse [Hq] (log2; may be null).
 void decode_merge(const DecodeShape& s, int64_t parts, const float* max, const float* sum, const float* acc, float* o,
                   float* lse);

@@ -148,11 +148,14 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(const __grid_constan
     if (inner < K) value *= rsqrtf(square / K + a.head_norm_eps) * __ldg(a.head_norm + inner);
   }
   if (inner >= K) return;
+  // Of several tokens of one sequence each has a row.
+  const int steps = static_cast<int>(a.steps), to = steps > 0 ? head % steps : n, at = (steps > 0 ? head / steps : head) * K + inner;
+  if (steps > 0 && a.step_wanted != nullptr && a.step_wanted[to] == 0) return;
   if (a.gate != nullptr) {
-    const float gate = __bfloat162float(static_cast<const bf16*>(a.gate)[n * a.gate_row + head * K + inner]);
+    const float gate = __bfloat162float(static_cast<const bf16*>(a.gate)[to * a.gate_row + at]);
     value *= gate / (1.0f + __expf(-gate));
   }
-  *activation(a.o, a.o_tiles, n, head * K + inner) = __float2bfloat16_rn(value);
+  *activation(a.o, a.o_tiles, to, at) = __float2bfloat16_rn(value);
 }
 
 int shares_of() {
@@ -201,7 +204,8 @@ extern "C" int oryx_decode_attention_supports(const OryxDecodeAttention* a) {
   const auto strides = [](int64_t row, int64_t token) { return row % 8 == 0 && token % 8 == 0; };
   return (a->K == 64 || a->K == 128) && a->V == a->K && group >= 1 && group <= kMostGroup && a->Hq % a->Hk == 0 && a->key_head == a->K && a->value_head == a->V &&
          strides(a->key_row, a->key_token) && strides(a->value_row, a->value_token) && (a->rope == nullptr || a->rotated == a->K) && aligned(a->q) && a->q_row % 4 == 0 &&
-         aligned(a->keys) && aligned(a->values) && a->q_norm == nullptr && a->N <= 65535;
+         aligned(a->keys) && aligned(a->values) && a->q_norm == nullptr && a->N <= 65535 &&
+         (a->steps == 0 || (a->steps > 1 && a->N == 1 && a->Hq == a->Hk * a->steps && a->wanted == nullptr && a->o_tiles > 0 && a->window == 0 && a->reach == 0));
 }
 
 extern "C" int64_t oryx_decode_attention_workspace(const OryxDecodeAttention* a) {

@@ -42,6 +42,10 @@ typedef struct {
   const float *q_norm, *k_norm;
   float norm_eps;
   int32_t norm_together;
+  // Of the split kernel alone, several tokens of one sequence (N = 1, 2 to 8 of them, o_tiles, no window): Hq = Hk * steps; the query of token r and head h stands at q + r * q_row + h * K, the
+  // gate likewise, its output in row r of o. Token r sees the keys up to its own, the last one `lengths[0]` of them. wanted is null, step_wanted says which rows of o are written.
+  int64_t steps;               // 0: one token a sequence
+  const uint8_t* step_wanted;  // [steps] or null
 } OryxDecodeAttention;
 
 // bfloat16, K = V of 64 or 128, all of a head rotated or nothing, 1 to 8 query heads a key head, heads dense, no norm: split along the keys.

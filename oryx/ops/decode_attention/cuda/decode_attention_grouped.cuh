@@ -1,4 +1,4 @@
-// Two to eight query heads a key head: the tensor cores serve them all at once (mma m16n8k16). A warp takes sixteen tokens of one key head of a piece:
+// Two to eight query heads a key head, or as many tokens of one sequence: the tensor cores serve them all at once (mma m16n8k16). A warp takes sixteen tokens of one key head of a piece:
 //
 //   S [16 tokens x 8 heads] = R(j) K_j q^T,   P = exp2(S - m),   O^T [V x 8 heads] += V^T P
 //
@@ -72,6 +72,7 @@ __device__ void consume_grouped(const OryxDecodeAttention& a, Shared& s, const L
   const int local = warp % layout.heads, side = warp / layout.heads, head = blockIdx.y * layout.heads + local;
   const int heads = min(layout.heads, static_cast<int>(a.Hk) - static_cast<int>(blockIdx.y) * layout.heads);
   const bool works = side < layout.side && local < heads, turns = a.rope != nullptr;
+  const int later = a.steps > 0 ? static_cast<int>(a.steps) - 1 : 0;  // of several tokens, those behind the first: query g sees later - g keys less than the last one
   const int row_bytes = heads * K * 2, piece = layout.piece;
   const float scale = a.scale * kLog2e;
   // Of the pairs of chunk h: a position's angles, and those of a step.
@@ -96,11 +97,12 @@ __device__ void consume_grouped(const OryxDecodeAttention& a, Shared& s, const L
     for (int i = 0; i < kHalf; ++i) {
       uint4 lo = make_uint4(0, 0, 0, 0), hi = lo;
       if (works && r < group) {
-        const uint2* from_q = reinterpret_cast<const uint2*>(static_cast<const bf16*>(a.q) + n * a.q_row + (head * group + r) * K) + 2 * (c + 4 * i);
+        const int64_t row = a.steps > 0 ? r * a.q_row + head * K : n * a.q_row + (head * group + r) * K;
+        const uint2* from_q = reinterpret_cast<const uint2*>(static_cast<const bf16*>(a.q) + row) + 2 * (c + 4 * i);
         const uint2 w = __ldg(from_q), x = __ldg(from_q + 1), y = __ldg(from_q + K / 8), z = __ldg(from_q + K / 8 + 1);
         lo = make_uint4(w.x, w.y, x.x, x.y), hi = make_uint4(y.x, y.y, z.x, z.y);
       }
-      if (turns) at_position(range.end - 1, i).apply(lo, hi);
+      if (turns) at_position(range.end - 1 - max(later - r, 0), i).apply(lo, hi);
       own_q[64 * i] = lo, own_q[64 * i + 32] = hi;  // read by this lane alone
     }
     int first = range.first_of(from, piece), end = range.end_of(from, piece);  // of the piece, and of the tokens side by side with it
@@ -108,7 +110,7 @@ __device__ void consume_grouped(const OryxDecodeAttention& a, Shared& s, const L
 #pragma unroll 1
     for (int i = from; i < to; ++i, first += piece) {
       if (first >= end) first = range.begin, end = range.end, starts = true;
-      const int tokens = works ? min(max(end - (first + side * kTileTokens), 0), kTileTokens) : 0;
+      const int left = end - (first + side * kTileTokens), tokens = works ? min(max(left, 0), kTileTokens) : 0;
       if (starts && turns) {
 #pragma unroll
         for (int h = 0; h < kHalf; ++h) angle[h] = at_position(min(first + side * kTileTokens + r, range.end - 1), h);
@@ -152,7 +154,7 @@ __device__ void consume_grouped(const OryxDecodeAttention& a, Shared& s, const L
       }
       float x[4];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] = r + 8 * (e / 2) < tokens ? (score[0][e] + score[1][e]) * scale : kLowest;
+      for (int e = 0; e < 4; ++e) x[e] = r + 8 * (e / 2) < min(tokens, left - max(later - 2 * c - e % 2, 0)) ? (score[0][e] + score[1][e]) * scale : kLowest;
       const float top[2] = {fmaxf(x[0], x[2]), fmaxf(x[1], x[3])};
       if (__any_sync(~0u, top[0] > m[0] + kSlack || top[1] > m[1] + kSlack)) {
 #pragma unroll
