@@ -11,8 +11,8 @@
 
 #include "oryx/mixers/delta_rule.h"
 #include "oryx/mixers/mixer.h"
-#include "oryx/ops/few_rows/few_rows.h"
 #include "oryx/ops/kda/kda.h"
+#include "oryx/ops/kda/kda_decay.h"
 
 namespace oryx {
 
@@ -100,9 +100,7 @@ class KimiDeltaAttention : public Mixer {
 
   // f [B, T, V] -> g [B, T, Hs, K], at most 0.
   at::Tensor decay(const at::Tensor& f) const {
-    // logaddexp: torch's softplus turns linear above 20.
-    const at::Tensor step = at::logaddexp(ops::rows_apart(project(f, f_up_proj_) + dt_bias_), at::zeros({}, dt_bias_.options()));
-    return -A_log_.exp().unsqueeze(-1) * step.unflatten(-1, {config_.state_heads(), config_.head_dim});
+    return ops::kda_decay(project(f, f_up_proj_), A_log_, dt_bias_);
   }
 
   at::Tensor b_proj_, f_proj_, f_up_proj_, A_log_, dt_bias_;

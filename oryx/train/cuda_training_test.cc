@@ -202,6 +202,7 @@ TEST_F(CudaTraining, CapturedStepsAreTheSameSteps) {
   expect_captured("mixed", nothing, recall);
   expect_captured("packed", nothing, packed);
   expect_captured("mamba2", [](TrainOptions& o) { o.model.layer_mixers = {{"mamba2", "attention"}}; }, packed);
+  expect_captured("kda", [](TrainOptions& o) { o.model.layer_mixers = {{"kimi_delta_attention", "attention"}}; }, packed);
   expect_captured("attention", [](TrainOptions& o) { o.model.layer_mixers = {{"attention"}}; }, recall);
   expect_captured("layers", [](TrainOptions& o) { o.model.layer_mixers = {{"gated_delta_net"}, {"gated_delta_net", "sliding_window", "attention"}}, o.schedule = "linear,attention@-40:"; }, recall);
   expect_captured("accumulate", [](TrainOptions& o) { o.accumulate = 3; }, recall);

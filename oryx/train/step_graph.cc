@@ -16,7 +16,7 @@ detail::StepGraphsFactory& step_graphs_factory() {
 std::string host_work_of(const MultiMixerLayer& layer) {
   const LayerConfig& c = layer.config();
   for (const std::string& name : layer.mixer_names()) {
-    if (name == "gated_delta_net" || name == "mamba2" || name == "attention" || name == "sliding_window") continue;
+    if (name == "gated_delta_net" || name == "kimi_delta_attention" || name == "mamba2" || name == "attention" || name == "sliding_window") continue;
     return fmt::format("mixer {} has no CUDA kernels", name);
   }
   if ((c.head_dim != 64 && c.head_dim != 128) || c.value_dim() != c.head_dim) {

@@ -10,6 +10,7 @@
 
 #include "oryx/ops/gated_delta/delta_test_support.h"
 #include "oryx/ops/kda/kda.h"
+#include "oryx/ops/kda/kda_decay.h"
 
 namespace oryx::ops::kda_cuda_test {
 namespace {
@@ -97,6 +98,25 @@ TEST_F(KdaCuda, NanStaysInItsRow) {
     EXPECT_TRUE(r.final_state.select(0, 0).isfinite().all().item<bool>());
     EXPECT_TRUE(r.o.select(0, 1).isnan().any().item<bool>());
     x->detach().select(0, 1).copy_(kept);
+  }
+}
+
+// Log decays and their gradients, of small and large projections and rows that are no multiple of a block; heads of other widths by tensor operations.
+TEST_F(KdaCuda, LogDecays) {
+  at::manual_seed(5);
+  for (const auto& [rows, heads, K] : std::vector<std::tuple<int64_t, int64_t, int64_t>>{{1, 1, 4}, {150, 3, 64}, {70, 2, 128}, {9, 5, 6}, {0, 2, 64}}) {
+    SCOPED_TRACE(fmt::format("rows {} heads {} K {}", rows, heads, K));
+    std::vector<at::Tensor> exact, device;
+    for (const at::Tensor& x : {10 * at::randn({rows, heads * K}), at::randn({heads}), at::randn({heads * K})}) {
+      exact.push_back(x.to(at::kDouble).requires_grad_(true));
+      device.push_back(x.to(at::kCUDA).requires_grad_(true));
+    }
+    const auto g = kda_decay(device[0], device[1], device[2]), ref = kda_decay_naive(exact[0], exact[1], exact[2]);
+    ASSERT_EQ(g.sizes(), at::IntArrayRef({rows, heads, K}));
+    EXPECT_LE(error(g, ref, 1e-30), 1e-6);
+    const at::Tensor up = at::randn({rows, heads, K});
+    const auto d = torch::autograd::grad({g}, device, {up.to(at::kCUDA)}), expected = torch::autograd::grad({ref}, exact, {up.to(at::kDouble)});
+    for (size_t i = 0; i < d.size(); ++i) EXPECT_LE(error(d[i], expected[i], 1e-30), 1e-5) << "gradient of input " << i;
   }
 }
 
