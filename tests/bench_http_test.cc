@@ -11,7 +11,7 @@ namespace {
 
 // What every script begins with: bench(...) -> the finished program; Fake: a server whose answers a script decides, an event each.
 constexpr const char* kBench = R"py(
-import http.server, json, re, signal, subprocess, sys, threading, time
+import concurrent.futures, http.server, json, re, signal, subprocess, sys, threading, time
 program, folder = sys.argv[1:3]
 def bench(port, *options, begin=False):
     p = subprocess.Popen([program, "bench", "http", f"http://127.0.0.1:{port}", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -75,13 +75,13 @@ server = subprocess.Popen([program, "serve", "tiny", "--random-weights", "--toke
 try:
     port = re.search(r"127.0.0.1:(\d+)", server.stderr.readline()).group(1)
     out = folder + "/rows.json"
-    r = bench(port, "--schedule", "linear", "--schedule", "attention", "--concurrency", "1,3", "--requests", "6", "--prompt-least", "20", "--prompt-most", "40", "--shared", "10", "--new-tokens", "12",
+    r = bench(port, "--schedule", "linear", "--schedule", "attention", "--concurrency", "1,3", "--requests", "4", "--prompt-least", "20", "--prompt-most", "40", "--shared", "10", "--new-tokens", "6",
               "--warmup", "1", "--goodput", "ttft:60000,e2e:60000", "--json", out, "--charts", folder + "/chart")
     assert r.returncode == 0, r.err
     rows = json.load(open(out))["rows"]
     assert [(row["schedule"], row["concurrency"]) for row in rows] == [("linear", 1), ("linear", 3), ("attention", 1), ("attention", 3)], rows
     for row in rows:
-        assert row["completed"] == 6 and row["failed"] == 0 and row["new_tokens"] == 12 and 30 <= row["prompt_tokens"] <= 50, row
+        assert row["completed"] == 4 and row["failed"] == 0 and row["new_tokens"] == 6 and 30 <= row["prompt_tokens"] <= 50, row
         assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p90"] <= row["ttft_ms_p99"] <= row["e2e_ms_p99"], row
         assert row["tpot_ms_p50"] > 0 and row["state_bytes"] > 0 and 0 < row["in_flight"] <= row["concurrency"] * 1.001, row
         assert abs(row["goodput"] - row["requests_per_second"]) < 1e-9, row
@@ -126,8 +126,10 @@ assert r.returncode == 0 and "warning: 3 of 6 requests failed; the first: 429: f
 row = json.load(open(out))["rows"][0]
 assert (row["completed"], row["failed"], row["new_tokens"], row["prompt_tokens"]) == (3, 3, 7, 9), row
 
-# What ends in one line.
-def refused(expected, port, *options):
+# What ends in one line; side by side.
+pool, waiting = concurrent.futures.ThreadPoolExecutor(4), []
+def refused(*words): waiting.append(pool.submit(check, *words))
+def check(expected, port, *options):
     r = bench(port, "--requests", "2", "--warmup", "0", *(options or ("--rate", "100")))
     assert r.returncode == 1 and expected in r.err and r.err.count("\n") == 1 and r.out == "", (expected, r.err, r.out)
 refused("no request was answered; the first error: 500: broken", Fake(lambda body: (500, "broken")).port)
@@ -140,6 +142,7 @@ refused("cannot connect; is a server there?", 1)
 refused("expected --rate (arrivals a second) or --concurrency", s.port, "--rate", "1", "--concurrency", "1")
 refused("--goodput 'itl:3': expected ttft:MS, tpot:MS or e2e:MS", s.port, "--rate", "1", "--goodput", "itl:3")
 refused("--body '[]': expected a JSON object", s.port, "--rate", "1", "--body", "[]")
+for w in waiting: w.result()
 print("ok")
 )py");
 }

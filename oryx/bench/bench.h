@@ -98,7 +98,7 @@ struct SpeculateBenchOptions {
 };
 // Token by token through a DraftedSession, behind contexts whose rows are random, every pass with as many drafts. Rows: context, draft_tokens (0: the text's modes alone), wanted (the
 // acceptance that was given) and acceptance (that came out), ms_per_token, all counted but the choice of the text's own tokens, speed (times that of the modes alone), tokens_a_pass, draft_ms (a
-// drafted token) and pass_ms.
+// drafted token), pass_ms and, on a GPU, device_ms (passes behind one another, without the host).
 BenchResult bench_speculate(const SpeculateBenchOptions& options);
 
 struct StateBenchOptions {

@@ -178,13 +178,20 @@ State State::fork(const std::vector<int64_t>& from) const {
   Charge charge(budget_, static_cast<int64_t>(from.size()) * fixed_bytes());
   State fork(Empty{}, *this, rows_.fork(from, lengths_), kept_.fork(from), static_cast<int64_t>(from.size()));
   fork.charge_ = std::move(charge);
-  const at::Tensor index = at::tensor(from, at::kLong).to(options_.device);
+  // Copies together: on a GPU a launch for each slot takes the host longer than a text of few tokens is read.
+  ops::Copies copies;
   for (auto& layer : fork.layers_) {
     for (auto& [name, slot] : layer.slots_) {
-      if (slot.data.defined()) slot.data = slot.data.index_select(0, index);
-      if (slot.recent.defined()) slot.recent = slot.recent.index_select(0, index);
+      for (at::Tensor* tensor : {&slot.data, &slot.recent}) {
+        if (!tensor->defined()) continue;
+        std::vector<int64_t> shape = tensor->sizes().vec();
+        shape[0] = static_cast<int64_t>(from.size());
+        const at::Tensor own = std::exchange(*tensor, at::empty(shape, tensor->options()));
+        for (size_t j = 0; j < from.size(); ++j) copies.add_rows(*tensor, static_cast<int64_t>(j), own, from[j], 1);
+      }
     }
   }
+  copies.run();
   for (size_t j = 0; j < from.size(); ++j) {
     fork.lengths_[j] = lengths_[static_cast<size_t>(from[j])];
     fork.marks_[j] = marks_[static_cast<size_t>(from[j])];
