@@ -122,7 +122,7 @@ def ends(*ps): return [(p.communicate(), p.returncode) for p in ps]
 assert ac == bc == 0 and a[0].startswith("4 steps") and b[0] == "", (a, b)
 (a, ac), (b, bc) = ends(start(0, "steps=8"), start(1, "steps=9"))
 assert ac == bc == 1 and "rank 1 has other options than rank 0" in a[1] and a[1].count("\n") == 1, (a, b)
-t = socket.socket(); t.bind(("0.0.0.0", port)); t.listen()
+t = socket.socket(); t.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); t.bind(("0.0.0.0", port)); t.listen()
 a, ac = ends(start(0, "steps=8"))[0]
 assert ac == 1 and a[1].startswith(f"oryx: error: MASTER_PORT {port}: Address already in use") and a[1].count("\n") == 1, a
 print("ok")

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "oryx/common/error.h"
+#include "oryx/parallel/place.h"
 #include "oryx/parallel/rendezvous.h"
 
 extern char** environ;
@@ -26,7 +27,6 @@ namespace oryx {
 
 namespace {
 
-constexpr const char* kReports = "ORYX_REPORTS_TO";   // "FD PID": where a launched process says errors, and who its launcher is
 constexpr std::string_view kConsequence = " is gone: ";  // PeerLost: another process's end is the reason
 constexpr auto kGrace = std::chrono::milliseconds(1500);
 constexpr int kExitInterrupted = 130;
@@ -113,7 +113,7 @@ class Workers {
     std::map<std::string, std::string> changes = {{"RANK", std::to_string(rank)},        {"LOCAL_RANK", std::to_string(rank)},
                                                   {"WORLD_SIZE", std::to_string(count_)}, {"LOCAL_WORLD_SIZE", std::to_string(count_)},
                                                   {"MASTER_ADDR", "127.0.0.1"},           {"MASTER_PORT", std::to_string(port)},
-                                                  {"TORCHELASTIC_USE_AGENT_STORE", "True"}, {kReports, fmt::format("{} {}", reports_[1], ::getpid())}};
+                                                  {kLauncherVariable, fmt::format("{} {}", reports_[1], ::getpid())}};
     if (threads_ > 0 && ::getenv("OMP_NUM_THREADS") == nullptr) changes["OMP_NUM_THREADS"] = std::to_string(threads_);
     std::vector<std::string> arguments = own_command_line(), variables = environment(changes);
     posix_spawn_file_actions_t files;
@@ -198,7 +198,7 @@ class Workers {
 
 // "FD PID" of our launcher.
 bool launcher_of_this_process(int* fd, pid_t* pid) {
-  const char* text = ::getenv(kReports);
+  const char* text = ::getenv(kLauncherVariable);
   if (text == nullptr) return false;
   const char* end = text + std::strlen(text);
   const auto first = std::from_chars(text, end, *fd);
@@ -210,14 +210,14 @@ bool launcher_of_this_process(int* fd, pid_t* pid) {
 void run_processes(int64_t count, int64_t threads) {
   const sigset_t signals = set_of({SIGINT, SIGTERM, SIGCHLD});
   sigset_t before;
-  ::pthread_sigmask(SIG_BLOCK, &signals, &before);  // before the table's thread begins, which takes the mask over
+  ::pthread_sigmask(SIG_BLOCK, &signals, &before);  // before the meeting's thread begins, which takes the mask over
   struct Restore {
     const sigset_t& mask;
     ~Restore() { ::pthread_sigmask(SIG_SETMASK, &mask, nullptr); }
   } restore{before};
-  const Rendezvous table;
+  const Rendezvous meeting;
   Workers workers(count, threads);
-  workers.start(table.port());
+  workers.start(meeting.port());
   workers.watch(signals);
 }
 

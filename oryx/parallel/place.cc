@@ -42,7 +42,8 @@ std::optional<Place> place_from_environment() {
   const auto address = variable("MASTER_ADDR");
   if (!address || address->empty()) fail("WORLD_SIZE is {} but MASTER_ADDR is not set; expected the name or address of the host of rank 0", p.size);
   p.address = *address;
-  p.store_is_elsewhere = variable("TORCHELASTIC_USE_AGENT_STORE").value_or("") == "True";
+  if (variable(kLauncherVariable)) p.meeting = Place::Meeting::kInLauncher;
+  else if (variable("TORCHELASTIC_USE_AGENT_STORE").value_or("") == "True") p.meeting = Place::Meeting::kByTorchrun;
   p.attempt = variable("TORCHELASTIC_RUN_ID").value_or("") + "/" + variable("TORCHELASTIC_RESTART_COUNT").value_or("0");
   return p;
 }

@@ -121,7 +121,7 @@ TEST_F(PlaceTest, AsLaunchersSayIt) {
   EXPECT_EQ(p->local_size, 4);
   EXPECT_EQ(p->address, "node7");
   EXPECT_EQ(p->port, 29500);
-  EXPECT_FALSE(p->store_is_elsewhere);
+  EXPECT_EQ(p->meeting, Place::Meeting::kInRank0);
   EXPECT_EQ(place({{"WORLD_SIZE", "1"}})->size, 1);
   EXPECT_EQ(place({{"RANK", "1"}, {"WORLD_SIZE", "2"}, {"MASTER_ADDR", "a"}, {"MASTER_PORT", "1"}})->local_rank, 1);  // one host
 }

@@ -1,86 +1,103 @@
 #include "oryx/parallel/rendezvous.h"
 
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
-#include <unistd.h>
-
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
-
-#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <map>
+#include <memory>
 
 #include "oryx/common/error.h"
+#include "oryx/parallel/torch_store.h"
 
 namespace oryx {
 
-struct Rendezvous::Table {
-  Table(const std::string& address, const c10d::TCPStoreOptions& options, std::string prefix)
-      : store(address, options), prefix(std::move(prefix)), timeout(options.timeout) {}
-  c10d::TCPStore store;
-  std::string prefix;
-  std::chrono::milliseconds timeout;
-};
-
 namespace {
 
-// libtorch says in many lines that a port is in use, and on standard error before it throws.
-void check_port_is_free(uint16_t port) {
-  const int probe = ::socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (probe < 0) return;  // no IPv6 here: the store says what is wrong
-  const int on = 1, off = 0;
-  ::setsockopt(probe, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-  ::setsockopt(probe, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
-  sockaddr_in6 address{};
-  address.sin6_family = AF_INET6;
-  address.sin6_port = htons(port);
-  const bool taken = ::bind(probe, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 && (errno == EADDRINUSE || errno == EACCES);
-  const int code = errno;
-  ::close(probe);
-  if (taken) fail("MASTER_PORT {}: {}; choose another port, the same for all processes", port, std::strerror(code));
-}
+constexpr uint64_t kWord = 0x6f7279786d656574;  // "oryxmeet"
+constexpr int kPatience = 10'000;               // milliseconds, for a message that has begun
 
-c10d::TCPStoreOptions store_options(uint16_t port, bool server, int64_t seconds) {
-  c10d::TCPStoreOptions o;
-  o.port = port;
-  o.isServer = server;
-  o.waitWorkers = false;
-  o.timeout = std::chrono::seconds(seconds);
-  return o;
-}
+struct Arrival {
+  uint64_t word = kWord;
+  int64_t rank = 0, size = 0, port = 0;
+};
+// An answer: where the next one is; host empty: where the meeting is. Or what is wrong.
+struct Answer {
+  uint64_t word = kWord;
+  int64_t port = 0;
+  char host[64] = {}, error[192] = {};
+};
+
+void put_text(char* to, size_t room, const std::string& text) { std::memcpy(to, text.data(), std::min(room - 1, text.size())); }
+
+bool is_this_host(const std::string& address) { return address.starts_with("127.") || address == "::1"; }
 
 }  // namespace
 
-Rendezvous::Rendezvous() : table_(std::make_unique<Table>("127.0.0.1", store_options(0, true, 300), "oryx/")) {}
+Rendezvous::Rendezvous(uint16_t port, const std::string& what) : port_(port), listener_(listen_at(&port_, what)), thread_([this] { serve(); }) {}
 
-Rendezvous::Rendezvous(const Place& place, int64_t seconds) {
-  const bool server = place.rank == 0 && !place.store_is_elsewhere;
-  if (server) check_port_is_free(place.port);
-  try {
-    table_ = std::make_unique<Table>(place.address, store_options(place.port, server, seconds), "oryx/" + place.attempt + "/");
-  } catch (const std::exception&) {
-    fail("rank {} of {} found nobody at MASTER_ADDR {} port {} within {} s; is rank 0 running there, and is the port open?", place.rank, place.size, place.address, place.port, seconds);
+Rendezvous::~Rendezvous() {
+  stop_ = true;
+  thread_.join();
+}
+
+void Rendezvous::serve() {
+  struct Guest {
+    Socket socket;
+    Arrival arrival;
+    std::string host;
+  };
+  std::map<int64_t, Guest> guests;
+  const auto tell_all = [&](const std::string& error) {
+    for (auto& [rank, guest] : guests) {
+      Answer answer;
+      put_text(answer.error, sizeof answer.error, error);
+      if (error.empty()) {
+        const Guest& next = guests.at((rank + 1) % static_cast<int64_t>(guests.size()));
+        answer.port = next.arrival.port;
+        if (!is_this_host(next.host)) put_text(answer.host, sizeof answer.host, next.host);
+      }
+      (void)send_all(guest.socket, &answer, sizeof answer, kPatience);
+    }
+    guests.clear();
+  };
+  while (!stop_) {
+    Guest guest;
+    guest.socket = accept_from(listener_, 50, &guest.host);
+    if (!guest.socket || !receive_all(guest.socket, &guest.arrival, sizeof guest.arrival, kPatience) || guest.arrival.word != kWord) continue;
+    const Arrival a = guest.arrival;
+    const bool twice = guests.count(a.rank) != 0;
+    const int64_t size = guests.empty() ? a.size : guests.begin()->second.arrival.size;
+    guests[twice ? -1 : a.rank] = std::move(guest);  // who is one too many is told so too
+    if (a.size != size) tell_all(fmt::format("rank {} says that there are {} processes, others say {}; have all the same WORLD_SIZE?", a.rank, a.size, size));
+    else if (twice) tell_all(fmt::format("two processes say that they are rank {} of {}; each needs a RANK of its own", a.rank, size));
+    else if (static_cast<int64_t>(guests.size()) == size) tell_all("");
   }
 }
 
-Rendezvous::~Rendezvous() = default;
-
-uint16_t Rendezvous::port() const { return table_->store.getPort(); }
-
-void Rendezvous::put(const std::string& key, const std::string& value) {
-  table_->store.set(table_->prefix + key, std::vector<uint8_t>(value.begin(), value.end()));
-}
-
-std::string Rendezvous::take(const std::string& key, const std::string& what) {
-  try {
-    table_->store.wait({table_->prefix + key}, table_->timeout);
-    const auto bytes = table_->store.get(table_->prefix + key);
-    return {bytes.begin(), bytes.end()};
-  } catch (const std::exception&) {
-    fail("{} did not come within {} s; were all processes started, with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT?", what,
-         std::chrono::duration_cast<std::chrono::seconds>(table_->timeout).count());
+Neighbour find_next(const Place& place, uint16_t own_port, int seconds) {
+  std::unique_ptr<Rendezvous> own;
+  const bool by_torchrun = place.meeting == Place::Meeting::kByTorchrun;
+  if (place.rank == 0 && place.meeting != Place::Meeting::kInLauncher) own = std::make_unique<Rendezvous>(by_torchrun ? 0 : place.port, "MASTER_PORT");
+  const uint16_t port = by_torchrun ? share_port_by_torch(place, own ? own->port() : 0, seconds) : place.port;
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
+  const auto left = [&] { return static_cast<int>(std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now()).count()); };
+  Socket s;
+  while (!(s = connect_to(place.address, port))) {
+    if (left() < 0) {
+      fail("rank {} of {} found nobody at MASTER_ADDR {} port {} within {} s ({}); is rank 0 running there?", place.rank, place.size, place.address, place.port, seconds, std::strerror(errno));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
+  const Arrival arrival{kWord, place.rank, place.size, own_port};
+  Answer answer;
+  if (!send_all(s, &arrival, sizeof arrival, kPatience) || !receive_all(s, &answer, sizeof answer, std::max(left(), kPatience)) || answer.word != kWord) {
+    fail("rank {} of {} got no answer at MASTER_ADDR {} port {} within {} s; were all processes started, and does nothing else listen there?", place.rank, place.size, place.address, place.port, seconds);
+  }
+  answer.host[sizeof answer.host - 1] = answer.error[sizeof answer.error - 1] = 0;
+  if (answer.error[0] != 0) fail("{}", answer.error);
+  // The meeting's answers are on their way to all: rank 0 leaves when its own has come, and its thread has sent the others first or will.
+  return {answer.host[0] == 0 ? place.address : std::string(answer.host), static_cast<uint16_t>(answer.port)};
 }
 
 }  // namespace oryx

@@ -1,32 +1,40 @@
-// Where processes that start together find one another: a table of short texts, in memory of one process, reached over TCP. libtorch's TCPStore, so that torchrun's serves too.
+// Where processes that start together find one another: each says where it listens, and learns where the next one does.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <memory>
 #include <string>
+#include <thread>
 
 #include "oryx/parallel/place.h"
+#include "oryx/parallel/sockets.h"
 
 namespace oryx {
 
+// Answers all processes when the last one has come. In a launcher, or in rank 0.
 class Rendezvous {
  public:
-  // A table of this process's own, at a port of 127.0.0.1 that the system chooses: for a launcher.
-  Rendezvous();
-  // The table at place.address: rank 0 of a launcher that keeps none opens it. Throws Error, after `seconds` where nobody answers.
-  explicit Rendezvous(const Place& place, int64_t seconds = 300);
+  // port 0: one that the system chooses. what: how a port that is taken is named. Throws Error.
+  explicit Rendezvous(uint16_t port = 0, const std::string& what = "port");
   ~Rendezvous();
   Rendezvous(const Rendezvous&) = delete;
   Rendezvous& operator=(const Rendezvous&) = delete;
-
-  uint16_t port() const;
-  void put(const std::string& key, const std::string& value);
-  // Waits for it. Throws Error when it does not come in time.
-  std::string take(const std::string& key, const std::string& what);
+  uint16_t port() const { return port_; }
 
  private:
-  struct Table;
-  std::unique_ptr<Table> table_;
+  void serve();
+
+  uint16_t port_;
+  Socket listener_;
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
 };
+
+struct Neighbour {
+  std::string host;
+  uint16_t port = 0;
+};
+// The place where rank + 1 listens, for a process that listens at own_port. Returns when all have come. Throws Error, after `seconds` where they have not.
+Neighbour find_next(const Place& place, uint16_t own_port, int seconds = 300);
 
 }  // namespace oryx

@@ -3,12 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "oryx/common/error.h"
 #include "oryx/parallel/place.h"
+#include "oryx/parallel/sockets.h"
 
 namespace oryx {
 
@@ -22,7 +22,6 @@ class Ring {
  public:
   // Every rank calls it; returns when all have joined. Throws Error.
   explicit Ring(const Place& place);
-  ~Ring();
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
 
@@ -41,13 +40,12 @@ class Ring {
   std::vector<std::string> gather(const std::string& own);
 
  private:
-  void connect(const Place& place);
   // Sends and receives at the same time.
   void exchange(const void* out, size_t out_bytes, void* in, size_t in_bytes);
   int64_t wrapped(int64_t rank) const { return ((rank % size_) + size_) % size_; }
 
   int64_t rank_, size_;
-  int next_ = -1, previous_ = -1;  // sockets
+  Socket next_, previous_;
   std::vector<char> received_;
 };
 

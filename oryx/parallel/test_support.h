@@ -15,14 +15,14 @@ namespace oryx::test {
 
 // Runs f on every rank, and throws what the lowest rank threw that did not merely lose another. On CUDA rank r is on GPU r.
 inline void for_ranks(int64_t size, const std::function<void(ProcessGroup&)>& f, at::DeviceType type = at::kCPU) {
-  const Rendezvous table;
+  const Rendezvous meeting;
   std::vector<std::exception_ptr> causes(static_cast<size_t>(size)), consequences(static_cast<size_t>(size));
   std::vector<std::thread> threads;
   for (int64_t rank = 0; rank < size; ++rank) {
     threads.emplace_back([&, rank] {
       at::set_num_threads(1);
       Place place;
-      place.rank = place.local_rank = rank, place.size = place.local_size = size, place.port = table.port(), place.store_is_elsewhere = true;
+      place.rank = place.local_rank = rank, place.size = place.local_size = size, place.port = meeting.port(), place.meeting = Place::Meeting::kInLauncher;
       try {
         const auto group = join_group(place, type == at::kCPU ? at::Device(type) : at::Device(type, static_cast<at::DeviceIndex>(rank)));
         f(*group);

@@ -81,6 +81,7 @@ class Run {
         optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}, group),
         schedule_(options.model, options.training_schedule()) {
     if (group != nullptr) task_.source = std::make_unique<RankBatches>(std::move(task_.source), division_, group->rank());
+    if (group != nullptr && first()) log::info("{} processes, {} batches of {} rows a step each, by {}", processes(), division_.own_accumulate(), division_.own_rows(), group->transport());
     if (options.cuda_graph != CudaGraph::kOff) capture_steps();
     resume();
   }
@@ -93,9 +94,9 @@ class Run {
     feed_.emplace(*task_.source, schedule_, model_, FeedOptions{static_cast<uint64_t>(options_.seed), step_, division_.own_accumulate(), graphs_ != nullptr});
     begin_ = now();
     while (step_ < options_.steps && !summary_.interrupted) {
-      one_step();
+      const bool stop = one_step();
       const bool last = step_ == options_.steps;
-      summary_.interrupted = anywhere(interrupted()) && !last;
+      summary_.interrupted = stop && !last;
       const bool due = (last || (options_.validate_every > 0 && step_ % options_.validate_every == 0)) && !summary_.interrupted;
       const bool saves = last || summary_.interrupted || step_ % options_.save_every == 0;
       if (!due && !saves) continue;
@@ -155,33 +156,38 @@ class Run {
     if (step_ == options_.steps) write_report(folder_, options_, metrics_);  // the process may have been killed before it
   }
 
-  void one_step() {
+  // True when the run was interrupted, on any rank.
+  bool one_step() {
     const double lr = cosine_with_warmup(step_ + 1, options_.lr, options_.warmup_steps, options_.steps, options_.min_lr_ratio);
     StepResult r = train_step(model_, optimizer_, *feed_, lr, step_options(), graphs_.get());
     ++step_;
-    share_counts(r);
+    const bool stop = share_counts(r);
     all_tokens_ += options_.accumulate * options_.batch_size * options_.seq_len;
     summary_.tokens += r.tokens;
     pending_.push_back({step_, lr, std::move(r)});
     const bool logs = step_ % options_.log_every == 0 || step_ == options_.steps;
     // What a step did is looked at when it is asked for, or when so many are open that a run gone wrong must be noticed: reading waits for the device.
     if (logs || on_cpu() || static_cast<int64_t>(pending_.size()) >= kMaxSkipped) read_steps(logs);
+    return stop;
   }
 
-  // Tokens, FLOPs and attention of the step as a whole.
-  void share_counts(StepResult& r) {
-    if (group_ == nullptr) return;
+  // Tokens, FLOPs and attention of the step as a whole, and whether any rank was interrupted.
+  bool share_counts(StepResult& r) {
+    bool stop = interrupted();
+    if (group_ == nullptr) return stop;
     struct Counts {
-      int64_t tokens;
+      int64_t tokens, stop;
       double flops, attention;
-    } counts{r.tokens, r.flops, r.attention_share};
+    } counts{r.tokens, stop ? 1 : 0, r.flops, r.attention_share};
     std::string own(sizeof counts, 0);
     std::memcpy(own.data(), &counts, sizeof counts);
     r.tokens = 0, r.flops = r.attention_share = 0;
     for (const std::string& text : group_->gather(own)) {
       std::memcpy(&counts, text.data(), sizeof counts);
       r.tokens += counts.tokens, r.flops += counts.flops, r.attention_share += counts.attention / static_cast<double>(processes());
+      stop = stop || counts.stop != 0;
     }
+    return stop;
   }
 
   // The records of all steps that are open, in one copy.
