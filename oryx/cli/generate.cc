@@ -91,6 +91,7 @@ void print_stats(const GenerateStats& s) {
 
 void generate_text(GenerateArguments o) {
   set_kv(o.generate.state, o.kv);
+  o.generate.sampling.race |= o.generate.draft.on();
   const LoadedModel loaded = load(o.model);
   if (!loaded.tokenizer) fail("{}: has no tokeniser; give one with --tokenizer", loaded.name);
   const ModelSchedule schedule(loaded.model->config(), o.schedule);
@@ -169,6 +170,7 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_option("--top-p", o->generate.sampling.top_p, "draw from the fewest likeliest tokens with this probability together")->capture_default_str();
   app.add_option("--min-p", o->generate.sampling.min_p, "leave out tokens less likely than this times the likeliest")->capture_default_str();
   app.add_option("--seed", o->generate.sampling.seed, "of the draws, and of a random schedule")->type_name("N")->check(integer())->capture_default_str();
+  app.add_flag("--race", o->generate.sampling.race, "draw by a race of all tokens, as drafted texts do: the same distribution, and drafts agree more often");
   app.add_option("--prefill-piece", o->generate.prefill_piece, "tokens of the prompt run at once at most: bounds memory (default: 1024, on a GPU 8192)")->type_name("N")->check(integer());
   auto* session = app.add_option("--session", o->session, "go on from a session that was saved: the prompt, which may be empty, comes behind what it holds")->type_name("FILE");
   app.add_option("--save-session", o->save_session, "save prompt and text there at the end, or at Ctrl-C, to go on from")->type_name("FILE");

@@ -61,12 +61,9 @@ class Decoder {
     out_.stats.predicted = session_.plan();
     if (!options.draft.on()) return;
     draft_schedule_.emplace(model.config(), options.draft.schedule);
-    const auto draw = [this](const at::Tensor& logits, int64_t position) {
-      const at::Tensor row = drawn_from(logits);
-      if (options_.sampling.temperature == 0 && row.is_cuda()) return draft_likeliest(row);  // no row of logits need come to the host
-      return static_cast<int32_t>(sample_token(row, options_.sampling, static_cast<uint64_t>(position)));
-    };
-    drafted_.emplace(session_, *draft_schedule_, options.draft, draw, options.eos_id);
+    const auto draw = [this](const at::Tensor& logits, int64_t position) { return static_cast<int32_t>(sample_token(drawn_from(logits), options_.sampling, static_cast<uint64_t>(position))); };
+    drafted_.emplace(session_, options.sampling.temperature == 0 ? drafts_likeliest(*draft_schedule_, options.vocab_size, options.eos_id) : drafts_drawn(*draft_schedule_, draw, options.eos_id), options.draft,
+                     &*draft_schedule_);
   }
 
   void prefill(std::span<const int32_t> prompt) {

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -75,6 +76,27 @@ int64_t draw(const std::vector<Candidate>& all, double uniform) {
   return std::find_if(all.rbegin(), all.rend(), [](const auto& c) { return c.weight > 0; })->id;
 }
 
+// Two clocks a block of the generator; a stream apart from that of draw().
+int64_t first_to_ring(const std::vector<Candidate>& all, uint64_t seed, uint64_t position, uint32_t sequence) {
+  const std::array<uint32_t, 2> key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  constexpr uint32_t kRaces = 0x80000000;
+  double first = std::numeric_limits<double>::infinity();
+  int64_t winner = all.front().id, block_of = -1;
+  std::array<uint32_t, 4> block{};
+  for (const auto& c : all) {
+    if (!(c.weight > 0)) continue;
+    if (c.id / 2 != block_of) {
+      block_of = c.id / 2;
+      block = philox({static_cast<uint32_t>(block_of), sequence ^ kRaces, static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)}, key);
+    }
+    const size_t half = 2 * static_cast<size_t>(c.id % 2);
+    const double uniform = static_cast<double>(((uint64_t{block[half]} << 32) | block[half + 1]) >> 11) * 0x1.0p-53;
+    const double rings = -std::log1p(-uniform) / c.weight;
+    if (rings < first || (rings == first && c.id < winner)) first = rings, winner = c.id;
+  }
+  return winner;
+}
+
 }  // namespace
 
 void SamplingOptions::validate() const {
@@ -101,6 +123,7 @@ int64_t sample_token(const at::Tensor& logits, const SamplingOptions& o, uint64_
     all.push_back({gap == 0 ? 1.0 : std::exp(gap / o.temperature), static_cast<int64_t>(i)});
   }
   if (o.top_k > 0 || o.top_p < 1 || o.min_p > 0) filter(all, o);
+  if (o.race) return first_to_ring(all, static_cast<uint64_t>(o.seed), position, sequence);
   return draw(all, CounterRng(static_cast<uint64_t>(o.seed), position, sequence).uniform());
 }
 

@@ -13,6 +13,10 @@ struct SamplingOptions {
   double top_p = 1;
   double min_p = 0;
   int64_t seed = 0;
+  // Draw by a race: each token that the filters leave has a clock that rings after an exponential time of rate its weight, the clock's draw being a function of (seed, position, sequence, token
+  // id), and the first to ring is drawn. The same distribution, other tokens; but two rows of logits that are nearly alike then mostly draw the same token, which is what
+  // drafts want (Daliri et al. 2024, arXiv 2408.07978): of one uniform number and running sums a small change anywhere moves all that stands behind it.
+  bool race = false;
 
   // Throws Error for values outside of their range (NaN included).
   void validate() const;

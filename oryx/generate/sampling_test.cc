@@ -48,6 +48,27 @@ TEST(Sampling, DrawsTheModelsDistribution) {
   expect_distribution(frequencies(logits_of(kProbabilities) + 3000, {.temperature = 1, .seed = 5}, kDraws), kProbabilities, kDraws);
 }
 
+TEST(Sampling, ARaceDrawsTheSameDistribution) {
+  expect_distribution(frequencies(logits_of(kProbabilities), {.temperature = 1, .race = true}, kDraws), kProbabilities, kDraws);
+  expect_distribution(frequencies(logits_of(kProbabilities), {.temperature = 1, .top_k = 2, .seed = 4, .race = true}, kDraws), {0, 0.4 / 0.65, 0, 0.25 / 0.65, 0}, kDraws);
+  EXPECT_EQ(frequencies(logits_of(kProbabilities), {.temperature = 1e-300, .race = true}, 50)[1], 1);
+  EXPECT_EQ(frequencies(at::tensor({-kInf, 0.f, -kInf}), {.temperature = 1, .race = true}, 50)[1], 1);
+}
+
+// What drafts want: rows that are nearly alike draw the same token, as often as 1 - TV over 1 + TV at least (TV: half the sum of differences), whatever the order of ids.
+TEST(Sampling, ARaceOfNearlyTheSameIsNearlyAlwaysTheSame) {
+  std::vector<double> one(64, 1.0 / 64), other = one;
+  for (size_t i = 0; i < 64; i += 2) other[i] *= 1.1, other[i + 1] *= 0.9;
+  const double tv = 0.05;
+  int same = 0;
+  constexpr int kTries = 4000;
+  for (uint64_t i = 0; i < kTries; ++i) {
+    const SamplingOptions o{.temperature = 1, .race = true};
+    same += sample_token(logits_of(one), o, i) == sample_token(logits_of(other), o, i) ? 1 : 0;
+  }
+  EXPECT_GT(static_cast<double>(same) / kTries, (1 - tv) / (1 + tv) - 0.02);
+}
+
 TEST(Sampling, TemperatureRaisesProbabilitiesToAPower) {
   for (const double temperature : {0.5, 2.0}) {
     std::vector<double> expected;

@@ -14,6 +14,7 @@
 #include "oryx/common/progress.h"
 #include "oryx/model/inspect.h"
 #include "oryx/model/routed_cost.h"
+#include "oryx/ops/few_rows/few_rows.h"
 
 namespace oryx {
 
@@ -176,16 +177,20 @@ at::Tensor Session::run_under(const ModelSchedule& schedule, std::span<const int
 
 at::Tensor Session::step(int32_t id) { return step_under(schedule_, id); }
 
-at::Tensor Session::step_under(const ModelSchedule& schedule, int32_t id) {
-  TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
-  at::NoGradGuard no_grad;
+bool Session::fused() {
   if (!asked_ && options_.fused && model_.device().is_cuda()) {
     std::string why;
     fused_ = make_fused_decoder(model_, state_, options_.tokens, &why, /*hidden=*/routed_.on());
     if (fused_ == nullptr) log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: {} (docs/generation.md)", why);
   }
   asked_ = true;
-  if (fused_ == nullptr || !fused_->fits()) return model_.logits(run_under(schedule, {&id, 1}, false)).squeeze(0);
+  return fused_ != nullptr && fused_->fits();
+}
+
+at::Tensor Session::step_under(const ModelSchedule& schedule, int32_t id) {
+  TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
+  at::NoGradGuard no_grad;
+  if (!fused()) return model_.logits(run_under(schedule, {&id, 1}, false)).squeeze(0);
   routed_.before({&id, 1});
   const auto routing = route(schedule, length_, 1);
   const at::Tensor logits = fused_->step({id}, routing).squeeze(0);
@@ -204,11 +209,49 @@ void Session::hold() {
 
 at::Tensor Session::draft(int32_t id, const ModelSchedule& by) { return step_under(by, id); }
 
+std::vector<int32_t> Session::draft_likeliest(int32_t id, int64_t count, const ModelSchedule& by, int64_t below) {
+  at::NoGradGuard no_grad;
+  const int64_t looked_at = below > 0 ? below : model_.config().vocab_size;
+  std::vector<int32_t> drafts;
+  if (!fused()) {
+    for (int64_t i = 0; i < count; ++i) drafts.push_back(static_cast<int32_t>(step_under(by, i == 0 ? id : drafts.back()).narrow(0, 0, looked_at).argmax().item<int64_t>()));
+    return drafts;
+  }
+  TORCH_CHECK(length_ + count <= options_.tokens, "session: ", length_ + count, " tokens, reserved for ", options_.tokens);
+  // Each token is fed back on the device, and all of them come at once.
+  at::Tensor all = at::empty({count}, at::device(model_.device()).dtype(at::kInt));
+  fused_->feed_back(true, looked_at);
+  for (int64_t i = 0; i < count; ++i) {
+    (void)fused_->step(i == 0 ? std::vector<int32_t>{id} : std::vector<int32_t>(), route(by, length_, 1));
+    all.narrow(0, i, 1).copy_(fused_->likeliest());
+    ++length_;
+  }
+  fused_->feed_back(false);
+  const at::Tensor host = all.cpu();
+  drafts.assign(host.const_data_ptr<int32_t>(), host.const_data_ptr<int32_t>() + count);
+  for (const int32_t draft : drafts) {
+    if (draft < 0) fail("the logits of a draft are not finite; the model's weights or state are damaged");
+  }
+  return drafts;
+}
+
 void Session::back() {
   state_.back(held_length_);
   length_ = held_length_;
   attention_tokens_ = held_attention_;
 }
+
+DraftVerifier* Session::verifier() {
+  if (!asked_verifier_ && options_.fused && model_.device().is_cuda()) {
+    std::string why;
+    verifier_ = make_draft_verifier(model_, state_, options_.tokens, &why);
+    if (verifier_ == nullptr) log::warn_once("verifying drafts operator by operator, more slowly than by one captured launch: {} (docs/generation.md)", why);
+  }
+  asked_verifier_ = true;
+  return verifier_.get();
+}
+
+int64_t Session::most_steps() { return verifier() != nullptr ? verifier_->most() : ops::kFewRows; }
 
 at::Tensor Session::steps(std::span<const int32_t> ids) {
   const auto count = static_cast<int64_t>(ids.size());
@@ -217,13 +260,7 @@ at::Tensor Session::steps(std::span<const int32_t> ids) {
   at::NoGradGuard no_grad;
   held_length_ = length_;
   held_attention_ = attention_tokens_;
-  if (!asked_verifier_ && options_.fused && model_.device().is_cuda()) {
-    std::string why;
-    verifier_ = make_draft_verifier(model_, state_, options_.tokens, &why);
-    if (verifier_ == nullptr) log::warn_once("verifying drafts operator by operator, more slowly than by one captured launch: {} (docs/generation.md)", why);
-  }
-  asked_verifier_ = true;
-  verifying_ = verifier_ != nullptr && count >= 2 && count <= verifier_->most() && verifier_->fits(count);
+  verifying_ = verifier() != nullptr && count >= 2 && count <= verifier_->most() && verifier_->fits(count);
   if (verifying_) {
     const at::Tensor logits = verifier_->run({ids.begin(), ids.end()}, route(length_, count));
     length_ += count;

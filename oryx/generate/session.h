@@ -65,10 +65,14 @@ class Session {
   // there again, as if nothing had run since.
   void hold();
   at::Tensor draft(int32_t id, const ModelSchedule& by);
+  // `count` tokens behind `id` that way, each the likeliest of the first `below` ids (0: all).
+  std::vector<int32_t> draft_likeliest(int32_t id, int64_t count, const ModelSchedule& by, int64_t below);
   void back();
   // Runs `ids` behind those held in one pass, each as step() would (by a DraftVerifier where there is one, else ModelInput::as_steps) -> logits [ids, vocabulary], valid until the next call.
   // keep() then forgets all but the first `count` of them, at least one; before anything else is done.
   at::Tensor steps(std::span<const int32_t> ids);
+  // Tokens of steps() that cost little more than one: what the verifier takes at once, or a product of few rows.
+  int64_t most_steps();
   void keep(int64_t count);
   // Whether the next `count` tokens run in the same mixers, in every layer, under the schedule `other`.
   bool same_modes(const ModelSchedule& other, int64_t count) const;
@@ -86,6 +90,8 @@ class Session {
  private:
   at::Tensor run(std::span<const int32_t> ids);
   void count_attention();
+  bool fused();  // whether the next token can go through the fused decoder
+  DraftVerifier* verifier();
   at::Tensor step_under(const ModelSchedule& schedule, int32_t id);
   at::Tensor run_under(const ModelSchedule& schedule, std::span<const int32_t> ids, bool as_steps);
   std::vector<std::shared_ptr<const Routing>> route(int64_t start, int64_t count) const { return route(schedule_, start, count); }

@@ -34,8 +34,6 @@ void blend(double& mean, double newest) { mean = mean > 0 ? (1 - kNewest) * mean
 
 }  // namespace
 
-int32_t draft_likeliest(const at::Tensor& logits) { return static_cast<int32_t>(logits.argmax().item<int64_t>()); }
-
 DraftLength::DraftLength(int64_t most, bool adapt)
     : most_(most), adapt_(adapt), accepted_(kFirstAcceptance * kFirstWeight), tested_(kFirstWeight), passes_(static_cast<size_t>(most) + 2) {}
 
@@ -93,8 +91,29 @@ void check_draft(const ModelConfig& config, const ModelSchedule& schedule, const
   }
 }
 
-DraftedSession::DraftedSession(Session& session, const ModelSchedule& schedule, const DraftOptions& options, Draw draw, int32_t end)
-    : session_(session), schedule_(schedule), draw_(std::move(draw)), end_(end), count_(options.tokens, options.adapt) {}
+Drafter drafts_drawn(const ModelSchedule& schedule, DrawToken draw, int32_t end) {
+  return [&schedule, draw = std::move(draw), end](Session& session, int32_t id, int64_t count) {
+    std::vector<int32_t> drafts;
+    for (int32_t last = id; static_cast<int64_t>(drafts.size()) < count;) {
+      const at::Tensor logits = session.draft(last, schedule);
+      last = draw(logits, session.length());
+      if (last == end) break;
+      drafts.push_back(last);
+    }
+    return drafts;
+  };
+}
+
+Drafter drafts_likeliest(const ModelSchedule& schedule, int64_t below, int32_t end) {
+  return [&schedule, below, end](Session& session, int32_t id, int64_t count) {
+    std::vector<int32_t> drafts = session.draft_likeliest(id, count, schedule, below);
+    drafts.erase(std::find(drafts.begin(), drafts.end(), end), drafts.end());
+    return drafts;
+  };
+}
+
+DraftedSession::DraftedSession(Session& session, Drafter drafter, const DraftOptions& options, const ModelSchedule* schedule)
+    : session_(session), drafter_(std::move(drafter)), schedule_(schedule), count_(options.tokens, options.adapt) {}
 
 void DraftedSession::settle() {
   if (!ids_.empty()) session_.keep(used_);
@@ -108,12 +127,9 @@ std::vector<int32_t> DraftedSession::draft(int32_t id, int64_t count) {
   std::vector<int32_t> ids{id};
   session_.hold();
   try {
-    for (int64_t i = 0; i < count; ++i) {
-      const at::Tensor logits = session_.draft(ids.back(), schedule_);
-      const int32_t next = draw_(logits, session_.length());
-      if (next == end_) break;
-      ids.push_back(next);
-    }
+    const std::vector<int32_t> drafts = drafter_(session_, id, count);
+    TORCH_CHECK(static_cast<int64_t>(drafts.size()) <= count, "draft: ", drafts.size(), " tokens for ", count);
+    ids.insert(ids.end(), drafts.begin(), drafts.end());
   } catch (...) {
     session_.back();
     throw;
@@ -130,13 +146,13 @@ at::Tensor DraftedSession::step(int32_t id, int64_t room) {
     ++stats_.tested;
     if (accepted) {
       ++stats_.accepted;
-      return rows_[used_++];
+      return rows_[used_++].cpu();
     }
   }
   settle();
   // The last of the `room` tokens need not be drafted: the pass over those before it gives it.
-  int64_t count = count_.next(room - 1);
-  if (count > 0 && session_.same_modes(schedule_, count)) count = 0;  // nothing is cheaper than the text's own mode
+  int64_t count = count_.next(std::min(room, session_.most_steps()) - 1);
+  if (count > 0 && schedule_ != nullptr && session_.same_modes(*schedule_, count)) count = 0;  // nothing is cheaper than the text's own mode
   std::vector<int32_t> ids{id};
   if (count > 0) {
     const Clock clock;
@@ -153,13 +169,14 @@ at::Tensor DraftedSession::step(int32_t id, int64_t room) {
     ++stats_.alone;
     return logits;
   }
-  rows_ = session_.steps(ids).cpu();
+  rows_ = session_.steps(ids);
+  const at::Tensor first = rows_[0].cpu();  // the clock stops when it has come back from the device
   ids_ = std::move(ids);
   used_ = 1;
   count_.passed(static_cast<int64_t>(ids_.size()), clock.seconds());
   stats_.verify_seconds += clock.seconds();
   ++stats_.passes;
-  return rows_[0];
+  return first;
 }
 
 }  // namespace oryx

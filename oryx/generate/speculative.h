@@ -20,7 +20,7 @@ namespace oryx {
 
 struct DraftOptions {
   std::string schedule;  // modes of the drafts (docs/modes.md), by positions alone; empty: nothing is drafted
-  int64_t tokens = 8;    // drafted for one pass at most: 1 to kMostDrafted
+  int64_t tokens = 7;    // drafted for one pass at most: 1 to kMostDrafted, and no more than the session verifies in one go (Session::most_steps)
   bool adapt = true;     // as many as pay by the acceptance and times measured so far, none too; false: always so many
 
   bool on() const { return !schedule.empty(); }
@@ -39,9 +39,6 @@ struct DraftStats {
   double acceptance() const { return tested > 0 ? static_cast<double>(accepted) / static_cast<double>(tested) : 0; }
   double tokens_a_pass() const { return passes > 0 ? 1 + static_cast<double>(accepted) / static_cast<double>(passes) : 0; }
 };
-
-// The likeliest token of a row of logits, where they stand: of equals any, which is enough for a draft.
-int32_t draft_likeliest(const at::Tensor& logits);
 
 // How many tokens to draft, from what drafts and passes took and how many were accepted so far.
 class DraftLength {
@@ -69,16 +66,24 @@ class DraftLength {
 // whose window keeps no rows of the tokens that may be forgotten (StateOptions::bound.back of tokens + 1 at least).
 void check_draft(const ModelConfig& config, const ModelSchedule& schedule, const DraftOptions& draft, const StateOptions& state);
 
+// Makes up to `count` tokens that may follow `id`, which the text goes on with behind those that the session holds. It may run the session (Session::draft): that goes back to where it was.
+using Drafter = std::function<std::vector<int32_t>(Session& session, int32_t id, int64_t count)>;
+// The token of a row of logits [vocabulary] at its position in the text.
+using DrawToken = std::function<int32_t(const at::Tensor& logits, int64_t position)>;
+// Tokens drawn under `schedule`, which must outlive it, with the text's own draws; none behind `end`.
+Drafter drafts_drawn(const ModelSchedule& schedule, DrawToken draw, int32_t end = -1);
+// The likeliest of the first `below` ids (0: all) under `schedule`; on a GPU, where tokens are decoded by captured launches, without the host between them.
+Drafter drafts_likeliest(const ModelSchedule& schedule, int64_t below = 0, int32_t end = -1);
+
 // Stands in for Session::step of one text, token by token.
 class DraftedSession {
  public:
-  // The token of a row of logits [vocabulary] at its position in the text.
-  using Draw = std::function<int32_t(const at::Tensor& logits, int64_t position)>;
-  // Session and schedule must outlive it. Nothing is drafted behind `end`. Options as check_draft() wants them.
-  DraftedSession(Session& session, const ModelSchedule& schedule, const DraftOptions& options, Draw draw, int32_t end = -1);
+  // The session must outlive it. `schedule`: modes of the drafts, for which nothing is drafted where they are those of the text; null: drafts are not of the model, or always worth it.
+  // Options as check_draft() wants them.
+  DraftedSession(Session& session, Drafter drafter, const DraftOptions& options, const ModelSchedule* schedule = nullptr);
 
-  // As Session::step: the next token, behind those of earlier calls -> its logits [vocabulary]. Of what follows the caller will want `room` tokens at most (at least 1): they must
-  // find room in the session.
+  // As Session::step: the next token, behind those of earlier calls -> its logits [vocabulary], valid until the next call. Of what follows the caller will want `room` tokens at most (at
+  // least 1): they must find room in the session.
   at::Tensor step(int32_t id, int64_t room);
   // Forgets drafts that no step() has asked for: the session then holds the tokens of all calls and no more, as if nothing had been drafted. Before anybody else looks at it.
   void settle();
@@ -89,9 +94,8 @@ class DraftedSession {
   std::vector<int32_t> draft(int32_t id, int64_t count);
 
   Session& session_;
-  const ModelSchedule& schedule_;
-  Draw draw_;
-  int32_t end_;
+  Drafter drafter_;
+  const ModelSchedule* schedule_;
   DraftLength count_;
   DraftStats stats_;
   // The last pass: its tokens, of which the first `used_` are the text's, and the logits behind each [ids, vocabulary].

@@ -114,8 +114,8 @@ TEST(Speculative, TheTextIsTheUndraftedOneBitForBit) {
     const ModelConfig c = test::small(p.mixers);
     const auto m = test::make(c);
     const auto prompt = drafted_prompt(23, c.vocab_size);
-    for (const double temperature : {0.0, 1.3}) {
-      GenerateOptions o{.max_new_tokens = 20, .prefill_piece = 16, .vocab_size = 59, .sampling = {.temperature = temperature, .top_p = 0.95, .seed = 5}};
+    for (const double temperature : {0.0, 1.1, 1.3}) {
+      GenerateOptions o{.max_new_tokens = 20, .prefill_piece = 16, .vocab_size = 59, .sampling = {.temperature = temperature, .top_p = 0.95, .seed = 5, .race = temperature > 1.2}};
       const Left alone = write_text(*m, p.schedule, prompt, o);
       for (const auto& [tokens, adapt] : {std::pair<int64_t, bool>{3, false}, {15, false}, {8, true}}) {
         SCOPED_TRACE(fmt::format("{} by {} at {}, {} tokens", p.schedule, p.draft, temperature, tokens));
@@ -154,7 +154,7 @@ TEST(Speculative, AcceptsEverythingOrNothing) {
       const auto at = static_cast<size_t>(position - 20);
       return at < text.size() ? (text[at] + (agree ? 0 : 1)) % 61 : 0;
     };
-    DraftedSession drafted(session, linear, {"linear", 4, false}, draw);
+    DraftedSession drafted(session, drafts_drawn(linear, draw), {"linear", 4, false}, &linear);
     for (size_t t = 0; t < 30; ++t) EXPECT_TRUE(at::equal(drafted.step(text[t], 30 - static_cast<int64_t>(t)), rows[t + 1])) << t;
     drafted.settle();
     EXPECT_EQ(session.length(), 50);
@@ -265,7 +265,7 @@ TEST(Speculative, DrawsFollowTheTextsOwnDistribution) {
   DraftStats sum;
   for (int seed = 0; seed < kSeeds; ++seed) {
     State state = read.state().fork({0});
-    const GenerateOptions o{.max_new_tokens = 3, .sampling = {.temperature = kTemperature, .seed = seed}, .draft = {"linear", 2, false}, .from = &state, .from_end = end};
+    const GenerateOptions o{.max_new_tokens = 3, .sampling = {.temperature = kTemperature, .seed = seed, .race = true}, .draft = {"linear", 2, false}, .from = &state, .from_end = end};
     const Generated out = generate(*m, attention, {}, o);
     ++counts[out.ids[0]][static_cast<size_t>(out.ids[1])];
     sum.accepted += out.stats.draft.accepted;
@@ -399,6 +399,30 @@ TEST(SpeculativeCuda, APassOverTokensIsTheirSteps) {
   }
 }
 
+// The likeliest tokens, fed back on the device or one by one on the host, and the session where it was.
+TEST(SpeculativeCuda, TheLikeliestAreThoseOfSteps) {
+  if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
+  const at::NoGradGuard no_grad;
+  const ModelConfig c = verified_config({{"gated_delta_net", "attention"}});
+  LanguageModel m(c, at::kBFloat16);
+  m.initialize(3);
+  m.to(at::kCUDA);
+  const ModelSchedule attention(c, "attention"), linear(c, "linear");
+  const auto ids = drafted_prompt(40, c.vocab_size);
+  Session session(m, attention, {.prompt_length = 40, .tokens = 60});
+  (void)session.extend(ids);
+  std::vector<int32_t> expected;
+  session.hold();
+  for (int i = 0; i < 6; ++i) expected.push_back(static_cast<int32_t>(session.draft(i == 0 ? 7 : expected.back(), linear).narrow(0, 0, 300).argmax().item<int64_t>()));
+  session.back();
+  const auto before = test::fixed_slots(m, session.state(), 0);
+  session.hold();
+  EXPECT_EQ(session.draft_likeliest(7, 6, linear, 300), expected);
+  session.back();
+  test::expect_equal(test::fixed_slots(m, session.state(), 0), before);
+  EXPECT_EQ(session.length(), 40);
+}
+
 // A drafter that knows the text and one that never does, over the captured step and pass: the logits of the text alone.
 TEST(SpeculativeCuda, DraftsChangeNothingButRounding) {
   if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
@@ -417,7 +441,7 @@ TEST(SpeculativeCuda, DraftsChangeNothingButRounding) {
       const bool right = CounterRng(7, static_cast<uint64_t>(position)).uniform() < acceptance;
       return position < 120 ? (ids[static_cast<size_t>(position)] + (right ? 0 : 1)) % 320 : 0;
     };
-    DraftedSession drafted(session, linear, {"linear", 7, false}, draw);
+    DraftedSession drafted(session, drafts_drawn(linear, draw), {"linear", 7, false}, &linear);
     for (size_t t = 50; t < 100; ++t) {
       const at::Tensor got = drafted.step(ids[t], 100 - static_cast<int64_t>(t)).to(at::kFloat), expected = alone.step(ids[t]).cpu().to(at::kFloat);
       EXPECT_LT(((got - expected).norm() / expected.norm()).item<float>(), 3e-2) << acceptance << " token " << t;

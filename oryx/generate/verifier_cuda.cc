@@ -62,10 +62,11 @@ class CudaVerifier : public DraftVerifier {
       attach();
     }
     const at::Tensor host = at::zeros({3, kOryxVerifyMost}, at::device(at::kCPU).dtype(at::kInt).pinned_memory(true));
+    int32_t* const numbers = host.mutable_data_ptr<int32_t>();
     for (int64_t t = 0; t < T; ++t) {
-      host[0][t] = ids[static_cast<size_t>(t)];
-      host[1][t] = static_cast<int32_t>(length + t);
-      host[2][t] = static_cast<int32_t>(length + t + 1);
+      numbers[t] = ids[static_cast<size_t>(t)];
+      numbers[kOryxVerifyMost + t] = static_cast<int32_t>(length + t);
+      numbers[2 * kOryxVerifyMost + t] = static_cast<int32_t>(length + t + 1);
     }
     numbers_.copy_(host, /*non_blocking=*/true);
     modes_.narrow(0, 0, modes.numel()).copy_(modes, /*non_blocking=*/true);
@@ -92,13 +93,14 @@ class CudaVerifier : public DraftVerifier {
   at::Tensor modes_of(const std::vector<std::shared_ptr<const Routing>>& routing, int64_t T, bool& looks_back) const {
     TORCH_CHECK(routing.size() == 1 || static_cast<int64_t>(routing.size()) == layers_, "draft verifier: ", routing.size(), " routings for ", layers_, " layers");
     at::Tensor out = at::empty({layers_ * T}, at::device(at::kCPU).dtype(at::kByte).pinned_memory(true));
+    auto* const modes = out.mutable_data_ptr<uint8_t>();
     for (int64_t i = 0; i < layers_; ++i) {
       const Routing& r = *routing[routing.size() == 1 ? 0 : static_cast<size_t>(i)];
       TORCH_CHECK(r.rows() == 1 && r.length() == T, "draft verifier: the routing is of another batch shape");
       const MultiMixerLayer& layer = model_.layer(i);
       layer.check_past(r, state_);
       const at::Tensor& places = r.places(layer.mixer_names());
-      for (int64_t t = 0; t < T; ++t) looks_back |= chain_.write_modes(out.mutable_data_ptr<uint8_t>(), T, i, t, static_cast<uint8_t>(places.const_data_ptr<int8_t>()[t]));
+      for (int64_t t = 0; t < T; ++t) looks_back |= chain_.write_modes(modes, T, i, t, static_cast<uint8_t>(places.const_data_ptr<int8_t>()[t]));
     }
     return out;
   }
