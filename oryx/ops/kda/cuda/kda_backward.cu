@@ -57,10 +57,10 @@ extern "C" int oryx_kda_backward(const OryxKda* p, const OryxKdaGradients* d, vo
   cudaError_t status = cudaSuccess;
   if (tokens > 0 && (status = oryx::gated_delta_cuda::encode(&o_map, d->d_o, tokens, s.Ho, s.D)) != cudaSuccess) return status;
   if ((status = oryx::gated_delta_cuda::launch_offsets(s, offsets, stream)) != cudaSuccess) return status;
-  if ((status = launch_prepare(*p, s, records, kFloor, scratch, scratch + r.queries, stream)) != cudaSuccess) return status;
-  status = launch_backward_recurrence(*p, *d, s, r.d_rows, o_map, scratch, scratch + r.queries, scratch + r.d_states, w, stream);
-  if (status != cudaSuccess) return status;
-  status = launch_backward_chunk(*p, *d, s, records, saved, scratch + r.d_states, saved + r.u, w, d_q, d_k, d_g, stream);
+  const Records from{saved, saved + r.P, scratch, scratch + r.queries};
+  if ((status = launch_prepare(*p, s, records, false, kFloor, from, stream)) != cudaSuccess) return status;
+  if ((status = launch_backward_recurrence(*p, *d, s, r.d_rows, o_map, from, scratch + r.d_states, w, stream)) != cudaSuccess) return status;
+  status = launch_backward_chunk(*p, *d, s, records, saved + r.states, scratch + r.d_states, saved + r.u, w, d_q, d_k, d_g, stream);
   if (status != cudaSuccess) return status;
   using T = __nv_bfloat16;
   if ((status = sum_heads<T>(d_q, d->d_q, tokens, s.Hq, s.Ho / s.Hq, s.D, stream)) != cudaSuccess) return status;

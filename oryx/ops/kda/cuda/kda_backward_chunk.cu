@@ -78,16 +78,15 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
   char* const sh = raw_shared;
   const uint32_t base = smem_address(raw_shared);
   const auto floats = [&](int at) { return reinterpret_cast<float*>(sh + at); };
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   const Work w(s);
   if (w.at.count == 0) return;
   const size_t record = static_cast<size_t>(w.chunk) * s.Hs + w.hs;
 
-  // The other output heads of a state head add nothing to what the state's gradients are made of: W and dS1 count as zero.
-  for (int i = thread; i < 2 * D * D / 16; i += kThreads) {
-    copy16(base + L::kS0 + 16 * i, p.states + record * state_bytes(D) + 16 * i, true);
-    copy16(base + L::kS1 + 16 * i, p.d_states + record * state_bytes(D) + 16 * i, w.first);
-  }
+  // In this order: what the decayed keys and queries are made of, what dP is, the states. The other output heads of a state head add nothing to what the state's
+  // gradients are made of: W and dS1 count as zero.
+  TokenBlock<D> x;
+  x.fetch(s, w, p.k, p.q, p.g, warp, lane);
   for (int i = thread; i < kC * D / 8; i += kThreads) {
     const int t = i / (D / 8), unit = i % (D / 8);
     const bool valid = t < w.at.count;
@@ -97,17 +96,21 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
     copy16(base + L::kW + at, p.w + (token * s.Hs + w.hs) * D + 8 * unit, valid && w.first);
     copy16(base + L::kU + at, p.u + (token * s.Hs + w.hs) * D + 8 * unit, valid);
   }
-  {
-    TokenBlock<D> x;
-    x.load(s, w, p.k, p.q, p.g, warp, lane);
-    x.norms_and_decay(s, floats(L::kNorms), floats(L::kNorms) + kC, floats(L::kDecay), warp, lane);
-    __syncthreads();
-    x.template decayed<false>(sh + L::kOperands, floats(L::kNorms), floats(L::kNorms) + kC, floats(L::kDecay), nullptr, nullptr, false, warp, lane);
+  asm volatile("cp.async.commit_group;" ::: "memory");
+  for (int i = thread; i < 2 * D * D / 16; i += kThreads) {
+    copy16(base + L::kS0 + 16 * i, p.states + record * state_bytes(D) + 16 * i, true);
+    copy16(base + L::kS1 + 16 * i, p.d_states + record * state_bytes(D) + 16 * i, w.first);
   }
-  copy_wait();
+  asm volatile("cp.async.commit_group;" ::: "memory");
+  x.finish(w, warp);
+  x.norms_and_decay(s, floats(L::kNorms), floats(L::kNorms) + kC, floats(L::kDecay), warp, lane);
+  __syncthreads();
+  x.normalise(floats(L::kNorms), floats(L::kNorms) + kC, warp);
+  x.levels(base + L::kOperands, BlockDecays<N>(floats(L::kDecay) + N * lane, D, warp), warp, lane);
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
   __syncthreads();
 
-  // db, and the parts of <S0, dS1>, channel by channel.
+  // db
   if (w.first) {
     float v[16];
 #pragma unroll
@@ -128,19 +131,6 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
       p.d_beta[at] = sum / b / b;
     }
   }
-  {
-    constexpr int kPairs = D / 2, kParts = kThreads / kPairs, kRows = D / kParts;
-    const int pair = thread % kPairs, part = thread / kPairs;
-    float x = 0.f, y = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const int v = part * kRows + i, at = pair / 32 * D * 128 + v * 128 + (((pair % 32 / 4) ^ (v & 7)) << 4) + pair % 4 * 4;
-      const uint32_t a = *reinterpret_cast<const uint32_t*>(sh + L::kS0 + at), b = *reinterpret_cast<const uint32_t*>(sh + L::kS1 + at);
-      x = fmaf(low(a), low(b), x), y = fmaf(high(a), high(b), y);
-    }
-    *reinterpret_cast<float2*>(floats(L::kWhole) + part * D + 2 * pair) = make_float2(x, y);
-  }
-
   // dP: warps 0 to 3 of queries, dO U^T, 4 to 7 of keys, -W U^T; 16 rows each, as far as the diagonal.
   {
     const int m = warp % 4, keys = warp / 4;
@@ -168,6 +158,22 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
           if (nb == m && n == h) *reinterpret_cast<float2*>(floats(L::kLeaf) + (keys * 8 + 2 * m + h) * 64 + lane / 4 * 8 + 2 * (lane % 4)) = make_float2(x, y);
         }
     }
+  }
+
+  copy_wait();
+  __syncthreads();
+  // The parts of <S0, dS1>, channel by channel.
+  {
+    constexpr int kPairs = D / 2, kParts = kThreads / kPairs, kRows = D / kParts;
+    const int pair = thread % kPairs, part = thread / kPairs;
+    float x = 0.f, y = 0.f;
+#pragma unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const int v = part * kRows + i, at = pair / 32 * D * 128 + v * 128 + (((pair % 32 / 4) ^ (v & 7)) << 4) + pair % 4 * 4;
+      const uint32_t a = *reinterpret_cast<const uint32_t*>(sh + L::kS0 + at), b = *reinterpret_cast<const uint32_t*>(sh + L::kS1 + at);
+      x = fmaf(low(a), low(b), x), y = fmaf(high(a), high(b), y);
+    }
+    *reinterpret_cast<float2*>(floats(L::kWhole) + part * D + 2 * pair) = make_float2(x, y);
   }
 
   // The four sums.
@@ -202,21 +208,24 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
       }
     }
   }
-  __syncthreads();  // dP
 
   // A row of block decays, of this thread's two channels of tile n.
   const auto block_decay = [&](int block, int n) { return *reinterpret_cast<const float2*>(floats(L::kDecay) + block * D + 8 * (unit0 + n) + 2 * (lane % 4)); };
-  // Both blocks' rows of `d` decayed by blocks [from, to); `half` 0 or 1: one's alone.
-  const auto decay_rows = [&](float (&d)[kTiles][4], int from, int to, int half) {
+  // Two sums (or one) decayed by blocks [from, to): rows of the earlier block, the later one, or both (half 0, 1, 2).
+  const auto decay_rows = [&](int from, int to, int half, float (&x)[kTiles][4], float (*y)[4]) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       float2 f = make_float2(1.f, 1.f);
       for (int i = from; i < to; ++i) {
-        const float2 x = block_decay(i, n);
-        f.x *= x.x, f.y *= x.y;
+        const float2 z = block_decay(i, n);
+        f.x *= z.x, f.y *= z.y;
       }
-      if (half != 1) d[n][0] *= f.x, d[n][1] *= f.y;
-      if (half != 0) d[n][2] *= f.x, d[n][3] *= f.y;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (half + h == 1) continue;
+        x[n][2 * h] *= f.x, x[n][2 * h + 1] *= f.y;
+        if (y != nullptr) y[n][2 * h] *= f.x, y[n][2 * h + 1] *= f.y;
+      }
     }
   };
   const uint32_t dPq = base + L::kDP, dPk = dPq + kC * 128, operands = base + L::kOperands;
@@ -250,8 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
     }
   };
   if (m >= 2) {
-    decay_rows(sq, 0, 4, -1);
-    decay_rows(sk, 0, 4, -1);
+    decay_rows(0, 4, 2, sq, sk);
     add_rows(0, 2);
     add_rows(16, 2);
   } else {
@@ -259,17 +267,15 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
     add_columns(48, 16, 2);
   }
   if (m % 2 == 1) {
-    decay_rows(sq, 2 * m - 2, 2 * m, -1);
-    decay_rows(sk, 2 * m - 2, 2 * m, -1);
+    decay_rows(2 * m - 2, 2 * m, 2, sq, sk);
     add_rows(16 * (m - 1), 1);
   } else {
-    if (m == 0) decay_rows(sc, 2, 4, -1);
+    if (m == 0) decay_rows(2, 4, 2, sc, nullptr);
     add_columns(16 * (m + 1), O::query_row(1, 2 * m + 2), 1);
   }
   // The cut in the middle of these 16 tokens: the later eight are rows, of queries and of keys in one product, the earlier eight columns.
-  decay_rows(sq, 2 * m, 2 * m + 1, 1);
-  decay_rows(sk, 2 * m, 2 * m + 1, 1);
-  decay_rows(sc, 2 * m + 1, 2 * m + 2, 0);
+  decay_rows(2 * m, 2 * m + 1, 1, sq, sk);
+  decay_rows(2 * m + 1, 2 * m + 2, 0, sc, nullptr);
   {
     uint32_t x[4], y[4];
     // [later][earlier] of queries, of keys (as rows); the same two transposed (as columns: the summed are eight queries, then eight keys).
@@ -390,29 +396,27 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
     const float dots = warp_sums(v, lane);
     __syncthreads();
     const float inverse = 1.f / s.scale;
-    float last[N], whole[N];
+    // What all tokens of the block get: of later blocks, earlier ones, and the state before the chunk.
+    float whole[N];
+    const auto add = [&](float (&x)[N], int table, int from, int to) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) last[n] = 1.f, whole[n] = own[n] = ends[n] = 0.f;
+      for (int n = 0; n < N; ++n) x[n] = 0.f;
+#pragma unroll 1
+      for (int i = from; i < to; ++i) {
+        float y[N];
+        load_floats(y, floats(table) + i * D + N * lane);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float y[N];
-      load_floats(y, floats(L::kDecay) + i * D + N * lane);
-#pragma unroll
-      for (int n = 0; n < N; ++n) last[n] *= y[n];
-      if (i > warp) {
-        load_floats(y, floats(L::kOwn) + i * D + N * lane);
-#pragma unroll
-        for (int n = 0; n < N; ++n) own[n] += y[n];
-      } else if (i < warp) {
-        load_floats(y, floats(L::kEnds) + i * D + N * lane);
-#pragma unroll
-        for (int n = 0; n < N; ++n) ends[n] += y[n];
+        for (int n = 0; n < N; ++n) x[n] += y[n];
       }
-      if (i < kThreads / (D / 2)) {
-        load_floats(y, floats(L::kWhole) + i * D + N * lane);
+    };
+    add(whole, L::kWhole, 0, kThreads / (D / 2));
+    add(own, L::kOwn, warp + 1, 8);
+    add(ends, L::kEnds, 0, warp);
+    {
+      float x[N];
+      load_floats(x, floats(L::kDecay) + warp * D + N * lane);
 #pragma unroll
-        for (int n = 0; n < N; ++n) whole[n] += y[n];
-      }
+      for (int n = 0; n < N; ++n) own[n] += blocks.before[n] * x[n] * blocks.after[n] * whole[n];
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -425,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_chunk_kernel(const Shape
       const float dot_k = __shfl_sync(~0u, dots, 2 * i), dot_q = __shfl_sync(~0u, dots, 16 + 2 * i) * inverse;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        x[n] = a[i][n] == 0.f ? 0.f : x[n] + own[n] + ends[n] + last[n] * whole[n];  // forgotten at once: no gradient, not that of the rounding of sums
+        x[n] = a[i][n] == 0.f ? 0.f : x[n] + own[n] + ends[n];  // forgotten at once: no gradient, not that of the rounding of sums
         ends[n] += e[n];
         dq[n] = rq[i] * (dq[n] - qn[n] * rq[i] * inverse * dot_q);
         dk[n] = rk[i] * (dk[n] - kn[i][n] * dot_k);

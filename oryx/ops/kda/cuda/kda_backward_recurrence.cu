@@ -23,7 +23,7 @@ struct Layout {
 
 struct Arguments {
   const float* final;  // gradient of the final state [N, Hs, D, D] or null
-  const char *keys, *queries;
+  Records from;
   char* d_states;
   __nv_bfloat16* w;
   float* initial;  // gradient of the initial state, or null
@@ -67,15 +67,15 @@ __global__ void __launch_bounds__(Layout<D, kRows>::kThreads, 1)
         const uint32_t at = base + stage * L::kStage, bar = full + 8 * stage;
         if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) & 1);
         barrier_expect(bar, L::kLoaded);
-        const char* const keys = a.keys + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_record(D);
-        const char* const query = a.queries + (static_cast<size_t>(seq.first_chunk + c) * s.Ho + ho) * query_record(D);
+        const size_t by_state = static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs, by_output = static_cast<size_t>(seq.first_chunk + c) * s.Ho + ho;
+        const char* const keys = a.from.keys + by_state * keys_bytes(D);
         for (int p = 0; p < kRows / 64; ++p) tensor_load(at + L::kO + p * kPanel, &o_map, bar, 0, ho, seq.begin + c * kC, rb * (kRows / 64) + p);
-        bulk_load(at + L::kEnd, keys + record_end(D), image_bytes(D), bar);
-        load_triangle(at + L::kP, query, bar);
-        bulk_load(at + L::kQ, query + kTriangle, image_bytes(D), bar);
-        load_triangle(at + L::kT, keys, bar);
-        bulk_load(at + L::kStart, keys + record_start(D), image_bytes(D), bar);
-        bulk_load(at + L::kLast, keys + record_last(), 4 * D, bar);
+        bulk_load(at + L::kEnd, keys + keys_end(D), image_bytes(D), bar);
+        load_triangle(at + L::kP, a.from.P + by_output * kTriangle, bar);
+        bulk_load(at + L::kQ, a.from.queries + by_output * image_bytes(D), image_bytes(D), bar);
+        load_triangle(at + L::kT, a.from.T + by_state * kTriangle, bar);
+        bulk_load(at + L::kStart, keys + keys_start(D), image_bytes(D), bar);
+        bulk_load(at + L::kLast, keys, 4 * D, bar);
       }
     return;
   }
@@ -221,9 +221,9 @@ cudaError_t launch(const Shape& s, int rows, const CUtensorMap& o_map, const Arg
 
 }  // namespace
 
-cudaError_t launch_backward_recurrence(const OryxKda& p, const OryxKdaGradients& d, const Shape& s, int rows, const CUtensorMap& o_map, const char* keys,
-                                       const char* queries, char* d_states, void* w, cudaStream_t stream) {
-  const Arguments a{d.d_final_state, keys, queries, d_states, static_cast<__nv_bfloat16*>(w), d.d_initial_state, p.wanted};
+cudaError_t launch_backward_recurrence(const OryxKda& p, const OryxKdaGradients& d, const Shape& s, int rows, const CUtensorMap& o_map, const Records& from,
+                                       char* d_states, void* w, cudaStream_t stream) {
+  const Arguments a{d.d_final_state, from, d_states, static_cast<__nv_bfloat16*>(w), d.d_initial_state, p.wanted};
   return s.Ho == s.Hs ? launch<false>(s, rows, o_map, a, stream) : launch<true>(s, rows, o_map, a, stream);
 }
 

@@ -28,29 +28,57 @@ inline dim3 work_grid(const Shape& s, int records) {
   return s.cu_seqlens != nullptr ? dim3(s.Ho, columns, (records + columns - 1) / columns) : dim3(s.Ho, s.chunks, s.N);
 }
 
-// Raw keys and queries, zero behind the sequence's end, and decays exp(g), one there.
+// A lane's N channels in bfloat16 to shared memory.
+template <int N>
+__device__ __forceinline__ void put_rounded(uint32_t to, const float (&x)[N]) {
+  if constexpr (N == 4) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(pack(x[0], x[1])), "r"(pack(x[2], x[3])) : "memory");
+  else asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack(x[0], x[1])) : "memory");
+}
+
+// Raw keys and queries, zero behind the sequence's end, and decays exp(g), one there. b, the block of eight tokens, is the same in all lanes and should be known to be so
+// (__shfl_sync): branches on it are then cheap.
 template <int D>
 struct TokenBlock {
   static constexpr int N = D / 32;
+  using O = Operands<D>;
   uint32_t k[8][N / 2], q[8][N / 2];
   float a[8][N];
 
+  __device__ __forceinline__ void fetch(const Shape& s, const Work& w, const __nv_bfloat16* keys, const __nv_bfloat16* queries, const float* g, int b, int lane) {
+    const int count = w.at.count - 8 * b;  // of this block
+    const size_t token = w.at.token + (count > 0 ? 8 * b : 0);
+    const __nv_bfloat16* const from_k = keys + (token * s.Hk + w.hk) * D + N * lane;
+    const __nv_bfloat16* const from_q = queries + (token * s.Hq + w.hq) * D + N * lane;
+    const float* const from_g = g + (token * s.Hs + w.hs) * D + N * lane;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = i < count ? i : 0;
+      load_words(k[i], from_k + row * (s.Hk * D));
+      load_words(q[i], from_q + row * (s.Hq * D));
+      load_floats(a[i], from_g + row * (s.Hs * D));
+    }
+  }
+  // What fetch has brought, as described: apart from it, so that other copies can be started in between.
+  __device__ __forceinline__ void finish(const Work& w, int b) {
+    const int count = w.at.count - 8 * b;
+    if (count < 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const bool valid = i < count;
+#pragma unroll
+        for (int n = 0; n < N / 2; ++n) k[i][n] = valid ? k[i][n] : 0u, q[i][n] = valid ? q[i][n] : 0u;
+#pragma unroll
+        for (int n = 0; n < N; ++n) a[i][n] = valid ? a[i][n] : 0.f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int n = 0; n < N; ++n) a[i][n] = power2(a[i][n] * kLog2e);
+  }
   __device__ __forceinline__ void load(const Shape& s, const Work& w, const __nv_bfloat16* keys, const __nv_bfloat16* queries, const float* g, int b, int lane) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const size_t token = w.at.token + min(8 * b + i, w.at.count - 1);
-      load_words(k[i], keys + (token * s.Hk + w.hk) * D + N * lane);
-      load_words(q[i], queries + (token * s.Hq + w.hq) * D + N * lane);
-      load_floats(a[i], g + (token * s.Hs + w.hs) * D + N * lane);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool valid = 8 * b + i < w.at.count;
-#pragma unroll
-      for (int n = 0; n < N / 2; ++n) k[i][n] = valid ? k[i][n] : 0u, q[i][n] = valid ? q[i][n] : 0u;
-#pragma unroll
-      for (int n = 0; n < N; ++n) a[i][n] = valid ? power2(a[i][n] * kLog2e) : 1.f;
-    }
+    fetch(s, w, keys, queries, g, b, lane);
+    finish(w, b);
   }
 
   // 1 / |k| and scale / |q| of the tokens (64 floats each), decays over the block of eight ([8][D] floats).
@@ -79,66 +107,93 @@ struct TokenBlock {
     }
   }
 
-  // What each token is at each level of cuts (see Operands) and, kRecords, towards the chunk's start and end: to the records, of keys if `first`.
-  template <bool kRecords>
-  __device__ __forceinline__ void decayed(char* operands, const float* rk, const float* rq, const float* decay, char* record, char* query, bool first, int b,
-                                          int lane) const {
-    using O = Operands<D>;
-    const BlockDecays<N> blocks(decay + N * lane, D, b);
-    float F[N];
+  // Normalised from here on, queries times scale, in bfloat16. Behind norms_and_decay and __syncwarp.
+  __device__ __forceinline__ void normalise(const float* rk, const float* rq, int b) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) F[n] = 1.f;
-    const auto scaled = [&](char* to, const float (&x)[N], const float (&f)[N]) {
-      float z[N];
+    for (int i = 0; i < 8; ++i) {
+      const float fk = rk[8 * b + i], fq = rq[8 * b + i];
 #pragma unroll
-      for (int n = 0; n < N; ++n) z[n] = x[n] * f[n];
-      store_rounded(to, z);
-    };
+      for (int n = 0; n < N / 2; ++n) k[i][n] = pack(fk * low(k[i][n]), fk * high(k[i][n])), q[i][n] = pack(fq * low(q[i][n]), fq * high(q[i][n]));
+    }
+  }
+
+  static __device__ __forceinline__ void times(float (&to)[N], const uint32_t (&x)[N / 2], const float (&f)[N]) {
+    unpack(to, x);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {  // behind the cuts: decayed from there on
-      const int t = 8 * b + i;
-      float x[N], y[N];
-      unpack(x, k[i]);
-      unpack(y, q[i]);
+    for (int n = 0; n < N; ++n) to[n] *= f[n];
+  }
+
+  // The keys, and behind a cut the queries, of one level (see Operands); operands: their address in shared memory.
+  template <int kLevel>
+  __device__ __forceinline__ void level(uint32_t operands, const float (&between)[N], int b, int lane) const {
+    const uint32_t at = lane * (D / 16), to = operands + 8 * b * O::kRow;
+    float f[N];
 #pragma unroll
-      for (int n = 0; n < N; ++n) F[n] *= a[i][n], x[n] *= F[n] * rk[t], y[n] *= F[n] * rq[t];
-      if (O::behind(0, b)) {
-        store_rounded(operands + O::keys(0) + row_place<D>(t, lane), x);
-        store_rounded(operands + O::queries(0) + row_place<D>(O::query_row(0, b) + i, lane), y);
+    for (int n = 0; n < N; ++n) f[n] = between[n];
+    if (O::behind(kLevel, b)) {
+      const uint32_t other = (O::query_row(kLevel, b) - 8 * b) * O::kRow;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t from = to + (at ^ i << 4);
+        float x[N];
+#pragma unroll
+        for (int n = 0; n < N; ++n) f[n] *= a[i][n];
+        times(x, k[i], f);
+        put_rounded(from + O::keys(kLevel) + i * O::kRow, x);
+        times(x, q[i], f);
+        put_rounded(from + other + O::queries(kLevel) + i * O::kRow, x);
       }
-      if (O::behind(1, b)) {
-        scaled(operands + O::keys(1) + row_place<D>(t, lane), x, blocks.quarter);
-        scaled(operands + O::queries(1) + row_place<D>(O::query_row(1, b) + i, lane), y, blocks.quarter);
-      }
-      if (O::behind(2, b)) {
-        scaled(operands + O::keys(2) + row_place<D>(t, lane), x, blocks.middle);
-        scaled(operands + O::queries(2) + row_place<D>(O::query_row(2, b) + i, lane), y, blocks.middle);
-      }
-      if constexpr (kRecords) {
-        scaled(query + kTriangle + image_place<D>(t, lane), y, blocks.before);
-        if (first) scaled(record + record_start(D) + image_place<D>(t, lane), x, blocks.before);
+    } else {
+#pragma unroll
+      for (int i = 7; i >= 0; --i) {
+        float x[N];
+        times(x, k[i], f);
+        put_rounded(to + (at ^ i << 4) + O::keys(kLevel) + i * O::kRow, x);
+#pragma unroll
+        for (int n = 0; n < N; ++n) f[n] *= a[i][n];
       }
     }
-    if (kRecords && first && b == 7) {
+  }
+  __device__ __forceinline__ void levels(uint32_t operands, const BlockDecays<N>& blocks, int b, int lane) const {
+    float one[N];
 #pragma unroll
-      for (int n = 0; n < N; ++n) F[n] *= blocks.before[n];
-      store_floats(reinterpret_cast<float*>(record + record_last()) + N * lane, F);
-    }
+    for (int n = 0; n < N; ++n) one[n] = 1.f;
+    level<0>(operands, one, b, lane);
+    level<1>(operands, blocks.quarter, b, lane);
+    level<2>(operands, blocks.middle, b, lane);
+  }
+
+  // Decayed from the chunk's start (the query, and with the keys if `keys`) and to its end: to the records.
+  __device__ __forceinline__ void records(char* record, char* query, bool keys, const BlockDecays<N>& blocks, int b, int lane) const {
+    const int at = lane * (D / 16) % 128, block = lane * (D / 16) / 128 * kPanel + 8 * b * 128;
+    char *const to_query = query + block, *const to_keys = record + keys_start(D) + block;
+    float f[N];
 #pragma unroll
-    for (int n = 0; n < N; ++n) F[n] = 1.f;
+    for (int n = 0; n < N; ++n) f[n] = blocks.before[n];
 #pragma unroll
-    for (int i = 7; i >= 0; --i) {  // before them: decayed up to there
-      const int t = 8 * b + i;
+    for (int i = 0; i < 8; ++i) {
+      const int from = (at ^ i << 4) + i * 128;
       float x[N];
-      unpack(x, k[i]);
 #pragma unroll
-      for (int n = 0; n < N; ++n) x[n] *= F[n] * rk[t], F[n] *= a[i][n];
-      if (!O::behind(0, b)) store_rounded(operands + O::keys(0) + row_place<D>(t, lane), x);
-      if (!O::behind(1, b)) scaled(operands + O::keys(1) + row_place<D>(t, lane), x, blocks.quarter);
-      if (!O::behind(2, b)) scaled(operands + O::keys(2) + row_place<D>(t, lane), x, blocks.middle);
-      if constexpr (kRecords) {
-        if (first) scaled(record + record_end(D) + image_place<D>(t, lane), x, blocks.after);
+      for (int n = 0; n < N; ++n) f[n] *= a[i][n];
+      times(x, q[i], f);
+      store_rounded(to_query + from, x);
+      if (keys) {
+        times(x, k[i], f);
+        store_rounded(to_keys + from, x);
       }
+    }
+    if (!keys) return;
+    if (b == 7) store_floats(reinterpret_cast<float*>(record) + N * lane, f);
+#pragma unroll
+    for (int n = 0; n < N; ++n) f[n] = blocks.after[n];
+#pragma unroll
+    for (int i = 7; i >= 0; --i) {
+      float x[N];
+      times(x, k[i], f);
+      store_rounded(to_keys + image_bytes(D) + (at ^ i << 4) + i * 128, x);
+#pragma unroll
+      for (int n = 0; n < N; ++n) f[n] *= a[i][n];
     }
   }
 };

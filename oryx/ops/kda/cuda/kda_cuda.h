@@ -21,11 +21,12 @@
 //   dP = lower(dO U^T)            dA' = -strictly lower(W U^T), the gradient of k_i.(G_ij k_j)
 //   d(scale c q) = dO S0          d(c k) = -W S0          d(e k) = U dS1
 //
-// `prepare` runs again, `backward_recurrence` walks in reverse and writes W and dS1 of each chunk, `backward_chunk` makes the gradients of q, k and g, back
-// through the cuts. The gradient of an exponent is the decayed factor times that factor's gradient, channel by channel, so that dg is sums over tokens of
-// q dq and k dk. (To divide, b is kept off 0 by 1e-12 where a backward pass follows.)
+// The forward pass of training saves T, P, U and S0 of every chunk, the last two in bfloat16. `prepare` makes decayed keys and queries again,
+// `backward_recurrence` walks in reverse and writes W and dS1 of each chunk, `backward_chunk` makes the gradients of q, k and g, back through the cuts. The
+// gradient of an exponent is the decayed factor times that factor's gradient, channel by channel, so that dg is sums over tokens of q dq and k dk. (To divide,
+// b is kept off 0 by 1e-12 where a backward pass follows.)
 //
-// Products take bfloat16 operands (S, U, T, P, decayed keys and queries are rounded to it); sums, decays, S, the leaves and the inverse's blocks are
+// Products take bfloat16 operands (S, U, T, P, keys and queries, normalised and again when decayed, are rounded to it); sums, decays, S, the leaves and the inverse's blocks are
 // float32 (the inverse's off-diagonal products tf32). None of it looks at the data: time does not depend on the decay. The same inputs give the same bits.
 #pragma once
 
@@ -60,11 +61,11 @@ struct OryxKda {
   float l2_eps;
 };
 
-// Bytes of scratch memory that the forward pass needs (aligned to 128 bytes; contents need no initial value): 37888 (D = 64: 21248) for each chunk and
-// state head, 20992 (12800) for each chunk and output head. cu_seqlens is not read here.
+// Bytes of scratch memory that the forward pass needs (aligned to 128 bytes; contents need no initial value): 33280 (D = 64: 16640) for each chunk and state head, 16384 (8192) for
+// each chunk and output head, 4608 more for each where nothing is saved. cu_seqlens is not read here.
 size_t oryx_kda_workspace(const struct OryxKda* p);
 
-// Bytes of `saved` (aligned to 128): the state before each chunk, in bfloat16, and U: 48 KiB (D = 64: 16) for each chunk and state head.
+// Bytes of `saved` (aligned to 128): T, P, the state before each chunk, in bfloat16, and U: 53760 (D = 64: 20992) for each chunk and state head, 4608 for each chunk and output head.
 size_t oryx_kda_saved(const struct OryxKda* p);
 
 // Launches the forward pass on `stream`. Needs compute capability 9.0. Returns a cudaError_t.

@@ -4,8 +4,6 @@
 namespace oryx::kda_cuda {
 namespace {
 
-constexpr int kProcessors = 132;  // of the H100 and H200: only the choice of rows reads it
-
 size_t aligned(size_t bytes) { return (bytes + 127) / 128 * 128; }
 
 }  // namespace
@@ -28,15 +26,19 @@ Plan plan(const OryxKda& p) {
   r.rows = rows(s.N * s.Ho);
   r.d_rows = rows(s.N * s.Hs);
 
-  const size_t heads = r.records * s.Hs, tokens = static_cast<size_t>(p.B) * p.T;
-  r.u = heads * state_bytes(p.D);
+  const size_t heads = r.records * s.Hs, outputs = r.records * s.Ho, tokens = static_cast<size_t>(p.B) * p.T;
+  r.P = heads * kTriangle;
+  r.triangles = r.P + outputs * kTriangle;
+  r.states = r.triangles;
+  r.u = r.states + heads * state_bytes(p.D);
   r.saved = aligned(r.u + tokens * s.Hs * 2 * p.D);
-  r.queries = heads * state_record(p.D);
-  r.offsets = r.queries + r.records * s.Ho * query_record(p.D);
-  r.bytes = aligned(r.offsets + (p.cu_seqlens == nullptr ? 0 : (static_cast<size_t>(p.N) + 1) * sizeof(int32_t)));
+  r.queries = heads * keys_bytes(p.D);
+  r.offsets = r.queries + outputs * image_bytes(p.D);
+  r.T = aligned(r.offsets + (p.cu_seqlens == nullptr ? 0 : (static_cast<size_t>(p.N) + 1) * sizeof(int32_t)));
+  r.bytes = r.T + (p.saved == nullptr ? r.triangles : 0);
 
   const auto summed = [&](int heads_in, int heads_out, size_t width) { return heads_in == heads_out ? 0 : aligned(tokens * heads_in * width); };
-  r.d_states = r.bytes;
+  r.d_states = r.T;
   r.d_w = r.d_states + heads * state_bytes(p.D);
   r.d_q = r.d_w + summed(s.Hs, s.Hv, 2 * p.D);
   r.d_k = r.d_q + summed(s.Ho, s.Hq, 2 * p.D);
@@ -64,7 +66,9 @@ extern "C" int oryx_kda_forward(const OryxKda* p, void* workspace, cudaStream_t 
   cudaError_t status = cudaSuccess;
   if (tokens > 0 && (status = oryx::gated_delta_cuda::encode(&v_map, p->v, tokens, p->Hv, p->D)) != cudaSuccess) return status;
   if ((status = oryx::gated_delta_cuda::launch_offsets(r.shape, offsets, stream)) != cudaSuccess) return status;
+  char* const triangles = saved == nullptr ? scratch + r.T : saved;
+  const Records records{triangles, triangles + r.P, scratch, scratch + r.queries};
   const float floor = saved == nullptr ? 0.f : kFloor;
-  if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), floor, scratch, scratch + r.queries, stream)) != cudaSuccess) return status;
-  return launch_recurrence(*p, r.shape, r.rows, v_map, scratch, scratch + r.queries, saved, saved == nullptr ? nullptr : saved + r.u, stream);
+  if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), true, floor, records, stream)) != cudaSuccess) return status;
+  return launch_recurrence(*p, r.shape, r.rows, v_map, records, saved == nullptr ? nullptr : saved + r.states, saved == nullptr ? nullptr : saved + r.u, stream);
 }

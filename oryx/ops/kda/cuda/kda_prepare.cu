@@ -8,12 +8,17 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kStrideA = 72;  // floats a row of A: the left operand's reads, and A's writes, meet no bank twice
 
-template <int D>
+template <int D, bool kTriangles>
 struct Shared {
+  float decay[8 * D];  // over each block of eight tokens
+  float rk[kC], rq[kC];
+};
+template <int D>
+struct Shared<D, true> {
   alignas(128) char operands[Operands<D>::kBytes];
   float a[kC * kStrideA];
-  float decay[8 * D];  // over each block of eight tokens
-  float beta[kC], rk[kC], rq[kC];
+  float decay[8 * D];
+  float rk[kC], rq[kC], beta[kC];
 };
 
 __device__ __forceinline__ float rounded(float x) { return __uint_as_float(tf32(x)); }
@@ -126,66 +131,54 @@ struct Arguments {
   const __nv_bfloat16 *q, *k;
   const float *g, *beta;
   float floor;
-  char *states, *queries;  // the records
+  Records to;
 };
 
+// T and P of a chunk, by the whole block.
 template <int D>
-__global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Shape s, const Arguments p) {
+__device__ __forceinline__ void triangles(Shared<D, true>& sh, const TokenBlock<D>& x, char* T, char* P, bool first, int b, int lane) {
   using O = Operands<D>;
   constexpr int N = D / 32;
-  extern __shared__ __align__(128) char raw_shared[];
-  Shared<D>& sh = *reinterpret_cast<Shared<D>*>(raw_shared);
-  const int thread = threadIdx.x, lane = thread % 32, b = thread / 32;  // b: the block of eight tokens
-  const Work w(s);
-  if (w.at.count == 0) return;
-  char* const record = p.states + (static_cast<size_t>(w.chunk) * s.Hs + w.hs) * state_record(D);
-  char* const query = p.queries + (static_cast<size_t>(w.chunk) * s.Ho + w.ho) * query_record(D);
-
-  TokenBlock<D> x;
-  x.load(s, w, p.k, p.q, p.g, b, lane);
-  if (lane < 8) {
-    const int t = 8 * b + lane;
-    const float beta = t < w.at.count ? p.beta[static_cast<size_t>(w.at.token + t) * s.Hs + w.hs] : 0.f;
-    sh.beta[t] = fabsf(beta) < p.floor && t < w.at.count ? p.floor : beta;
-  }
-  x.norms_and_decay(s, sh.rk, sh.rq, sh.decay, b, lane);
-  __syncthreads();
-  x.template decayed<true>(sh.operands, sh.rk, sh.rq, sh.decay, record, query, w.first, b, lane);
-
+  const int thread = 32 * b + lane;
   // The leaf, as an 8 x 8 matrix: P on and under its diagonal, at (r, c) above it the product of keys c and r.
+  float kf[8][N];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) unpack(kf[i], x.k[i]);
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
     float v[16];
 #pragma unroll
     for (int r = 2 * pair; r < 2 * pair + 2; ++r) {
-      float row[N], y[N];
+      float row[N], up[N];
       unpack(row, x.q[r]);
+#pragma unroll
+      for (int n = 0; n < N; ++n) up[n] = kf[r][n];
 #pragma unroll
       for (int c = 7; c >= 0; --c) {
         if (c > r) continue;
-        unpack(y, x.k[c]);
         float sum = 0.f;
 #pragma unroll
-        for (int n = 0; n < N; ++n) sum = fmaf(row[n], y[n], sum), row[n] *= x.a[c][n];
+        for (int n = 0; n < N; ++n) {
+          sum = fmaf(row[n], kf[c][n], sum);
+          if (c > 0) row[n] *= x.a[c][n];
+        }
         v[(r - 2 * pair) * 8 + c] = sum;
       }
-      unpack(row, x.k[r]);
 #pragma unroll
       for (int c = 0; c < 8; ++c) {
         if (c <= r) continue;
-        unpack(y, x.k[c]);
         float sum = 0.f;
 #pragma unroll
-        for (int n = 0; n < N; ++n) row[n] *= x.a[c][n], sum = fmaf(row[n], y[n], sum);
+        for (int n = 0; n < N; ++n) up[n] *= x.a[c][n], sum = fmaf(up[n], kf[c][n], sum);
         v[(r - 2 * pair) * 8 + c] = sum;
       }
     }
     const float sum = warp_sums(v, lane);
-    const int r = 2 * pair + lane / 16, c = lane / 2 % 8, t = 8 * b + r, j = 8 * b + c;
+    const int r = 2 * pair + lane / 16, c = lane / 2 % 8, j = 8 * b + c;
     if (lane % 2 == 0)
-      *reinterpret_cast<__nv_bfloat16*>(query + record_tile(b, b) + r * 16 + c * 2) = __float2bfloat16_rn(c <= r ? sum * sh.rq[t] * sh.rk[j] : 0.f);
+      *reinterpret_cast<__nv_bfloat16*>(P + record_tile(b, b) + r * 16 + c * 2) = __float2bfloat16_rn(c <= r ? sum : 0.f);
     else if (c > r)
-      sh.a[j * kStrideA + t] = sum * sh.rk[t] * sh.rk[j] * sh.beta[j];
+      sh.a[j * kStrideA + 8 * b + r] = sum * sh.beta[j];
   }
   if (b % 2 == 0)  // above the diagonal of the 16 x 16 block; of the leaf itself only what is under its diagonal is read
 #pragma unroll
@@ -194,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Shape s, con
 
   // Across the cuts: rows of queries give P, rows of keys A.
   const uint32_t operands = smem_address(sh.operands);
-  const auto tile_of_P = [&](int i, int j, float x, float y) { *reinterpret_cast<uint32_t*>(query + record_tile(i, j) + lane * 4) = pack(x, y); };
+  const auto tile_of_P = [&](int i, int j, float x, float y) { *reinterpret_cast<uint32_t*>(P + record_tile(i, j) + lane * 4) = pack(x, y); };
   const auto tile_of_A = [&](int i, int j, float x, float y, bool round) {
     const int t = 8 * i + lane / 4;
     const float f = sh.beta[t];
@@ -268,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Shape s, con
       tile_of_A(2 * u + 1, 2 * u, d[2], d[3], false);
     }
   }
-  if (!w.first) return;
+  if (!first) return;
   __syncthreads();
   if (thread >= 128) return;
   invert(sh.a, thread);
@@ -283,26 +276,57 @@ __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Shape s, con
     const float* from = (m % 2 == 1 && unit / 2 == m - 1 ? inverse_block(sh.a, m - 1, m) : inverse_block(sh.a, m, unit / 2)) + thread % 16 * kStrideA + unit % 2 * 8;
     const float4 x = *reinterpret_cast<const float4*>(from);
     const float4 y = *reinterpret_cast<const float4*>(from + 4);
-    *reinterpret_cast<uint4*>(record + record_tile(i_tile, unit) + thread % 8 * 16) =
+    *reinterpret_cast<uint4*>(T + record_tile(i_tile, unit) + thread % 8 * 16) =
         make_uint4(pack(x.x * w0.x, x.y * w0.y), pack(x.z * w0.z, x.w * w0.w), pack(y.x * w1.x, y.y * w1.y), pack(y.z * w1.z, y.w * w1.w));
   }
 }
 
-template <int D>
+template <int D, bool kTriangles>
+__global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const Shape s, const Arguments p) {
+  constexpr int N = D / 32;
+  extern __shared__ __align__(128) char raw_shared[];
+  Shared<D, kTriangles>& sh = *reinterpret_cast<Shared<D, kTriangles>*>(raw_shared);
+  const int thread = threadIdx.x, lane = thread % 32, b = __shfl_sync(~0u, thread / 32, 0);  // b: the block of eight tokens
+  const Work w(s);
+  if (w.at.count == 0) return;
+  const size_t by_state = static_cast<size_t>(w.chunk) * s.Hs + w.hs, by_output = static_cast<size_t>(w.chunk) * s.Ho + w.ho;
+
+  TokenBlock<D> x;
+  x.load(s, w, p.k, p.q, p.g, b, lane);
+  if constexpr (kTriangles) {
+    if (lane < 8) {
+      const int t = 8 * b + lane;
+      const float beta = t < w.at.count ? p.beta[static_cast<size_t>(w.at.token + t) * s.Hs + w.hs] : 0.f;
+      sh.beta[t] = fabsf(beta) < p.floor && t < w.at.count ? p.floor : beta;
+    }
+  }
+  x.norms_and_decay(s, sh.rk, sh.rq, sh.decay, b, lane);
+  __syncthreads();
+  x.normalise(sh.rk, sh.rq, b);
+  {
+    const BlockDecays<N> blocks(sh.decay + N * lane, D, b);
+    if constexpr (kTriangles) x.levels(smem_address(sh.operands), blocks, b, lane);
+    x.records(p.to.keys + by_state * keys_bytes(D), p.to.queries + by_output * image_bytes(D), w.first, blocks, b, lane);
+  }
+  if constexpr (kTriangles) triangles<D>(sh, x, p.to.T + by_state * kTriangle, p.to.P + by_output * kTriangle, w.first, b, lane);
+}
+template <int D, bool kTriangles>
 cudaError_t launch(const Shape& s, dim3 grid, const Arguments& a, cudaStream_t stream) {
-  const cudaError_t status = cudaFuncSetAttribute(prepare_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<D>));
+  constexpr int kBytes = sizeof(Shared<D, kTriangles>);
+  const cudaError_t status = cudaFuncSetAttribute(prepare_kernel<D, kTriangles>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
-  prepare_kernel<D><<<grid, kThreads, sizeof(Shared<D>), stream>>>(s, a);
+  prepare_kernel<D, kTriangles><<<grid, kThreads, kBytes, stream>>>(s, a);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_prepare(const OryxKda& p, const Shape& s, int records, float floor, char* states, char* queries, cudaStream_t stream) {
+cudaError_t launch_prepare(const OryxKda& p, const Shape& s, int records, bool triangles, float floor, const Records& to, cudaStream_t stream) {
   if (records == 0) return cudaSuccess;
   const dim3 grid = work_grid(s, records);
-  const Arguments a{static_cast<const __nv_bfloat16*>(p.q), static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, floor, states, queries};
-  return s.D == 64 ? launch<64>(s, grid, a, stream) : launch<128>(s, grid, a, stream);
+  const Arguments a{static_cast<const __nv_bfloat16*>(p.q), static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, floor, to};
+  if (s.D == 64) return triangles ? launch<64, true>(s, grid, a, stream) : launch<64, false>(s, grid, a, stream);
+  return triangles ? launch<128, true>(s, grid, a, stream) : launch<128, false>(s, grid, a, stream);
 }
 
 }  // namespace oryx::kda_cuda

@@ -25,7 +25,7 @@ struct Layout {
 
 struct Arguments {
   const float* initial;  // [N, Hs, D, D] or null
-  const char *keys, *queries;
+  Records from;
   char* states;
   __nv_bfloat16 *o, *u;
   float* final_state;
@@ -68,15 +68,15 @@ __global__ void __launch_bounds__(Layout<D, kRows, kSave>::kThreads, 1) recurren
       const uint32_t at = base + stage * L::kStage, bar = full + 8 * stage;
       if (c >= kStages) barrier_wait(empty + 8 * stage, (c / kStages - 1) & 1);
       barrier_expect(bar, L::kLoaded);
-      const char* const keys = a.keys + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_record(D);
-      const char* const query = a.queries + (static_cast<size_t>(seq.first_chunk + c) * s.Ho + ho) * query_record(D);
-      bulk_load(at + L::kStart, keys + record_start(D), image_bytes(D), bar);
+      const size_t by_state = static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs, by_output = static_cast<size_t>(seq.first_chunk + c) * s.Ho + ho;
+      const char* const keys = a.from.keys + by_state * keys_bytes(D);
+      bulk_load(at + L::kStart, keys + keys_start(D), image_bytes(D), bar);
       for (int p = 0; p < kRows / 64; ++p) tensor_load(at + L::kV + p * kPanel, &v_map, bar, 0, hv, seq.begin + c * kC, rb * (kRows / 64) + p);
-      load_triangle(at + L::kT, keys, bar);
-      bulk_load(at + L::kQ, query + kTriangle, image_bytes(D), bar);
-      load_triangle(at + L::kP, query, bar);
-      bulk_load(at + L::kEnd, keys + record_end(D), image_bytes(D), bar);
-      bulk_load(at + L::kLast, keys + record_last(), 4 * D, bar);
+      load_triangle(at + L::kT, a.from.T + by_state * kTriangle, bar);
+      bulk_load(at + L::kQ, a.from.queries + by_output * image_bytes(D), image_bytes(D), bar);
+      load_triangle(at + L::kP, a.from.P + by_output * kTriangle, bar);
+      bulk_load(at + L::kEnd, keys + keys_end(D), image_bytes(D), bar);
+      bulk_load(at + L::kLast, keys, 4 * D, bar);
     }
     return;
   }
@@ -197,9 +197,8 @@ cudaError_t launch(const Shape& s, const CUtensorMap& v_map, const Arguments& a,
 
 }  // namespace
 
-cudaError_t launch_recurrence(const OryxKda& p, const Shape& s, int rows, const CUtensorMap& v_map, const char* keys, const char* queries, char* states, void* u,
-                              cudaStream_t stream) {
-  const Arguments a{p.initial_state, keys, queries, states, static_cast<__nv_bfloat16*>(p.o), static_cast<__nv_bfloat16*>(u), p.final_state, p.wanted};
+cudaError_t launch_recurrence(const OryxKda& p, const Shape& s, int rows, const CUtensorMap& v_map, const Records& from, char* states, void* u, cudaStream_t stream) {
+  const Arguments a{p.initial_state, from, states, static_cast<__nv_bfloat16*>(p.o), static_cast<__nv_bfloat16*>(u), p.final_state, p.wanted};
   if (s.D == 64) return states != nullptr ? launch<64, 64, true>(s, v_map, a, stream) : launch<64, 64, false>(s, v_map, a, stream);
   if (rows == 64) return states != nullptr ? launch<128, 64, true>(s, v_map, a, stream) : launch<128, 64, false>(s, v_map, a, stream);
   return states != nullptr ? launch<128, 128, true>(s, v_map, a, stream) : launch<128, 128, false>(s, v_map, a, stream);
