@@ -130,6 +130,24 @@ TEST_F(GenerateEval, ASessionIsSavedAndGoneOnFrom) {
   EXPECT_EQ(parse_json(on({"--session", session}).out, "output")["ids"], parse_json(third.out, "output")["ids"]);  // nothing of this touched the session
 }
 
+TEST_F(GenerateEval, ADraftedTextIsTheSame) {
+  for (const std::vector<std::string>& sampling : {std::vector<std::string>{}, {"--temperature", "1.2", "--top-p", "0.95", "--seed", "4"}}) {
+    std::vector<std::string> options = {"--prompt", "Hello", "--schedule", "attention", "--max-new-tokens", "30", "--race"};
+    options.insert(options.end(), sampling.begin(), sampling.end());
+    const auto alone = generate(options);
+    ASSERT_EQ(alone.exit_code, 0) << alone.err;
+    options.insert(options.end(), {"--draft", "linear", "--draft-tokens", "5", "--no-draft-adapt", "--stats"});
+    const auto drafted = generate(options);
+    ASSERT_EQ(drafted.exit_code, 0) << drafted.err;
+    EXPECT_EQ(drafted.out, alone.out);
+    EXPECT_THAT(drafted.err, HasSubstr("% of those tested accepted"));
+  }
+  expect_error(generate({"--prompt", "a", "--draft", "linear", "--draft-tokens", "99"}), "99 tokens to draft at once, expected 1 to 15");
+  expect_error(generate({"--prompt", "a", "--draft", "atention"}), "Did you mean 'attention'?");
+  expect_error(generate({"--prompt", "a", "--draft", "linear", "--kv", "write:budget=6"}), "draft with all rows (--kv keep)");
+  EXPECT_NE(generate({"--prompt", "a", "--draft-tokens", "4"}).exit_code, 0);
+}
+
 TEST_F(GenerateEval, GenerateStatsGoToStandardError) {
   const auto r = generate({"--prompt", "abc", "--max-new-tokens", "3", "--stats", "--precision", "bfloat16"});
   ASSERT_EQ(r.exit_code, 0) << r.err;

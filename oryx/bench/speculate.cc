@@ -33,6 +33,28 @@ class GuessedText {
   double acceptance_;
 };
 
+// Of each context the modes alone, and the drafts of the largest count.
+Chart speculation_chart(const std::vector<Json>& rows, int64_t most, const std::string& title) {
+  Chart chart{.title = title, .x_label = "drafts accepted, % of those tested", .y_label = "ms a token"};
+  double low = 100;
+  for (const Json& row : rows) {
+    if (row["draft_tokens"] == most) low = std::min(low, 100 * row["acceptance"].get<double>());
+  }
+  for (const Json& row : rows) {
+    const std::string context = fmt::format("{} tokens", row["context"].get<int64_t>());
+    const double ms = row["ms_per_token"].get<double>();
+    if (row["draft_tokens"] == 0) {
+      chart.series.push_back({context + ", alone", {{low, ms}, {100, ms}}});
+      chart.series.push_back({fmt::format("{}, {} drafted", context, most)});
+    } else if (row["draft_tokens"] == most) {
+      chart.series.back().points.emplace_back(100 * row["acceptance"].get<double>(), ms);
+    }
+  }
+  for (Series& s : chart.series) std::sort(s.points.begin(), s.points.end());
+  chart.y_low = 0;
+  return chart;
+}
+
 }  // namespace
 
 BenchResult bench_speculate(const SpeculateBenchOptions& o) {
@@ -117,6 +139,7 @@ BenchResult bench_speculate(const SpeculateBenchOptions& o) {
                           {"pass_ms", "ms a pass", cell_fixed(3)},   {"device_ms", "by the device alone", cell_fixed(3)}};
   result.options = {{"preset", o.model.preset}, {"dtype", o.model.precision}, {"device", o.model.device}, {"schedule", o.schedule}, {"draft", o.draft}, {"contexts", o.contexts},
                     {"tokens", o.tokens},       {"draft_tokens", o.draft_tokens}, {"acceptance", o.acceptance}, {"fused", o.fused}};
+  result.charts = {speculation_chart(rows, *std::max_element(o.draft_tokens.begin(), o.draft_tokens.end()), fmt::format("{} in {}, drafted in {}", o.model.preset, o.schedule, o.draft))};
   result.note = "Weights are random: the acceptance is given, each draft is right with that chance by itself.";
   return result;
 }

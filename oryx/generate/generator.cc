@@ -60,6 +60,8 @@ class Decoder {
     out_.stats.prompt_tokens = static_cast<int64_t>(prompt.size());
     out_.stats.predicted = session_.plan();
     if (!options.draft.on()) return;
+    // The places to come back to: State::hold and hold_steps.
+    out_.stats.predicted.activations += (options.draft.tokens + 1) * (out_.stats.predicted.state.recurrent + out_.stats.predicted.state.tails);
     draft_schedule_.emplace(model.config(), options.draft.schedule);
     const auto draw = [this](const at::Tensor& logits, int64_t position) { return static_cast<int32_t>(sample_token(drawn_from(logits), options_.sampling, static_cast<uint64_t>(position))); };
     drafted_.emplace(session_, options.sampling.temperature == 0 ? drafts_likeliest(*draft_schedule_, options.vocab_size, options.eos_id) : drafts_drawn(*draft_schedule_, draw, options.eos_id), options.draft,

@@ -96,13 +96,16 @@ __global__ void __launch_bounds__(kVerifyThreads, 1) verify_mix_kernel(const __g
   __shared__ float sums[2][kVerifyWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, h = static_cast<int>(blockIdx.x), T = static_cast<int>(a.T), own = warp * kVerifyRows + lane / 4;
   launch_dependents();
-  // State and tails do not depend on what the kernels of this pass do.
+  // Modes, state and tails do not depend on what the kernels of this pass do. Where no token reads the state out, nobody needs it here: what is kept of the tokens suffices for the end.
+  bool reads = false;
+  for (int t = 0; t < T; ++t) reads |= __ldg(a.modes + t) == 0;
   float4 s[kVerifyRows];
-  load_state(a.layer.S, h, warp, lane, s);
+  if (reads) load_state(a.layer.S, h, warp, lane, s);
   Tail4 k_tail, v_tail;
   if (warp < T) k_tail.load(a.layer.k_tail, h * kWidth + 4 * lane), v_tail.load(a.layer.v_tail, h * kWidth + 4 * lane);
   wait_for_previous();
   if (warp < T) prepare_token(a, k_tail, v_tail, warp, h, tokens[warp], lane);
+  if (!reads) return;
   __syncthreads();
   for (int t = 0; t < T; ++t) {
     const VerifyToken& p = tokens[t];
