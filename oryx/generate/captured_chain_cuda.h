@@ -39,6 +39,7 @@ using Step = fused::ChainStep<Slots>;
 class Chain {
  public:
   static constexpr int64_t kMost = 64;
+  static constexpr bool kReadsStretches = false;
   using Slots = captured::Slots;
 
   // For at most `most` sequences, of a model that refusal() lets pass.

@@ -4,8 +4,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <functional>
+#include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,6 +33,7 @@ struct ChainStep {
   const uint8_t* modes = nullptr;  // as the chain's write_modes() leaves them
   OryxBatchPlaces places = {};
   RowWindow bound = {};            // of a bounded state: what attention sees
+  const int32_t* stretches = nullptr;  // of a bounded state whose rows are found without pages: stretches_of()
   // By layer, or null. Given: the rows are N tokens of one sequence, behind each other, that are to be verified (of DecodeChain alone).
   const std::vector<OryxVerifyLayer>* verify = nullptr;
 
@@ -50,6 +54,28 @@ inline OryxBatchPlaces pages_of_bound(const State& state) {
   const auto pages = [&](int64_t tokens) { return (tokens + state.options().page_tokens - 1) / state.options().page_tokens; };
   p.page = state.options().page_tokens, p.lasting = std::max<int64_t>(1, pages(bound.first)), p.most_blocks = p.lasting + pages(bound.last) + 3;
   return p;
+}
+
+// Where rows of a bounded state of one sequence stand whose pages lie in two stretches at most, those of its first tokens and the rest: the row of token t is t + (t < [0] ? [1] : [2]).
+// Its region keeps them so, but behind some trims and forks.
+inline std::optional<std::array<int32_t, 3>> stretches_of(const State& state) {
+  constexpr int32_t kAll = std::numeric_limits<int32_t>::max();
+  const int64_t page = state.options().page_tokens, first = (state.row_bound().first + page - 1) / page;
+  std::array<int32_t, 3> s = {kAll, 0, 0};
+  int64_t before = -1;
+  for (const RowStore::NumberedPage& p : state.numbered_pages(0)) {
+    const auto offset = static_cast<int32_t>((p.number - p.index) * page);
+    if (before < 0) {
+      s[1] = offset;
+    } else if (s[0] == kAll && offset != s[1]) {
+      if (before >= first) return std::nullopt;
+      s[0] = static_cast<int32_t>(p.index * page), s[2] = offset;
+    } else if (s[0] != kAll && offset != s[2]) {
+      return std::nullopt;
+    }
+    before = p.index;
+  }
+  return s;
 }
 
 template <typename T = void>

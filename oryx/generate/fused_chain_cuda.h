@@ -54,6 +54,7 @@ class GatedDeltaStack {
 class DecodeChain : public GatedDeltaStack {
  public:
   static constexpr int64_t kMost = 64;
+  static constexpr bool kReadsStretches = false;
 
   // For at most `most` sequences.
   DecodeChain(const LanguageModel& model, int64_t most);

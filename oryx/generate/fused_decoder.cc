@@ -45,7 +45,7 @@ std::string detail::fused_refusal(const LanguageModel& model, const StateOptions
   if (model.compute_dtype() != at::kBFloat16) return "activations are not bfloat16 (--precision bfloat16)";
   const ModelConfig& c = model.config();
   if (c.embedding_multiplier != 1 || c.logits_scaling != 1) return "embedding_multiplier or logits_scaling";
-  if (state.bound.on()) return "the state keeps some tokens' rows alone (a bounded one)";
+  if (state.kept.on()) return "the state keeps rows by choice, which the host makes";
   if (state.ring > 0) return "the state keeps a ring of convolution inputs";
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const MultiMixerLayer& layer = model.layer(i);

@@ -17,6 +17,8 @@ using ops::cuda::stream_of;
 // The persistent kernel, as StateDecoder takes a chain.
 class PersistentStep : public GatedDeltaStack {
  public:
+  static constexpr bool kReadsStretches = true;
+
   PersistentStep(const LanguageModel& model, int64_t N) : GatedDeltaStack(model), packed_(PackedWeights::of(model, /*persistent=*/true)) {
     TORCH_CHECK(N == 1, "fused decoder: the persistent kernel for ", N, " sequences");
     const LayerConfig& layer = model.layer(0).config();
@@ -53,8 +55,10 @@ class PersistentStep : public GatedDeltaStack {
         TORCH_CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0, "fused decoder: a slot of the state does not begin at a multiple of 16 bytes");
       }
     }
+    int64_t rows = s.capacity;
+    for (const LayerSlots& l : *s.slots) rows = l.keys.defined() ? l.keys.numel() / D_ : rows;
     at::Tensor host = at::zeros({maps_.numel()}, at::kByte);
-    check("oryx_decode_maps", oryx_decode_maps(table.data(), static_cast<int32_t>(table.size()), static_cast<int32_t>(D_), s.capacity, host.mutable_data_ptr()));
+    check("oryx_decode_maps", oryx_decode_maps(table.data(), static_cast<int32_t>(table.size()), static_cast<int32_t>(D_), rows, host.mutable_data_ptr()));
     maps_.copy_(host);
     host = at::empty({table_.numel()}, at::kByte);
     std::memcpy(host.mutable_data_ptr(), table.data(), static_cast<size_t>(table_.numel()));
@@ -70,6 +74,7 @@ class PersistentStep : public GatedDeltaStack {
     a.num_layers = static_cast<int32_t>(packed_->layers.size()), a.vocab_size = static_cast<int32_t>(vocab_), a.capacity = s.capacity;
     a.embed = packed_->embed.data_ptr(), a.head = packed_->head.data_ptr(), a.final_norm = pointer<float>(packed_->final_norm), a.rope = pointer<float>(rope_);
     a.token = s.tokens, a.position = s.positions, a.modes = s.modes, a.feed_back = s.feed_back, a.below = s.below;
+    a.stretches = s.stretches, a.first = s.bound.first, a.window = s.bound.window;
     a.id_rows = pointer<int32_t>(s.id_rows), a.likeliest = s.likeliest, a.logits = pointer<float>(logits_), a.workspace = workspace_.data_ptr();
     a.norm_eps = static_cast<float>(c.norm_eps), a.head_norm_eps = static_cast<float>(c.o_norm_eps()), a.attention_scale = attention_scale();
     check("oryx_decode_step", oryx_decode_step(&a, static_cast<int32_t>(D_), static_cast<int32_t>(F_), stream_of(logits_)));

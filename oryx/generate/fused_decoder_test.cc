@@ -51,13 +51,12 @@ class FusedDecoderCuda : public testing::Test {
 };
 
 // Sequences of different modes, which change from token to token, against the generic way from the same state. In steps other than each `every`-th one nobody attends.
-void compare(const ModelConfig& config, int64_t N, int64_t every = 1) {
+void compare(const ModelConfig& config, int64_t N, int64_t every = 1, const StateOptions& options = {}, int64_t kPrompt = 37, int64_t kSteps = 6) {
   const at::NoGradGuard no_grad;
   LanguageModel model(config, at::kBFloat16);
   model.initialize(1);
   model.to(at::kCUDA);
-  constexpr int64_t kPrompt = 37, kSteps = 6;
-  State generic = model.make_state(N), own = model.make_state(N);
+  State generic = model.make_state(N, options), own = model.make_state(N, options);
   generic.reserve(kPrompt + kSteps), own.reserve(kPrompt + kSteps);
   ModelInput prompt;
   prompt.input_ids = at::randint(config.vocab_size, {N, kPrompt}, at::kLong);
@@ -90,10 +89,10 @@ void compare(const ModelConfig& config, int64_t N, int64_t every = 1) {
         EXPECT_LT(test::norm_error(own.layer(i).tensor(slot), generic.layer(i).tensor(slot)), 3e-2) << slot << " of layer " << i << ", step " << t;
       }
       for (const char* slot : {"keys", "values", "gated_delta_net.g", "gated_delta_net.beta", "mode"}) {
-        EXPECT_LT(test::norm_error(own.rows(i, slot, kPrompt + t + 1), generic.rows(i, slot, kPrompt + t + 1)), 3e-2) << slot << " of layer " << i << ", step " << t;
+        EXPECT_LT(test::norm_error(own.rows(i, slot, own.rows_from(), own.lengths()), generic.rows(i, slot, own.rows_from(), own.lengths())), 3e-2) << slot << " of layer " << i << ", step " << t;
       }
     }
-    EXPECT_TRUE(at::equal(own.rows(config.num_layers, "ids", kPrompt + t + 1), generic.rows(config.num_layers, "ids", kPrompt + t + 1)));
+    EXPECT_TRUE(at::equal(own.rows(config.num_layers, "ids", own.rows_from(), own.lengths()), generic.rows(config.num_layers, "ids", own.rows_from(), own.lengths())));
     EXPECT_EQ(own.lengths(), generic.lengths());
   }
 }
@@ -105,6 +104,13 @@ TEST_F(FusedDecoderCuda, FewInLinearModeEqualGeneric) { compare(decoder_config(5
 TEST_F(FusedDecoderCuda, FewOfTheProductsShapeEqualGeneric) { compare(decoder_config(2048, 16, 5440), 3, 2); }
 TEST_F(FusedDecoderCuda, OneSequenceEqualsGeneric) { compare(decoder_config(256, 2, 256), 1); }
 TEST_F(FusedDecoderCuda, PersistentKernelEqualsGeneric) { compare(decoder_config(2048, 16, 5440), 1); }
+
+// The same over bounded states, whose windows move over their pages' borders and to the front of their region.
+TEST_F(FusedDecoderCuda, BoundedBatchEqualsGeneric) { compare(decoder_config(384, 3, 256), 9, 2, {.bound = {6, 13}, .page_tokens = 4}, 37, 40); }
+TEST_F(FusedDecoderCuda, BoundedPersistentKernelEqualsGeneric) {
+  compare(decoder_config(2048, 16, 5440), 1, 1, {.bound = {40, 150}}, 300, 200);
+  compare(decoder_config(2048, 16, 5440), 1, 1, {.bound = {0, 70}, .page_tokens = 16}, 60, 40);
+}
 
 TEST_F(FusedDecoderCuda, GoesOnBehindTrimAndFork) { test::expect_goes_on_behind_trim_and_fork(decoder_config(256, 2, 256)); }
 

@@ -224,9 +224,7 @@ class CudaSlotDecoder : public SlotDecoder {
 std::unique_ptr<SlotDecoder> make_cuda_slot_decoder(const LanguageModel& model, const StateOptions& state, std::string* why) {
   *why = fused::device_refusal(model.device());
   if (!why->empty()) return nullptr;
-  StateOptions unbounded = state;  // the chain reads a window's pages as it reads all
-  unbounded.bound = {};
-  if (detail::fused_refusal(model, unbounded).empty() && DecodeChain::refusal(model).empty()) return std::make_unique<CudaSlotDecoder<DecodeChain>>(model);
+  if (detail::fused_refusal(model, state).empty() && DecodeChain::refusal(model).empty()) return std::make_unique<CudaSlotDecoder<DecodeChain>>(model);
   *why = captured::refusal(model);
   if (!why->empty()) return nullptr;
   return std::make_unique<CudaSlotDecoder<captured::Chain>>(model);

@@ -20,20 +20,23 @@
 namespace oryx::fused {
 
 // A `Chain` has Slots, slots_of(), moved(), rows_name(), mode_bytes(), write_modes(), allocate(), launch(), logits() and weight_bytes() as captured::Chain, and stream() where it can give the
-// sums that the final norm reads.
+// sums that the final norm reads. kReadsStretches: of a bounded state it takes stretches_of() in place of a table of pages.
 template <typename Chain>
 class StateDecoder : public FusedDecoder {
  public:
   StateDecoder(const LanguageModel& model, State& state, int64_t tokens)
       : model_(model), state_(state), N_(state.sequences()), layers_(model.config().num_layers), capacity_(tokens), vocab_(model.config().vocab_size), chain_(model, N_),
-        places_(pages_of_bound(state)) {
+        bounded_(state.row_bound().on()), places_(Chain::kReadsStretches ? OryxBatchPlaces{} : pages_of_bound(state)) {
     const auto ints = at::device(model.device()).dtype(at::kInt);
     tokens_ = at::zeros({N_}, ints), positions_ = at::zeros({N_}, ints), lengths_ = at::ones({N_}, ints), likeliest_ = at::zeros({N_}, ints), feed_back_ = at::zeros({1}, ints);
     below_ = at::full({N_}, vocab_, ints);
     modes_ = at::zeros({chain_.mode_bytes(N_)}, ints.dtype(at::kByte));
-    if (places_.lasting > 0) {
+    if (!bounded_) return;
+    if (Chain::kReadsStretches) {
+      table_ = at::zeros({3}, ints);
+    } else {
       table_ = at::zeros({N_, places_.most_blocks}, ints);
-      places_.blocks = table_.const_data_ptr<int32_t>();
+      places_.blocks = table_.template const_data_ptr<int32_t>();
     }
   }
 
@@ -42,7 +45,7 @@ class StateDecoder : public FusedDecoder {
     const auto [i, name] = kept_rows();
     if (i < 0) return true;
     const at::Tensor once = rows(i, name);
-    if (bounded()) return once.defined();
+    if (bounded_) return once.defined() && (!Chain::kReadsStretches || stretches_of(state_).has_value());
     // A copy has another address each time. All slots have the same pages.
     return once.data_ptr() == rows(i, name).data_ptr();
   }
@@ -101,7 +104,6 @@ class StateDecoder : public FusedDecoder {
   using Slots = typename Chain::Slots;
 
   std::vector<int64_t> one_each() const { return std::vector<int64_t>(static_cast<size_t>(N_), 1); }
-  bool bounded() const { return places_.blocks != nullptr; }
 
   std::vector<uint8_t> modes_of(const std::vector<std::shared_ptr<const Routing>>& routing, bool& looks_back) const {
     TORCH_CHECK(routing.size() == 1 || static_cast<int64_t>(routing.size()) == layers_, "captured decoder: ", routing.size(), " routings for ", layers_, " layers");
@@ -121,7 +123,7 @@ class StateDecoder : public FusedDecoder {
   }
 
   // Rows to write into: all that may come, or the pages of a bounded state, undefined where they stand apart. An unbounded state whose pages do not lie side by side hands out copies.
-  at::Tensor rows(int64_t i, const std::string& name) const { return bounded() ? state_.row_memory(i, name) : state_.rows(i, name, capacity_); }
+  at::Tensor rows(int64_t i, const std::string& name) const { return bounded_ ? state_.row_memory(i, name) : state_.rows(i, name, capacity_); }
   std::pair<int64_t, std::string> kept_rows() const {
     for (int64_t i = 0; i < layers_; ++i) {
       if (std::string name = chain_.rows_name(state_.layer(i), i); !name.empty()) return {i, std::move(name)};
@@ -153,11 +155,17 @@ class StateDecoder : public FusedDecoder {
 
   // A window's pages come and go, and move within their memory.
   void place_pages() {
-    if (!bounded() || pages_version_ == state_.pages_version()) return;
+    if (!bounded_ || pages_version_ == state_.pages_version()) return;
     const at::Tensor host = at::zeros(table_.sizes(), at::device(at::kCPU).dtype(at::kInt).pinned_memory(true));
-    for (int64_t n = 0; n < N_; ++n) {
-      int32_t* const row = host.mutable_data_ptr<int32_t>() + n * places_.most_blocks;
-      for (const RowStore::NumberedPage& page : state_.numbered_pages(n)) row[page_entry(places_, page.index)] = page.number;
+    auto* row = host.mutable_data_ptr<int32_t>();
+    if (Chain::kReadsStretches) {
+      const auto stretches = stretches_of(state_);
+      TORCH_CHECK(stretches.has_value(), "captured decoder: the rows of the state do not lie where it can write into them");
+      std::copy(stretches->begin(), stretches->end(), row);
+    } else {
+      for (int64_t n = 0; n < N_; ++n, row += places_.most_blocks) {
+        for (const RowStore::NumberedPage& page : state_.numbered_pages(n)) row[page_entry(places_, page.index)] = page.number;
+      }
     }
     table_.copy_(host, /*non_blocking=*/true);
     pages_version_ = state_.pages_version();
@@ -184,7 +192,7 @@ class StateDecoder : public FusedDecoder {
     s.N = N_, s.capacity = capacity_, s.slots = &slots_, s.id_rows = id_rows_;
     s.tokens = pointer<int32_t>(tokens_), s.positions = pointer<int32_t>(positions_), s.lengths = pointer<int32_t>(lengths_), s.likeliest = pointer<int32_t>(likeliest_);
     s.below = pointer<int32_t>(below_), s.feed_back = pointer<int32_t>(feed_back_), s.modes = pointer<uint8_t>(modes_), s.places = places_;
-    if (bounded()) s.bound = state_.options().bound;
+    if (bounded_) s.bound = state_.options().bound, s.stretches = Chain::kReadsStretches ? pointer<int32_t>(table_) : nullptr;
     return s;
   }
 
@@ -193,7 +201,8 @@ class StateDecoder : public FusedDecoder {
   int64_t N_, layers_, capacity_, vocab_;
   bool feeds_back_ = false, fed_back_ = false;
   Chain chain_;
-  OryxBatchPlaces places_;  // of a bounded state
+  bool bounded_;
+  OryxBatchPlaces places_;  // of a bounded state, where the chain reads its rows by pages
   at::Tensor tokens_, positions_, lengths_, likeliest_, feed_back_, below_, modes_, id_rows_, table_;
   int64_t pages_version_ = -1;
   const void* rows_at_ = nullptr;

@@ -12,7 +12,8 @@ class Layer(C.Structure):
 
 class Step(C.Structure):
     _fields_ = [("layers", C.c_void_p), ("maps", C.c_void_p), ("num_layers", C.c_int32), ("vocab_size", C.c_int32), ("capacity", C.c_int64)] + [
-        (n, C.c_void_p) for n in "embed head final_norm rope token position modes feed_back id_rows below likeliest logits workspace".split()] + [
+        (n, C.c_void_p) for n in "embed head final_norm rope token position modes feed_back id_rows stretches".split()] + [("first", C.c_int64), ("window", C.c_int64)] + [
+        (n, C.c_void_p) for n in "below likeliest logits workspace".split()] + [
         (n, C.c_float) for n in "norm_eps head_norm_eps attention_scale".split()]
 
 
@@ -85,7 +86,7 @@ class Model:
         ok(lib.oryx_decode_maps(table, L, D, C.c_int64(capacity), maps))
         self.maps = torch.frombuffer(bytearray(maps.raw), dtype=torch.uint8).to(DEV)
         self.step = Step(self.table.data_ptr(), self.maps.data_ptr(), L, vocab, capacity, *[t.data_ptr() for t in (self.embed, self.head, self.final_norm, self.rope, self.token, self.position, self.modes, self.feed,
-                         self.ids, self.below, self.likeliest, self.logits, self.work)], 1e-6, 1e-6, 128**-0.5)
+                         self.ids)], None, 0, 0, *[t.data_ptr() for t in (self.below, self.likeliest, self.logits, self.work)], 1e-6, 1e-6, 128**-0.5)
 
     def run(self):
         ok(lib.oryx_decode_step(C.byref(self.step), self.D, self.F, stream()))

@@ -41,7 +41,8 @@ __device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) 
   constexpr int H = kD / kWidth;
   constexpr int64_t kPiece = kRows * kD * 2, kTileBytes = kD * 32;  // a tile of 16 columns
   Producer out(s);
-  const int position = __ldcg(a.position), lane = threadIdx.x & 31;
+  const Seen seen(a, __ldcg(a.position));
+  const int lane = threadIdx.x & 31;
   // The table of layers goes to shared memory two layers ahead, a word a lane.
   constexpr int kTableWords = sizeof(OryxDecodeLayer) / 8;
   static_assert(kTableWords <= 32 && sizeof(OryxDecodeLayer) % 8 == 0);
@@ -77,10 +78,10 @@ __device__ void produce(const OryxDecodeStep& a, Shared& s, int head, int rank) 
     }
     out.load(layer.S + static_cast<int64_t>(head * kWidth + rank * kSliceRows) * kWidth, kSliceRows * kWidth * 4);
     if (attention) {
-      const TokenShare share(position, rank);
+      const TokenShare share(seen, rank);
       for (int i = share.begin; i < share.end; ++i) {
-        out.box(static_cast<const char*>(a.maps) + (2 * l) * kOryxDecodeMapBytes, head * kWidth, i * kTokens);
-        out.box(static_cast<const char*>(a.maps) + (2 * l + 1) * kOryxDecodeMapBytes, head * kWidth, i * kTokens);
+        out.box(static_cast<const char*>(a.maps) + (2 * l) * kOryxDecodeMapBytes, head * kWidth, seen.row(seen.first_of(i)));
+        out.box(static_cast<const char*>(a.maps) + (2 * l + 1) * kOryxDecodeMapBytes, head * kWidth, seen.row(seen.first_of(i)));
       }
     }
     const TileShare<kD, H> mixed(head);
@@ -101,6 +102,8 @@ __device__ void consume(const OryxDecodeStep& a, Shared& s, int head, int rank) 
   const Workspace ws = carve<kD>(a.workspace, a.num_layers);
   Consumer in(s);
   const int position = __ldcg(a.position), token = __ldcg(a.token);
+  const Seen seen(a, position);
+  const int kept_row = seen.row(position);
   Grid grid{ws.arrived, __ldcg(ws.epoch)};
   float x[16], u[16], weight[16], narrow[16];
   uint32_t b[8];
@@ -109,7 +112,7 @@ __device__ void consume(const OryxDecodeStep& a, Shared& s, int head, int rank) 
     const uint32_t two = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(a.embed) + static_cast<int64_t>(token) * kD + first_column() + 64 * (i / 2) + 8 * (i & 1)));
     x[2 * i] = low(two), x[2 * i + 1] = high(two);
   }
-  if (blockIdx.x == 0 && t == 0 && a.id_rows != nullptr && position < a.capacity) a.id_rows[position] = token;
+  if (blockIdx.x == 0 && t == 0 && a.id_rows != nullptr && position < a.capacity) a.id_rows[kept_row] = token;
   const TileShare<kD, H> mixed(head);
   const TileShare<kF, H> mids(head);
   const int64_t own_rows = static_cast<int64_t>(rank) * (kD / kGroup) + column_row();
@@ -134,10 +137,10 @@ __device__ void consume(const OryxDecodeStep& a, Shared& s, int head, int rank) 
     if (warp == rank) publish_narrow(u, narrow, ws.words, number, rank);
     named_barrier(1, kConsumers);
     float scale = norm_scale<kD>(s, a.norm_eps);
-    publish_projected<kD>(layer, s, ws.words, number, ahead, row_total(s.red, t >> 2) * scale, head, rank, position, keeps);
+    publish_projected<kD>(layer, s, ws.words, number, ahead, row_total(s.red, t >> 2) * scale, head, rank, kept_row, keeps);
     // 2
-    mix<kD>(a, layer, s, ws.words, number, in, head, rank, position, keeps, attention, scale, o_norm, A_log, dt_bias);
-    if (blockIdx.x == 0 && t == 0 && layer.mode_rows != nullptr && position < a.capacity) layer.mode_rows[position] = attention ? 1 : 0;
+    mix<kD>(a, layer, s, ws.words, number, in, head, rank, seen, kept_row, keeps, attention, scale, o_norm, A_log, dt_bias);
+    if (blockIdx.x == 0 && t == 0 && layer.mode_rows != nullptr && position < a.capacity) layer.mode_rows[kept_row] = attention ? 1 : 0;
     // 3
     collect<kMixedWords>(ws.words->mixed, kMixedWords, number, s.mixed);
     float part = column_product(in, mixed.count, s.mixed);
@@ -247,8 +250,8 @@ int launch(const OryxDecodeStep* step, cudaStream_t stream) {
   return cudaLaunchCooperativeKernel(kernel, dim3(kD / kWidth * kGroup), dim3(kThreads), arguments, kSharedBytes, stream);
 }
 
-int encode_map(void* to, const void* rows, int64_t width, int64_t capacity) {
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(capacity)}, stride[1] = {static_cast<cuuint64_t>(width) * 2};
+int encode_map(void* to, const void* rows, int64_t width, int64_t count) {
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(count)}, stride[1] = {static_cast<cuuint64_t>(width) * 2};
   const cuuint32_t box[2] = {kWidth, kTokens};
   alignas(64) CUtensorMap map;
   static_assert(sizeof(map) == kOryxDecodeMapBytes);
@@ -273,12 +276,12 @@ extern "C" int oryx_decode_supports(int32_t hidden_size, int32_t num_heads, int3
   return hidden_size == 2048 && num_heads == 16 && intermediate_size == 5440 && oryx::decode_cuda::fits<2048>();
 }
 
-extern "C" int oryx_decode_maps(const OryxDecodeLayer* layers, int32_t num_layers, int32_t hidden_size, int64_t capacity, void* to) {
+extern "C" int oryx_decode_maps(const OryxDecodeLayer* layers, int32_t num_layers, int32_t hidden_size, int64_t rows, void* to) {
   for (int l = 0; l < num_layers; ++l) {
     char* at = static_cast<char*>(to) + 2 * l * kOryxDecodeMapBytes;
     if (layers[l].keys == nullptr) continue;
-    if (const int e = oryx::decode_cuda::encode_map(at, layers[l].keys, hidden_size, capacity); e != 0) return e;
-    if (const int e = oryx::decode_cuda::encode_map(at + kOryxDecodeMapBytes, layers[l].values, hidden_size, capacity); e != 0) return e;
+    if (const int e = oryx::decode_cuda::encode_map(at, layers[l].keys, hidden_size, rows); e != 0) return e;
+    if (const int e = oryx::decode_cuda::encode_map(at + kOryxDecodeMapBytes, layers[l].values, hidden_size, rows); e != 0) return e;
   }
   return 0;
 }

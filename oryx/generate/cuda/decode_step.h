@@ -41,7 +41,7 @@ typedef struct {
   const OryxDecodeLayer* layers;  // [num_layers] on the device
   const void* maps;               // oryx_decode_maps() of them on the device, 64-byte aligned; unused without keys
   int32_t num_layers, vocab_size;
-  int64_t capacity;               // rows of keys and values
+  int64_t capacity;               // tokens at most
   const void* embed;              // bfloat16 [vocab_size, D]
   const void* head;               // bfloat16 [vocab_size, D] in row pieces
   const float* final_norm;        // [D]
@@ -51,6 +51,8 @@ typedef struct {
   const uint8_t* modes;           // [num_layers] 0: linear, 1: attention
   const int32_t* feed_back;       // [1] non-zero: the likeliest token becomes the next to run
   int32_t* id_rows;               // [capacity] may be null
+  const int32_t* stretches;       // [3] rows stand in two stretches: that of token t at t + (t < [0] ? [1] : [2]); null: at t
+  int64_t first, window;          // window above 0: of the tokens before only the first `first` and the last window - 1 are seen
   const int32_t* below;           // [1] so many of the logits are looked at
   int32_t* likeliest;             // [1] of these, the first of equals
   float* logits;                  // [vocab_size]
@@ -61,9 +63,9 @@ typedef struct {
 int64_t oryx_decode_workspace(int32_t hidden_size, int32_t num_layers);
 // 1 when there is a kernel for this shape on the current device.
 int oryx_decode_supports(int32_t hidden_size, int32_t num_heads, int32_t intermediate_size);
-// What the copy engine must know of the rows of keys and values: 2 num_layers kOryxDecodeMapBytes bytes to `to`; layers and `to` on the host. Returns a cudaError_t.
+// What the copy engine must know of the `rows` rows of keys and values: 2 num_layers kOryxDecodeMapBytes bytes to `to`; layers and `to` on the host. Returns a cudaError_t.
 enum { kOryxDecodeMapBytes = 128 };
-int oryx_decode_maps(const OryxDecodeLayer* layers, int32_t num_layers, int32_t hidden_size, int64_t capacity, void* to);
+int oryx_decode_maps(const OryxDecodeLayer* layers, int32_t num_layers, int32_t hidden_size, int64_t rows, void* to);
 // Enqueues the step; returns a cudaError_t.
 int oryx_decode_step(const OryxDecodeStep* step, int32_t hidden_size, int32_t intermediate_size, void* stream);
 

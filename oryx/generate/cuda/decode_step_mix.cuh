@@ -27,7 +27,7 @@ __device__ __forceinline__ Ahead read_ahead(const OryxDecodeLayer& layer, int ch
 
 // The sum y of the thread's row: through the convolution, into the state's rows, to the multiprocessors of the group.
 template <int kD>
-__device__ __forceinline__ void publish_projected(const OryxDecodeLayer& layer, Shared& s, Words* words, uint32_t number, const Ahead& a, float y, int head, int rank, int position,
+__device__ __forceinline__ void publish_projected(const OryxDecodeLayer& layer, Shared& s, Words* words, uint32_t number, const Ahead& a, float y, int head, int rank, int kept_row,
                                                   bool keeps) {
   const int section = threadIdx.x >> 6, row = (threadIdx.x >> 2) & 15, part = threadIdx.x & 3;
   const int of_head = rank * kSliceRows + row, channel = head * kWidth + of_head;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void publish_projected(const OryxDecodeLayer& layer, 
     } else if (part == 1) {
       a.tail_at[0] = __float2bfloat16_rn(a.tail[1]), a.tail_at[1] = __float2bfloat16_rn(a.tail[2]), a.tail_at[2] = __float2bfloat16_rn(raw);
     } else if (part == 2 && keeps) {
-      static_cast<bf16*>(section == 0 ? layer.keys : layer.values)[static_cast<int64_t>(position) * kD + channel] = __float2bfloat16_rn(z);
+      static_cast<bf16*>(section == 0 ? layer.keys : layer.values)[static_cast<int64_t>(kept_row) * kD + channel] = __float2bfloat16_rn(z);
     }
   } else if (section == 2) {
     if (part == 0) s.gate[row] = silu(y);
@@ -67,20 +67,36 @@ __device__ __forceinline__ void publish_narrow(const float (&u)[16], const float
   if (lane % 4 == 0 && lane < 8) publish(words->projected + 2 * kWidth + lane / 4 * kGroup + rank, sum, number);
 }
 
-// This multiprocessor's share of the cached tokens of the head, in pieces.
+// The tokens before `position` that are seen, [0, first_end) and [begin, position), each cut to pieces by itself, and where their rows stand.
+struct Seen {
+  int position, first_end, begin, split, before, behind;
+  __device__ Seen(const OryxDecodeStep& a, int position) : position(position) {
+    const int window = static_cast<int>(a.window);
+    begin = window > 0 ? max(0, position + 1 - window) : 0, first_end = min(begin, static_cast<int>(a.first));
+    const bool apart = a.stretches != nullptr;
+    split = apart ? __ldcg(a.stretches) : 0, before = apart ? __ldcg(a.stretches + 1) : 0, behind = apart ? __ldcg(a.stretches + 2) : 0;
+  }
+  __device__ __forceinline__ int row(int token) const { return token + (token < split ? before : behind); }
+  __device__ __forceinline__ int first_pieces() const { return (first_end + kTokens - 1) / kTokens; }
+  __device__ __forceinline__ int pieces() const { return first_pieces() + (position - begin + kTokens - 1) / kTokens; }
+  __device__ __forceinline__ int first_of(int piece) const { return piece < first_pieces() ? piece * kTokens : begin + (piece - first_pieces()) * kTokens; }
+  __device__ __forceinline__ int end_of(int piece) const { return piece < first_pieces() ? first_end : position; }
+};
+
+// This multiprocessor's share of these pieces.
 struct TokenShare {
   int begin, end;
-  __device__ TokenShare(int position, int rank) {
-    const int pieces = (position + kTokens - 1) / kTokens;
+  __device__ TokenShare(const Seen& seen, int rank) {
+    const int pieces = seen.pieces();
     begin = pieces * rank / kGroup, end = pieces * (rank + 1) / kGroup;
   }
 };
 
 // Half a warp takes four tokens of a piece. What it found goes to the multiprocessors of the group, sixteen values of the head each.
-__device__ __forceinline__ void attend(const OryxDecodeStep& a, Shared& s, Words* words, uint32_t number, Consumer& in, int position, int rank) {
+__device__ __forceinline__ void attend(const OryxDecodeStep& a, Shared& s, Words* words, uint32_t number, Consumer& in, const Seen& seen, int rank) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, l = lane & 15, half = 2 * warp + (lane >> 4);
   constexpr int kOwn = 4;
-  const TokenShare share(position, rank);
+  const TokenShare share(seen, rank);
   // The query turned to where it stands seen from the first key, then back by one position a key: R(p)q . R(j)k = R(p - j)q . k.
   float lo[4], hi[4], c1[4], s1[4], cj[4], sj[4], q_lo[4], q_hi[4], acc[8];
   float m = -1e30f, sum = 0.0f;
@@ -99,10 +115,11 @@ __device__ __forceinline__ void attend(const OryxDecodeStep& a, Shared& s, Words
     if (share.end - share.begin > 1) angles(kTokens - kOwn, cj, sj);
   }
   for (int piece = share.begin; piece < share.end; ++piece) {
-    const int first = piece * kTokens + kOwn * half, tokens = max(0, min(kOwn, position - first));
-    if ((piece - share.begin) % 16 == 0) {  // the exact angle again, so that rounding does not build up; behind the last token it does not matter
+    const int first = seen.first_of(piece) + kOwn * half, tokens = max(0, min(kOwn, seen.end_of(piece) - first));
+    // The exact angle again where the tokens go on elsewhere, and so that rounding does not build up; behind the last token it does not matter.
+    if ((piece - share.begin) % 16 == 0 || piece == seen.first_pieces()) {
       float cc[4], ss[4];
-      angles(max(position - first, 0), cc, ss);
+      angles(max(seen.position - first, 0), cc, ss);
 #pragma unroll
       for (int i = 0; i < 4; ++i) lo[i] = q_lo[i] * cc[i] - q_hi[i] * ss[i], hi[i] = q_hi[i] * cc[i] + q_lo[i] * ss[i];
     } else {
@@ -184,7 +201,7 @@ __device__ __forceinline__ void attend(const OryxDecodeStep& a, Shared& s, Words
 // The state of the multiprocessor's sixteen value rows, two a warp; the output of the layer's mode for them, through weight and gate, to the group. The head norm's factor is
 // wanted only behind the product with W_out: squares go along.
 template <int kD>
-__device__ __forceinline__ void mix(const OryxDecodeStep& a, const OryxDecodeLayer& layer, Shared& s, Words* words, uint32_t number, Consumer& in, int head, int rank, int position,
+__device__ __forceinline__ void mix(const OryxDecodeStep& a, const OryxDecodeLayer& layer, Shared& s, Words* words, uint32_t number, Consumer& in, int head, int rank, const Seen& seen, int kept_row,
                                     bool keeps, bool attention, float scale, float2 o_norm, float A_log, float dt_bias) {
   constexpr int H = kD / kWidth;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = 2 * warp;
@@ -219,11 +236,11 @@ __device__ __forceinline__ void mix(const OryxDecodeStep& a, const OryxDecodeLay
     o[r] = (decay * sum(5 + r) + delta * kq) * qn;  // the state behind the update, without another pass over it
   }
   if (keeps && rank == 0 && threadIdx.x == 0) {
-    layer.g_rows[static_cast<int64_t>(position) * H + head] = g;
-    layer.beta_rows[static_cast<int64_t>(position) * H + head] = beta;
+    layer.g_rows[static_cast<int64_t>(kept_row) * H + head] = g;
+    layer.beta_rows[static_cast<int64_t>(kept_row) * H + head] = beta;
   }
   if (attention) {
-    attend(a, s, words, number, in, position, rank);
+    attend(a, s, words, number, in, seen, rank);
     collect<kPartsWords>(words->parts[rank], kPartsWords, number, s.parts);
     const float* parts = reinterpret_cast<const float*>(s.parts);
     const float own = kq * a.attention_scale * kLog2e;  // both at the same angle
