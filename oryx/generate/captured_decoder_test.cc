@@ -5,11 +5,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
 
 #include "oryx/generate/captured_weights.h"
 #include "oryx/generate/fused_decoder.h"
 #include "oryx/generate/session.h"
 #include "oryx/generate/test_support.h"
+#include "oryx/model/checkpoint.h"
+#include "oryx/model/hf/convert.h"
+#include "tests/support/fixtures.h"
+#include "tests/support/folder.h"
 
 namespace oryx {
 namespace {
@@ -67,6 +72,47 @@ TEST(CapturedDecoder, PlansHoldWhatLayersHave) {
   EXPECT_TRUE(at::equal(l.norm1, (model.parameter("layers.1.norm1.weight") + 1) * 0.5));
   EXPECT_TRUE(at::equal(l.mixers[1].k_norm, model.parameter("layers.1.mixer.attention.k_norm.weight") + 1));
   EXPECT_FALSE(l.mixers[0].k_norm.defined());
+}
+
+// Models of every family that is imported, as published code computes them: each is one that captured decoding knows, and on a GPU it decodes what that code gives.
+TEST(FixtureCapturedDecoder, DecodesEveryPublishedFamily) {
+  ORYX_REQUIRE_FIXTURES();
+  const at::NoGradGuard no_grad;
+  int64_t models = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(test::fixture_folder() / "models")) {
+    if (!std::filesystem::exists(entry.path() / "expected.safetensors")) continue;
+    SCOPED_TRACE(entry.path().filename());
+    const test::TemporaryFolder out;
+    import_checkpoint(entry.path(), out / "model");
+    const auto model = load_model(out / "model", at::kBFloat16);
+    const ModelConfig& c = model->config();
+    if (c.layer.hidden_size % 32 != 0) continue;  // none that is published
+    EXPECT_EQ(captured::refusal(*model), "");
+    ++models;
+    if (!at::hasCUDA() || at::getNumGPUs() == 0) continue;
+    model->to(at::kCUDA);
+    const test::Fixture f = test::load_fixture(entry.path() / "expected");
+    const at::Tensor ids = f.at("input_ids").to(at::kLong);  // [N, T]
+    const int64_t N = ids.size(0), T = ids.size(1), prompt = std::max<int64_t>(f.attrs.at("prefill").get<int64_t>(), 5);
+    State state = model->make_state(N);
+    state.reserve(T);
+    ModelInput input;
+    input.input_ids = ids.narrow(1, 0, prompt);
+    input.routing = {std::make_shared<Routing>(N, prompt, c.mixers().front())};
+    input.state = &state;
+    (void)model->hidden(input);
+    std::string why;
+    const auto decoder = make_fused_decoder(*model, state, T, &why);
+    ASSERT_NE(decoder, nullptr) << why;
+    std::vector<at::Tensor> logits;
+    for (int64_t t = prompt; t < T; ++t) {
+      const at::Tensor column = ids.select(1, t).to(at::kInt).contiguous();
+      const std::vector<int32_t> next(column.const_data_ptr<int32_t>(), column.const_data_ptr<int32_t>() + N);
+      logits.push_back(decoder->step(next, {std::make_shared<Routing>(N, 1, c.mixers().front())}).cpu());
+    }
+    EXPECT_LT(test::norm_error(at::stack(logits, 1), f.at("logits").narrow(1, prompt, T - prompt)), 0.05);
+  }
+  EXPECT_GT(models, 8);
 }
 
 class CapturedDecoderCuda : public testing::Test {

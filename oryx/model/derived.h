@@ -1,4 +1,5 @@
-// What others make of a model's parameters and share, such as weights packed for a device: made once, and anew when a parameter was written or moved since.
+// What others make of a model's parameters and share, such as weights packed for a device: made once, and anew when a parameter was written or moved since. Its version says so (at::Tensor::_version):
+// who writes a parameter by its pointer bumps it.
 #pragma once
 
 #include <ATen/ATen.h>
