@@ -34,6 +34,12 @@ at::Tensor row_product(const at::Tensor& x, const at::Tensor& weight) {
   return at::linear(x, weight);
 }
 
+// Whether b begins where a ends, in one memory and of a's form.
+bool follows(const at::Tensor& a, const at::Tensor& b) {
+  return a.sizes() == b.sizes() && a.scalar_type() == b.scalar_type() && a.is_contiguous() && b.is_contiguous() && a.is_alias_of(b) &&
+         b.storage_offset() == a.storage_offset() + a.numel();
+}
+
 // The sum of the shares of one activation's gradient, [rows, in].
 struct Sink : torch::CustomClassHolder {
   at::Tensor sum;
@@ -179,7 +185,25 @@ Projections::Projections(const at::Tensor& x) : x_(x) {
   x_ = FanOut::apply(x, sink_);
 }
 
+void Projections::ahead(at::TensorList weights) {
+  constexpr int64_t kFewRows = 2048;
+  const int64_t rows = x_.numel() / x_.size(-1);
+  if (!x_.is_cuda() || at::GradMode::is_enabled() || rows > kFewRows || rows == 1) return;
+  for (size_t begin = 0, end; begin < weights.size(); begin = end) {
+    for (end = begin + 1; end < weights.size() && follows(weights[end - 1], weights[end]);) ++end;
+    const at::Tensor& first = weights[begin];
+    const auto count = static_cast<int64_t>(end - begin);
+    if (count < 2 || first.scalar_type() != x_.scalar_type()) continue;
+    const at::Tensor all = first.as_strided({count, first.size(0), first.size(1)}, {first.numel(), first.size(1), 1});
+    const at::Tensor x = flat(x_), products = at::bmm(x.unsqueeze(0).expand({count, x.size(0), x.size(1)}), all.transpose(1, 2));  // [count, rows, out]
+    for (int64_t i = 0; i < count; ++i) made_.emplace_back(weights[begin + static_cast<size_t>(i)].const_data_ptr(), unflat(products[i], x_));
+  }
+}
+
 at::Tensor Projections::operator()(const at::Tensor& weight) const {
+  for (const auto& [memory, product] : made_) {
+    if (memory == weight.const_data_ptr()) return product;
+  }
   return collects() ? Product::apply(x_, weight, std::optional<at::Tensor>(), sink_, static_cast<int64_t>(Form::kPlain)) : project(x_, weight);
 }
 

@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/ivalue.h>
 
+#include <utility>
+#include <vector>
+
 namespace oryx {
 
 // y = x W^T with the weight cast to x's dtype. x [..., in], weight [out, in].
@@ -24,6 +27,9 @@ class Projections {
   // x, for everybody else who reads it.
   const at::Tensor& input() const { return x_; }
 
+  // The products of those of the weights that stand one behind the other in memory, with one shape, by one launch: operator() has them then. On a GPU without gradients, for few rows, of
+  // which one product leaves most of the device idle; nothing elsewhere.
+  void ahead(at::TensorList weights);
   // [..., out], as project().
   at::Tensor operator()(const at::Tensor& weight) const;
   // Of the rows `index` (int64, each at most once) of x flattened to [rows, in]: [n, out].
@@ -35,6 +41,7 @@ class Projections {
   bool collects() const { return sink_.isCapsule(); }
 
   at::Tensor x_;
+  std::vector<std::pair<const void*, at::Tensor>> made_;  // by the weight's memory
   c10::IValue sink_;  // where the products' shares of the gradient meet; none on the CPU or without gradients
 };
 

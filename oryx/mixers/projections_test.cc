@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -66,6 +67,26 @@ TEST(Projections, CudaRowsAreJoinedInPlace) {
   for (int64_t r = 0; r < 6; ++r) EXPECT_EQ(rows[r][0].item<double>(), r == 1 || r == 4 ? 2 : 1);
   torch::autograd::backward({joined.sum()}, {});
   EXPECT_TRUE(base.grad().defined() && part.grad().defined());
+}
+
+// Made ahead or one by one: the same products; weights that stand by themselves, or of another form, are left to be made when they are asked for.
+TEST(ProjectionsCuda, AheadIsEach) {
+  if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
+  const at::NoGradGuard no_grad;
+  at::manual_seed(4);
+  const auto random = [](at::IntArrayRef shape) { return at::randn(shape, at::device(at::kCUDA).dtype(at::kBFloat16)); };
+  const at::Tensor four = random({4, 192, 96}), lone = random({192, 96}), narrow = random({64, 96});
+  for (const int64_t rows : {2, 65, 700}) {
+    const at::Tensor x = random({1, rows, 96});
+    Projections made(x), plain(x);
+    made.ahead({four[0], four[1], narrow, lone, four[2], four[3]});
+    for (const at::Tensor& weight : {four[0], four[1], four[2], four[3], lone, narrow}) {
+      const at::Tensor a = made(weight).to(at::kFloat), b = plain(weight).to(at::kFloat);
+      ASSERT_EQ(a.sizes(), b.sizes());
+      EXPECT_TRUE(made(weight).is_contiguous());
+      EXPECT_LT(((a - b).norm() / b.norm()).item<double>(), 5e-3);
+    }
+  }
 }
 
 }  // namespace

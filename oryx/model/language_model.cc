@@ -95,10 +95,37 @@ void LanguageModel::keep_copies() {
   ParameterMap map;
   for (size_t i = 0; i < specs_.size(); ++i) {
     const at::Tensor& p = parameters_[i];
-    copies_.push_back(specs_[i].computes_narrow() ? p.detach().to(compute_).requires_grad_(p.requires_grad()) : at::Tensor());
+    copies_.push_back(specs_[i].computes_narrow() ? p.detach().to(compute_) : at::Tensor());
+  }
+  for (const auto& layer : layers_) {
+    for (const auto& names : layer->neighbours()) lay_out(names);
+  }
+  for (size_t i = 0; i < specs_.size(); ++i) {
+    if (copies_[i].defined()) copies_[i].requires_grad_(parameters_[i].requires_grad());
     map.add(specs_[i].name, leaf(i));
   }
   bind(map);
+}
+
+// Lets the copies of these parameters stand one behind the other, as far as they have one shape.
+void LanguageModel::lay_out(const std::vector<std::string>& names) {
+  std::vector<size_t> run;
+  const auto flush = [&] {
+    if (run.size() > 1) {
+      std::vector<at::Tensor> all;
+      for (const size_t i : run) all.push_back(copies_[i]);
+      const at::Tensor together = at::stack(all);
+      for (size_t j = 0; j < run.size(); ++j) copies_[run[j]] = together[static_cast<int64_t>(j)].detach();
+    }
+    run.clear();
+  };
+  for (const std::string& name : names) {
+    const auto i = static_cast<size_t>(std::find_if(specs_.begin(), specs_.end(), [&](const ParameterSpec& spec) { return spec.name == name; }) - specs_.begin());
+    if (i == specs_.size() || !copies_[i].defined()) continue;
+    if (!run.empty() && copies_[run.back()].sizes() != copies_[i].sizes()) flush();
+    run.push_back(i);
+  }
+  flush();
 }
 
 void LanguageModel::refresh_copies() {

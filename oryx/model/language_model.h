@@ -109,6 +109,7 @@ class LanguageModel : public Replay {
   // logits_scaling on the narrow side of the head: logits need not be passed over again, nor ever stand whole in the loss.
   at::Tensor scaled(const at::Tensor& hidden) const { return config_.logits_scaling == 1 ? hidden : hidden.div(config_.logits_scaling); }
   void bind(const ParameterMap& map);
+  void lay_out(const std::vector<std::string>& names);
   const Routing& routing_of(const ModelInput& input, size_t layer) const;
   PreparedInput prepared(const ModelInput& input) const;
 

@@ -187,6 +187,18 @@ void MultiMixerLayer::bind(const ParameterMap& p) {
   }
 }
 
+std::vector<std::vector<std::string>> MultiMixerLayer::neighbours() const {
+  const std::string m = prefix_ + "mixer.";
+  // Tokens read their own mixer's query: the first one's stands before what all read, the second one's behind it.
+  std::vector<std::string> mixer = {m + queries_.front().name};
+  for (const auto& g : groups_) mixer.insert(mixer.end(), {m + g.prefix + "k_proj.weight", m + g.prefix + "v_proj.weight"});
+  if (config_.gate) mixer.push_back(m + "g_proj.weight");
+  if (queries_.size() > 1 && queries_[1].name != queries_[0].name) mixer.push_back(m + queries_[1].name);
+  std::vector<std::vector<std::string>> all = {mixer};
+  if (config_.intermediate_size > 0) all.push_back({prefix_ + "mlp.gate_proj.weight", prefix_ + "mlp.up_proj.weight"});
+  return all;
+}
+
 at::Tensor MultiMixerLayer::convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias_or_none, const std::string& slot,
                                      ForwardPass& pass) const {
   std::optional<at::Tensor> bias;
@@ -263,11 +275,23 @@ at::Tensor MultiMixerLayer::project_query(const Query& query, const TokenSet& to
   return at::zeros({B * T, q.size(-1)}, q.options()).index_copy_(0, tokens.index, q).view({B, T, -1});
 }
 
+// What every token's pass reads, and the query of a mixer that answers for all of them, in the order of neighbours().
+void MultiMixerLayer::project_ahead(Projections& reads, const Routing& routing) const {
+  const auto wanted = [&](size_t m) { return m < mixers_.size() && (combines_all() || queries_[m].everywhere || routing.tokens(names_, m, reads.input().device()).all); };
+  std::vector<at::Tensor> weights;
+  if (wanted(0)) weights.push_back(queries_[0].proj);
+  for (const auto& g : groups_) weights.push_back(g.k_proj), weights.push_back(g.v_proj);
+  if (config_.gate) weights.push_back(g_proj_);
+  if (wanted(1) && queries_[1].name != queries_[0].name) weights.push_back(queries_[1].proj);
+  reads.ahead(weights);
+}
+
 at::Tensor MultiMixerLayer::mix(const at::Tensor& normed, const Routing& routing, ForwardPass& pass) const {
   const LayerConfig& c = config_;
-  const Projections reads(normed);
+  Projections reads(normed);
   const at::Tensor& u = reads.input();
   const int64_t B = u.size(0), T = u.size(1);
+  if (pass.state != nullptr && u.is_cuda()) project_ahead(reads, routing);
   LayerState* state = pass.state != nullptr ? &pass.state->layer(index_) : nullptr;
   static const TokenSet kEverything;
   std::vector<KeyValues> kvs;
@@ -364,7 +388,8 @@ at::Tensor MultiMixerLayer::gated(const at::Tensor& o, const Projections& u) con
 
 at::Tensor MultiMixerLayer::feed_forward(const at::Tensor& h) const {
   const auto whole = [this](const at::Tensor& x) {
-    const Projections reads(x);
+    Projections reads(x);
+    reads.ahead({gate_proj_, up_proj_});
     return project(ops::swiglu(reads(gate_proj_), reads(up_proj_)), down_proj_);
   };
   const int64_t tokens = h.size(0) * h.size(1);

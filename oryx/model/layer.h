@@ -49,6 +49,8 @@ class MultiMixerLayer {
   // Throws Error when a mixer would look back at tokens whose rows the state has not kept.
   void check_past(const Routing& routing, const State& state) const;
   void bind(const ParameterMap& p);
+  // Parameters (full names) that products of one activation read: whoever lays out memory does well to let them stand one behind the other (Projections::ahead).
+  std::vector<std::vector<std::string>> neighbours() const;
 
   // x [B, T, D] is the residual stream before `delta` (the last sublayer's output, [B, T, D] or undefined) is added: the sum and
   // the norm that follows are one pass. Returns the same pair for the next layer.
@@ -97,6 +99,7 @@ class MultiMixerLayer {
   at::Tensor project_query(const Query& query, const TokenSet& tokens, const Projections& u) const;
   at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const std::string& slot, ForwardPass& pass) const;
   at::Tensor mix(const at::Tensor& u, const Routing& routing, ForwardPass& pass) const;
+  void project_ahead(Projections& reads, const Routing& routing) const;
   at::Tensor gated(const at::Tensor& o, const Projections& u) const;
   at::Tensor feed_forward(const at::Tensor& h) const;
   std::pair<at::Tensor, at::Tensor> norm_before(const at::Tensor& delta, const at::Tensor& stream, const at::Tensor& weight) const;

@@ -72,7 +72,7 @@ std::unique_ptr<PieceReader> make_piece_reader(const LanguageModel& model, const
   std::string reason;
   if (!model.device().is_cuda()) reason = "the model is not on a GPU";
   if (reason.empty() && pass_capture_factory() == nullptr) reason = "this build has no CUDA";
-  if (reason.empty() && options.bound.on()) reason = "the state keeps some tokens' rows alone (a bounded one)";
+  if (reason.empty() && options.kept.on()) reason = "the state chooses which rows it keeps";
   if (reason.empty() && !always_looks_back(model)) {
     try {
       return std::make_unique<PieceReader>(model, options, piece, pass_capture_factory()(model.device()));

@@ -28,7 +28,7 @@ class PieceReader {
  public:
   // Runs `pass`, captures what it launches, and returns what launches that again.
   using Capture = std::function<std::function<void()>(const std::function<void()>& pass)>;
-  // For pieces of up to `piece` tokens of states made with `options`, which keep all rows or none. Without `capture` each pass runs anew, on any device (for tests). The model must outlive it.
+  // For pieces of up to `piece` tokens of states made with `options`, which choose no rows to keep. Without `capture` each pass runs anew, on any device (for tests). The model must outlive it.
   PieceReader(const LanguageModel& model, const StateOptions& options, int64_t piece, const Capture& capture);
 
   // Whether a piece of `count` tokens with these modes goes this way.

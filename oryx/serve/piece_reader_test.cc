@@ -50,7 +50,7 @@ void expect_close_states(const State& a, const State& b, const std::string& what
 
 TEST(PieceReader, IsThePassOfThePiece) {
   const at::NoGradGuard no_grad;
-  const std::pair<std::string, std::string> kinds[] = {{"tiny", "keep"}, {"tiny", "drop"}, {"tiny-oryx-mamba2", "keep"}, {"tiny-oryx-kda", "keep"}, {"tiny-mamba2", "keep"}};
+  const std::pair<std::string, std::string> kinds[] = {{"tiny", "keep"}, {"tiny", "drop"}, {"tiny", "bounded:4+50"}, {"tiny-oryx-mamba2", "keep"}, {"tiny-oryx-kda", "keep"}, {"tiny-mamba2", "keep"}};
   for (const auto& [name, kv] : kinds) {
     const LanguageModel model = small_model(name);
     StateOptions options;
