@@ -38,26 +38,43 @@ __device__ __forceinline__ void inputs_of(const OryxVerifyMix& a, const Tail4& t
   }
 }
 
+// What a head needs that the kernel before this one does not make. A warp, four channels a lane.
+struct VerifyFixed {
+  Tail4 k_tail, v_tail;
+  float4 k_filters[4], v_filters[4], weight;
+  float A_log, bias;
+  __device__ __forceinline__ void load(const OryxVerifyMix& a, int h, int lane) {
+    const int64_t channel = h * kWidth + 4 * lane;
+    k_tail.load(a.layer.k_tail, channel), v_tail.load(a.layer.v_tail, channel);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      k_filters[i] = __ldg(reinterpret_cast<const float4*>(a.k_conv) + channel + i), v_filters[i] = __ldg(reinterpret_cast<const float4*>(a.v_conv) + channel + i);
+    }
+    weight = __ldg(reinterpret_cast<const float4*>(a.o_norm) + lane);
+    A_log = __ldg(a.A_log + h), bias = __ldg(a.dt_bias + h);
+  }
+};
+
 // A warp, for token t of head h.
-__device__ __forceinline__ void prepare_token(const OryxVerifyMix& a, const Tail4& k_tail, const Tail4& v_tail, int t, int h, VerifyToken& to, int lane) {
+__device__ __forceinline__ void prepare_token(const OryxVerifyMix& a, const VerifyFixed& in, int t, int h, VerifyToken& to, int lane) {
   const int64_t D = a.H * kWidth, channel = h * kWidth + 4 * lane;
   float kx[4][4], vx[4][4], gate[4], q[4], k[4], v[4], kk = 0.0f, qq = 0.0f;
-  inputs_of(a, k_tail, t, channel, kx), inputs_of(a, v_tail, t, D + channel, vx);
+  const float write = __ldcg(a.narrow + t * 2 * a.H + h), step = __ldcg(a.narrow + (t * 2 + 1) * a.H + h);
+  inputs_of(a, in.k_tail, t, channel, kx), inputs_of(a, in.v_tail, t, D + channel, vx);
   unpack4(a.projected, t * a.row + 2 * D + channel, gate), unpack4(a.projected, t * a.row + 3 * D + channel, q);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float4 kf = __ldg(reinterpret_cast<const float4*>(a.k_conv) + channel + i), vf = __ldg(reinterpret_cast<const float4*>(a.v_conv) + channel + i);
+    const float4 kf = in.k_filters[i], vf = in.v_filters[i];
     k[i] = convolved(kf, kx[0][i], kx[1][i], kx[2][i], kx[3][i]), v[i] = convolved(vf, vx[0][i], vx[1][i], vx[2][i], vx[3][i]);
     kk = fmaf(k[i], k[i], kk), qq = fmaf(q[i], q[i], qq);
   }
-  const float beta = sigmoid(__ldcg(a.narrow + t * 2 * a.H + h)), g = log_decay(__ldg(a.A_log + h), __ldcg(a.narrow + (t * 2 + 1) * a.H + h) + __ldg(a.dt_bias + h));
+  const float beta = sigmoid(write), g = log_decay(in.A_log, step + in.bias);
   kk = rsqrtf(warp_sum(kk) + 1e-6f), qq = rsqrtf(warp_sum(qq) + 1e-6f) * 0.08838834764831845f;
   const bool linear = a.modes[t] == 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    to.k[4 * lane + i] = k[i], to.q[4 * lane + i] = q[i], to.v[4 * lane + i] = v[i];
-    to.factor[4 * lane + i] = __ldg(a.o_norm + 4 * lane + i) * silu(gate[i]);
-  }
+  *reinterpret_cast<float4*>(to.k + 4 * lane) = make_float4(k[0], k[1], k[2], k[3]);
+  *reinterpret_cast<float4*>(to.q + 4 * lane) = make_float4(q[0], q[1], q[2], q[3]);
+  *reinterpret_cast<float4*>(to.v + 4 * lane) = make_float4(v[0], v[1], v[2], v[3]);
+  *reinterpret_cast<float4*>(to.factor + 4 * lane) = make_float4(in.weight.x * silu(gate[0]), in.weight.y * silu(gate[1]), in.weight.z * silu(gate[2]), in.weight.w * silu(gate[3]));
   if (lane == 0) to.beta = beta, to.decay = __expf(g), to.k_scale = kk, to.q_scale = qq, to.linear = linear;
   const OryxVerifyLayer& l = a.layer;
   pack4(l.inputs, 2 * t * D + channel, kx[3]), pack4(l.inputs, (2 * t + 1) * D + channel, vx[3]);
@@ -101,10 +118,10 @@ __global__ void __launch_bounds__(kVerifyThreads, 1) verify_mix_kernel(const __g
   for (int t = 0; t < T; ++t) reads |= __ldg(a.modes + t) == 0;
   float4 s[kVerifyRows];
   if (reads) load_state(a.layer.S, h, warp, lane, s);
-  Tail4 k_tail, v_tail;
-  if (warp < T) k_tail.load(a.layer.k_tail, h * kWidth + 4 * lane), v_tail.load(a.layer.v_tail, h * kWidth + 4 * lane);
+  VerifyFixed fixed;
+  if (warp < T) fixed.load(a, h, lane);
   wait_for_previous();
-  if (warp < T) prepare_token(a, k_tail, v_tail, warp, h, tokens[warp], lane);
+  if (warp < T) prepare_token(a, fixed, warp, h, tokens[warp], lane);
   if (!reads) return;
   __syncthreads();
   for (int t = 0; t < T; ++t) {

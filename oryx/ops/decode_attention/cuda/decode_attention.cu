@@ -171,9 +171,10 @@ int64_t partials(const OryxDecodeAttention& a, int shares) {
 
 template <int K, bool kGrouped>
 int launch(const OryxDecodeAttention& a, void* workspace, cudaStream_t stream) {
-  const int shares = shares_of(), bytes = static_cast<int>(sizeof(Shared)) + 128;
-  if (shares == 0 || shares > kMostShares) return cudaErrorInvalidValue;
   const Layout layout = layout_of<K>(a.Hk, kGrouped);
+  // One sequence whose tokens come as several: all blocks at once, with half as many partials to join.
+  const int shares = a.steps > 0 ? shares_of() / layout.groups : shares_of(), bytes = static_cast<int>(sizeof(Shared)) + 128;
+  if (shares == 0 || shares > kMostShares) return cudaErrorInvalidValue;
   float2* ml = static_cast<float2*>(workspace);
   float* o = reinterpret_cast<float*>(ml + (partials<K>(a, shares) + 1) / 2 * 2);
   const auto kernel = shares_kernel<K, kGrouped>;
