@@ -144,6 +144,7 @@ TEST_F(GenerateEval, ADraftedTextIsTheSame) {
   }
   expect_error(generate({"--prompt", "a", "--draft", "linear", "--draft-tokens", "99"}), "99 tokens to draft at once, expected 1 to 15");
   expect_error(generate({"--prompt", "a", "--draft", "atention"}), "Did you mean 'attention'?");
+  expect_error(generate({"--prompt", "a", "--draft", ""}), "--draft '': expected a schedule, as linear");
   expect_error(generate({"--prompt", "a", "--draft", "linear", "--kv", "write:budget=6"}), "draft with all rows (--kv keep)");
   EXPECT_NE(generate({"--prompt", "a", "--draft-tokens", "4"}).exit_code, 0);
 }

@@ -183,8 +183,9 @@ ORYX_COMMAND(generate, "go on with a text, token by token", [](CLI::App& app) {
   app.add_flag("--fused,!--no-fused", o->generate.fused, "on a GPU, decode by one captured launch a token (default; docs/generation.md)");
   app.add_flag("--json", o->json, "print one JSON object at the end instead of the text");
   app.add_flag("--stats", o->stats, "print speed, share of attention and state bytes to standard error");
-  app.callback([o, prompt] {
+  app.callback([o, prompt, draft] {
     o->has_prompt = prompt->count() > 0;
+    if (draft->count() > 0 && !o->generate.draft.on()) fail("--draft '': expected a schedule, as linear");
     generate_text(*o);
   });
 });

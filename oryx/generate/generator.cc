@@ -60,8 +60,6 @@ class Decoder {
     out_.stats.prompt_tokens = static_cast<int64_t>(prompt.size());
     out_.stats.predicted = session_.plan();
     if (!options.draft.on()) return;
-    // The places to come back to: State::hold and hold_steps.
-    out_.stats.predicted.activations += (options.draft.tokens + 1) * (out_.stats.predicted.state.recurrent + out_.stats.predicted.state.tails);
     draft_schedule_.emplace(model.config(), options.draft.schedule);
     const auto draw = [this](const at::Tensor& logits, int64_t position) { return static_cast<int32_t>(sample_token(drawn_from(logits), options_.sampling, static_cast<uint64_t>(position))); };
     drafted_.emplace(session_, options.sampling.temperature == 0 ? drafts_likeliest(*draft_schedule_, options.vocab_size, options.eos_id) : drafts_drawn(*draft_schedule_, draw, options.eos_id), options.draft,
@@ -114,7 +112,7 @@ class Decoder {
  private:
   static SessionOptions session_options(const LanguageModel& model, const ModelSchedule& schedule, int64_t held, std::span<const int32_t> prompt, const GenerateOptions& o) {
     const int64_t length = held + static_cast<int64_t>(prompt.size());
-    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), draft_state(o), gather_facts(model, schedule, prompt, {}, {}, /*routers=*/false), o.fused};
+    return {length, length + o.max_new_tokens, o.prefill_piece, static_cast<uint64_t>(o.sampling.seed), draft_state(o), gather_facts(model, schedule, prompt, {}, {}, /*routers=*/false), o.fused, o.draft.on() ? o.draft.tokens : 0};
   }
 
   // The clock stops when the logits have come back from the device.

@@ -22,7 +22,9 @@ namespace {
 
 MemoryPlan checked_plan(const LanguageModel& model, const SessionOptions& o) {
   TORCH_CHECK(o.tokens > 0 && o.piece > 0 && o.prompt_length >= 0, "session: ", o.tokens, " tokens in pieces of ", o.piece);
-  const MemoryPlan plan = plan_memory(model.config(), o.tokens, std::min(o.piece, o.tokens), model.compute_dtype(), o.state);
+  MemoryPlan plan = plan_memory(model.config(), o.tokens, std::min(o.piece, o.tokens), model.compute_dtype(), o.state);
+  // The places to come back to: State::hold and hold_steps.
+  if (o.drafted > 0) plan.activations += (o.drafted + 1) * (plan.state.recurrent + plan.state.tails);
   if (!model.device().is_cpu()) return plan;  // a GPU's memory is its own
   const auto free = static_cast<double>(available_memory());
   if (static_cast<double>(plan.total()) > free) {
@@ -220,13 +222,13 @@ std::vector<int32_t> Session::draft_likeliest(int32_t id, int64_t count, const M
   TORCH_CHECK(length_ + count <= options_.tokens, "session: ", length_ + count, " tokens, reserved for ", options_.tokens);
   // Each token is fed back on the device, and all of them come at once.
   at::Tensor all = at::empty({count}, at::device(model_.device()).dtype(at::kInt));
-  fused_->feed_back(true, looked_at);
+  // What throws between leaves the decoder taking the caller's ids again.
+  const std::unique_ptr<FusedDecoder, void (*)(FusedDecoder*)> fed((fused_->feed_back(true, looked_at), fused_.get()), [](FusedDecoder* d) { d->feed_back(false); });
   for (int64_t i = 0; i < count; ++i) {
     (void)fused_->step(i == 0 ? std::vector<int32_t>{id} : std::vector<int32_t>(), route(by, length_, 1));
     all.narrow(0, i, 1).copy_(fused_->likeliest());
     ++length_;
   }
-  fused_->feed_back(false);
   const at::Tensor host = all.cpu();
   drafts.assign(host.const_data_ptr<int32_t>(), host.const_data_ptr<int32_t>() + count);
   for (const int32_t draft : drafts) {

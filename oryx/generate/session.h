@@ -32,6 +32,7 @@ struct SessionOptions {
   StateOptions state = {};    // checkpoints, ring, rows, budget
   std::shared_ptr<const TokenFacts> facts = {};  // what the schedule needs (ModelSchedule::needs) of the prompt; a router's gains behind it are the session's own work
   bool fused = true;          // step() on a GPU through the fused decoder (fused_decoder.h); where there is none for this model or device, one notice says why
+  int64_t drafted = 0;        // tokens that are drafted at once at most (speculative.h): what comes on top for them is planned
 };
 
 class Session {

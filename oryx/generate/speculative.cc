@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "oryx/common/error.h"
+#include "oryx/common/log.h"
 #include "oryx/ops/few_rows/few_rows.h"
 
 namespace oryx {
@@ -21,6 +22,7 @@ constexpr double kNewest = 0.2;        // what the newest time is worth beside t
 constexpr int64_t kFirstDraft = 4;     // tokens, before times are known
 constexpr int64_t kAloneAtMost = 48;   // tokens without a draft before one is tried again: contexts grow, texts change
 constexpr int64_t kTrial = 2;          // tokens of that one
+constexpr int64_t kDraftedAtMost = 64;  // passes before a token runs alone again, for the same reason
 
 class Clock {
  public:
@@ -29,8 +31,6 @@ class Clock {
  private:
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
-
-void blend(double& mean, double newest) { mean = mean > 0 ? (1 - kNewest) * mean + kNewest * newest : newest; }
 
 }  // namespace
 
@@ -42,15 +42,27 @@ void DraftLength::tested(bool accepted) {
   tested_ = kForget * tested_ + 1;
 }
 
-void DraftLength::drafted(double seconds) { blend(draft_, seconds); }
-void DraftLength::passed(int64_t tokens, double seconds) { blend(passes_.at(static_cast<size_t>(tokens)), seconds); }
+void DraftLength::Mean::add(double seconds) {
+  if (!begun) {
+    begun = true;
+    return;
+  }
+  const double weight = value == 0 ? 1 : seconds < value / 2 ? 0.5 : kNewest;  // what was held up once is soon forgotten
+  value += weight * (seconds - value);
+}
+
+void DraftLength::drafted(double seconds) { draft_.add(seconds); }
+void DraftLength::passed(int64_t tokens, double seconds) {
+  passes_.at(static_cast<size_t>(tokens)).add(seconds);
+  if (tokens == 1) since_alone_ = 0;
+}
 
 // Where it is not known, that of the nearest pass that is: a try will tell.
 double DraftLength::pass_seconds(int64_t tokens) const {
   const auto count = static_cast<int64_t>(passes_.size());
   for (int64_t away = 0; away < count; ++away) {
     for (const int64_t t : {tokens - away, tokens + away}) {
-      if (t > 0 && t < count && passes_[static_cast<size_t>(t)] > 0) return passes_[static_cast<size_t>(t)];
+      if (t > 0 && t < count && passes_[static_cast<size_t>(t)].value > 0) return passes_[static_cast<size_t>(t)].value;
     }
   }
   return 0;
@@ -60,19 +72,20 @@ int64_t DraftLength::next(int64_t room) {
   const int64_t most = std::min(most_, room);
   if (most < 1) return 0;
   if (!adapt_) return most;
-  // A token alone and a short draft first, so that there is something to go by.
-  if (passes_[1] == 0) return 0;
-  if (draft_ == 0) return std::min(most, kFirstDraft);
+  // Tokens alone and short drafts first, so that there is something to go by.
+  if (passes_[1].value == 0) return 0;
+  if (draft_.value == 0) return std::min(most, kFirstDraft);
   // Of n drafted tokens the accepted ones and the one behind them: 1 + a + ... + a^n on average, where each is accepted with chance a (Leviathan et al.).
   int64_t best = 0;
-  double best_rate = 1 / passes_[1], expected = 1, power = 1;
+  double best_rate = 1 / passes_[1].value, expected = 1, power = 1;
   for (int64_t n = 1; n <= most; ++n) {
     power *= acceptance();
     expected += power;
-    const double rate = expected / (static_cast<double>(n) * draft_ + pass_seconds(n + 1));
+    const double rate = expected / (static_cast<double>(n) * draft_.value + pass_seconds(n + 1));
     if (rate > best_rate) best_rate = rate, best = n;
   }
   if (best == 0 && ++since_draft_ > kAloneAtMost) best = std::min(most, kTrial);
+  if (best > 0 && ++since_alone_ > kDraftedAtMost) best = 0;
   if (best > 0) since_draft_ = 0;
   return best;
 }
@@ -151,7 +164,9 @@ at::Tensor DraftedSession::step(int32_t id, int64_t room) {
   }
   settle();
   // The last of the `room` tokens need not be drafted: the pass over those before it gives it.
-  int64_t count = count_.next(std::min(room, session_.most_steps()) - 1);
+  const int64_t most = session_.most_steps() - 1;
+  if (count_.most() > most) log::warn_once("drafting {} tokens at once, not {}: so many are verified by one captured launch", most, count_.most());
+  int64_t count = count_.next(std::min(room - 1, most));
   if (count > 0 && schedule_ != nullptr && session_.same_modes(*schedule_, count)) count = 0;  // nothing is cheaper than the text's own mode
   std::vector<int32_t> ids{id};
   if (count > 0) {

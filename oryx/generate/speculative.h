@@ -49,17 +49,25 @@ class DraftLength {
   void tested(bool accepted);
   void drafted(double seconds_a_token);
   void passed(int64_t tokens, double seconds);  // one: a token alone
+  int64_t most() const { return most_; }
   double acceptance() const { return accepted_ / tested_; }
 
  private:
+  // A running mean of seconds; the first time, which holds what is made once (packed weights, captures), does not count. 0: not known.
+  struct Mean {
+    double value = 0;
+    bool begun = false;
+    void add(double seconds);
+  };
   double pass_seconds(int64_t tokens) const;
 
   int64_t most_;
   bool adapt_;
   double accepted_, tested_;
-  double draft_ = 0;             // seconds a token, 0: not known
-  std::vector<double> passes_;   // seconds of a pass over so many tokens, 0: not known
-  int64_t since_draft_ = 0;      // tokens that ran alone since the last draft
+  Mean draft_;                // of a token
+  std::vector<Mean> passes_;  // over so many tokens
+  int64_t since_draft_ = 0;   // tokens that ran alone since the last draft
+  int64_t since_alone_ = 0;   // passes since a token last ran alone
 };
 
 // Throws Error, one line, where no draft can be made: a schedule with a router, rows kept by choice, a draft's schedule that wants to know tokens, bad counts; and over a bounded state

@@ -301,13 +301,19 @@ TEST(Speculative, DrawsFollowTheTextsOwnDistribution) {
 TEST(Speculative, DraftsAsManyAsPay) {
   DraftLength length(8, true);
   EXPECT_EQ(length.next(100), 0) << "the first token runs alone";
+  length.passed(1, 500);
+  EXPECT_EQ(length.next(100), 0) << "what is made once does not count";
   length.passed(1, 10);
   EXPECT_EQ(length.next(100), 4);
   EXPECT_EQ(length.next(2), 2);
-  length.drafted(1);
-  length.passed(5, 11);
+  for (const double first : {300.0, 1.0}) length.drafted(first);
+  for (const double first : {300.0, 11.0}) length.passed(5, first);
   for (int i = 0; i < 200; ++i) length.tested(true);
   EXPECT_EQ(length.next(100), 8) << "all are accepted";
+  int64_t alone = 0;
+  for (int i = 0; i < 100; ++i) alone += length.next(100) == 0 ? 1 : 0;
+  EXPECT_GE(alone, 1) << "now and then a token runs alone";
+  length.passed(1, 10);
   for (int i = 0; i < 200; ++i) length.tested(false);
   EXPECT_EQ(length.next(100), 0) << "none is";
   for (int i = 0; i < 200; ++i) length.tested(i % 2 == 0);
@@ -319,6 +325,9 @@ TEST(Speculative, DraftsAsManyAsPay) {
   int64_t tried = 0;
   for (int i = 0; i < 60; ++i) tried += length.next(100) > 0 ? 1 : 0;
   EXPECT_EQ(tried, 1) << "now and then one is tried";
+  for (int i = 0; i < 5; ++i) length.drafted(0.1);
+  for (int i = 0; i < 200; ++i) length.tested(true);
+  EXPECT_EQ(length.next(100), 8) << "drafts that became fast are soon believed";
   EXPECT_EQ(DraftLength(5, false).next(100), 5);
 }
 
