@@ -34,6 +34,7 @@ std::vector<SelftestCase> parallel(bool quick) {
     in.push_back({selftest_spans(T)});
     all.push_back({fmt::format("T {} H 4/2 K 64, packed, spans", T), in, form(kda), form(kda_naive)});
   }
+  all.push_back({"T 130 H 2 K 128", inputs(130, 2, 2, 128, 1), form(kda), form(kda_naive)});
   return all;
 }
 
