@@ -115,7 +115,7 @@ Session::Session(Session&& other) noexcept
 }
 
 void Session::trim(int64_t length) {
-  TORCH_CHECK(!routed_.on(), "session: a trim under a schedule with a router");
+  TORCH_CHECK(!routed_.on() && !verifying_, "session: a trim under a schedule with a router, or before keep()");
   state_.trim(0, length, model_);
   length_ = length;
   count_attention();
@@ -190,7 +190,7 @@ bool Session::fused() {
 }
 
 at::Tensor Session::step_under(const ModelSchedule& schedule, int32_t id) {
-  TORCH_CHECK(length_ < options_.tokens, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens);
+  TORCH_CHECK(length_ < options_.tokens && !verifying_, "session: ", length_ + 1, " tokens, reserved for ", options_.tokens, ", or before keep()");
   at::NoGradGuard no_grad;
   if (!fused()) return model_.logits(run_under(schedule, {&id, 1}, false)).squeeze(0);
   routed_.before({&id, 1});
@@ -304,7 +304,7 @@ bool Session::same_modes(const ModelSchedule& other, int64_t count) const {
 at::Tensor Session::extend(std::span<const int32_t> ids, int64_t keep) {
   const auto count = static_cast<int64_t>(ids.size());
   TORCH_CHECK(count > 0 && keep > 0 && keep <= count, "session: ", keep, " of ", count, " hidden states");
-  TORCH_CHECK(length_ + count <= options_.tokens, "session: ", length_ + count, " tokens, reserved for ", options_.tokens);
+  TORCH_CHECK(length_ + count <= options_.tokens && !verifying_, "session: ", length_ + count, " tokens, reserved for ", options_.tokens, ", or before keep()");
   at::NoGradGuard no_grad;
   std::vector<at::Tensor> kept;
   for (int64_t begin = 0, n = 0; begin < count; begin += n) {
