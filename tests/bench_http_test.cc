@@ -83,7 +83,7 @@ try:
     for row in rows:
         assert row["completed"] == 4 and row["failed"] == 0 and row["new_tokens"] == 6 and 30 <= row["prompt_tokens"] <= 50, row
         assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p90"] <= row["ttft_ms_p99"] <= row["e2e_ms_p99"], row
-        assert row["tpot_ms_p50"] > 0 and row["state_bytes"] > 0 and 0 < row["in_flight"] <= row["concurrency"] * 1.001, row
+        assert row["tpot_ms_p50"] > 0 and row["state_bytes"] >= 0 and 0 < row["in_flight"] <= row["concurrency"] * 1.001, row
         assert abs(row["goodput"] - row["requests_per_second"]) < 1e-9, row
     for i in (1, 2, 3): assert open(f"{folder}/chart-{i}.svg").read().startswith("<svg")
     r = bench(port, "--rate", "20,50", "--seconds", "0.1", "--prompts", "text", "--prompt-least", "8", "--prompt-most", "8", "--new-tokens", "4", "--new-most", "6", "--json", out)
@@ -110,7 +110,8 @@ r = bench(f"{s.port}/api/v1/", "--chat", "--prompts", "text", "--key", "secret",
 assert r.returncode == 0, r.err
 row = json.load(open(out))["rows"][0]
 assert row["completed"] == 4 and row["new_tokens"] == 3 and "state_bytes" not in row, row
-assert row["ttft_ms_p50"] >= 30 and row["itl_ms_p50"] >= 29 and row["tpot_ms_p50"] >= 29 and row["e2e_ms_p50"] >= 90, row
+assert row["ttft_ms_p50"] >= 30 and row["e2e_ms_p50"] >= 90, row  # the server's sleep, at least
+assert abs(row["ttft_ms_mean"] + 2 * row["tpot_ms_mean"] - row["e2e_ms_mean"]) < 1e-6 and abs(row["itl_ms_mean"] - row["tpot_ms_mean"]) < 1e-6, row
 path, headers, body = s.bodies[0]
 assert path == "/api/v1/chat/completions" and headers["Authorization"] == "Bearer secret" and body["top_k"] == 7 and body["model"] == "fake", s.bodies[0]
 assert "ignore_eos" not in body and "schedule" not in body and body["stream"] and len(body["messages"][0]["content"].split()) == 512, body

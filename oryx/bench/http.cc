@@ -25,7 +25,7 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr const char* kMeasures[] = {"ttft", "tpot", "itl", "e2e"};
-constexpr auto kLook = 5ms, kSample = 200ms;  // between looks at Ctrl-C; at the server's memory
+constexpr auto kLook = 5ms, kSample = 50ms;  // between looks at Ctrl-C; at the server's memory
 
 double seconds_now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
