@@ -90,14 +90,15 @@ struct Plan {
 };
 Plan plan(const OryxGatedDelta& p);
 
-// [tokens, heads, D] bfloat16 as boxes of 64 tokens of 64 elements of one head, rows of 128 bytes, swizzled.
-cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int D);
+// [tokens, heads, D] bfloat16 as boxes of 64 tokens of 64 elements (or 16) of one head, rows of 128 bytes (32), swizzled.
+cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int D, int columns = 64);
 
 cudaError_t launch_offsets(const Shape& s, int32_t* chunk_offsets, cudaStream_t stream);
 // floor: the least |beta| that T is made with.
-cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, float floor, char* record, cudaStream_t stream);
+// k: its tensor map.
+cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, const CUtensorMap& k, float floor, char* record, cudaStream_t stream);
 
-// `maps`: tensor maps of q, k, v. own: the state behind each segment. states: S0 of the chunks, or null.
+// `maps`: tensor maps of q, k, v, o. own: the state behind each segment. states: S0 of the chunks, or null.
 cudaError_t launch_recurrence(const OryxGatedDelta& p, const Shape& s, int rows, const CUtensorMap* maps, const char* record, const float* own,
                               char* states, cudaStream_t stream);
 // N and M of every segment but the last, [N, Hs, segments, V, K] and [.., K, K], and M^T where wanted; `maps` as above.

@@ -73,11 +73,11 @@ Plan plan(const OryxGatedDelta& p) {
   return r;
 }
 
-cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int D) {
+cudaError_t encode(CUtensorMap* map, const void* data, int64_t tokens, int heads, int D, int columns) {
   const cuuint64_t sizes[4] = {64, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens), static_cast<cuuint64_t>(D / 64)};
   const cuuint64_t strides[3] = {static_cast<cuuint64_t>(2 * D), static_cast<cuuint64_t>(heads) * 2 * D, 128};
-  const cuuint32_t box[4] = {64, 1, kC, 1};
-  return ops::cuda::encode_tensor_map(map, data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(columns), 1, kC, 1};
+  return ops::cuda::encode_tensor_map(map, data, sizes, strides, box, columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B);
 }
 
 }  // namespace oryx::gated_delta_cuda
@@ -100,16 +100,17 @@ extern "C" int oryx_gated_delta_forward(const OryxGatedDelta* p, void* workspace
   int32_t* offsets = reinterpret_cast<int32_t*>(scratch + r.offsets);
   r.shape.chunk_offsets = p->cu_seqlens == nullptr ? nullptr : offsets;
   const int64_t tokens = static_cast<int64_t>(p->B) * p->T;
-  CUtensorMap maps[3] = {};
+  CUtensorMap maps[4] = {};  // q, k, v; o, of which a warp writes 16 columns
   cudaError_t status = cudaSuccess;
   if (tokens > 0) {
     if ((status = encode(&maps[0], p->q, tokens, p->Hq, p->D)) != cudaSuccess) return status;
     if ((status = encode(&maps[1], p->k, tokens, p->Hk, p->D)) != cudaSuccess) return status;
     if ((status = encode(&maps[2], p->v, tokens, p->Hv, p->D)) != cudaSuccess) return status;
+    if ((status = encode(&maps[3], p->o, tokens, r.shape.Ho, p->D, 16)) != cudaSuccess) return status;
   }
   if ((status = launch_offsets(r.shape, offsets, stream)) != cudaSuccess) return status;
   const float floor = saved == nullptr ? 0.f : 1e-12f;
-  if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), floor, record, stream)) != cudaSuccess) return status;
+  if ((status = launch_prepare(*p, r.shape, static_cast<int>(r.records), maps[1], floor, record, stream)) != cudaSuccess) return status;
   if (r.shape.segments > 1) {
     if ((status = launch_segments(r.shape, maps, record, own, map, maps_transposed, stream)) != cudaSuccess) return status;
     if ((status = launch_combine(r.shape, false, p->initial_state, own, map, stream)) != cudaSuccess) return status;

@@ -1,21 +1,24 @@
 // Per chunk and head, independent of the state: norms of k, T and the row factors (see gated_delta_cuda.h).
 #include <cstdio>
 
-#include "gated_delta_cuda_internal.cuh"
+#include "gated_delta_walk.cuh"
 #include "oryx/ops/cuda/dependent_launch.cuh"
 
 namespace oryx::gated_delta_cuda {
 namespace {
 
-constexpr int kStrideA = 72;  // floats a row of A: the left operand's reads, and A's writes, meet no bank twice
+constexpr int kStrideA = 68;  // floats a row of A: what the block products read as right operands meets no bank twice
 
 struct Shared {
   union {
-    alignas(128) __nv_bfloat16 k[kC * kD];
+    char k[2 * kPanel];      // as copied in, swizzled
     float a[kC * kStrideA];  // once K is not read any more; its off-diagonal blocks hold what tf32 has
   };
   float G[kC], beta[kC], rk[kC];  // G in powers of two
+  float columns[3][kC];           // of warps 1 to 3: rk_j exp(what decays from j to the last token before the warp's)
+  uint64_t full;
 };
+constexpr int kBytes = sizeof(Shared) + 1024;  // and what aligning the start to 1024 may take
 
 // Number of chunks before each packed sequence.
 __global__ void chunk_offsets_kernel(const int32_t* cu_seqlens, int N, int T, int32_t* offsets) {
@@ -113,64 +116,6 @@ __device__ __forceinline__ void store_block(float* p, const float (&d)[kN][4], f
           make_float2(rounded(sign * d[n][2 * h]), rounded(sign * d[n][2 * h + 1]));
 }
 
-// Rows [16 kBlock, +16) of A as far as the diagonal: their products with k rows before and among them; 1 / norm of k, from the diagonal.
-// By one warp; each of the four has its own code, since registers have no index. k: as copied in; it is not read any more once A is written.
-template <int kBlock>
-__device__ __forceinline__ void rows_of_A(Shared& sh, float eps, int lane) {
-  float raw[kBlock + 1][2][4];
-#pragma unroll
-  for (int nb = 0; nb <= kBlock; ++nb)
-#pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) raw[nb][n][i] = 0;
-  const uint32_t k = smem_address(sh.k);
-  const uint32_t row_a = k + (16 * kBlock + lane % 16) * 256;           // that this lane addresses of the left operand
-  const uint32_t row_b = k + (lane % 8 + (lane >= 16 ? 8 : 0)) * 256;  // and of the right one
-#pragma unroll
-  for (int step = 0; step < 8; ++step) {
-    uint32_t a[4], b[4];
-    load_matrix(a, row_a + (((2 * step + lane / 16) ^ (lane & 7)) << 4));
-#pragma unroll
-    for (int nb = 0; nb < kBlock; ++nb) {
-      load_matrix(b, row_b + nb * 4096 + (((2 * step + lane / 8 % 2) ^ (lane & 7)) << 4));
-      mma_bf16(raw[nb][0], a, b[0], b[1]);
-      mma_bf16(raw[nb][1], a, b[2], b[3]);
-    }
-    // The block on the diagonal: its right operand is the left one in another order.
-    mma_bf16(raw[kBlock][0], a, a[0], a[2]);
-    mma_bf16(raw[kBlock][1], a, a[1], a[3]);
-  }
-  const int r = lane / 4;
-  if (lane % 4 == r / 2) {
-    sh.rk[16 * kBlock + r] = rsqrtf((r % 2 == 0 ? raw[kBlock][0][0] : raw[kBlock][0][1]) + eps);
-    sh.rk[16 * kBlock + r + 8] = rsqrtf((r % 2 == 0 ? raw[kBlock][1][2] : raw[kBlock][1][3]) + eps);
-  }
-  named_barrier(1, 128);
-
-  float G[2], f[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int t = 16 * kBlock + r + 8 * h;
-    G[h] = sh.G[t], f[h] = sh.beta[t] * sh.rk[t];
-  }
-#pragma unroll
-  for (int nb = 0; nb <= kBlock; ++nb)
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int j = 16 * nb + 8 * n + 2 * (lane % 4);
-      const float2 g2 = *reinterpret_cast<const float2*>(&sh.G[j]), r2 = *reinterpret_cast<const float2*>(&sh.rk[j]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int t = 16 * kBlock + r + 8 * h;
-        float a0 = f[h] * r2.x * power2(G[h] - g2.x) * raw[nb][n][2 * h], a1 = f[h] * r2.y * power2(G[h] - g2.y) * raw[nb][n][2 * h + 1];
-        if (nb < kBlock) a0 = rounded(a0), a1 = rounded(a1);
-        else a0 = j < t ? a0 : 0.f, a1 = j + 1 < t ? a1 : 0.f;
-        *reinterpret_cast<float2*>(&sh.a[t * kStrideA + j]) = make_float2(a0, a1);
-      }
-    }
-}
-
 // The chunk of a block, by its number among the records and its place. Blocks are [Hs, chunks, sequences], packed [Hs, chunks, 1 or more], with
 // segments [Hs, sequences and their segments, steps], so that the last chunks of the segments, which the next kernel begins with, come last and
 // are in the L2 cache.
@@ -190,26 +135,24 @@ __device__ __forceinline__ Place place_of_block(const Shape& s, int& chunk) {
   return {n * s.T + c * kC, min(kC, s.T - c * kC)};
 }
 
-__global__ void __launch_bounds__(128, 8) prepare_kernel(Shape s, int group, const __nv_bfloat16* __restrict__ k, const float* __restrict__ g,
+__global__ void __launch_bounds__(128, 8) prepare_kernel(const __grid_constant__ CUtensorMap k_map, Shape s, int group, const float* __restrict__ g,
                                                          const float* __restrict__ beta, float floor, char* __restrict__ record) {
-  extern __shared__ __align__(128) char raw_shared[];
-  Shared& sh = *reinterpret_cast<Shared*>(raw_shared);
-  // The last warp has the most to do: it changes places with the first from block to block, as they lie on different schedulers.
-  const int thread = threadIdx.x, lane = thread % 32, warp = blockIdx.x % 2 == 0 ? thread / 32 : 3 - thread / 32;
+  extern __shared__ char raw_shared[];
+  Shared& sh = *reinterpret_cast<Shared*>(raw_shared + (-smem_address(raw_shared) & 1023));
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, r = lane / 4, c2 = 2 * (lane % 4);
   ops::cuda::launch_dependents();
   const int hs = blockIdx.x, hk = hs / group;
   int chunk = 0;
   const auto [token, count] = place_of_block(s, chunk);
   if (count == 0) return;
 
-  const uint32_t ks = smem_address(sh.k);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int row = i * 8 + thread / 16, unit = thread % 16;
-    const bool valid = row < count && unit * 8 < s.D;
-    const size_t t = token + (valid ? row : 0);
-    const uint32_t at = row * 256 + ((unit ^ (row & 7)) << 4);
-    copy16(ks + at, k + (t * s.Hk + hk) * s.D + (valid ? unit * 8 : 0), valid);
+  const uint32_t k = smem_address(sh.k), full = smem_address(&sh.full);
+  if (thread == 96) {
+    barrier_init(full, 1);
+    barrier_init_fence();
+    barrier_expect(full, 2 * kPanel);
+    tensor_load(k, &k_map, full, 0, hk, token, 0);
+    tensor_load(k + kPanel, &k_map, full, 0, hk, token, 1);
   }
   if (warp == 0) {
     // exp(-100) is 0 in float32: what lies below says the same and would only cost the sums their digits. NaN stays.
@@ -231,13 +174,101 @@ __global__ void __launch_bounds__(128, 8) prepare_kernel(Shape s, int group, con
     const float b = t < count ? beta[static_cast<size_t>(token + t) * s.Hs + hs] : 0.f;
     sh.beta[t] = fabsf(b) < floor && t < count ? floor : b;
   }
-  copy_wait();
   __syncthreads();
+  barrier_wait(full, 0);
 
-  if (warp == 0) rows_of_A<0>(sh, s.l2_eps, lane);
-  else if (warp == 1) rows_of_A<1>(sh, s.l2_eps, lane);
-  else if (warp == 2) rows_of_A<2>(sh, s.l2_eps, lane);
-  else rows_of_A<3>(sh, s.l2_eps, lane);
+  {
+    float d[32];  // K K^T, this warp's 16 rows
+    wgmma_fence();
+#pragma unroll
+    for (int kk = 0; kk < 8; ++kk) wgmma_64x64_shared(d, descriptor_nk(k, kk, kPanel), descriptor_nk(k, kk, kPanel), kk > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    keep(d);
+    if (count < kC) {  // what follows the sequence in memory
+#pragma unroll
+      for (int i = 0; i < 32; ++i)
+        if (16 * warp + r + 8 * (i / 2 % 2) >= count) d[i] = 0.f;
+    }
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+      if (b == warp && lane % 4 == r / 2) {  // the norms, from the diagonal
+        sh.rk[16 * b + r] = rsqrtf((r % 2 == 0 ? d[8 * b] : d[8 * b + 1]) + s.l2_eps);
+        sh.rk[16 * b + r + 8] = rsqrtf((r % 2 == 0 ? d[8 * b + 6] : d[8 * b + 7]) + s.l2_eps);
+      }
+    __syncthreads();
+
+    // Off the diagonal exp(G_t - G_j) = exp(G_t - G_b) exp(G_b - G_j), b the last token before the warp's: neither is over 1.
+    const float before = sh.G[max(16 * warp - 1, 0)];
+    float* const columns = sh.columns[max(warp - 1, 0)];
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+      if (const int j = 32 * m + lane; j < 16 * warp) columns[j] = sh.rk[j] * power2(before - sh.G[j]);
+    float Gt[2], f[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int t = 16 * warp + r + 8 * h;
+      Gt[h] = sh.G[t], f[h] = sh.beta[t] * sh.rk[t];
+    }
+#pragma unroll
+    for (int nb = 0; nb < 4; ++nb)
+      if (nb == warp) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int j = 8 * n + c2;  // and the row r + 8 h, from the block's first
+          const float2 gj = *reinterpret_cast<const float2*>(sh.G + 16 * nb + j), rj = *reinterpret_cast<const float2*>(sh.rk + 16 * nb + j);
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            if (h < n) continue;  // above the diagonal nothing is read
+            const float a0 = f[h] * rj.x * power2(Gt[h] - gj.x) * d[8 * nb + 4 * n + 2 * h];
+            const float a1 = f[h] * rj.y * power2(Gt[h] - gj.y) * d[8 * nb + 4 * n + 2 * h + 1];
+            *reinterpret_cast<float2*>(sh.a + (16 * nb + r + 8 * h) * kStrideA + 16 * nb + j) =
+                make_float2(n < h || j < r + 8 * h ? a0 : 0.f, n < h || j + 1 < r + 8 * h ? a1 : 0.f);
+          }
+        }
+      }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) f[h] *= power2(Gt[h] - before);
+    __syncwarp();
+#pragma unroll
+    for (int nb = 0; nb < 3; ++nb)
+      if (nb < warp) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int j = 16 * nb + 8 * n + c2;
+          const float2 cj = *reinterpret_cast<const float2*>(columns + j);
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            *reinterpret_cast<float2*>(sh.a + (16 * warp + r + 8 * h) * kStrideA + j) =
+                make_float2(rounded(f[h] * cj.x * d[8 * nb + 4 * n + 2 * h]), rounded(f[h] * cj.y * d[8 * nb + 4 * n + 2 * h + 1]));
+        }
+      }
+  }
+  __syncwarp();
+
+  // Inverse of the warp's own 16 x 16 block of I + A, a column a lane (lane + 16 has the same), by forward substitution.
+  {
+    float* const mine = sh.a + 16 * warp * (kStrideA + 1);
+    const int col = lane % 16;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float sum[4] = {i == col ? 1.f : 0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int l = 0; l < i; l += 4) {
+        const float4 m = *reinterpret_cast<const float4*>(mine + i * kStrideA + l);
+        sum[0] -= m.x * x[l];
+        if (l + 1 < i) sum[1] -= m.y * x[l + 1];
+        if (l + 2 < i) sum[2] -= m.z * x[l + 2];
+        if (l + 3 < i) sum[3] -= m.w * x[l + 3];
+      }
+      x[i] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    }
+    __syncwarp();
+    if (lane < 16)
+#pragma unroll
+      for (int i = 0; i < 16; ++i) mine[i * kStrideA + col] = rounded(x[i]);
+  }
   char* const out = record + (static_cast<size_t>(chunk) * s.Hs + hs) * kRecordBytes;
   if (thread < kC) {
     float* rows = reinterpret_cast<float*>(out + kRecordRows);
@@ -246,51 +277,6 @@ __global__ void __launch_bounds__(128, 8) prepare_kernel(Shape s, int group, con
     rows[64 + thread] = thread < count ? power2(sh.G[kC - 1] - G) * rk : 0.f;
     rows[128 + thread] = G;
     rows[192 + thread] = rk;
-  }
-  __syncwarp();
-
-  // Inverse of the warp's own 16 x 16 block of I + A: of its 8 x 8 ones, a column a lane, by forward substitution; then X10 = -X1 A10 X0, eight
-  // rows of the instruction's sixteen.
-  {
-    float* const a = sh.a + 16 * warp * kStrideA + 16 * warp;
-    const int col = lane % 8, which = lane / 8 % 2;
-    float* const own = a + which * 8 * (kStrideA + 1);
-    float x[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float sum[2] = {i == col ? 1.f : 0.f, 0.f};
-#pragma unroll
-      for (int l = 0; l < i; l += 4) {
-        const float4 r = *reinterpret_cast<const float4*>(own + i * kStrideA + l);
-        sum[0] -= r.x * x[l];
-        if (l + 1 < i) sum[1] -= r.y * x[l + 1];
-        if (l + 2 < i) sum[0] -= r.z * x[l + 2];
-        if (l + 3 < i) sum[1] -= r.w * x[l + 3];
-      }
-      x[i] = sum[0] + sum[1];
-    }
-    __syncwarp();
-    if (lane < 16)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) own[i * kStrideA + col] = rounded(x[i]);
-    __syncwarp();
-    const int r = lane / 4, c = 2 * (lane % 4);
-    const float* const lower = a + 8 * kStrideA;
-    const float2 a10 = *reinterpret_cast<const float2*>(lower + r * kStrideA + c);
-    const float2 x1 = *reinterpret_cast<const float2*>(lower + r * kStrideA + 8 + c);
-    float y[4] = {}, z[4] = {};
-    {
-      const uint32_t fa[4] = {tf32(a10.x), 0, tf32(a10.y), 0};
-      mma_tf32(y, fa, __float_as_uint(a[c * kStrideA + r]), __float_as_uint(a[(c + 1) * kStrideA + r]));
-    }
-    // As a right operand a thread needs rows c and c + 1 of column r.
-    const auto turned = [&](int row) {
-      const float even = __shfl_sync(~0u, y[0], 4 * row + r / 2), odd = __shfl_sync(~0u, y[1], 4 * row + r / 2);
-      return tf32(r % 2 == 0 ? even : odd);
-    };
-    const uint32_t b0 = turned(c), b1 = turned(c + 1), fa[4] = {__float_as_uint(x1.x), 0, __float_as_uint(x1.y), 0};
-    mma_tf32(z, fa, b0, b1);
-    *reinterpret_cast<float2*>(a + (8 + r) * kStrideA + c) = make_float2(rounded(-z[0]), rounded(-z[1]));
   }
   __syncthreads();
 
@@ -351,15 +337,15 @@ cudaError_t launch_order(const Shape& s, int records, int merged, int together, 
   return cudaGetLastError();
 }
 
-cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, float floor, char* record, cudaStream_t stream) {
+cudaError_t launch_prepare(const OryxGatedDelta& p, const Shape& s, int records, const CUtensorMap& k, float floor, char* record, cudaStream_t stream) {
   if (records == 0) return cudaSuccess;
-  const cudaError_t status = cudaFuncSetAttribute(prepare_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  const cudaError_t status = cudaFuncSetAttribute(prepare_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const int columns = records < 32768 ? records : 32768;
   const dim3 grid = s.cu_seqlens != nullptr ? dim3(s.Hs, columns, (records + columns - 1) / columns)
                     : s.segments == 1       ? dim3(s.Hs, s.chunks, s.N)
                                             : dim3(s.Hs, s.N * s.segments, (s.chunks + s.segments - 1) / s.segments);
-  prepare_kernel<<<grid, 128, sizeof(Shared), stream>>>(s, s.Hs / s.Hk, static_cast<const __nv_bfloat16*>(p.k), p.g, p.beta, floor, record);
+  prepare_kernel<<<grid, 128, kBytes, stream>>>(k, s, s.Hs / s.Hk, p.g, p.beta, floor, record);
   return cudaGetLastError();
 }
 

@@ -40,7 +40,7 @@ struct Arguments {
 template <int kRows, bool kSave>
 __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
     recurrence_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                      const Shape s, const Arguments a) {
+                      const __grid_constant__ CUtensorMap o_map, const Shape s, const Arguments a) {
   using L = Layout<kRows, kSave>;
   constexpr int kStages = L::kStages;
   extern __shared__ char raw_shared[];
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
     return;
   }
   if (warp >= L::kWarps) {
-    if constexpr (kRows == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
+    if constexpr (kRows == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 104;");
     else asm volatile("setmaxnreg.dec.sync.aligned.u32 152;");
     for (int i = 0; i < c1 - c0; ++i) {
       const int stage = i % kStages;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
     }
     return;
   }
-  if constexpr (kRows == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+  if constexpr (kRows == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
   else asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
   const int panel = warp / 4;                         // 64 rows of this warpgroup
   const int row = rb * kRows + 16 * warp + lane / 4;  // this thread's rows of S: this one and 8 further on
@@ -130,8 +130,25 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
   uint32_t sb[32];  // S in bfloat16
 #pragma unroll
   for (int j = 0; j < 32; ++j) sb[j] = pack(S[2 * j], S[2 * j + 1]);
-  uint32_t ob[16];  // O of the chunk before
+  constexpr bool kAtOnce = kRows == 128;  // else while the next chunk's first products run, for which there are no registers then
+  uint32_t ob[16];                        // O of the chunk
   const uint32_t staging = base + L::kOut + warp * kC * 32;
+  const auto write_out = [&](int token, int count) {
+    if (!kForSanitizer && count == kC && a.wanted == nullptr) {  // a whole chunk: the copy engine reads it out beside the walk
+      if (lane == 0) bulk_wait_read();
+      stage_out(ob, staging, lane);
+      fence_async_proxy();
+      __syncwarp();
+      const int v = rb * kRows + 16 * warp;
+      if (lane == 0) {
+        tensor_store(&o_map, staging, v % 64, ho, token, v / 64);
+        bulk_commit();
+      }
+    } else {
+      if (lane == 0) bulk_wait_read();
+      store_out(ob, staging, a.o, a.wanted, token, count, static_cast<size_t>(s.Ho) * s.D, ho * s.D + rb * kRows + 16 * warp, lane, kEvictNormal);
+    }
+  };
   for (int c = c0; c < c1; ++c) {
     const int i = c - c0, stage = i % kStages;
     const uint32_t at = base + stage * L::kStage, rows = at + L::kRecord + kSharedRows + 4 * column;
@@ -153,10 +170,22 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
 #pragma unroll
     for (int kk = 0; kk < 8; ++kk) wgmma_64x64(o, sb + 4 * kk, descriptor(at + L::kQ + kk / 4 * kPanel + kk % 4 * 32, 16, 1024), kk > 0);
     wgmma_commit();
-    store_out(ob, staging, a.o, a.wanted, token - kC, i > 0 ? kC : 0, static_cast<size_t>(s.Ho) * s.D, ho * s.D + rb * kRows + 16 * warp, lane,
-              kEvictNormal);
-    wgmma_wait<1>();
+    const auto save = [&] {
+      if constexpr (kSave) {
+        if (ho % (s.Ho / s.Hs) == 0)
+          store_state(sb, base + L::kState + warp * 4096,
+                      a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_bytes(s.D) + (rb * kRows + 16 * warp) * 128, s.D, lane,
+                      kEvictNormal);
+      }
+    };
+    if (kAtOnce) save();
+    else if (i > 0) write_out(token - kC, kC);
+    wgmma_wait<kAtOnce ? 0 : 1>();
     keep(x);
+    if constexpr (kAtOnce) {
+      keep(o);
+      keep(sb);
+    }
 
     // X^T = V^T - exp(G) S K^T, then U^T = X^T T^T.
     uint32_t xb[16];
@@ -174,20 +203,17 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
       }
     }
     float u[32];
-    wgmma_wait<0>();
-    keep(o);
-    keep(sb);
+    if constexpr (!kAtOnce) {
+      wgmma_wait<0>();
+      keep(o);
+      keep(sb);
+    }
     keep(xb);
     wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) wgmma_64x64(u, xb + 4 * kk, descriptor_T_transposed(at + L::kRecord, kk), kk > 0);
     wgmma_commit();
-    if constexpr (kSave) {
-      if (ho % (s.Ho / s.Hs) == 0)
-        store_state(sb, base + L::kState + warp * 4096,
-                    a.states + (static_cast<size_t>(seq.first_chunk + c) * s.Hs + hs) * state_bytes(s.D) + (rb * kRows + 16 * warp) * 128, s.D, lane,
-                    kEvictNormal);
-    }
+    if (!kAtOnce) save();
     const float decay = power2(load_shared(at + L::kRecord + kSharedRows + 4 * 191));
 #pragma unroll
     for (int j = 0; j < 64; ++j) S[j] *= decay;
@@ -232,10 +258,9 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
 #pragma unroll
     for (int j = 0; j < 16; ++j) ob[j] = pack(o[2 * j], o[2 * j + 1]);
     barrier_arrive_warp(empty + 8 * stage, lane);
+    if (kAtOnce) write_out(token, count);
   }
-  if (c1 > c0)
-    store_out(ob, staging, a.o, a.wanted, seq.begin + (c1 - 1) * kC, min(kC, seq.length - (c1 - 1) * kC), static_cast<size_t>(s.Ho) * s.D,
-              ho * s.D + rb * kRows + 16 * warp, lane, kEvictNormal);
+  if (!kAtOnce && c1 > c0) write_out(seq.begin + (c1 - 1) * kC, min(kC, seq.length - (c1 - 1) * kC));
   if (a.final_state != nullptr && segment == s.segments - 1 && ho % (s.Ho / s.Hs) == 0) {
     float* const to = a.final_state + state;
 #pragma unroll
@@ -245,9 +270,7 @@ __global__ void __launch_bounds__(Layout<kRows, kSave>::kThreads, 1)
         if (8 * j < s.D)
           *reinterpret_cast<float2*>(to + (row + 8 * h) * s.D + 8 * j + column) = make_float2(S[4 * j + 2 * h], S[4 * j + 2 * h + 1]);
   }
-  if constexpr (kSave) {
-    if (lane == 0) bulk_wait();
-  }
+  if (lane == 0) bulk_wait();
 }
 
 template <int kRows, bool kSave>
@@ -258,10 +281,10 @@ cudaError_t launch(const Shape& s, const CUtensorMap* maps, const Arguments& a, 
   if (status != cudaSuccess) return status;
   const dim3 grid(s.N * s.Ho * (s.D == 64 ? 1 : kD / kRows), s.segments);
   if constexpr (kSave && kRows == 64) {  // launched early it was slower by a quarter
-    kernel<<<grid, L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], s, a);
+    kernel<<<grid, L::kThreads, L::kBytes, stream>>>(maps[0], maps[1], maps[2], maps[3], s, a);
     return cudaGetLastError();
   } else {
-    return static_cast<cudaError_t>(ops::cuda::launch_after(kernel, grid, L::kThreads, L::kBytes, stream, maps[0], maps[1], maps[2], s, a));
+    return static_cast<cudaError_t>(ops::cuda::launch_after(kernel, grid, L::kThreads, L::kBytes, stream, maps[0], maps[1], maps[2], maps[3], s, a));
   }
 }
 

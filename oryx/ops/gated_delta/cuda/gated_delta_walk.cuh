@@ -20,6 +20,11 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int byt
                : "memory");
 }
 
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t src, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map), "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+
 // ---- T in shared memory (see kSharedT): what lies above the diagonal is made zero once for every stage, the rest is copied in
 __device__ __forceinline__ void clear_T(uint32_t record, int thread, int threads) {
   for (int i = thread; i < kSharedRows / 16; i += threads)
@@ -106,15 +111,19 @@ __device__ __forceinline__ void store_global(void* to, const uint4& x, uint64_t 
   asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "l"(hint) : "memory");
 }
 
-// A warp's 64 tokens of 16 columns of O (or dV): through shared memory, so that a token's 32 bytes leave together.
-__device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t staging, __nv_bfloat16* out, const uint8_t* wanted, int token, int count,
-                                          size_t stride, int column, int lane, uint64_t hint) {
+// A warp's 64 tokens of 16 columns of O (or dV) into shared memory: 32 bytes a token, with the 32-byte swizzle.
+__device__ __forceinline__ void stage_out(const uint32_t (&ob)[16], uint32_t staging, int lane) {
   __syncwarp();
 #pragma unroll
   for (int nn = 0; nn < 4; ++nn) {
     const int t = 8 * (2 * nn + lane / 16) + lane % 8, h = lane / 8 % 2;
     store_matrix_transposed(staging + t * 32 + ((h ^ (t >> 2 & 1)) << 4), ob[4 * nn], ob[4 * nn + 1], ob[4 * nn + 2], ob[4 * nn + 3]);
   }
+}
+// And from there, so that a token's 32 bytes leave together.
+__device__ __forceinline__ void store_out(const uint32_t (&ob)[16], uint32_t staging, __nv_bfloat16* out, const uint8_t* wanted, int token, int count,
+                                          size_t stride, int column, int lane, uint64_t hint) {
+  stage_out(ob, staging, lane);
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
