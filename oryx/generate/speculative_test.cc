@@ -408,6 +408,30 @@ TEST(SpeculativeCuda, APassOverTokensIsTheirSteps) {
   }
 }
 
+// Behind nothing, so that no product of a library runs: for compute-sanitizer. Modes that change from token to token.
+TEST(SpeculativeSmallCuda, PassesFromTheFirstToken) {
+  if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
+  const at::NoGradGuard no_grad;
+  const ModelConfig c = verified_config({{"gated_delta_net", "attention"}});
+  LanguageModel m(c, at::kBFloat16);
+  m.initialize(3);
+  m.to(at::kCUDA);
+  const ModelSchedule schedule(c, "linear,periodic(attention=1;every=2)");
+  const auto ids = drafted_prompt(24, c.vocab_size);
+  const std::span<const int32_t> all(ids);
+  Session one(m, schedule, {.prompt_length = 24, .tokens = 40}), together(m, schedule, {.prompt_length = 24, .tokens = 40});
+  for (size_t at = 0; at < 16;) {
+    const size_t count = 3 + at % 6, kept = 1 + at % count;
+    const at::Tensor logits = together.steps(all.subspan(at, count)).clone();
+    together.keep(static_cast<int64_t>(kept));
+    for (size_t t = 0; t < kept; ++t) {
+      const at::Tensor expected = one.step(ids[at + t]).to(at::kFloat), got = logits[static_cast<int64_t>(t)].to(at::kFloat);
+      EXPECT_LT(((got - expected).norm() / expected.norm()).item<float>(), 3e-2) << at << " + " << t;
+    }
+    at += kept;
+  }
+}
+
 // The likeliest tokens, fed back on the device or one by one on the host, and the session where it was.
 TEST(SpeculativeCuda, TheLikeliestAreThoseOfSteps) {
   if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";

@@ -124,6 +124,7 @@ __global__ void __launch_bounds__(kVerifyThreads, 1) verify_mix_kernel(const __g
   if (warp < T) prepare_token(a, fixed, warp, h, tokens[warp], lane);
   if (!reads) return;
   __syncthreads();
+  int odd = 0;  // readouts take turns at `sums`: between two of them there may be tokens in attention, without a meeting
   for (int t = 0; t < T; ++t) {
     const VerifyToken& p = tokens[t];
     const float4 k = *reinterpret_cast<const float4*>(p.k + 4 * lane);
@@ -135,11 +136,12 @@ __global__ void __launch_bounds__(kVerifyThreads, 1) verify_mix_kernel(const __g
     for (int r = 0; r < kVerifyRows; ++r) part[r] = fmaf(s[r].x, q.x, fmaf(s[r].y, q.y, fmaf(s[r].z, q.z, s[r].w * q.w)));
     const float out = warp_sum8(part) * p.q_scale;
     float squares = warp_sum(lane % 4 == 0 ? out * out : 0.0f);
-    if (lane == 0) sums[t % 2][warp] = squares;
+    if (lane == 0) sums[odd][warp] = squares;
     __syncthreads();
     squares = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kVerifyWarps; ++w) squares += sums[t % 2][w];
+    for (int w = 0; w < kVerifyWarps; ++w) squares += sums[odd][w];
+    odd ^= 1;
     if (lane % 4 == 0) *activation(a.out, a.tiles, t, h * kWidth + own) = __float2bfloat16_rn(out * rsqrtf(squares / kWidth + a.head_norm_eps) * p.factor[own]);
   }
 }
