@@ -40,8 +40,21 @@ std::vector<SelftestCase> norms(bool quick) {
   return all;
 }
 
+std::vector<SelftestCase> squares(bool quick) {
+  std::vector<SelftestCase> all;
+  for (const int64_t n : selftest_lengths(quick)) {
+    const auto sum = [](const Tensors& x) { return Tensors{sum_of_squares({x[0], x[1]}).cpu()}; };
+    const auto naive = [](const Tensors& x) { return Tensors{(x[0].to(at::kDouble).square().sum() + x[1].to(at::kDouble).square().sum()).cpu()}; };
+    SelftestCase c{fmt::format("{} and 77 x 33", n), {{selftest_random({n}, 1)}, {selftest_random({77, 33}, 2)}}, sum, naive};
+    c.gradients = false;
+    all.push_back(c);
+  }
+  return all;
+}
+
 ORYX_SELFTEST(adamw, cases);
 ORYX_SELFTEST(global_norm, norms);
+ORYX_SELFTEST(sum_of_squares, squares);
 
 }  // namespace
 }  // namespace oryx::ops
