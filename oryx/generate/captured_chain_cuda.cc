@@ -25,6 +25,9 @@ float key_scale(const LayerConfig& c) { return static_cast<float>(1 / std::sqrt(
 int64_t rotated(const LayerConfig& c) { return c.rotary_dim > 0 ? c.rotary_dim : c.head_dim; }
 int32_t tiles_of(const Step& s) { return static_cast<int32_t>(oryx_product_tiles(s.N)); }
 
+// The general kernel also takes what the other knows where that is little.
+bool in_general(const OryxDecodeAttention& a) { return oryx_decode_attention_supports(&a) == 0 || oryx_decode_attention_is_small(&a) != 0; }
+
 // Where attention's own last kernel can norm and gate.
 bool finishes(const LayerPlan& l) {
   const LayerConfig& c = l.config;
@@ -159,8 +162,9 @@ void Chain::allocate(const Step& s) {
     const LayerPlan& l = plan_->layers[i];
     for (size_t m = 0; m < l.mixers.size(); ++m) {
       if (l.mixers[m].kind != Kind::kAttention || !(*s.slots)[i].groups[l.mixers[m].group].keys.defined()) continue;
-      const OryxDecodeAttention a = attention_of(s, i, m);
-      bytes = std::max(bytes, oryx_decode_attention_supports(&a) != 0 ? oryx_decode_attention_workspace(&a) : oryx_decode_attention_general_workspace(&a));
+      OryxDecodeAttention a = attention_of(s, i, m);
+      if (oryx_decode_attention_supports(&a) != 0) bytes = std::max(bytes, oryx_decode_attention_workspace(&a));
+      for (; a.N > 0; a.N /= 2) bytes = std::max(bytes, oryx_decode_attention_general_workspace(&a));  // smaller batches are cut to more shares
     }
   }
   if (!workspace_.defined() || workspace_.numel() < bytes) workspace_ = at::empty({bytes}, u_.options().dtype(at::kByte));
@@ -246,7 +250,7 @@ void Chain::mix(const Step& s, size_t i, int64_t row, bool looks_back) const {
   const OryxCapturedPrepare before = prepare_of(s, i, row);
   OryxCapturedReadout read = readout_of(s, i, row);
   const bool whole = mix_whole(s, i, before, read);
-  if (!whole) check("oryx_captured_prepare", oryx_captured_prepare(&before, stream_of(u_)));
+  if (!whole && !(looks_back && keeps_itself(s, i))) check("oryx_captured_prepare", oryx_captured_prepare(&before, stream_of(u_)));
   bool reads = false;
   for (size_t m = 0; m < l.mixers.size(); ++m) {
     if (l.mixers[m].kind == Kind::kAttention) {
@@ -357,22 +361,25 @@ void Chain::advance(const Step& s, size_t i, size_t m) const {
   TORCH_CHECK(false, "captured decoder: a mixer without a state");
 }
 
+// Whether a layer is attention alone whose kernel takes keys and values as they were projected, and keeps them.
+bool Chain::keeps_itself(const Step& s, size_t i) const {
+  const LayerPlan& l = plan_->layers[i];
+  return l.mixers.size() == 1 && l.mixers[0].kind == Kind::kAttention && !l.config.conv && (*s.slots)[i].keeps_rows() && in_general(attention_of(s, i, 0));
+}
+
 // Attention of mixer m -> its buffer, or, normed and gated, the activations of the sequences that are in its mode: then true.
 bool Chain::attend(const Step& s, size_t i, size_t m, int64_t row) const {
   const LayerPlan& l = plan_->layers[i];
   OryxDecodeAttention a = attention_of(s, i, m);
   a.q_row = row;
-  if (oryx_decode_attention_supports(&a) == 0) {
-    check("oryx_decode_attention", oryx_decode_attention_general(&a, kDtype, workspace_.data_ptr(), stream_of(u_)));
-    return false;
-  }
+  if (keeps_itself(s, i)) a.new_keys = projected(l.groups[0].keys), a.new_values = projected(l.groups[0].values);
   const bool finish = finishes(l);
   if (finish) {
     a.o = y_.data_ptr(), a.o_tiles = tiles_of(s);
     if (l.gate >= 0) a.gate = projected(l.gate), a.gate_row = row;
     a.head_norm = pointer<float>(l.o_norm), a.head_norm_eps = static_cast<float>(l.config.o_norm_eps());
   }
-  check("oryx_decode_attention", oryx_decode_attention(&a, workspace_.data_ptr(), stream_of(u_)));
+  check("oryx_decode_attention", in_general(a) ? oryx_decode_attention_general(&a, kDtype, workspace_.data_ptr(), stream_of(u_)) : oryx_decode_attention(&a, workspace_.data_ptr(), stream_of(u_)));
   return finish;
 }
 

@@ -90,6 +90,7 @@ class Chain {
   OryxCapturedPrepare prepare_of(const Step& s, size_t i, int64_t row) const;
   OryxCapturedReadout readout_of(const Step& s, size_t i, int64_t row) const;
   void advance(const Step& s, size_t i, size_t m) const;
+  bool keeps_itself(const Step& s, size_t i) const;
   bool attend(const Step& s, size_t i, size_t m, int64_t row) const;
   OryxDecodeAttention attention_of(const Step& s, size_t i, size_t m) const;
 

@@ -9,7 +9,7 @@ from common import BF, DEV, F32, F64, expect, lib, median_ms, ok, p, report, rop
 class Attention(C.Structure):
     _fields_ = [(n, C.c_void_p) for n in "q keys values o lengths blocks wanted rope".split()] + [
         (n, C.c_int64) for n in ("N Hq Hk K V capacity page most_blocks lasting key_row key_token key_head value_row value_token value_head window first reach rotated q_row").split()] + [
-        ("scale", C.c_float), ("gate", C.c_void_p), ("head_norm", C.c_void_p), ("gate_row", C.c_int64), ("head_norm_eps", C.c_float), ("o_tiles", C.c_int32), ("q_norm", C.c_void_p), ("k_norm", C.c_void_p), ("norm_eps", C.c_float), ("norm_together", C.c_int32)]
+        ("scale", C.c_float), ("gate", C.c_void_p), ("head_norm", C.c_void_p), ("gate_row", C.c_int64), ("head_norm_eps", C.c_float), ("o_tiles", C.c_int32), ("q_norm", C.c_void_p), ("k_norm", C.c_void_p), ("norm_eps", C.c_float), ("norm_together", C.c_int32), ("steps", C.c_int64), ("step_wanted", C.c_void_p), ("new_keys", C.c_void_p), ("new_values", C.c_void_p)]
 
 
 lib.oryx_decode_attention_workspace.restype = lib.oryx_decode_attention_general_workspace.restype = C.c_int64

@@ -30,7 +30,7 @@ typedef struct {
   int64_t rotated;         // values of a head that are rotated
   int64_t q_row;
   float scale;
-  // Of the split kernel alone: with o_tiles o becomes RMSNorm(o) * head_norm * silu(gate) by head, in activations of Hq * V columns (oryx/ops/cuda/fragments.cuh), and what
+  // With o_tiles o becomes RMSNorm(o) * head_norm * silu(gate) by head, in activations of Hq * V columns (oryx/ops/cuda/fragments.cuh), and what
   // is not wanted is left as it is.
   const void* gate;        // [N, Hq, V], gate_row elements between sequences; null: no gate
   const float* head_norm;  // [V]; null: no norm
@@ -46,6 +46,8 @@ typedef struct {
   // gate likewise, its output in row r of o. Token r sees the keys up to its own, the last one `lengths[0]` of them. wanted is null, step_wanted says which rows of o are written.
   int64_t steps;               // 0: one token a sequence
   const uint8_t* step_wanted;  // [steps] or null
+  // Of the general kernel alone: the key [N, Hk, K] and value [N, Hk, V] of each query's own token, q_row elements between sequences, which it puts in their places; null: they are there.
+  const void *new_keys, *new_values;
 } OryxDecodeAttention;
 
 // bfloat16, K = V of 64 or 128, all of a head rotated or nothing, 1 to 8 query heads a key head, heads dense, no norm: split along the keys.
@@ -53,7 +55,8 @@ int oryx_decode_attention_supports(const OryxDecodeAttention* a);
 int64_t oryx_decode_attention_workspace(const OryxDecodeAttention* a);
 int oryx_decode_attention(const OryxDecodeAttention* a, void* workspace, void* stream);
 
-// Any shape with K and V up to 1024, float32 (dtype 0) or bfloat16 (1).
+// Any shape with K and V up to 1024, float32 (dtype 0) or bfloat16 (1). Where keys and values are few (is_small) it is the faster one, too.
+int oryx_decode_attention_is_small(const OryxDecodeAttention* a);
 int64_t oryx_decode_attention_general_workspace(const OryxDecodeAttention* a);
 int oryx_decode_attention_general(const OryxDecodeAttention* a, int dtype, void* workspace, void* stream);
 
