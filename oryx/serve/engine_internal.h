@@ -89,8 +89,8 @@ class Pace {
   void came(Clock::time_point now);
   // No text is written: the time until the next results says nothing.
   void pause() { last_.reset(), flying_.clear(); }
-  // Before the pieces of a round, between two tokens of texts that should come `gap` seconds apart at most.
-  void begin_round(double gap);
+  // Before the pieces of a round, of `piece` tokens at most, between two tokens of texts that should come `gap` seconds apart at most.
+  void begin_round(double gap, int64_t piece);
   // Whether a piece of so many tokens may be read now; before anything is known, one a round.
   bool allows(int64_t tokens) const { return token_ > 0 ? credit_ >= seconds_of(tokens) : read_ == 0; }
   void spend(int64_t tokens) { credit_ -= seconds_of(tokens); }

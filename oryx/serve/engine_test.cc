@@ -453,11 +453,12 @@ TEST(ServePace, ReadsWhatFitsBetweenTwoTokens) {
   step(30ms);  // 20 ms for 100 tokens
   const auto pieces = [&](double gap) {
     int n = 0;
-    for (pace.begin_round(gap); pace.allows(100); ++n) pace.spend(100);
+    for (pace.begin_round(gap, 100); pace.allows(100); ++n) pace.spend(100);
     return n;
   };
   EXPECT_EQ(pieces(0.1), 4);
-  EXPECT_EQ(pieces(0.021), 1);  // with what was left
+  EXPECT_EQ(pieces(0.1), 4);    // what was left does not add up to a fifth
+  EXPECT_EQ(pieces(0.021), 1);  // it does to a first
   EXPECT_EQ(pieces(0.021), 0);
   EXPECT_EQ(pieces(0.021), 1);
   int rounds = 0;

@@ -98,10 +98,11 @@ void Pace::came(Clock::time_point now) {
   last_ = now;
 }
 
-void Pace::begin_round(double gap) {
-  // Prompts are read at a tenth of the time at least, however long the steps take; what a round does not use is not saved up, but for a piece that wants more than one.
+void Pace::begin_round(double gap, int64_t piece) {
+  // Prompts are read at a tenth of the time at least, however long the steps take. What a round does not use is saved up only for a piece that wants more than one: else the next would
+  // be as much too long.
   const double share = std::max(gap - step_, 0.1 * gap);
-  credit_ = std::max(credit_, 0.0) + share;
+  credit_ = std::min(std::max(credit_, 0.0) + share, std::max(share, seconds_of(piece)));
 }
 
 void Engine::Impl::read_pieces() {
@@ -112,7 +113,7 @@ void Engine::Impl::read_pieces() {
     land();  // tokens that are there do not wait for a piece of a prompt
     return void(read_piece());
   }
-  pace.begin_round(options.gap_seconds);
+  pace.begin_round(options.gap_seconds, options.piece);
   if (pace.allows(options.piece)) land();
   while (pace.allows(options.piece)) {
     const int64_t tokens = read_piece();
