@@ -229,7 +229,7 @@ TEST_F(CapturedDecoderCuda, TransformerEqualsGeneric) {
   ModelConfig c = captured_config({{"attention"}});
   c.layer.conv = c.layer.gate = c.layer.head_norm = false;
   expect_generic(c, 1);
-  c.layer.num_heads = 8, c.layer.num_kv_heads = 2, c.layer.head_dim = 32, c.layer.rotary_dim = 16, c.tie_word_embeddings = false;  // the plain kernel of decode attention
+  c.layer.num_heads = 8, c.layer.num_kv_heads = 2, c.layer.head_dim = 32, c.layer.rotary_dim = 16, c.tie_word_embeddings = false;  // heads that the general kernel alone knows
   expect_generic(c, 7);
 }
 TEST_F(CapturedDecoderCuda, LinearModelsEqualGeneric) {
