@@ -95,10 +95,10 @@ class Workers {
     while (!alive_.empty() && !failed_) {
       const timespec longest{1, 0};
       const int s = ::sigtimedwait(&signals, nullptr, &longest);
-      if (s == SIGINT || s == SIGTERM) signal_all(s);
+      if (s == SIGINT || s == SIGTERM) told_ = true, signal_all(s);
       reap(false);
     }
-    if (!failed_) return;
+    if (!failed_ && !interrupted_) return;
     // Others may have noticed too, or may be about to say why: the first cause is wanted.
     for (const auto until = std::chrono::steady_clock::now() + kGrace; !alive_.empty() && std::chrono::steady_clock::now() < until;) {
       ::usleep(20'000);
@@ -148,7 +148,9 @@ class Workers {
       const int64_t rank = it->second;
       alive_.erase(it);
       if (WIFSIGNALED(status)) killed_.push_back({rank, WTERMSIG(status), fmt::format("{}", pid)});
-      if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) failed_ = true;
+      const bool interrupted = WIFEXITED(status) && WEXITSTATUS(status) == kExitInterrupted;  // the others leave too, each when it has saved
+      if (interrupted) interrupted_ = true;
+      else if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) failed_ = true;
       if (WIFEXITED(status) && WEXITSTATUS(status) != 0) codes_[rank] = WEXITSTATUS(status);
     }
   }
@@ -178,6 +180,7 @@ class Workers {
     }
     if (!killed_.empty()) {
       const WorkerReport& k = killed_.front();
+      if (told_ && (k.code == SIGINT || k.code == SIGTERM)) throw Interrupted("interrupted twice, not saved; the same command goes on from the last checkpoint");
       fail("rank {} (process {}) ended by signal {} ({}); all {} processes of the run were ended, the same command goes on from its last checkpoint", k.rank, k.text, k.code,
            ::strsignal(k.code), count_);
     }
@@ -193,8 +196,14 @@ class Workers {
   std::map<pid_t, int64_t> alive_;  // and their ranks
   std::map<int64_t, int> codes_;    // by rank, of those that ended by themselves and not well
   std::vector<WorkerReport> killed_, said_;
-  bool failed_ = false;
+  bool failed_ = false, interrupted_ = false;  // some process has ended so
+  bool told_ = false;                          // they were sent a signal
 };
+
+bool& is_launched() {
+  static bool launched = false;
+  return launched;
+}
 
 // "FD PID" of our launcher.
 bool launcher_of_this_process(int* fd, pid_t* pid) {
@@ -215,7 +224,7 @@ void run_processes(int64_t count, int64_t threads) {
     const sigset_t& mask;
     ~Restore() { ::pthread_sigmask(SIG_SETMASK, &mask, nullptr); }
   } restore{before};
-  const Rendezvous meeting;
+  const Rendezvous meeting(count);
   Workers workers(count, threads);
   workers.start(meeting.port());
   workers.watch(signals);
@@ -228,13 +237,14 @@ bool begin_launched_process() {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (::getppid() != launcher) ::_exit(1);  // it went before we asked
   ::fcntl(fd, F_SETFD, FD_CLOEXEC);
+  is_launched() = true;
   return true;
 }
 
 bool report_to_launcher(int code, const std::string& text) {
   int fd = 0;
   pid_t launcher = 0;
-  if (!launcher_of_this_process(&fd, &launcher)) return false;
+  if (!is_launched() || !launcher_of_this_process(&fd, &launcher)) return false;
   const char* rank = ::getenv("RANK");
   const std::string line = fmt::format("{} {} {}\n", rank == nullptr ? "0" : rank, code, text.substr(0, 3000));  // less than a pipe takes at once
   return ::write(fd, line.data(), line.size()) == static_cast<ssize_t>(line.size());

@@ -60,7 +60,7 @@ void ProcessGroup::all_reduce(const at::Tensor& values) {
   check_parts(values, 1, true);
   at::Tensor all = at::empty({size(), values.numel()}, values.options());
   all[rank()].copy_(values.view({-1}));
-  all_gather(all);
+  ProcessGroup::all_gather(all);  // of the host, whatever a group of devices makes of its own
   at::Tensor sum = all[0].clone();
   for (int64_t r = 1; r < size(); ++r) sum.add_(all[r]);
   at::Tensor(values).view({-1}).copy_(sum);

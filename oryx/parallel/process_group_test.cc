@@ -89,6 +89,30 @@ TEST(ProcessGroupTest, ARankThatLeavesIsNoticed) {
   EXPECT_EQ(noticed, 2);
 }
 
+// Whoever connects where ranks meet and is none of them ends and delays no run.
+TEST(ProcessGroupTest, StrangersAtThePortAreIgnored) {
+  const Rendezvous meeting(2);
+  std::vector<Socket> strangers;
+  const auto call = [&](std::vector<uint64_t> words) {
+    strangers.push_back(connect_to("127.0.0.1", meeting.port()));
+    ASSERT_TRUE(strangers.back());
+    ASSERT_TRUE(send_all(strangers.back(), words.data(), words.size() * sizeof(uint64_t), 1000));
+  };
+  call({0x6f7279786d656574, 7, 2, 1});   // a rank that there is not
+  call({0x6f7279786d656574, 0, 5, 1});   // another number of ranks
+  call({0, 0, 0, 0});
+  call({});  // silent
+  std::vector<std::thread> ranks;
+  for (int64_t rank = 0; rank < 2; ++rank) {
+    ranks.emplace_back([&, rank] {
+      Place place;
+      place.rank = rank, place.size = 2, place.port = meeting.port(), place.meeting = Place::Meeting::kInLauncher;
+      EXPECT_EQ(join_group(place, at::kCPU)->gather(std::to_string(rank)), (std::vector<std::string>{"0", "1"}));
+    });
+  }
+  for (auto& r : ranks) r.join();
+}
+
 class PlaceTest : public ::testing::Test {
  protected:
   void TearDown() override {

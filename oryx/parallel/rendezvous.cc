@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "oryx/common/error.h"
+#include "oryx/common/interrupt.h"
 #include "oryx/parallel/torch_store.h"
 
 namespace oryx {
@@ -15,7 +16,7 @@ namespace oryx {
 namespace {
 
 constexpr uint64_t kWord = 0x6f7279786d656574;  // "oryxmeet"
-constexpr int kPatience = 10'000;               // milliseconds, for a message that has begun
+constexpr int kPatience = 2'000;                // milliseconds, for a message that has begun
 
 struct Arrival {
   uint64_t word = kWord;
@@ -34,7 +35,8 @@ bool is_this_host(const std::string& address) { return address.starts_with("127.
 
 }  // namespace
 
-Rendezvous::Rendezvous(uint16_t port, const std::string& what) : port_(port), listener_(listen_at(&port_, what)), thread_([this] { serve(); }) {}
+Rendezvous::Rendezvous(int64_t size, uint16_t port, const std::string& what, bool this_host_alone)
+    : size_(size), port_(port), listener_(listen_at(&port_, what, this_host_alone)), thread_([this] { serve(); }) {}
 
 Rendezvous::~Rendezvous() {
   stop_ = true;
@@ -65,20 +67,25 @@ void Rendezvous::serve() {
     Guest guest;
     guest.socket = accept_from(listener_, 50, &guest.host);
     if (!guest.socket || !receive_all(guest.socket, &guest.arrival, sizeof guest.arrival, kPatience) || guest.arrival.word != kWord) continue;
+    // Whoever reaches the port is heard, but what makes no sense harms only who said it.
     const Arrival a = guest.arrival;
+    if (a.size != size_ || a.rank < 0 || a.rank >= size_ || a.port < 1 || a.port > 65535) {
+      Answer answer;
+      put_text(answer.error, sizeof answer.error, fmt::format("rank {} says that there are {} processes, where they meet there are {}; have all the same WORLD_SIZE?", a.rank, a.size, size_));
+      (void)send_all(guest.socket, &answer, sizeof answer, kPatience);
+      continue;
+    }
     const bool twice = guests.count(a.rank) != 0;
-    const int64_t size = guests.empty() ? a.size : guests.begin()->second.arrival.size;
     guests[twice ? -1 : a.rank] = std::move(guest);  // who is one too many is told so too
-    if (a.size != size) tell_all(fmt::format("rank {} says that there are {} processes, others say {}; have all the same WORLD_SIZE?", a.rank, a.size, size));
-    else if (twice) tell_all(fmt::format("two processes say that they are rank {} of {}; each needs a RANK of its own", a.rank, size));
-    else if (static_cast<int64_t>(guests.size()) == size) tell_all("");
+    if (twice) tell_all(fmt::format("two processes say that they are rank {} of {}; each needs a RANK of its own", a.rank, size_));
+    else if (static_cast<int64_t>(guests.size()) == size_) tell_all("");
   }
 }
 
 Neighbour find_next(const Place& place, uint16_t own_port, int seconds) {
   std::unique_ptr<Rendezvous> own;
   const bool by_torchrun = place.meeting == Place::Meeting::kByTorchrun;
-  if (place.rank == 0 && place.meeting != Place::Meeting::kInLauncher) own = std::make_unique<Rendezvous>(by_torchrun ? 0 : place.port, "MASTER_PORT");
+  if (place.rank == 0 && place.meeting != Place::Meeting::kInLauncher) own = std::make_unique<Rendezvous>(place.size, by_torchrun ? 0 : place.port, "MASTER_PORT", false);
   const uint16_t port = by_torchrun ? share_port_by_torch(place, own ? own->port() : 0, seconds) : place.port;
   const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
   const auto left = [&] { return static_cast<int>(std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now()).count()); };
@@ -87,11 +94,14 @@ Neighbour find_next(const Place& place, uint16_t own_port, int seconds) {
     if (left() < 0) {
       fail("rank {} of {} found nobody at MASTER_ADDR {} port {} within {} s ({}); is rank 0 running there?", place.rank, place.size, place.address, place.port, seconds, std::strerror(errno));
     }
+    check_interrupt();
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
   const Arrival arrival{kWord, place.rank, place.size, own_port};
   Answer answer;
-  if (!send_all(s, &arrival, sizeof arrival, kPatience) || !receive_all(s, &answer, sizeof answer, std::max(left(), kPatience)) || answer.word != kWord) {
+  const bool sent = send_all(s, &arrival, sizeof arrival, kPatience);
+  while (sent && left() > 0 && !is_readable(s, 200)) check_interrupt();
+  if (!sent || !receive_all(s, &answer, sizeof answer, kPatience) || answer.word != kWord) {
     fail("rank {} of {} got no answer at MASTER_ADDR {} port {} within {} s; were all processes started, and does nothing else listen there?", place.rank, place.size, place.address, place.port, seconds);
   }
   answer.host[sizeof answer.host - 1] = answer.error[sizeof answer.error - 1] = 0;

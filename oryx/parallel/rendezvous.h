@@ -14,8 +14,10 @@ namespace oryx {
 // Answers all processes when the last one has come. In a launcher, or in rank 0.
 class Rendezvous {
  public:
+  // Of `size` processes, of this host alone, at a port that the system chooses.
+  explicit Rendezvous(int64_t size) : Rendezvous(size, 0, "port", true) {}
   // port 0: one that the system chooses. what: how a port that is taken is named. Throws Error.
-  explicit Rendezvous(uint16_t port = 0, const std::string& what = "port");
+  Rendezvous(int64_t size, uint16_t port, const std::string& what, bool this_host_alone);
   ~Rendezvous();
   Rendezvous(const Rendezvous&) = delete;
   Rendezvous& operator=(const Rendezvous&) = delete;
@@ -24,6 +26,7 @@ class Rendezvous {
  private:
   void serve();
 
+  int64_t size_;
   uint16_t port_;
   Socket listener_;
   std::atomic<bool> stop_{false};

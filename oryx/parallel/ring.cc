@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <utility>
 
+#include "oryx/common/interrupt.h"
 #include "oryx/parallel/rendezvous.h"
 
 namespace oryx {
@@ -14,7 +17,9 @@ namespace oryx {
 namespace {
 
 constexpr uint64_t kGreeting = 0x6f72797872696e67;  // "oryxring"
-constexpr int kJoinMilliseconds = 300'000;
+constexpr std::chrono::seconds kJoin(300);
+constexpr int kGreetingMilliseconds = 5'000;
+constexpr uint64_t kLongestText = 64 << 20;
 
 struct Greeting {
   uint64_t word = 0;
@@ -26,16 +31,21 @@ struct Greeting {
 Ring::Ring(const Place& place) : rank_(place.rank), size_(place.size) {
   if (size_ == 1) return;
   uint16_t port = 0;
-  const Socket listener = listen_at(&port, "a connection");
+  const Socket listener = listen_at(&port, "a connection", place.meeting == Place::Meeting::kInLauncher);
   const Neighbour next = find_next(place, port);
   next_ = connect_to(next.host, next.port);
   if (!next_) fail("rank {} at {} port {}: {}; processes must reach one another at any port", wrapped(rank_ + 1), next.host, next.port, std::strerror(errno));
-  previous_ = accept_from(listener, kJoinMilliseconds);
-  if (!previous_) fail("rank {} of {} did not come within {} s", wrapped(rank_ - 1), size_, kJoinMilliseconds / 1000);
-  Greeting mine{kGreeting, rank_, size_}, theirs;
-  exchange(&mine, sizeof mine, &theirs, sizeof theirs);
-  if (theirs.word != kGreeting || theirs.size != size_ || theirs.rank != wrapped(rank_ - 1)) {
-    fail("rank {} of {} met rank {} of {} where rank {} was expected; is another run being started at the same port?", rank_, size_, theirs.rank, theirs.size, wrapped(rank_ - 1));
+  const Greeting mine{kGreeting, rank_, size_};
+  if (!send_all(next_, &mine, sizeof mine, kGreetingMilliseconds)) throw PeerLost(fmt::format("rank {} is gone: it came, but took no word", wrapped(rank_ + 1)));
+  // Who connects and is not the one before is none of ours.
+  const auto until = std::chrono::steady_clock::now() + kJoin;
+  while (!previous_) {
+    if (std::chrono::steady_clock::now() > until) fail("rank {} of {} did not come within {} s", wrapped(rank_ - 1), size_, kJoin.count());
+    check_interrupt();
+    Socket guest = accept_from(listener, 200);
+    Greeting theirs;
+    const bool known = guest && receive_all(guest, &theirs, sizeof theirs, kGreetingMilliseconds) && theirs.word == kGreeting && theirs.size == size_ && theirs.rank == wrapped(rank_ - 1);
+    if (known) previous_ = std::move(guest);
   }
 }
 
@@ -91,6 +101,7 @@ std::vector<std::string> Ring::gather(const std::string& own) {
   lengths[mine] = own.size();
   all_gather(lengths.data(), sizeof(uint64_t));
   const size_t longest = *std::max_element(lengths.begin(), lengths.end());
+  if (longest > kLongestText) fail("a rank sends a text of {} bytes; do all run the same version?", longest);
   std::vector<char> texts(all * longest);
   std::copy(own.begin(), own.end(), texts.begin() + static_cast<std::ptrdiff_t>(mine * longest));
   if (longest > 0) all_gather(texts.data(), longest);

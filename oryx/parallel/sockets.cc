@@ -69,8 +69,8 @@ Socket::~Socket() {
 
 int Socket::release() { return std::exchange(fd_, -1); }
 
-Socket listen_at(uint16_t* port, const std::string& what) {
-  Socket s(::socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0));
+Socket listen_at(uint16_t* port, const std::string& what, bool this_host_alone) {
+  Socket s(this_host_alone ? -1 : ::socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0));
   const bool six = static_cast<bool>(s);
   if (!six) s = Socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
   if (!s) fail_errno(what, "open a socket for");
@@ -81,6 +81,7 @@ Socket listen_at(uint16_t* port, const std::string& what) {
   auto& as_six = reinterpret_cast<sockaddr_in6&>(any);
   auto& as_four = reinterpret_cast<sockaddr_in&>(any);
   any.ss_family = six ? AF_INET6 : AF_INET;
+  if (this_host_alone) as_four.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
   (six ? as_six.sin6_port : as_four.sin_port) = htons(*port);
   socklen_t size = six ? sizeof as_six : sizeof as_four;
   if (::bind(s.get(), reinterpret_cast<const sockaddr*>(&any), size) != 0 || ::listen(s.get(), 1024) != 0 || ::getsockname(s.get(), reinterpret_cast<sockaddr*>(&any), &size) != 0) {
@@ -118,6 +119,8 @@ Socket connect_to(const std::string& host, uint16_t port) {
   }
   return {};
 }
+
+bool is_readable(const Socket& s, int milliseconds) { return wait_for(s.get(), POLLIN, milliseconds); }
 
 bool send_all(const Socket& s, const void* data, size_t bytes, int milliseconds) {
   return move_all(s.get(), POLLOUT, bytes, milliseconds, [&](size_t at, size_t n) { return ::send(s.get(), static_cast<const char*>(data) + at, n, MSG_DONTWAIT | MSG_NOSIGNAL); });

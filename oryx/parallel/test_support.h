@@ -13,9 +13,15 @@
 
 namespace oryx::test {
 
-// Runs f on every rank, and throws what the lowest rank threw that did not merely lose another. On CUDA rank r is on GPU r.
-inline void for_ranks(int64_t size, const std::function<void(ProcessGroup&)>& f, at::DeviceType type = at::kCPU) {
-  const Rendezvous meeting;
+using JoinGroup = std::function<std::unique_ptr<ProcessGroup>(const Place&)>;
+
+inline std::unique_ptr<ProcessGroup> join_on_cpu(const Place& place) { return join_group(place, at::kCPU); }
+// Rank r on GPU r.
+inline std::unique_ptr<ProcessGroup> join_on_gpus(const Place& place) { return join_group(place, at::Device(at::kCUDA, static_cast<at::DeviceIndex>(place.rank))); }
+
+// Runs f on every rank, and throws what the lowest rank threw that did not merely lose another.
+inline void for_ranks(int64_t size, const std::function<void(ProcessGroup&)>& f, const JoinGroup& join = join_on_cpu) {
+  const Rendezvous meeting(size);
   std::vector<std::exception_ptr> causes(static_cast<size_t>(size)), consequences(static_cast<size_t>(size));
   std::vector<std::thread> threads;
   for (int64_t rank = 0; rank < size; ++rank) {
@@ -24,7 +30,7 @@ inline void for_ranks(int64_t size, const std::function<void(ProcessGroup&)>& f,
       Place place;
       place.rank = place.local_rank = rank, place.size = place.local_size = size, place.port = meeting.port(), place.meeting = Place::Meeting::kInLauncher;
       try {
-        const auto group = join_group(place, type == at::kCPU ? at::Device(type) : at::Device(type, static_cast<at::DeviceIndex>(rank)));
+        const auto group = join(place);
         f(*group);
       } catch (const PeerLost&) {
         consequences[static_cast<size_t>(rank)] = std::current_exception();

@@ -1,9 +1,11 @@
 // Training on several GPUs, as many as there are, and on one through the same code. Skipped, saying so, where there is no CUDA.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/core/grad_mode.h>
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <functional>
 #include <map>
 
 #include "oryx/io/safetensors.h"
@@ -14,6 +16,36 @@ namespace oryx {
 namespace {
 
 namespace fs = std::filesystem;
+
+// Ranks that share one card, for machines that have but one: their tensors go around by way of the host, when finish() comes (backward passes of one card share a thread, which must not wait).
+class OnOneCard : public ProcessGroup {
+ public:
+  explicit OnOneCard(const Place& place) : ProcessGroup(std::make_unique<Ring>(place)) {}
+  at::Device device() const override { return {at::kCUDA, 0}; }
+  void reduce_scatter(const at::Tensor& x) override {
+    later_.push_back([this, x] { by_host(x, [this](const at::Tensor& t) { ProcessGroup::reduce_scatter(t); }); });
+  }
+  void all_gather(const at::Tensor& x) override {
+    later_.push_back([this, x] { by_host(x, [this](const at::Tensor& t) { ProcessGroup::all_gather(t); }); });
+  }
+  void all_reduce(const at::Tensor& x) override {
+    later_.push_back([this, x] { by_host(x, [this](const at::Tensor& t) { ProcessGroup::all_reduce(t); }); });
+  }
+  void finish() override {
+    for (const auto& f : later_) f();
+    later_.clear();
+  }
+
+ private:
+  template <typename F>
+  static void by_host(at::Tensor x, F&& f) {
+    const at::NoGradGuard no_grad;
+    const at::Tensor host = x.cpu();
+    f(host);
+    x.copy_(host);
+  }
+  std::vector<std::function<void()>> later_;
+};
 
 class CudaParallel : public ::testing::Test {
  protected:
@@ -57,12 +89,12 @@ class CudaParallel : public ::testing::Test {
   }
 
   struct Outcome {
-    std::vector<double> losses;
+    std::vector<double> losses, norms;
     std::map<std::string, at::Tensor> tensors;
     int64_t captured = 0;
   };
   // ranks 0: without a group.
-  Outcome run(const TrainOptions& o, int64_t ranks) const {
+  Outcome run(const TrainOptions& o, int64_t ranks, const test::JoinGroup& join = test::join_on_gpus) const {
     Outcome out;
     const auto train_one = [&](ProcessGroup* group) {
       RecallOptions r;
@@ -73,8 +105,11 @@ class CudaParallel : public ::testing::Test {
       if (group == nullptr || group->first()) out.captured = s.captured;
     };
     if (ranks == 0) train_one(nullptr);
-    else test::for_ranks(ranks, [&](ProcessGroup& group) { train_one(&group); }, at::kCUDA);
-    for (const auto& line : RunFolder(o.out).rewind_metrics(1000)) out.losses.push_back(line.at("loss").get<double>());
+    else test::for_ranks(ranks, [&](ProcessGroup& group) { train_one(&group); }, join);
+    for (const auto& line : RunFolder(o.out).rewind_metrics(1000)) {
+      out.losses.push_back(line.at("loss").get<double>());
+      out.norms.push_back(line.at("gradient_norm").get<double>());
+    }
     for (const char* file : {"model.safetensors", "optimizer.safetensors"}) {
       const SafetensorsReader reader(fs::path(o.out) / "model" / file);
       for (const auto& [name, info] : reader.tensors()) out.tensors[name] = reader.load(name);
@@ -115,6 +150,24 @@ TEST_F(CudaParallel, AnyNumberOfGpusTakesTheSameSteps) {
   }
 }
 
+TEST_F(CudaParallel, RanksOnOneCardTakeTheSameSteps) {
+  const auto join = [](const Place& place) { return std::make_unique<OnOneCard>(place); };
+  for (const int64_t accumulate : {1, 2}) {
+    const auto with = [&](const std::string& name) {
+      TrainOptions o = options(fmt::format("{}-{}", name, accumulate));
+      o.accumulate = accumulate;
+      return o;
+    };
+    const Outcome one = run(with("one"), 0);
+    for (const int64_t n : {1, 2, 4}) {
+      SCOPED_TRACE(fmt::format("{} ranks, accumulate {}", n, accumulate));
+      const Outcome several = run(with(fmt::format("{}", n)), n, join);
+      expect_near(several, one);
+      for (size_t i = 0; i < one.norms.size(); ++i) EXPECT_NEAR(several.norms[i] / one.norms[i], 1, i == 0 ? 4e-3 : 5e-2) << "step " << i + 1;
+    }
+  }
+}
+
 TEST_F(CudaParallel, AnyNumberGoesOnFromACheckpoint) {
   const int64_t most = numbers().back();
   const Outcome whole = run(options("whole"), most), alone = run(options("alone"), 0);
@@ -144,7 +197,7 @@ TEST_F(CudaParallel, Float32AndSkippedSteps) {
     TrainTask task;
     task.source = std::make_unique<RecallBatches>(r, o.batch_size, 7);
     train(o, task, &group);
-  }, at::kCUDA);
+  }, test::join_on_gpus);
   int skipped = 0;
   for (const auto& line : RunFolder(o.out).rewind_metrics(100)) skipped += line.at("kind") == "skipped";
   EXPECT_GE(skipped, 5);

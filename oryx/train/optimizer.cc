@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 
 #include <cmath>
+#include <utility>
 
 #include "oryx/common/error.h"
 
@@ -82,9 +83,9 @@ at::Tensor Optimizer::sum_over_processes(const at::Tensor& loss) {
   return shards_->loss();
 }
 
-void Optimizer::update(const at::Tensor& loss, double lr, double clip) {
+ops::AdamwUpdate Optimizer::lists_of(size_t begin, size_t end) const {
   ops::AdamwUpdate lists;
-  for (size_t i = 0; i < parameters_.size(); ++i) {
+  for (size_t i = begin; i < end; ++i) {
     const at::Tensor g = gradient(i);
     lists.p.push_back(parameters_[i].detach());
     lists.g.push_back(g.defined() ? g : at::zeros_like(parameters_[i]));
@@ -93,15 +94,27 @@ void Optimizer::update(const at::Tensor& loss, double lr, double clip) {
     lists.weight.push_back(weight(i));
     lists.decays.push_back(decays_[i]);
   }
+  return lists;
+}
+
+void Optimizer::update(const at::Tensor& loss, double lr, double clip) {
   ops::AdamwOptions o = options_;
   o.lr = lr;
-  if (shards_ == nullptr) return ops::adamw_update(lists, control_, loss, o, clip);
-  at::Tensor squares = ops::sum_of_squares(lists.g);
+  if (shards_ == nullptr) return ops::adamw_update(lists_of(0, parameters_.size()), control_, loss, o, clip);
+  at::Tensor squares = ops::sum_of_squares(gradients());
   if (!squares.defined()) squares = at::zeros({}, control_.options());
   shards_->group().all_reduce(squares);
   shards_->group().finish();
-  ops::adamw_update(lists, control_, loss, o, clip, squares);
-  shards_->gather_weights();
+  // A bucket's new weights travel while the next one is stepped. Pieces lie in the buckets' order.
+  const auto& pieces = shards_->pieces();
+  bool decided = false;
+  for (size_t bucket = 0, at = 0; bucket < shards_->buckets(); ++bucket) {
+    const size_t begin = at;
+    while (at < pieces.size() && pieces[at].bucket == bucket) ++at;
+    if (begin < at) ops::adamw_update(lists_of(begin, at), control_, loss, o, clip, squares, std::exchange(decided, true));
+    shards_->gather_weights(bucket);
+  }
+  shards_->finish_weights();
 }
 
 void Optimizer::set_rate(double lr) { control_[ops::kAdamwRate].fill_(lr); }
@@ -132,7 +145,9 @@ void Optimizer::step(double lr, double grad_scale) {
   step_group(true, o, grad_scale);
   o.weight_decay = 0;
   step_group(false, o, grad_scale);
-  if (shards_ != nullptr) shards_->gather_weights();
+  if (shards_ == nullptr) return;
+  for (size_t bucket = 0; bucket < shards_->buckets(); ++bucket) shards_->gather_weights(bucket);
+  shards_->finish_weights();
 }
 
 void Optimizer::step_group(bool decays, const ops::AdamwOptions& options, double grad_scale) {

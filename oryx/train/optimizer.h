@@ -67,6 +67,7 @@ class Optimizer {
   at::Tensor weight(size_t i) const;
   std::vector<at::Tensor> gradients() const;
   void set_steps(int64_t steps);
+  ops::AdamwUpdate lists_of(size_t begin, size_t end) const;
 
   const LanguageModel& model_;
   std::vector<ParameterSpec> specs_;

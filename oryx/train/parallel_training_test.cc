@@ -226,6 +226,28 @@ TEST_F(ParallelTraining, RanksTakeTurnsAtValidation) {
   EXPECT_EQ(asked[1], (std::vector<std::string>{o.validate_schedules[1]}));
 }
 
+// What was trained is kept: a rank whose validation fails leaves when rank 0 has saved, not before.
+TEST_F(ParallelTraining, NobodyLeavesBeforeACheckpointIsWritten) {
+  TrainOptions o = options("fails", 9);
+  o.save_every = 100, o.validate_every = 2;
+  std::vector<int64_t> found;
+  EXPECT_THROW(test::for_ranks(2, [&](ProcessGroup& group) {
+    TrainTask task;
+    task.source = std::make_unique<PackedRandom>(o.batch_size, o.seq_len, o.model.vocab_size);
+    task.validate = [&](const LanguageModel&, const std::vector<std::string>&) -> std::vector<Json> {
+      if (group.rank() == 1) fail("nothing to score");
+      return {};
+    };
+    try {
+      train(o, task, &group);
+    } catch (const Error&) {
+      if (group.rank() == 1) found = RunFolder(o.out).checkpoints();
+      throw;
+    }
+  }), Error);
+  EXPECT_EQ(found, std::vector<int64_t>{2});
+}
+
 TEST_F(ParallelTraining, WhatCannotBeDividedIsRefused) {
   const auto message = [&](int64_t accumulate, int64_t batch, int64_t size) {
     try {

@@ -2,12 +2,16 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
+#include <limits>
+
+#include "oryx/common/error.h"
 
 namespace oryx {
 
@@ -32,8 +36,10 @@ Shards::Shards(const LanguageModel& model, ProcessGroup& group) : model_(model),
   for (const auto& p : model.parameters()) TORCH_CHECK(p.scalar_type() == at::kFloat, "shards: parameters are ", p.scalar_type(), ", expected float32");
   lay_out();
   for (Bucket& b : buckets_) make_bucket(b);
+  if (pieces_.empty()) fail("the model has too few parameters for {} processes; start fewer", group.size());
   loss_ = at::zeros({}, at::TensorOptions(model.device()).dtype(at::kFloat));
   take_parameters();
+  if (!model.device().is_cpu()) c10::getDeviceAllocator(model.device().type())->emptyCache();  // what was freed lies in pieces that a step's tensors do not fit
   for (size_t i = 0; i < filled_.size(); ++i) torch::autograd::impl::set_post_acc_grad_hooks(model.leaf(i), std::make_unique<Hook>(*this, i));
 }
 
@@ -131,10 +137,13 @@ void Shards::reduce() {
   group_.finish();
 }
 
-void Shards::gather_weights() {
-  for (Bucket& b : buckets_) group_.all_gather(b.weights);
+void Shards::gather_weights(size_t bucket) { group_.all_gather(buckets_[bucket].weights); }
+
+void Shards::finish_weights() {
   group_.finish();
-  for (size_t i = 0; i < filled_.size(); ++i) model_.leaf(i).unsafeGetTensorImpl()->bump_version();  // written by way of their buckets
+  for (size_t i = 0; i < filled_.size(); ++i) {  // written by way of their buckets
+    for (const at::Tensor* t : {&model_.leaf(i), &model_.parameters()[i]}) t->unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 void Shards::assemble(const std::function<at::Tensor(size_t)>& values, const std::function<void(size_t, const at::Tensor&)>& take) {
@@ -181,7 +190,7 @@ void Shards::take_parameters() {
 }
 
 void Shards::release_parameters() {
-  const at::Tensor nothing = at::zeros({1}, loss_.options());
+  const at::Tensor nothing = at::full({1}, std::numeric_limits<double>::quiet_NaN(), loss_.options());  // who reads it all the same shall notice
   for (const Bucket& b : buckets_) {
     for (const size_t i : b.parameters) {
       at::Tensor parameter = model_.parameters()[i];

@@ -47,8 +47,9 @@ class Shards {
   void reduce();
   const at::Tensor& loss() const { return loss_; }  // float32, one value
 
-  // The new weights of all pieces go to all processes.
-  void gather_weights();
+  // The new weights of a bucket's pieces begin to go to all processes; all have them behind finish_weights().
+  void gather_weights(size_t bucket);
+  void finish_weights();
   ProcessGroup& group() { return group_; }
 
   // Whole tensors out of every process's pieces, for a checkpoint. values: float32 [part(bucket)] by bucket; take gets each parameter's, valid during the call. Every rank calls it.

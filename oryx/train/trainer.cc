@@ -77,7 +77,7 @@ class Run {
         group_(group),
         division_(divide_batches(options.accumulate, options.batch_size, processes())),
         folder_(options.out),
-        model_((check_memory(options, 1), lock_folder(folder_, group), new_model(options, group == nullptr ? parse_device(options.device) : group->device()))),  // refused before the folder is made
+        model_((group == nullptr ? check_memory(options, 1) : void(), lock_folder(folder_, group), new_model(options, group == nullptr ? parse_device(options.device) : group->device()))),  // refused before the folder is made
         optimizer_(model_, {options.lr, options.beta1, options.beta2, options.eps, options.weight_decay}, group),
         schedule_(options.model, options.training_schedule()) {
     if (group != nullptr) task_.source = std::make_unique<RankBatches>(std::move(task_.source), division_, group->rank());
@@ -183,6 +183,7 @@ class Run {
     std::memcpy(own.data(), &counts, sizeof counts);
     r.tokens = 0, r.flops = r.attention_share = 0;
     for (const std::string& text : group_->gather(own)) {
+      TORCH_CHECK(text.size() == sizeof counts, "train: a rank's counts are ", text.size(), " bytes");
       std::memcpy(&counts, text.data(), sizeof counts);
       r.tokens += counts.tokens, r.flops += counts.flops, r.attention_share += counts.attention / static_cast<double>(processes());
       stop = stop || counts.stop != 0;
@@ -302,13 +303,18 @@ class Run {
     }
   }
 
+  // No rank goes on, or leaves, before rank 0 has written: one that has left would end the others.
   void save() {
     optimizer_.assemble();
     const int64_t steps = optimizer_.steps();
-    if (!first()) return optimizer_.drop_assembled();
+    if (first()) write_checkpoint(steps);
+    optimizer_.drop_assembled();
+    (void)anywhere(false);
+  }
+
+  void write_checkpoint(int64_t steps) {
     folder_.save(step_, model_, optimizer_, {{"step", step_}, {"tokens", all_tokens_}, {"optimizer_steps", steps}, {"data", feed_->position()}},
                  task_.tokenizer.get(), options_.keep_checkpoints);
-    optimizer_.drop_assembled();
     write_report(folder_, options_, metrics_);
   }
 

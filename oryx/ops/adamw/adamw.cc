@@ -92,7 +92,7 @@ void adamw_cpu(at::TensorList p, at::TensorList g, at::TensorList m, at::TensorL
   });
 }
 
-double global_norm_cpu(at::TensorList gradients) {
+double squares_of(at::TensorList gradients) {
   std::vector<at::Tensor> wide;
   double rest = 0;
   for (const at::Tensor& g : gradients) {
@@ -108,8 +108,12 @@ double global_norm_cpu(at::TensorList gradients) {
     sums[i] = kernels::sum_of_squares(wide[p.tensor].const_data_ptr<float>() + p.begin, p.end - p.begin);
   });
   for (const double s : sums) rest += s;
-  return std::sqrt(rest);
+  return rest;
 }
+
+double global_norm_cpu(at::TensorList gradients) { return std::sqrt(squares_of(gradients)); }
+
+at::Tensor sum_of_squares_cpu(at::TensorList gradients) { return at::scalar_tensor(squares_of(gradients), at::kDouble); }
 
 }  // namespace
 
@@ -141,9 +145,9 @@ void adamw_step(at::Tensor p, const at::Tensor& g, at::Tensor m, at::Tensor v, i
   adamw_step_all({std::move(p)}, {g}, {std::move(m)}, {std::move(v)}, step, options, grad_scale);
 }
 
-void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& o, double clip, const at::Tensor& squares) {
+void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& o, double clip, const at::Tensor& squares, bool decided) {
   using Signature = void(at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::IntArrayRef, at::Tensor&, const at::Tensor&,
-                         double, double, double, double, double, double, const std::optional<at::Tensor>&);
+                         double, double, double, double, double, double, const std::optional<at::Tensor>&, bool);
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("oryx::adamw_update", "").typed<Signature>();
   const size_t n = lists.p.size();
   TORCH_CHECK(lists.g.size() == n && lists.m.size() == n && lists.v.size() == n && lists.weight.size() == n && lists.decays.size() == n,
@@ -156,7 +160,7 @@ void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor
   at::NoGradGuard no_grad;
   at::AutoDispatchBelowADInplaceOrView guard;
   op.call(lists.p, lists.g, lists.m, lists.v, weight, decays, control, loss, o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, clip,
-          squares.defined() ? std::optional<at::Tensor>(squares) : std::nullopt);
+          squares.defined() ? std::optional<at::Tensor>(squares) : std::nullopt, decided);
 }
 
 at::Tensor sum_of_squares(const std::vector<at::Tensor>& gradients) {
@@ -186,13 +190,14 @@ TORCH_LIBRARY_FRAGMENT(oryx, m) {
   m.def("global_norm(Tensor[] gradients) -> float");
   m.def(
       "adamw_update(Tensor(a!)[] p, Tensor[] g, Tensor(b!)[] m, Tensor(c!)[] v, Tensor(d!)[] weight, int[] decays, Tensor(e!) control, Tensor loss, float lr, "
-      "float beta1, float beta2, float eps, float weight_decay, float clip, Tensor? squares=None) -> ()");
+      "float beta1, float beta2, float eps, float weight_decay, float clip, Tensor? squares=None, bool decided=False) -> ()");
   m.def("sum_of_squares(Tensor[] gradients) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(oryx, CPU, m) {
   m.impl("adamw_step", adamw_cpu);
   m.impl("global_norm", global_norm_cpu);
+  m.impl("sum_of_squares", sum_of_squares_cpu);
 }
 
 }  // namespace oryx::ops

@@ -38,8 +38,9 @@ struct AdamwUpdate {
 // takes another one at each replay.
 constexpr int64_t kAdamwControl = 10, kAdamwRate = 4;
 // squares: float64, one value, the sum of squares of all gradients where the lists are but a part of them; undefined: of the lists' own.
-void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& options, double clip, const at::Tensor& squares = {});
-// The sum of squares of gradients on a GPU, float64 [], left there. No gradients: undefined.
+// decided: control is that of an earlier call, for other lists of the same step.
+void adamw_update(const AdamwUpdate& lists, at::Tensor control, const at::Tensor& loss, const AdamwOptions& options, double clip, const at::Tensor& squares = {}, bool decided = false);
+// The sum of squares of gradients, float64 [], on their device. No gradients: undefined.
 at::Tensor sum_of_squares(const std::vector<at::Tensor>& gradients);
 
 // sqrt of the sum of all squares, accumulated in double in an order that does not depend on the number of threads.

@@ -44,7 +44,7 @@ void adamw_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at::Tensor
 // weight[i]: empty where p[i] has no bfloat16 copy.
 void adamw_update_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at::TensorList v, at::TensorList weight, at::IntArrayRef decays,
                        at::Tensor& control, const at::Tensor& loss, double lr, double beta1, double beta2, double eps, double weight_decay, double clip,
-                       const std::optional<at::Tensor>& squares) {
+                       const std::optional<at::Tensor>& squares, bool decided) {
   static_assert(sizeof(OryxAdamwControl) == kAdamwControl * sizeof(double));
   TORCH_CHECK(!p.empty(), "adamw_update: no parameters");
   const at::Device device = p[0].device();
@@ -73,13 +73,14 @@ void adamw_update_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at:
     for (const at::Tensor& t : {p[i], m[i], v[i]}) t.unsafeGetTensorImpl()->bump_version();
   }
   const auto count = static_cast<int64_t>(tensors.size());
+  auto* state = reinterpret_cast<OryxAdamwControl*>(control.mutable_data_ptr<double>());
+  const cudaStream_t stream = cuda::stream_of(control);
+  if (decided) return cuda::check("adamw_update", oryx_adamw_controlled(tensors.data(), count, state, stream));
   TORCH_CHECK(!squares || (squares->scalar_type() == at::kDouble && squares->numel() == 1 && squares->device() == device),
               "adamw_update: squares must be one float64 on the parameters' device");
   const at::Tensor workspace = at::empty({squares ? 0 : oryx_sum_of_squares_workspace(tensors.data(), count)}, control.options());
   const at::Tensor total = squares ? *squares : at::empty({}, control.options());
   const OryxAdamwRates rates{lr, beta1, beta2, eps, weight_decay, clip};
-  auto* state = reinterpret_cast<OryxAdamwControl*>(control.mutable_data_ptr<double>());
-  const cudaStream_t stream = cuda::stream_of(control);
   if (!squares) cuda::check("adamw_update", oryx_sum_of_squares(tensors.data(), count, workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>(), stream));
   cuda::check("adamw_update", oryx_adamw_control(total.const_data_ptr<double>(), loss.const_data_ptr<float>(), &rates, state, stream));
   cuda::check("adamw_update", oryx_adamw_controlled(tensors.data(), count, state, stream));
