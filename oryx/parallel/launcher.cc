@@ -235,7 +235,11 @@ bool begin_launched_process() {
   pid_t launcher = 0;
   if (!launcher_of_this_process(&fd, &launcher)) return false;
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-  if (::getppid() != launcher) ::_exit(1);  // it went before we asked
+  if (::getppid() != launcher) {  // it went before we asked, or never was
+    constexpr char line[] = "oryx: error: ORYX_LAUNCHER names a process that did not start this one; unset it\n";
+    (void)!::write(STDERR_FILENO, line, sizeof line - 1);
+    ::_exit(1);
+  }
   ::fcntl(fd, F_SETFD, FD_CLOEXEC);
   is_launched() = true;
   return true;
