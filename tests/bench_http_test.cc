@@ -11,7 +11,7 @@ namespace {
 
 // What every script begins with: bench(...) -> the finished program; Fake: a server whose answers a script decides, an event each.
 constexpr const char* kBench = R"py(
-import concurrent.futures, http.server, json, re, signal, subprocess, sys, threading, time
+import concurrent.futures, http.server, json, re, signal, socket, subprocess, sys, threading, time
 program, folder = sys.argv[1:3]
 def bench(port, *options, begin=False):
     p = subprocess.Popen([program, "bench", "http", f"http://127.0.0.1:{port}", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -143,7 +143,26 @@ refused("cannot connect; is a server there?", 1)
 refused("expected --rate (arrivals a second) or --concurrency", s.port, "--rate", "1", "--concurrency", "1")
 refused("--goodput 'itl:3': expected ttft:MS, tpot:MS or e2e:MS", s.port, "--rate", "1", "--goodput", "itl:3")
 refused("--body '[]': expected a JSON object", s.port, "--rate", "1", "--body", "[]")
+refused("1000000000000 requests of a row are too many, expected 1000000 at most", s.port, "--rate", "1e6", "--seconds", "1e6")
+asked = len(s.bodies)
+for option in ("--model", "--schedule", "--name"): refused(option + ": expected UTF-8", s.port, "--concurrency", "2", option, b"\xff")
+rows = json.load(open(out))
+def written(name, **values):
+    path = f"{folder}/{name}.json"
+    json.dump({**rows, "rows": [{**rows["rows"][0], **values}]}, open(path, "w"))
+    return path
+refused("a row's 'line' is 7", s.port, "--rate", "1", "--with", written("line", line=7))
+refused("a row's 'rate' is \"x\"", s.port, "--rate", "1", "--with", written("rate", rate="x"))
+refused("its rows go by rate, these by concurrency", s.port, "--concurrency", "1", "--with", out)
 for w in waiting: w.result()
+assert len(s.bodies) == asked
+
+# A later row that fails leaves those before it.
+def picky(body): return (400, json.dumps({"error": {"message": "no such schedule"}})) if body["schedule"] == "b" else (200, [text("a"), usage(1, 1), "[DONE]"])
+for warmup in "0", "1":
+    r = bench(Fake(picky).port, "--schedule", "a", "--schedule", "b", "--concurrency", "1,2", "--requests", "2", "--warmup", warmup, "--json", out)
+    assert r.returncode == 1 and "400: no such schedule" in r.err and r.err.count("\n") == 1 and len(re.findall(r"^a +[12] +2 ", r.out, re.M)) == 2, (r.out, r.err)
+    assert [row["concurrency"] for row in json.load(open(out))["rows"]] == [1, 2]
 print("ok")
 )py");
 }
@@ -159,6 +178,21 @@ while n[0] < 5: time.sleep(0.01)
 p.send_signal(signal.SIGINT)
 out, err = p.communicate()
 assert p.returncode == 130 and "interrupted: the last row holds what had been answered" in out and re.search(r"^2 +3 ", out, re.M), (p.returncode, out, err)
+
+# Before any row: a server that accepts and is silent, and one that is so from the warm-up request on.
+silent = socket.create_server(("127.0.0.1", 0))
+asked = threading.Event()
+def quiet(body):
+    asked.set()
+    return 200, [1000]
+def accepted(): return silent.accept()
+for port, wait in ((silent.getsockname()[1], accepted), (Fake(quiet).port, asked.wait)):
+    p = bench(port, "--concurrency", "1", "--requests", "2", "--warmup", "1", begin=True)
+    held = wait()
+    time.sleep(0.1)  # into the request
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=30)
+    assert p.returncode == 130 and out == "" and "interrupted" in err and err.count("\n") == 1, (p.returncode, out, err)
 print("ok")
 )py");
 }

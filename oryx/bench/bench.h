@@ -19,6 +19,7 @@ struct BenchResult {
   Json options;
   std::string note = {};  // a line below the table
   std::vector<Chart> charts = {};  // for a report
+  std::string error = {};  // why not all rows are there: said behind those that are, and the program's exit code is 1
 };
 
 struct BenchModel {
@@ -167,7 +168,7 @@ struct HttpBenchOptions {
 // request to the last answer), requests_per_second, tokens_per_second (written), prompt_tokens and new_tokens (mean, as the server counts); of ttft (to the first piece of text), tpot
 // (between tokens, the mean of an answer), itl (between pieces of text, of all answers together) and e2e (to the last piece) *_ms_mean, _p50, _p90, _p99; in_flight (mean);
 // goodput (answers a second within the limits) where there are limits; state_bytes (the most at once, sampled) of a server that says it in /metrics as ours does. Ctrl-C ends the row that
-// runs: it counts what had come to its end. Throws Error when a row has no answer at all.
+// runs: it counts what had come to its end. A row without any answer is an error: thrown when it is the first, else in BenchResult::error behind the rows before it.
 BenchResult bench_http(const HttpBenchOptions& options);
 
 struct AttentionBenchOptions {

@@ -4,10 +4,13 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <future>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <system_error>
 #include <thread>
 
 #include "oryx/bench/bench.h"
@@ -26,6 +29,7 @@ using namespace std::chrono_literals;
 
 constexpr const char* kMeasures[] = {"ttft", "tpot", "itl", "e2e"};
 constexpr auto kLook = 5ms, kSample = 50ms;  // between looks at Ctrl-C; at the server's memory
+constexpr int64_t kMostRequests = 1'000'000;   // of a row: all of its prompts are drawn before the first is sent
 
 double seconds_now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -115,11 +119,38 @@ int64_t state_bytes_of(const serve::HttpClient::Reply& metrics) {
   return sum;
 }
 
+int64_t requests_of(const HttpBenchOptions& o, double rate) { return rate > 0 && o.seconds > 0 ? std::max<int64_t>(1, std::llround(rate * o.seconds)) : o.requests; }
+
+// What cannot be sent, or be written to --json, is found out before anything is measured.
+void check_text(const char* option, const std::string& text) {
+  try {
+    (void)Json(text).dump();
+  } catch (const Json::exception&) {
+    fail("{}: expected UTF-8, found bytes that are none", option);
+  }
+}
+
+// What `work` does with the client, in a thread, so that Ctrl-C ends it.
+template <class Work>
+auto until_interrupt(serve::HttpClient& client, const Work& work) {
+  std::future<decltype(work())> result;
+  try {
+    result = std::async(std::launch::async, work);
+  } catch (const std::system_error& e) {
+    fail("no thread for a request: {}", e.what());
+  }
+  while (result.wait_for(kLook) != std::future_status::ready) {
+    if (interrupted()) client.stop();
+  }
+  return result.get();
+}
+
 class HttpLoad {
  public:
   explicit HttpLoad(const HttpBenchOptions& o) : o_(o), limits_(read_limits(o.goodput)), path_(o.chat ? "/v1/chat/completions" : "/v1/completions") {
     serve::HttpClient client(o.url, o.key, o.timeout);
-    const auto models = client.get("/v1/models");
+    const auto models = until_interrupt(client, [&] { return client.get("/v1/models"); });
+    if (interrupted()) throw Interrupted("interrupted; no request had been answered");
     if (models.status == 0) fail("{}: {}; is a server there?", o.url, models.failure);
     model_ = !o.model.empty() ? o.model : first_model(models);
     if (o.body.empty()) return;
@@ -132,14 +163,15 @@ class HttpLoad {
     for (const Json& prompt : prompts) {
       if (interrupted()) return;
       serve::HttpClient client(o_.url, o_.key, o_.timeout);
-      const Exchange e = exchange(client, path_, body_of(prompt, o_.new_tokens, schedule), seconds_now);
+      const Exchange e = until_interrupt(client, [&] { return exchange(client, path_, body_of(prompt, o_.new_tokens, schedule), seconds_now); });
+      if (interrupted()) return;
       if (!e.error.empty()) fail("{}{}: {}", o_.url, path_, e.error);
     }
   }
 
   // rate > 0: arrivals at random; else `concurrency` at once. Null when Ctrl-C came before any answer.
   Json row(const std::string& schedule, double rate, int64_t concurrency) {
-    const int64_t requests = rate > 0 && o_.seconds > 0 ? std::max<int64_t>(1, std::llround(rate * o_.seconds)) : o_.requests;
+    const int64_t requests = requests_of(o_, rate);
     const std::vector<Json> prompts = draw_prompts(o_, requests, 31);
     std::vector<int64_t> lengths;
     for (CounterRng rng(33); lengths.size() < prompts.size();) lengths.push_back(o_.new_tokens + (o_.new_most > 0 ? static_cast<int64_t>(rng.below(static_cast<uint64_t>(o_.new_most - o_.new_tokens + 1))) : 0));
@@ -149,44 +181,84 @@ class HttpLoad {
     std::atomic<bool> stop{false};
     std::atomic<size_t> next{0}, running{0};
     const auto ask = [&](size_t i) {
-      auto client = std::make_shared<serve::HttpClient>(o_.url, o_.key, o_.timeout);
-      {
-        const std::lock_guard lock(mutex);
-        if (stop) return;
-        clients[i] = client;
+      try {
+        auto client = std::make_shared<serve::HttpClient>(o_.url, o_.key, o_.timeout);
+        {
+          const std::lock_guard lock(mutex);
+          if (stop) return;
+          clients[i] = client;
+        }
+        all[i] = exchange(*client, path_, body_of(prompts[i], lengths[i], schedule), seconds_now);
+      } catch (const std::exception& e) {  // a thread that throws would end the program
+        all[i].error = e.what();
       }
-      all[i] = exchange(*client, path_, body_of(prompts[i], lengths[i], schedule), seconds_now);
       const std::lock_guard lock(mutex);
       clients[i].reset();
     };
-    std::vector<std::thread> threads;
+    std::list<std::thread> threads, ended;  // under `mutex`
+    std::string no_thread;                  // why one could not be made
+    // A thread that has ended keeps its stack until it is joined.
+    const auto join_ended = [&] {
+      std::list<std::thread> now;
+      {
+        const std::lock_guard lock(mutex);
+        now.swap(ended);
+      }
+      for (std::thread& thread : now) {
+        if (thread.joinable()) thread.join();
+      }
+    };
+    const auto begin = [&](auto work) {
+      ++running;
+      try {
+        join_ended();
+        std::list<std::thread>::iterator place;
+        {
+          const std::lock_guard lock(mutex);
+          place = threads.emplace(threads.end());
+        }
+        *place = std::thread([&, work, place] {
+          work();
+          {
+            const std::lock_guard lock(mutex);
+            ended.splice(ended.end(), threads, place);
+          }
+          --running;
+        });
+      } catch (const std::exception& e) {  // std::system_error, as a rule
+        no_thread = fmt::format("{} requests at once are more threads than this machine gives ({})", running.load(), e.what());
+        --running;
+      }
+    };
     std::atomic<bool> over{false};
-    int64_t state_bytes = -1;
-    std::thread sampler([&] { state_bytes = sample_state(over); });
+    serve::HttpClient metrics(o_.url, o_.key, o_.timeout);
+    std::future<int64_t> sampler;
+    try {
+      sampler = std::async(std::launch::async, [&] { return sample_state(metrics, over); });
+    } catch (const std::system_error& e) {
+      fail("no thread to look at the server's states: {}", e.what());
+    }
     const double start = seconds_now();
     if (rate > 0) {
       CounterRng rng(32);
       double second = 0;
-      for (size_t i = 0; i < prompts.size() && !interrupted(); ++i) {
+      for (size_t i = 0; i < prompts.size() && no_thread.empty() && !interrupted(); ++i) {
         second -= std::log(1 - rng.uniform()) / rate;
         for (double left; (left = start + second - seconds_now()) > 0 && !interrupted();) {
           std::this_thread::sleep_for(std::chrono::duration<double>(std::min(left, 0.005)));
         }
         if (interrupted()) break;
-        ++running;
-        threads.emplace_back([&, i] { ask(i), --running; });
+        begin([&ask, i] { ask(i); });
       }
     } else {
-      for (int64_t w = 0; w < std::min<int64_t>(concurrency, requests); ++w) {
-        ++running;
-        threads.emplace_back([&] {
+      for (int64_t w = 0; w < std::min<int64_t>(concurrency, requests) && no_thread.empty(); ++w) {
+        begin([&] {
           for (size_t i; !stop && (i = next++) < prompts.size();) ask(i);
-          --running;
         });
       }
     }
-    while (running > 0 && !interrupted()) std::this_thread::sleep_for(kLook);
-    while (running > 0) {  // after Ctrl-C, until none is there any more: one may have been about to ask
+    while (running > 0 && no_thread.empty() && !interrupted()) std::this_thread::sleep_for(kLook);
+    while (running > 0) {  // after Ctrl-C or without a thread, until none is there any more: one may have been about to ask
       {
         const std::lock_guard lock(mutex);
         stop = true;
@@ -196,9 +268,14 @@ class HttpLoad {
       }
       std::this_thread::sleep_for(kLook);
     }
-    for (std::thread& thread : threads) thread.join();
+    join_ended();
     over = true;
-    sampler.join();
+    const double ended_at = seconds_now();
+    while (sampler.wait_for(kLook) != std::future_status::ready) {
+      if (interrupted() || seconds_now() > ended_at + 1) metrics.stop();
+    }
+    const int64_t state_bytes = sampler.get();
+    if (!no_thread.empty() && !interrupted()) fail("{}", no_thread);
     Json json = {{"schedule", schedule}, {"requests", requests}};
     rate > 0 ? json["rate"] = rate : json["concurrency"] = concurrency;
     json["line"] = o_.name.empty() ? schedule.empty() ? model_ : schedule : o_.name;
@@ -229,8 +306,7 @@ class HttpLoad {
     return body;
   }
 
-  int64_t sample_state(const std::atomic<bool>& over) const {
-    serve::HttpClient client(o_.url, o_.key, o_.timeout);
+  static int64_t sample_state(serve::HttpClient& client, const std::atomic<bool>& over) {
     int64_t most = -1;
     auto next = std::chrono::steady_clock::now();
     while (!over && !interrupted()) {
@@ -253,7 +329,7 @@ class HttpLoad {
     std::string error;
     for (const Exchange& e : all) {
       // Ctrl-C is nobody's failure.
-      if (e.sent < 0 || (!e.done && interrupted())) continue;
+      if ((e.sent < 0 && e.error.empty()) || (!e.done && interrupted())) continue;
       if (!e.done) {
         if (failed++ == 0) error = e.error;
         continue;
@@ -295,12 +371,18 @@ class HttpLoad {
   Json more_ = Json::object();
 };
 
-std::vector<Json> http_rows_of_file(const std::string& path) {
+std::vector<Json> http_rows_of_file(const std::string& path, bool rates) {
   const Json all = parse_json(read_file(path), path);
   if (!all.is_object() || all.value("benchmark", Json()) != "http" || !all.contains("rows") || !all["rows"].is_array()) fail("{}: expected what oryx bench http --json wrote", path);
+  const char *load = rates ? "rate" : "concurrency", *other = rates ? "concurrency" : "rate";
   for (const Json& row : all["rows"]) {
-    for (const char* key : {"line", "ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99"}) {
-      if (!row.is_object() || !row.contains(key)) fail("{}: a row without '{}'; expected what oryx bench http --json wrote", path, key);
+    if (row.is_object() && !row.contains(load) && row.contains(other)) fail("{}: its rows go by {}, these by {}", path, other, load);
+    for (const char* key : {"line", load, "ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99", "state_bytes"}) {
+      const bool text = std::string_view(key) == "line", may_lack = std::string_view(key) == "state_bytes";
+      if (!row.is_object() || (!row.contains(key) && !may_lack)) fail("{}: a row without '{}'; expected what oryx bench http --json wrote", path, key);
+      if (row.contains(key) && !(text ? row[key].is_string() : row[key].is_number())) {
+        fail("{}: a row's '{}' is {}, expected a {}", path, key, describe_json(row[key]), text ? "text" : "number");
+      }
     }
   }
   return all["rows"];
@@ -318,7 +400,6 @@ std::vector<Chart> http_charts(const std::vector<Json>& rows, bool rates) {
   };
   for (const Json& row : rows) {
     const char* key = rates ? "rate" : "concurrency";
-    if (!row.contains(key)) continue;
     const auto x = row[key].get<double>();
     const auto name = row["line"].get<std::string>();
     for (const int q : {50, 99}) {
@@ -361,24 +442,38 @@ BenchResult bench_http(const HttpBenchOptions& o) {
   if (o.rates.empty() == o.concurrency.empty()) fail("expected --rate (arrivals a second) or --concurrency (requests in flight), and not both");
   if (o.chat && o.prompts == "ids") fail("a chat's messages are texts; expected --prompts text with --chat");
   const bool rates = !o.rates.empty();
+  check_text("URL", o.url);
+  check_text("--model", o.model);
+  check_text("--name", o.name);
+  for (const std::string& schedule : o.schedules) check_text("--schedule", schedule);
+  for (const double rate : rates ? o.rates : std::vector<double>{0}) {
+    if (const int64_t n = requests_of(o, rate); n > kMostRequests) fail("{} requests of a row are too many, expected {} at most; fewer --{}?", n, kMostRequests, rate > 0 && o.seconds > 0 ? "seconds" : "requests");
+  }
+  if (o.warmup > kMostRequests) fail("--warmup is {}, expected {} at most", o.warmup, kMostRequests);
   std::vector<Json> drawn;
   for (const std::string& path : o.with) {
-    for (Json& row : http_rows_of_file(path)) drawn.push_back(std::move(row));
+    for (Json& row : http_rows_of_file(path, rates)) drawn.push_back(std::move(row));
   }
   HttpLoad load(o);
   std::vector<Json> rows;
-  for (const std::string& schedule : o.schedules) {
-    load.warm_up(schedule);
-    for (size_t i = 0; i < (rates ? o.rates.size() : o.concurrency.size()) && !interrupted(); ++i) {
-      Json row = load.row(schedule, rates ? o.rates[i] : 0, rates ? 0 : o.concurrency[i]);
-      if (!row.is_null()) rows.push_back(std::move(row));
+  BenchResult result;
+  try {
+    for (const std::string& schedule : o.schedules) {
+      load.warm_up(schedule);
+      for (size_t i = 0; i < (rates ? o.rates.size() : o.concurrency.size()) && !interrupted(); ++i) {
+        Json row = load.row(schedule, rates ? o.rates[i] : 0, rates ? 0 : o.concurrency[i]);
+        if (!row.is_null()) rows.push_back(std::move(row));
+      }
     }
+  } catch (const std::exception& e) {
+    if (rows.empty()) throw;
+    result.error = e.what();
   }
   if (rows.empty()) throw Interrupted("interrupted; no request had been answered");
   drawn.insert(drawn.begin(), rows.begin(), rows.end());
-  BenchResult result;
   result.charts = http_charts(drawn, rates);
   result.table = http_table(std::move(rows), rates, !o.goodput.empty());
+  if (!result.error.empty()) result.note = "a row failed: what was measured before it";
   if (interrupted()) result.note = "interrupted: the last row holds what had been answered";
   result.options = {{"url", o.url},       {"model", load.model()}, {"chat", o.chat},       {"requests", o.requests}, {"seconds", o.seconds}, {"warmup", o.warmup},
                     {"prompt", {o.prompt_least, o.prompt_most}},   {"shared", o.shared},   {"groups", o.groups},     {"new_tokens", {o.new_tokens, std::max(o.new_tokens, o.new_most)}},

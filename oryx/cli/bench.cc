@@ -62,8 +62,10 @@ void finish(CLI::App& app, std::shared_ptr<Options> o, BenchResult (*bench)(cons
     }
     catch_interrupts();
     const Json machine = describe_machine();
-    report(name, bench(*o), machine, *out);
+    const BenchResult result = bench(*o);
+    report(name, result, machine, *out);
     if (interrupted()) throw Interrupted("interrupted; what had been measured is above");
+    if (!result.error.empty()) fail("{}", result.error);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <httplib.h>
 
 #include <cmath>
+#include <stdexcept>
 
 #include "oryx/common/error.h"
 
@@ -31,6 +32,7 @@ std::string say(httplib::Error error) {
     case httplib::Error::Read: return "the connection broke off, or nothing came in time";
     case httplib::Error::Write: return "the connection broke off while the request was sent";
     case httplib::Error::Canceled: return "given up";
+    case httplib::Error::SSLConnection: return "no TLS there (a plain server's address begins with http://)";
     default: return httplib::to_string(error);
   }
 }
@@ -53,7 +55,13 @@ struct HttpClient::Impl {
   }
 };
 
-HttpClient::HttpClient(const std::string& url, const std::string& key, double timeout) : impl_(std::make_unique<Impl>(host_and_path(url), key, timeout)) {}
+HttpClient::HttpClient(const std::string& url, const std::string& key, double timeout) {
+  try {
+    impl_ = std::make_unique<Impl>(host_and_path(url), key, timeout);
+  } catch (const std::invalid_argument& e) {  // of httplib, built without TLS
+    fail("{}: {}", url, e.what());
+  }
+}
 HttpClient::~HttpClient() = default;
 
 HttpClient::Reply HttpClient::get(const std::string& path) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "oryx/common/log.h"
 #include "oryx/model/device.h"
 #include "oryx/ops/copies/copies.h"
 
@@ -75,7 +76,9 @@ std::unique_ptr<PieceReader> make_piece_reader(const LanguageModel& model, const
   if (reason.empty() && options.kept.on()) reason = "the state chooses which rows it keeps";
   if (reason.empty() && !always_looks_back(model)) {
     try {
-      return std::make_unique<PieceReader>(model, options, piece, pass_capture_factory()(model.device()));
+      auto reader = std::make_unique<PieceReader>(model, options, piece, pass_capture_factory()(model.device()));
+      if (const int64_t most = reader->sizes().back(); piece > most) log::warn_once("pieces of {} tokens are read launch by launch: captured ones hold {} at most (--piece; docs/serving.md)", piece, most);
+      return reader;
     } catch (const std::exception& e) {
       reason = e.what();
     }
