@@ -68,7 +68,8 @@ inline std::optional<std::array<int32_t, 3>> stretches_of(const State& state) {
     if (before < 0) {
       s[1] = offset;
     } else if (s[0] == kAll && offset != s[1]) {
-      if (before >= first) return std::nullopt;
+      // Kernels read rows in pieces, which must not reach from one stretch into the other: only where tokens are missing between them.
+      if (before != first - 1 || p.index == before + 1) return std::nullopt;
       s[0] = static_cast<int32_t>(p.index * page), s[2] = offset;
     } else if (s[0] != kAll && offset != s[2]) {
       return std::nullopt;

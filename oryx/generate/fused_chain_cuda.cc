@@ -50,7 +50,10 @@ bool GatedDeltaStack::write_modes(uint8_t* modes, int64_t N, int64_t layer, int6
   return place != 0;
 }
 
-void GatedDeltaStack::reach(int64_t capacity) { rope_ = ops::rope_rows_on(model_.device(), std::max<int64_t>(capacity, 2), model_.layer(0).config().rope_theta, 128); }
+void GatedDeltaStack::reach(int64_t capacity) {
+  if (rope_.defined() && rope_.size(0) >= capacity) return;  // earlier captures know this one, and a longer table may stand elsewhere by now
+  rope_ = ops::rope_rows_on(model_.device(), std::max<int64_t>(capacity, 2), model_.layer(0).config().rope_theta, 128);
+}
 
 float GatedDeltaStack::attention_scale() const {
   const LayerConfig& c = model_.layer(0).config();

@@ -31,10 +31,11 @@ class PersistentStep : public GatedDeltaStack {
     logits_ = at::empty({1, vocab_}, bytes.dtype(at::kFloat));
   }
 
+  static constexpr int64_t kMostLayers = 128;  // whose modes the kernel has room for (kMaxLayers in decode_step_ring.cuh)
   // Whether the kernel knows this shape.
   static bool knows(const LanguageModel& model, const State& state) {
     const LayerConfig& c = model.layer(0).config();
-    return state.sequences() == 1 && c.hidden_size == c.num_heads * 128 && model.config().vocab_size % 4 == 0 &&
+    return state.sequences() == 1 && c.hidden_size == c.num_heads * 128 && model.config().vocab_size % 4 == 0 && model.config().num_layers <= kMostLayers &&
            oryx_decode_supports(static_cast<int32_t>(c.hidden_size), static_cast<int32_t>(c.num_heads), static_cast<int32_t>(c.intermediate_size)) != 0;
   }
 

@@ -186,7 +186,10 @@ bool Session::fused() {
     if (fused_ == nullptr) log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: {} (docs/generation.md)", why);
   }
   asked_ = true;
-  return fused_ != nullptr && fused_->fits();
+  if (fused_ == nullptr) return false;
+  if (fused_->fits()) return true;
+  log::warn_once("decoding operator by operator, more slowly than by one captured launch a token: rows of the state do not lie where a captured step can write, behind a fork or a trim (docs/generation.md)");
+  return false;
 }
 
 at::Tensor Session::step_under(const ModelSchedule& schedule, int32_t id) {
@@ -262,7 +265,11 @@ at::Tensor Session::steps(std::span<const int32_t> ids) {
   at::NoGradGuard no_grad;
   held_length_ = length_;
   held_attention_ = attention_tokens_;
-  verifying_ = verifier() != nullptr && count >= 2 && count <= verifier_->most() && verifier_->fits(count);
+  verifying_ = verifier() != nullptr && count >= 2 && count <= verifier_->most();
+  if (verifying_ && !verifier_->fits(count)) {
+    log::warn_once("verifying drafts operator by operator, more slowly than by one captured launch: rows of the state do not lie where it can write, behind a fork or a trim (docs/generation.md)");
+    verifying_ = false;
+  }
   if (verifying_) {
     const at::Tensor logits = verifier_->run({ids.begin(), ids.end()}, route(length_, count));
     length_ += count;

@@ -44,6 +44,7 @@ class CudaSlotDecoder : public SlotDecoder {
   }
 
   void attach(State& slots) override {
+    const c10::cuda::CUDAGuard guard(model_.device());
     state_ = &slots;
     given_ = at::zeros({slots.sequences()}, bytes().dtype(at::kInt));
     graphs_.clear(), table_rows_.clear();

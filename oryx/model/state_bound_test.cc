@@ -104,6 +104,36 @@ TEST_P(EveryBound, ARejectedDraftIsFree) {
   }
 }
 
+// Tokens that come again stand where the rejected ones did, unless a fork still holds those.
+TEST_P(EveryBound, ARejectedPageGivesItsPlaceBack) {
+  const ModelConfig& c = GetParam().config;
+  const auto m = make(c);
+  CounterRng rng(92);
+  const at::Tensor ids = random_ids(rng, 1, 11, c.vocab_size);
+  const auto modes = random_modes(rng, 1, 11, c.mixers().size());
+  const auto go = [&](State& s, int64_t begin, int64_t end) { run(*m, ids.narrow(1, begin, end - begin), routing(c, modes, begin, end), &s); };
+  const auto places = [](const State& s) {
+    std::vector<int64_t> out;
+    for (const auto& p : s.numbered_pages(0)) out.push_back(p.number);
+    return out;
+  };
+  State state = m->make_state(1, bounded(8, 64, 0, 0, 6));
+  go(state, 0, 7);
+  go(state, 7, 11);
+  const std::vector<int64_t> straight = places(state);
+  if (straight.empty()) GTEST_SKIP() << "no rows are kept";
+  ASSERT_EQ(straight.size(), 3U);
+  state.trim(0, 7, *m);
+  go(state, 7, 11);
+  EXPECT_EQ(places(state), straight);
+  State fork = state.fork({0});
+  const auto before = fixed_slots(*m, fork, 0);
+  state.trim(0, 7, *m);
+  go(state, 7, 11);
+  EXPECT_NE(places(state).back(), places(fork).back());
+  expect_equal(fixed_slots(*m, fork, 0), before);
+}
+
 TEST_P(EveryBound, ForksSnapshotsAndFilesGoOnAlike) {
   const ModelConfig& c = GetParam().config;
   const auto m = make(c);

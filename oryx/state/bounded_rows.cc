@@ -33,6 +33,11 @@ void RowStore::retire(int64_t n, int64_t length) {
 void RowStore::trim(int64_t n, int64_t length) {
   Sequence& s = sequences_[static_cast<size_t>(n)];
   if (!bound_.on()) return;  // pages behind the length are room
+  // The region's last places that nobody else holds are free again: the tokens that come next stand where these did.
+  for (auto e = s.pages.rbegin(); pool_ == nullptr && e != s.pages.rend() && e->index >= pages_of(length); ++e) {
+    if (!in_region(s, *e) || e->page.use_count() > 1 || e->page->first / page_tokens_ != s.region.begin + s.region.used - 1) break;
+    --s.region.used;
+  }
   drop_pages(s, [&](const Entry& e) { return e.index >= pages_of(length); });
   s.from = length <= bound_.first ? 0 : std::min(s.from, length);
 }
@@ -109,9 +114,10 @@ void RowStore::copy_pages(const std::vector<Move>& moves) const {
       return next.from.block == from.block && next.to.block == to.block && next.from.first == from.first + distance && next.to.first == to.first + distance;
     };
     while (end < moves.size() && follows(moves[end], static_cast<int64_t>(end - begin) * page_tokens_)) ++end;
-    // Within a block pages move towards its front, in pieces that do not reach into where they come from.
-    const int64_t rows = static_cast<int64_t>(end - begin) * page_tokens_, most = from.block == to.block ? from.first - to.first : rows;
-    TORCH_INTERNAL_ASSERT(most > 0, "state: pages out of order");
+    // Within a block pages move towards its front, in pieces that do not reach into where they come from; towards its end only to where none of them stands.
+    const int64_t rows = static_cast<int64_t>(end - begin) * page_tokens_, ahead = from.first - to.first;
+    TORCH_INTERNAL_ASSERT(from.block != to.block || ahead > 0 || -ahead >= rows, "state: pages out of order");
+    const int64_t most = from.block == to.block && ahead > 0 ? ahead : rows;
     for (int64_t at = 0; at < rows; at += most) {
       const int64_t count = std::min(most, rows - at);
       ops::Copies copies;  // a launch writes nothing that another of its copies reads

@@ -258,7 +258,10 @@ void State::trim(int64_t sequence, int64_t length, const Replay& model) {
   if (!way) refuse_trim(sequence, length);
   const int64_t scanned = way->scanned;
   State one = one_sequence(sequence, way->mark);
-  if (one.lengths_[0] == length) return adopt(sequence, length, one);
+  if (one.lengths_[0] == length) {
+    one.rows_.trim(0, 0);  // what is let go is nobody else's then
+    return adopt(sequence, length, one);
+  }
   model.scan(one, one.lengths_[0], scanned);
   one.lengths_[0] = scanned;
   if (way->tails_in_ring) {
@@ -270,6 +273,7 @@ void State::trim(int64_t sequence, int64_t length, const Replay& model) {
     });
     model.refill(one, length);
   }
+  one.rows_.trim(0, 0);
   adopt(sequence, length, one);
 }
 
