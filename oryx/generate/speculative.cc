@@ -20,7 +20,8 @@ constexpr double kFirstAcceptance = 0.75, kFirstWeight = 4;  // before anything 
 constexpr double kForget = 0.97;       // of what was tested, a token later
 constexpr double kNewest = 0.2;        // what the newest time is worth beside those before
 constexpr int64_t kFirstDraft = 4;     // tokens, before times are known
-constexpr int64_t kAloneAtMost = 48;   // tokens without a draft before one is tried again: contexts grow, texts change
+constexpr int64_t kAloneAtMost = 48;   // tokens without a draft before one is tried again: contexts grow, texts change; twice as many behind each that did not pay
+constexpr int64_t kAloneAtLast = 1536;
 constexpr int64_t kTrial = 2;          // tokens of that one
 constexpr int64_t kDraftedAtMost = 64;  // passes before a token runs alone again, for the same reason
 
@@ -35,7 +36,7 @@ class Clock {
 }  // namespace
 
 DraftLength::DraftLength(int64_t most, bool adapt)
-    : most_(most), adapt_(adapt), accepted_(kFirstAcceptance * kFirstWeight), tested_(kFirstWeight), passes_(static_cast<size_t>(most) + 2) {}
+    : most_(most), adapt_(adapt), accepted_(kFirstAcceptance * kFirstWeight), tested_(kFirstWeight), passes_(static_cast<size_t>(most) + 2), alone_most_(kAloneAtMost) {}
 
 void DraftLength::tested(bool accepted) {
   accepted_ = kForget * accepted_ + (accepted ? 1 : 0);
@@ -84,7 +85,11 @@ int64_t DraftLength::next(int64_t room) {
     const double rate = expected / (static_cast<double>(n) * draft_.value + pass_seconds(n + 1));
     if (rate > best_rate) best_rate = rate, best = n;
   }
-  if (best == 0 && ++since_draft_ > kAloneAtMost) best = std::min(most, kTrial);
+  if (best > 0) {
+    alone_most_ = kAloneAtMost;
+  } else if (++since_draft_ > alone_most_) {
+    best = std::min(most, kTrial), alone_most_ = std::min(2 * alone_most_, kAloneAtLast);
+  }
   if (best > 0 && ++since_alone_ > kDraftedAtMost) best = 0;
   if (best > 0) since_draft_ = 0;
   return best;

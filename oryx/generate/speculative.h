@@ -67,6 +67,7 @@ class DraftLength {
   Mean draft_;                // of a token
   std::vector<Mean> passes_;  // over so many tokens
   int64_t since_draft_ = 0;   // tokens that ran alone since the last draft
+  int64_t alone_most_;        // of those before one is tried
   int64_t since_alone_ = 0;   // passes since a token last ran alone
 };
 

@@ -325,6 +325,9 @@ TEST(Speculative, DraftsAsManyAsPay) {
   int64_t tried = 0;
   for (int i = 0; i < 60; ++i) tried += length.next(100) > 0 ? 1 : 0;
   EXPECT_EQ(tried, 1) << "now and then one is tried";
+  for (int i = 0; i < 1000; ++i) tried += length.next(100) > 0 ? 1 : 0;
+  EXPECT_GE(tried, 3);
+  EXPECT_LE(tried, 6) << "less and less often where it does not pay";
   for (int i = 0; i < 5; ++i) length.drafted(0.1);
   for (int i = 0; i < 200; ++i) length.tested(true);
   EXPECT_EQ(length.next(100), 8) << "drafts that became fast are soon believed";
