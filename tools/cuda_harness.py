@@ -1,4 +1,4 @@
-"""What the scripts that check and time CUDA kernels by ctypes share (attention_cuda.py, decode_cuda, gated_delta_cuda.py, peers_cuda.py, ssd_cuda.py): errors, verdicts, times.
+"""What the scripts that check and time CUDA kernels by ctypes share (attention_cuda.py, decode_cuda, gated_delta_cuda.py, kda_cuda.py, peers_cuda.py, ssd_cuda.py): errors, verdicts, times.
 
 Errors are norms of the difference over norms, against float64. Times are medians of CUDA-event times: before each repetition 256 MB are overwritten (the L2) and the GPU
 sleeps, so that what is timed has been queued when it begins.

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from cuda_harness import BF, DEV, P, Verdicts, bench, card, chosen, copy_rate, error, first_line, public, scratch, versions
+from delta_rule import call, reference
 
 SLEEP = 16_000_000  # the peers' launches take the host longer
 POINTERS = "q k v g beta initial_state cu_seqlens wanted o final_state saved".split()
@@ -81,57 +82,6 @@ def prepare(lib, q, k, v, g, beta, init=None, cu=None, wanted=None, up=None, fin
     return forward, backward, o, S, d
 
 
-def call(lib, *x, **kw):
-    forward, backward, o, S, d = prepare(lib, *x, **kw)
-    forward()
-    if backward:
-        backward()
-    torch.cuda.synchronize()
-    return [o, S, *d]
-
-
-def reference(q, k, v, g, beta, init=None, cu=None, wanted=None, up=None):
-    """The recurrence, token by token, in float64: o, the final state and, given their gradients, those of the inputs."""
-    if up:
-        x = [None if t is None else t.double().requires_grad_() for t in (q, k, v, g, beta, init)]
-        o, S = reference(*x, cu, wanted)
-        given = [t for t in x if t is not None]
-        loss = (o * up[0].double()).sum() + (0 if up[1] is None else (S * up[1].double()).sum())
-        return [o.detach(), S.detach(), *torch.autograd.grad(loss, given)] + [None] * (6 - len(given))
-    B, T, Hq, K = q.shape
-    Hk, Hv = k.shape[2], v.shape[2]
-    Hs = max(Hk, Hv)
-    Ho = max(Hq, Hs)
-    N = B if cu is None else len(cu) - 1
-
-    def normalise(x):
-        return x * (x.square().sum(-1, True) + 1e-6).rsqrt()
-    q = normalise(q.double()).repeat_interleave(Ho // Hq, 2) * K**-0.5
-    k = normalise(k.double()).repeat_interleave(Hs // Hk, 2)
-    v, g, beta = v.double().repeat_interleave(Hs // Hv, 2), g.double(), beta.double()
-    S0 = torch.zeros(N, Hs, K, K, dtype=torch.float64, device=DEV) if init is None else init.double()
-
-    def recur(q, k, v, g, b, S):
-        o = [q[:, :0, :1, :1].expand(-1, -1, Ho, K)]
-        for t in range(q.shape[1]):
-            S = S * g[:, t].exp()[..., None, None]
-            r = v[:, t] - (S @ k[:, t][..., None])[..., 0]
-            S = S + (b[:, t][..., None] * r)[..., None] * k[:, t][..., None, :]
-            o.append((S.repeat_interleave(Ho // Hs, 1) @ q[:, t][..., None])[:, None, ..., 0])
-        return torch.cat(o, 1), S
-    if cu is None:
-        o, S = recur(q, k, v, g, beta, S0)
-    else:
-        c, parts = cu.tolist(), []
-        for n in range(N):
-            s = slice(c[n], c[n + 1])
-            parts.append(recur(q[:, s], k[:, s], v[:, s], g[:, s], beta[:, s], S0[n:n + 1]))
-        o, S = torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 0)
-    if wanted is not None:
-        o = o * (wanted != 0)[..., None, None]
-    return o, S
-
-
 def inputs(B, T, Hq, Hk, Hv, decay=1.0, D=128):
     def r(*s):
         return torch.randn(*s, device=DEV)
@@ -150,7 +100,7 @@ def check(lib):
         shapes = ((B, T, max(x[0].shape[2], Hs), D), BF), ((N, Hs, D, D), torch.float32)
         up = [torch.randn(s, device=DEV).to(t) if u else None for (s, t), u in zip(shapes, up)]
         r = reference(*x, **{a: b for a, b in kw.items() if a in ("init", "cu", "wanted")}, up=up)
-        plain, a, b = call(lib, *x, **kw), call(lib, *x, up=up, **kw), call(lib, *x, up=up, **kw)
+        plain, a, b = call(prepare, lib, *x, **kw), call(prepare, lib, *x, up=up, **kw), call(prepare, lib, *x, up=up, **kw)
         names = "o S dq dk dv dg db dS0".split()
         # Where everything decays within a token dg is nothing but rounding: it counts from 1e-3 on.
         e = {n: error(y, z, 1e-3 * z.numel()**0.5 if n == "dg" else 1e-30) for n, y, z in zip(names, a, r) if y is not None}
@@ -197,11 +147,11 @@ def check(lib):
     up = [torch.randn(2, 100, 2, 128, device=DEV).to(BF), torch.randn(2, 2, 128, 128, device=DEV)]
     for t in [*x, *up]:
         t[1] = float("nan")
-    found, expected = call(lib, *x, up=up), reference(*[t[:1] for t in x], up=[t[:1] for t in up])
+    found, expected = call(prepare, lib, *x, up=up), reference(*[t[:1] for t in x], up=[t[:1] for t in up])
     verdict("a neighbour of NaN", all(error(a[:1], b) < 2e-2 for a, b in zip(found, expected) if a is not None))
     x = inputs(2, 100, 2, 2, 2)
     x[3][0, 50, 0] = float("nan")
-    o, S = call(lib, *x)
+    o, S = call(prepare, lib, *x)
     verdict("NaN in, NaN out", bool(torch.isnan(o[0, 50:, 0]).all() and torch.isnan(S[0, 0]).all()))
     return verdict.close()
 

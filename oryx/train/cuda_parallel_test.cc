@@ -11,6 +11,7 @@
 #include "oryx/io/safetensors.h"
 #include "oryx/parallel/test_support.h"
 #include "oryx/train/trainer.h"
+#include "tests/support/folder.h"
 
 namespace oryx {
 namespace {
@@ -51,11 +52,6 @@ class CudaParallel : public ::testing::Test {
  protected:
   void SetUp() override {
     if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
-    std::string name = (fs::temp_directory_path() / "oryx-cuda-parallel-XXXXXX").string();
-    folder_ = mkdtemp(name.data());
-  }
-  void TearDown() override {
-    if (!folder_.empty()) fs::remove_all(folder_);
   }
   // 1, 2, 4 ... as far as there are GPUs.
   static std::vector<int64_t> numbers() {
@@ -126,7 +122,7 @@ class CudaParallel : public ::testing::Test {
     for (size_t i = 0; i < a.losses.size(); ++i) EXPECT_NEAR(a.losses[i] / b.losses[i], 1, 1e-2) << "step " << i + 1;
   }
 
-  fs::path folder_;
+  test::TemporaryFolder folder_;
 };
 
 TEST_F(CudaParallel, AnyNumberOfGpusTakesTheSameSteps) {

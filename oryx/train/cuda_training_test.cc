@@ -11,6 +11,7 @@
 #include "oryx/common/error.h"
 #include "oryx/io/safetensors.h"
 #include "oryx/train/trainer.h"
+#include "tests/support/folder.h"
 
 namespace oryx {
 namespace {
@@ -21,11 +22,6 @@ class CudaTraining : public ::testing::Test {
  protected:
   void SetUp() override {
     if (!at::hasCUDA() || at::getNumGPUs() == 0) GTEST_SKIP() << "no CUDA in this build or on this machine";
-    std::string name = (fs::temp_directory_path() / "oryx-cuda-XXXXXX").string();
-    folder_ = mkdtemp(name.data());
-  }
-  void TearDown() override {
-    if (!folder_.empty()) fs::remove_all(folder_);
   }
 
   // 12 steps with half of the chunks in attention, through the kernels for heads of 64.
@@ -111,7 +107,7 @@ class CudaTraining : public ::testing::Test {
     return all;
   }
 
-  fs::path folder_;
+  test::TemporaryFolder folder_;
 };
 
 TEST_F(CudaTraining, TwoRunsFromOneSeedAreOne) {

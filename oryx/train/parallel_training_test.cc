@@ -13,6 +13,7 @@
 #include "oryx/parallel/test_support.h"
 #include "oryx/train/rank_batches.h"
 #include "oryx/train/trainer.h"
+#include "tests/support/folder.h"
 
 namespace oryx {
 namespace {
@@ -52,12 +53,6 @@ class PackedRandom : public BatchSource {
 
 class ParallelTraining : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (fs::temp_directory_path() / "oryx-parallel-XXXXXX").string();
-    folder_ = mkdtemp(name.data());
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   TrainOptions options(const std::string& out, int64_t steps = 6) const {
     TrainOptions o;
     o.model.vocab_size = 40;
@@ -132,7 +127,7 @@ class ParallelTraining : public ::testing::Test {
     for (const auto& [name, t] : a.tensors) EXPECT_TRUE(at::equal(t, b.tensors.at(name))) << name;
   }
 
-  fs::path folder_;
+  test::TemporaryFolder folder_;
 };
 
 TEST_F(ParallelTraining, AnyNumberOfRanksTakesTheSameSteps) {

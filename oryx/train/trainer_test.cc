@@ -12,6 +12,7 @@
 #include "oryx/common/file.h"
 #include "oryx/model/checkpoint.h"
 #include "oryx/train/train_step.h"
+#include "tests/support/folder.h"
 
 namespace oryx {
 namespace {
@@ -20,12 +21,6 @@ namespace fs = std::filesystem;
 
 class Training : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (fs::temp_directory_path() / "oryx-train-XXXXXX").string();
-    folder_ = mkdtemp(name.data());
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   TrainOptions options(const std::string& out, int64_t steps) const {
     TrainOptions o;
     o.model.vocab_size = 40;
@@ -70,7 +65,7 @@ class Training : public ::testing::Test {
     return all;
   }
 
-  fs::path folder_;
+  test::TemporaryFolder folder_;
 };
 
 void expect_same(const std::map<std::string, at::Tensor>& a, const std::map<std::string, at::Tensor>& b) {

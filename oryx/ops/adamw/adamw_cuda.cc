@@ -86,44 +86,40 @@ void adamw_update_cuda(at::TensorList p, at::TensorList g, at::TensorList m, at:
   cuda::check("adamw_update", oryx_adamw_controlled(tensors.data(), count, state, stream));
 }
 
-at::Tensor sum_of_squares_cuda(at::TensorList gradients) {
-  TORCH_CHECK(!gradients.empty(), "sum_of_squares: no gradients");
+// Of float32 and bfloat16, left on the device.
+at::Tensor squares_of(const char* op, at::TensorList gradients) {
   const c10::cuda::CUDAGuard guard(gradients[0].device());
   std::vector<OryxAdamwTensor> tensors;
   std::vector<at::Tensor> kept;
   for (const at::Tensor& g : gradients) {
     kept.push_back(usable(g));
     const at::Tensor& d = kept.back();
-    tensors.push_back({nullptr, nullptr, nullptr, d.const_data_ptr(), nullptr, d.numel(), cuda::kernel_dtype("sum_of_squares", d), 0});
+    tensors.push_back({nullptr, nullptr, nullptr, d.const_data_ptr(), nullptr, d.numel(), cuda::kernel_dtype(op, d), 0});
   }
   const auto count = static_cast<int64_t>(tensors.size());
   const auto options = gradients[0].options().dtype(at::kDouble);
   const at::Tensor workspace = at::empty({oryx_sum_of_squares_workspace(tensors.data(), count)}, options), total = at::empty({}, options);
-  cuda::check("sum_of_squares", oryx_sum_of_squares(tensors.data(), count, workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>(), cuda::stream_of(total)));
+  cuda::check(op, oryx_sum_of_squares(tensors.data(), count, workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>(), cuda::stream_of(total)));
   return total;
 }
 
+at::Tensor sum_of_squares_cuda(at::TensorList gradients) {
+  TORCH_CHECK(!gradients.empty(), "sum_of_squares: no gradients");
+  return squares_of("sum_of_squares", gradients);
+}
+
 double global_norm_cuda(at::TensorList gradients) {
-  if (gradients.empty()) return 0;
-  const c10::cuda::CUDAGuard guard(gradients[0].device());
-  std::vector<OryxAdamwTensor> tensors;
-  std::vector<at::Tensor> kept;
-  double rest = 0;
+  double sum = 0;
+  std::vector<at::Tensor> narrow;
   for (const at::Tensor& g : gradients) {
     if (g.scalar_type() == at::kDouble) {
-      rest += at::sum(at::square(g)).item<double>();
-      continue;
+      sum += at::sum(at::square(g)).item<double>();
+    } else {
+      narrow.push_back(g);
     }
-    kept.push_back(usable(g));
-    const at::Tensor& d = kept.back();
-    tensors.push_back({nullptr, nullptr, nullptr, d.const_data_ptr(), nullptr, d.numel(), cuda::kernel_dtype("global_norm", d), 0});
   }
-  const auto count = static_cast<int64_t>(tensors.size());
-  const auto options = gradients[0].options().dtype(at::kDouble);
-  const at::Tensor workspace = at::empty({oryx_sum_of_squares_workspace(tensors.data(), count)}, options), total = at::zeros({}, options);
-  cuda::check("global_norm", oryx_sum_of_squares(tensors.data(), count, workspace.mutable_data_ptr<double>(), total.mutable_data_ptr<double>(),
-                                                 cuda::stream_of(total)));
-  return std::sqrt(rest + total.item<double>());
+  if (!narrow.empty()) sum += squares_of("global_norm", narrow).item<double>();
+  return std::sqrt(sum);
 }
 
 }  // namespace
